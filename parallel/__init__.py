@@ -1,0 +1,1 @@
+"""Everything that crosses ranks: device, process groups, who holds which tokens."""

@@ -1,0 +1,66 @@
+import numpy as np
+import pytest
+import torch
+
+from megatron_sse.parallel.layout import TokenLayout
+
+
+def brute_force(starts_BL):
+    """Documents found token by token."""
+    documents, positions, offsets = [], [], []
+    for row in starts_BL:
+        for column, start in enumerate(row):
+            if start or column == 0:
+                offsets.append(len(documents))
+            documents.append(len(offsets) - 1)
+            positions.append(len(documents) - 1 - offsets[-1])
+    return offsets + [len(documents)], documents, positions
+
+
+@pytest.mark.parametrize("density", [0.0, 0.1, 0.5, 1.0])
+def test_from_starts_is_what_a_loop_finds(density):
+    starts_BL = np.random.default_rng(0).random((3, 29)) < density
+    layout = TokenLayout.from_starts(starts_BL)
+    offsets, documents, positions = brute_force(starts_BL)
+    assert layout.offsets_D1.tolist() == offsets
+    assert layout.document_T.tolist() == documents
+    assert layout.position_BL.flatten().tolist() == positions
+    assert (layout.batch_size, layout.length, layout.num_documents) == (3, 29, len(offsets) - 1)
+    assert layout.max_document == max(positions) + 1
+    for tensor in (layout.offsets_D1, layout.document_T, layout.position_BL):
+        assert tensor.dtype == torch.int64
+
+
+def test_every_sequence_starts_a_document():
+    layout = TokenLayout.from_starts(np.zeros((2, 5), dtype=bool))
+    assert layout.offsets_D1.tolist() == [0, 5, 10]
+
+
+def test_the_given_array_is_not_changed():
+    starts_BL = np.zeros((2, 5), dtype=bool)
+    TokenLayout.from_starts(starts_BL)
+    assert not starts_BL.any()
+
+
+def test_padding_is_kept():
+    real_BL = np.array([[True, True, False]])
+    layout = TokenLayout.from_starts(np.zeros((1, 3), dtype=bool), real_BL)
+    assert layout.real_BL.tolist() == [[True, True, False]]
+    assert TokenLayout.from_starts(np.zeros((1, 3), dtype=bool)).real_BL is None
+
+
+def test_megatron_does_not_take_its_packed_path():
+    layout = TokenLayout.from_starts(np.zeros((1, 3), dtype=bool))
+    assert layout.qkv_format == "sbhd"
+    assert layout.cu_seqlens_q is None
+
+
+@pytest.mark.parametrize("shape", [(4,), (0, 3), (2, 0)])
+def test_wrong_shapes_are_refused(shape):
+    with pytest.raises(ValueError, match="starts_BL"):
+        TokenLayout.from_starts(np.zeros(shape, dtype=bool))
+
+
+def test_padding_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match="real_BL"):
+        TokenLayout.from_starts(np.zeros((1, 3), dtype=bool), np.ones((1, 4), dtype=bool))
