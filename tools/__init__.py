@@ -1,0 +1,1 @@
+"""Thin scripts over the package and benchmarks."""
