@@ -1,0 +1,63 @@
+"""The oracle: token by token, one step of the definition after the other. Everything else is compared with it."""
+
+import torch
+from torch import Tensor
+
+from megatron_sse.kernels.gdn import l2_normalize
+from megatron_sse.kernels.routing import Routes
+from megatron_sse.kernels.sse import BankInputs
+
+
+def reference_sse(
+    shared: BankInputs,
+    sparse: BankInputs | None,
+    v_THV: Tensor,
+    routes: Routes | None,
+    offsets_D1: Tensor,
+    *,
+    gate: str = "post_norm",
+    weight_writes: bool = True,
+    weight_reads: bool = True,
+    initial_DBHKV: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What sse_attention computes, with the same arguments; syncs with the host and is slow."""
+    num_heads, value_dim = v_THV.shape[1:]
+    num_partitions = 0 if routes is None else routes.num_partitions
+    shape = (1 + num_partitions, num_heads, shared.q_THK.shape[-1], value_dim)
+    outputs, finals = [], []
+    for d, (start, end) in enumerate(zip(offsets_D1[:-1].tolist(), offsets_D1[1:].tolist(), strict=True)):
+        states = list(v_THV.new_zeros(shape) if initial_DBHKV is None else initial_DBHKV[d])
+        for t in range(start, end):
+            states[0], o = _token(shared, t, states[0], v_THV[t], gate="post_norm")
+            for p in range(0 if routes is None else routes.bank_TP.shape[-1]):
+                assert sparse is not None and routes is not None
+                bank = 1 + int(routes.bank_TP[t, p])
+                write = routes.weight_TP[t, p] if weight_writes else 1.0
+                read = routes.weight_TP[t, p] if weight_reads else 1.0
+                writes, reads = p < routes.num_writers, p < routes.num_readers
+                states[bank], o_bank = _token(sparse, t, states[bank], v_THV[t], gate, write, read, writes)
+                o = o + o_bank if reads else o
+            outputs.append(o)
+        finals.append(torch.stack(states))
+    return torch.stack(outputs), torch.stack(finals)
+
+
+def _token(bank: BankInputs, t, state_HKV, v_HV, gate, write=1.0, read=1.0, writes=True) -> tuple[Tensor, Tensor]:
+    """One bank, one token: write, then read."""
+    groups = v_HV.shape[0] // bank.q_THK.shape[1]
+    q_HK, k_HK = (x[t].repeat_interleave(groups, dim=0) for x in (bank.q_THK, bank.k_THK))
+    if bank.beta_TH is not None:
+        if gate == "reference":
+            q_HK, k_HK, read, write = q_HK * read, k_HK * write, 1.0, 1.0
+        q_HK, k_HK = l2_normalize(q_HK), l2_normalize(k_HK)
+    if writes:
+        if bank.beta_TH is None:
+            decay_HK = bank.g[t].exp().repeat_interleave(groups, dim=0)
+            state_HKV = decay_HK[..., None] * state_HKV + write * torch.einsum("hk,hv->hkv", k_HK, v_HV)
+        else:
+            beta_H, decay_H = bank.beta_TH[t], bank.g[t].exp()
+            kept_HKV = decay_H[:, None, None] * state_HKV
+            recalled_HV = torch.einsum("hk,hkv->hv", k_HK, kept_HKV)
+            change_HV = beta_H[:, None] * (write * v_HV - recalled_HV)
+            state_HKV = kept_HKV + torch.einsum("hk,hv->hkv", k_HK, change_HV)
+    return state_HKV, read * q_HK.shape[-1] ** -0.5 * torch.einsum("hk,hkv->hv", q_HK, state_HKV)
