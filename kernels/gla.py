@@ -45,8 +45,8 @@ def chunk_gla(
 def _attend_within(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
     """Causal attention inside the chunks, [G, H, C, K] and [G, H, C, V].
 
-    A pair (query, key) is scored in the smallest aligned block whose second half holds the query and whose first half the
-    key. Decays are taken relative to the end of the first half, so every exponent is <= 0: exact for any decay.
+    A pair (query, key) is scored in the smallest aligned block whose second half holds the query and whose first half
+    the key. Decays are taken relative to the end of the first half, so every exponent is <= 0: exact for any decay.
     """
     o = (q * k).sum(-1, keepdim=True) * v
     half = 1

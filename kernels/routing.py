@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Routes:
-    """A token's picks, P = max(writers, readers), best first; it writes to the first `num_writers`, reads the first `num_readers`.
+    """A token's picks, P = max(writers, readers), best first: it writes to the first num_writers, reads num_readers.
 
     prob_TN: softmax over the N partitions (not renormalised over the picks).
     bank_TP: int64, the picked partitions, 0 .. N - 1; equal probabilities go to the lower index.
