@@ -1,7 +1,7 @@
 """The state entering each chunk: a scan over chunks, restarted at every segment.
 
-A span of tokens acts on a state as S -> transition S + increment, whatever the recurrence: the transition is a decay per
-key channel for GLA and a matrix for the delta rule. The same pair describes a rank's span to its neighbours.
+A span of tokens acts on a state as S -> transition S + increment, whatever the recurrence: the transition is a decay
+per key channel for GLA and a matrix for the delta rule. The same pair describes a rank's span to its neighbours.
 """
 
 import torch

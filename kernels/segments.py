@@ -1,7 +1,7 @@
 """Where each segment's rows stand, and the grid of chunks laid over them.
 
-A segment is the tokens of one (document, bank). The table of offsets has a fixed size, empty segments included, and every
-shape here follows from sizes known on the host, so nothing waits for the device.
+A segment is the tokens of one (document, bank). The table of offsets has a fixed size, empty segments included, and
+every shape here follows from sizes known on the host, so nothing waits for the device.
 """
 
 from dataclasses import dataclass

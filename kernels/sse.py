@@ -1,7 +1,7 @@
 """Sparse State Expansion over a recurrence: one shared bank and N partitions (arXiv 2507.16577, section 3).
 
-Two parallel forms with one result. `mask`: N + 1 virtual heads, what a token did not pick is zeroed; static shapes, work
-grows with N. `varlen`: the picks sorted by (document, partition, position), one segment each; work grows with the picks.
+Two parallel forms with one result. `mask`: N + 1 virtual heads, what a token did not pick is zeroed; work grows with N.
+`varlen`: the picks sorted by (document, partition, position), one segment each; work grows with the picks, not with N.
 """
 
 from dataclasses import dataclass, replace
@@ -69,8 +69,8 @@ def sse_attention(
         routes: the tokens' picks.
         offsets_D1: int64 [D + 1], the documents' offsets over the tokens. document_T: int64 [T], each token's document.
         form: "varlen" or "mask".
-        gate: "post_norm": the picks' weights scale what is written and read, after the normalisation; "reference" (delta
-            rule only): they scale k and q before the normalisation, which cancels them, as in the authors' code.
+        gate: "post_norm": the picks' weights scale what is written and read, after the normalisation; "reference"
+            (delta rule only): they scale k and q before the normalisation, which cancels them, as the authors do.
         weight_writes, weight_reads: whether the picks' probabilities scale writes and reads.
         initial_DBHKV: states [D, N + 1, H, K, V] that enter the documents; None for zeros.
 
@@ -95,7 +95,7 @@ def sse_attention(
 
 @dataclass(frozen=True)
 class _Picks:
-    """Per pick [T, P] or, in mask form, per partition [T, N]: does the token write, and the scales of write and read."""
+    """Per pick [T, P] or, in mask form, per partition [T, N]: whether it writes, and the scales of write and read."""
 
     writes: Tensor
     write_scale: Tensor
@@ -146,7 +146,7 @@ def _join(shared: BankInputs, sparse: BankInputs, v: Tensor, v_sparse: Tensor, d
 
 
 def _run_varlen(shared, sparse, v_THV, routes, picks, offsets_D1, document_T, initial_DBHKV):
-    """Rows 0 .. T - 1 are the shared bank's tokens, rows T + t * P + p the picks; each is gathered into its chunk once."""
+    """Rows 0 .. T - 1 are the shared bank's tokens, rows T + t * P + p the picks; all are gathered into chunks once."""
     num_tokens, num_picks = routes.bank_TP.shape
     num_documents, num_partitions = offsets_D1.shape[0] - 1, routes.num_partitions
     order, offsets = sort_by_segment(routes.bank_TP, document_T, num_documents, num_partitions)
