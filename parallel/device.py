@@ -1,0 +1,124 @@
+"""Which device and backend a run uses: NVIDIA GPUs with NCCL where there are any, else the CPU with gloo.
+
+Megatron-Core assumes CUDA. Without a GPU this file puts CPU stand-ins where Megatron-Core looks for CUDA, so that
+Megatron-Core and everything above it runs unmodified; nothing else in the project asks which device it runs on.
+"""
+
+import contextlib
+import logging
+import resource
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import random as megatron_random
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where this process computes. type: torch's device type, backend: of torch.distributed, description: for people."""
+
+    type: str
+    backend: str
+    description: str
+
+    def peak_memory_bytes(self) -> int:
+        """Largest memory held so far: allocated on the GPU, or resident for the whole process on a CPU."""
+        if self.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def synchronize(self) -> None:
+        """Wait until the device has finished what was queued."""
+        torch.cuda.synchronize()
+
+
+def setup_device(local_rank: int) -> Device:
+    """Pick GPU number `local_rank` of this machine, or the CPU with Megatron-Core made to run on it."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        return Device("cuda", "nccl", torch.cuda.get_device_name())
+    install_cpu_stand_ins()
+    return Device("cpu", "gloo", f"CPU ({torch.get_num_threads()} threads a process)")
+
+
+def install_cpu_stand_ins() -> None:
+    """Make Megatron-Core run on the CPU in this process; does nothing when called again."""
+    if any(isinstance(mode, CudaOnCpu) for mode in _get_current_function_mode_stack()):
+        return
+    cpu = torch.device("cpu")
+    torch.cuda.current_device = lambda: cpu
+    torch.cuda.synchronize = _do_nothing
+    torch.cuda.manual_seed = torch.default_generator.manual_seed
+    torch.cuda.get_rng_state = _get_rng_state
+    torch.cuda.set_rng_state = _set_rng_state
+    megatron_random._get_cuda_rng_state = _get_rng_state
+    megatron_random._set_cuda_rng_state = _set_rng_state
+    megatron_random.CudaRNGStatesTracker = CpuRNGStatesTracker
+    torch.autograd._engine_run_backward = _engine_run_backward
+    # Never left: it has to hold for as long as the process lives.
+    CudaOnCpu().__enter__()
+    logger.info("no GPU found: running on the CPU with gloo, CUDA calls of Megatron-Core are answered by the CPU")
+
+
+class CudaOnCpu(TorchFunctionMode):
+    """Sends what asks for a CUDA tensor to the CPU, and names CPU tensors as Megatron-Core's optimizers expect."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if _is_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": "cpu"}
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], "cpu", *args[2:])
+        return func(*args, **kwargs)
+
+
+class CpuRNGStatesTracker(megatron_random.CudaRNGStatesTracker):
+    """Megatron-Core's tracker without its check that the CPU generator stays untouched: here it is the device's own."""
+
+    @contextlib.contextmanager
+    def fork(self, name: str = megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
+        """Run the block with the random numbers of `name`, then go back to those of the surrounding code."""
+        outer_name, outer_state = self._current_state_name, torch.get_rng_state()
+        if outer_name in self.states_:
+            self.states_[outer_name] = outer_state
+        torch.set_rng_state(self.states_[name])
+        self._current_state_name = name
+        try:
+            yield
+        finally:
+            self.states_[name] = torch.get_rng_state()
+            torch.set_rng_state(self.states_.get(outer_name, outer_state))
+            self._current_state_name = outer_name
+
+
+def _is_cuda(device: Any) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+def _engine_run_backward(*args: Any, **kwargs: Any) -> Any:
+    # A mode is off while it handles a call such as backward(), and layers recomputed in there need it on.
+    with CudaOnCpu():
+        return torch.autograd.graph._engine_run_backward(*args, **kwargs)
+
+
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+def _get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    torch.set_rng_state(state)

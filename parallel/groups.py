@@ -1,0 +1,43 @@
+"""Process groups: torch.distributed itself, and the groups of tensor, pipeline and data parallelism on top of it."""
+
+import os
+from datetime import timedelta
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_sse.parallel.device import Device
+
+
+def init_process_group(device: Device, timeout_minutes: int = 30) -> None:
+    """Join the processes that torchrun started (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); alone without them."""
+    timeout = timedelta(minutes=timeout_minutes)
+    if "RANK" in os.environ:
+        dist.init_process_group(device.backend, timeout=timeout)
+    else:
+        dist.init_process_group(device.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def init_groups(
+    tensor: int = 1, pipeline: int = 1, virtual_pipeline: int = 1, timeout_minutes: int = 30
+) -> ProcessGroupCollection:
+    """Split all processes into groups; neighbouring ranks share a tensor group, data parallelism takes what is left.
+
+    virtual_pipeline: model chunks per pipeline rank. The number of processes has to be a multiple of
+    tensor * pipeline (the configuration checks it), and torch.distributed has to be initialised.
+    """
+    assert dist.get_world_size() % (tensor * pipeline) == 0
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=virtual_pipeline if virtual_pipeline > 1 else None,
+        distributed_timeout_minutes=timeout_minutes,
+        create_gloo_process_groups=False,
+    )
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def destroy_groups() -> None:
+    """Undo init_groups, so that another layout can follow in the same processes."""
+    parallel_state.destroy_model_parallel()

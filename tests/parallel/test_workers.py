@@ -1,0 +1,53 @@
+"""The pool of gloo workers that other tests build on: results by rank, failures that name the rank, no hangs."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.workers import WorkerError, run_workers
+
+
+def rank_and_sum(value: int) -> tuple[int, torch.Tensor]:
+    total = torch.tensor([float(dist.get_rank() + value)])
+    dist.all_reduce(total)
+    return dist.get_rank(), total
+
+
+def fail_on(rank: int) -> None:
+    if dist.get_rank() == rank:
+        raise ValueError("broken on purpose")
+    dist.barrier()
+
+
+def die_on(rank: int) -> None:
+    if dist.get_rank() == rank:
+        os._exit(3)
+    dist.barrier()
+
+
+def process_id() -> int:
+    return os.getpid()
+
+
+def test_results_come_back_by_rank() -> None:
+    results = run_workers(2, rank_and_sum, 5)
+    assert [rank for rank, _ in results] == [0, 1]
+    assert all(total.item() == 5 + 6 for _, total in results)
+
+
+def test_the_pool_is_kept_between_calls() -> None:
+    assert run_workers(2, process_id) == run_workers(2, process_id)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_exception_names_the_rank_and_brings_its_traceback(rank: int) -> None:
+    with pytest.raises(WorkerError, match=f"(?s)rank {rank}:.*fail_on.*ValueError: broken on purpose"):
+        run_workers(2, fail_on, rank)
+    assert len(run_workers(2, rank_and_sum, 0)) == 2
+
+
+def test_a_worker_that_dies_does_not_hang_the_others() -> None:
+    with pytest.raises(WorkerError, match="rank 1 died with exit code 3|rank 0:"):
+        run_workers(2, die_on, 1)

@@ -1,0 +1,129 @@
+"""Runs a function on every rank of a gloo world: one pool of processes per world size, kept for the whole test run."""
+
+import contextlib
+import os
+import pickle
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+
+from megatron_sse.parallel import device, groups
+
+# A rank that waits for another one that failed or took another way would wait for ever.
+SECONDS_TO_ANSWER = 300
+
+
+class WorkerError(Exception):
+    """A function failed on some rank; the message has the rank and its traceback."""
+
+
+class WorkerPool:
+    """`world_size` processes that have joined one gloo world and run what they are sent."""
+
+    def __init__(self, world_size: int) -> None:
+        context = get_context("spawn")
+        port = _free_port()
+        self._pipes: list[Connection] = []
+        self._processes: list[BaseProcess] = []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            # Not daemonic: saving a distributed checkpoint starts processes of its own.
+            process = context.Process(target=_serve, args=(rank, world_size, port, theirs), daemon=False)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Results of function(*args) by rank. Raises WorkerError when a rank raises, dies or does not answer."""
+        job = pickle.dumps((function, args))
+        for pipe in self._pipes:
+            # A process that died is found below, when its result is awaited.
+            with contextlib.suppress(BrokenPipeError):
+                pipe.send_bytes(job)
+        results: dict[int, Any] = {}
+        while len(results) < len(self._pipes):
+            waiting = [rank for rank in range(len(self._pipes)) if rank not in results]
+            ready = wait([self._pipes[rank] for rank in waiting], SECONDS_TO_ANSWER)
+            if not ready:
+                raise WorkerError(f"no answer from ranks {waiting} in {SECONDS_TO_ANSWER} seconds")
+            for rank in waiting:
+                if self._pipes[rank] in ready:
+                    results[rank] = self._receive(rank)
+        return [results[rank] for rank in range(len(self._pipes))]
+
+    def _receive(self, rank: int) -> Any:
+        try:
+            failure, result = pickle.loads(self._pipes[rank].recv_bytes())
+        except (EOFError, ConnectionResetError):
+            self._processes[rank].join()
+            raise WorkerError(f"rank {rank} died with exit code {self._processes[rank].exitcode}") from None
+        if failure is not None:
+            raise WorkerError(f"rank {rank}:\n{failure}")
+        return result
+
+    def close(self) -> None:
+        """Stop the processes, also those that hang in a collective."""
+        for process in self._processes:
+            process.kill()
+        for pipe, process in zip(self._pipes, self._processes, strict=True):
+            process.join()
+            pipe.close()
+
+
+_pools: dict[int, WorkerPool] = {}
+
+
+def run_workers(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Call function(*args) on every rank of a gloo world of `world_size` processes; returns the results by rank.
+
+    `function` has to be importable (module level), arguments and results have to be picklable; CPU tensors are. It is
+    called without model-parallel groups, and those it makes are destroyed afterwards. Raises WorkerError, with the
+    rank and its traceback, when a rank fails; the pool is then thrown away, since the other ranks may hang.
+    """
+    if world_size not in _pools:
+        _pools[world_size] = WorkerPool(world_size)
+    try:
+        return _pools[world_size].run(function, *args)
+    except BaseException:
+        _pools.pop(world_size).close()
+        raise
+
+
+def close_pools() -> None:
+    """Stop all pools; conftest.py calls it when the test run ends."""
+    while _pools:
+        _pools.popitem()[1].close()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    groups.init_process_group(device.setup_device(rank))
+    # EOFError: the tests are over.
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
+            pipe.send_bytes(_answer(pipe.recv_bytes()))
+
+
+def _answer(job: bytes) -> bytes:
+    try:
+        function, args = pickle.loads(job)
+        return pickle.dumps((None, function(*args)))
+    except Exception:
+        return pickle.dumps((traceback.format_exc(), None))
+    finally:
+        groups.destroy_groups()
