@@ -1,1 +1,33 @@
-"""Checked configuration of a run."""
+"""The settings of a run: YAML to a checked RunConfig."""
+
+from megatron_sse.config.checks import check_world_size
+from megatron_sse.config.load import load_config
+from megatron_sse.config.megatron import transformer_fields
+from megatron_sse.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    MonitorConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    SoftmaxConfig,
+    SSEConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "ModelConfig",
+    "MonitorConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "SSEConfig",
+    "SoftmaxConfig",
+    "TrainingConfig",
+    "check_world_size",
+    "load_config",
+    "transformer_fields",
+]

@@ -1,0 +1,182 @@
+"""Settings that are each allowed but do not fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from megatron_sse.config.pattern import expand_pattern
+from megatron_sse.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_sse.config.schema import RunConfig
+
+BYTE_VOCABULARY = 257
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A setting that cannot work: its dotted key, and what was given and what is allowed in one line."""
+
+    key: str
+    text: str
+
+
+def find_problem(config: RunConfig) -> Problem | None:
+    """The first contradiction in the settings."""
+    for check in (_layers, _linear_layers, _recurrences, _softmax_layers, _sizes, _pipeline, _run):
+        for key, given, allowed in check(config):
+            return Problem(key, f"got {show(given)}, allowed {allowed}")
+    return None
+
+
+def show(value: Any) -> str:
+    """A value as it would stand in YAML, short enough for one line."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def check_world_size(config: RunConfig, world_size: int) -> int:
+    """Size of the data-parallel group when `world_size` processes run.
+
+    Raises UserError where processes, layout and batch do not divide.
+    """
+    parallel = config.parallel
+    layout = f"parallel.tensor {parallel.tensor} x parallel.pipeline {parallel.pipeline}"
+    if world_size % parallel.model_size:
+        raise UserError(f"parallel: got {world_size} processes, allowed a multiple of {parallel.model_size} ({layout})")
+    data_size = world_size // parallel.model_size
+    if parallel.data is not None and parallel.data != data_size:
+        needed = parallel.model_size * parallel.data
+        raise UserError(
+            f"parallel.data: got {parallel.data}, allowed {data_size} with {world_size} processes ({needed} needed)"
+        )
+    for key, given, allowed in _batch(config, data_size):
+        raise UserError(f"{key}: got {show(given)}, allowed {allowed}")
+    return data_size
+
+
+Found = Iterator[tuple[str, Any, str]]
+
+
+def _layers(config: RunConfig) -> Found:
+    model = config.model
+    period = len(expand_pattern(model.layers))
+    if model.num_layers % period:
+        yield "model.num_layers", model.num_layers, f"a multiple of {period}, the number of layers in model.layers"
+
+
+def _linear_layers(config: RunConfig) -> Found:
+    sse = config.model.sse
+    kinds = sorted(set(config.model.layer_kinds()) - {"softmax"})
+    if not kinds:
+        return
+    for name in ("num_heads", "head_dim"):
+        if getattr(sse, name) is None:
+            yield f"model.sse.{name}", None, f"a number, since model.layers has {kinds[0]} layers"
+    if sse.num_value_heads % sse.num_heads:
+        yield "model.sse.num_value_heads", sse.num_value_heads, f"a multiple of model.sse.num_heads {sse.num_heads}"
+    if sse.num_heads % config.parallel.tensor:
+        yield "model.sse.num_heads", sse.num_heads, f"a multiple of parallel.tensor {config.parallel.tensor}"
+    if "sse" in kinds and sse.num_partitions:
+        for name in ("num_writers", "num_readers"):
+            if getattr(sse, name) > sse.num_partitions:
+                yield f"model.sse.{name}", getattr(sse, name), f"at most model.sse.num_partitions {sse.num_partitions}"
+
+
+def _recurrences(config: RunConfig) -> Found:
+    sse, used = config.model.sse, config.model.recurrences()
+    if sse.key_map == "topk_softmax":
+        if sse.key_topk is None:
+            yield "model.sse.key_topk", None, "a number of rows, since model.sse.key_map is topk_softmax"
+        elif sse.key_topk > sse.head_dim:
+            yield "model.sse.key_topk", sse.key_topk, f"at most model.sse.head_dim {sse.head_dim}"
+    elif sse.key_topk is not None:
+        yield "model.sse.key_topk", sse.key_topk, "null unless model.sse.key_map is topk_softmax"
+    if "gdn" in used and sse.key_map in ("topk_softmax", "one_minus_decay"):
+        yield "model.sse.key_map", sse.key_map, "null, softmax, silu with the gdn recurrence"
+    if "gdn" in used and sse.decay != "gate":
+        yield "model.sse.decay", sse.decay, "gate with the gdn recurrence"
+    if sse.key_map == "one_minus_decay" and sse.decay != "gate":
+        yield "model.sse.decay", sse.decay, "gate, since model.sse.key_map is one_minus_decay"
+
+
+def _softmax_layers(config: RunConfig) -> Found:
+    model, tensor = config.model, config.parallel.tensor
+    softmax = model.softmax
+    if "softmax" not in model.layer_kinds():
+        return
+    if softmax.num_heads is None:
+        yield "model.softmax.num_heads", None, "a number, since model.layers has softmax layers"
+    if softmax.head_dim is None:
+        allowed = f"a divisor of model.hidden_size {model.hidden_size} while model.softmax.head_dim is null"
+        yield "model.softmax.num_heads", softmax.num_heads, allowed
+    if softmax.num_heads % softmax.num_kv_heads:
+        yield (
+            "model.softmax.num_kv_heads",
+            softmax.num_kv_heads,
+            f"a divisor of model.softmax.num_heads {softmax.num_heads}",
+        )
+    if softmax.num_heads % tensor:
+        yield "model.softmax.num_heads", softmax.num_heads, f"a multiple of parallel.tensor {tensor}"
+    if softmax.num_kv_heads % tensor and tensor % softmax.num_kv_heads:
+        yield "model.softmax.num_kv_heads", softmax.num_kv_heads, f"a multiple or divisor of parallel.tensor {tensor}"
+    if softmax.rotary_base and softmax.head_dim % 2:
+        yield "model.softmax.head_dim", softmax.head_dim, "an even number, or model.softmax.rotary_base 0"
+
+
+def _sizes(config: RunConfig) -> Found:
+    model, parallel, length = config.model, config.parallel, config.data.sequence_length
+    if model.ffn_hidden_size % parallel.tensor:
+        yield "model.ffn_hidden_size", model.ffn_hidden_size, f"a multiple of parallel.tensor {parallel.tensor}"
+    if model.padded_vocab_size % parallel.tensor:
+        allowed = f"a value that pads the vocabulary to a multiple of parallel.tensor {parallel.tensor}"
+        yield "model.vocab_multiple", model.vocab_multiple, allowed
+    if parallel.sequence and parallel.tensor == 1:
+        yield "parallel.sequence", True, "false while parallel.tensor is 1"
+    if parallel.sequence and length % parallel.tensor:
+        allowed = f"a multiple of parallel.tensor {parallel.tensor} under parallel.sequence"
+        yield "data.sequence_length", length, allowed
+    if config.data.corpus is not None and model.vocab_size < BYTE_VOCABULARY:
+        allowed = f"at least {BYTE_VOCABULARY} (256 byte values and the end of a document) with data.corpus"
+        yield "model.vocab_size", model.vocab_size, allowed
+
+
+def _pipeline(config: RunConfig) -> Found:
+    parallel, num_layers = config.parallel, config.model.num_layers
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        yield "parallel.virtual_pipeline", parallel.virtual_pipeline, "1 while parallel.pipeline is 1"
+    if num_layers % parallel.pipeline:
+        yield "parallel.pipeline", parallel.pipeline, f"a divisor of model.num_layers {num_layers}"
+    if num_layers % (parallel.pipeline * parallel.virtual_pipeline):
+        allowed = f"a divisor of the {num_layers // parallel.pipeline} layers of a pipeline stage"
+        yield "parallel.virtual_pipeline", parallel.virtual_pipeline, allowed
+
+
+def _run(config: RunConfig) -> Found:
+    training, optimizer = config.training, config.optimizer
+    yield from _batch(config, config.parallel.data or 1)
+    if optimizer.warmup_steps > training.steps:
+        yield "optimizer.warmup_steps", optimizer.warmup_steps, f"at most training.steps {training.steps}"
+    if optimizer.schedule == "wsd" and optimizer.decay_steps > training.steps - optimizer.warmup_steps:
+        allowed = f"at most the {training.steps - optimizer.warmup_steps} steps after the warm-up"
+        yield "optimizer.decay_steps", optimizer.decay_steps, allowed
+    if optimizer.min_learning_rate > optimizer.learning_rate:
+        allowed = f"at most optimizer.learning_rate {optimizer.learning_rate}"
+        yield "optimizer.min_learning_rate", optimizer.min_learning_rate, allowed
+
+
+def _batch(config: RunConfig, data_size: int) -> Found:
+    training, pipeline = config.training, config.parallel.pipeline
+    per_pass = training.micro_batch_size * data_size
+    if training.global_batch_size % per_pass:
+        allowed = f"a multiple of {per_pass} (micro-batch {training.micro_batch_size} x {data_size} data-parallel)"
+        yield "training.global_batch_size", training.global_batch_size, allowed
+    elif config.parallel.virtual_pipeline > 1 and (training.global_batch_size // per_pass) % pipeline:
+        allowed = (
+            f"a multiple of {per_pass * pipeline} (micro-batches in multiples of parallel.pipeline with virtual stages)"
+        )
+        yield "training.global_batch_size", training.global_batch_size, allowed

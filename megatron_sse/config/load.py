@@ -1,0 +1,186 @@
+"""YAML and command-line overrides to a checked RunConfig, with errors that say where."""
+
+import difflib
+import re
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from megatron_sse.config.checks import show
+from megatron_sse.config.megatron import find_transformer_problem
+from megatron_sse.config.schema import RunConfig
+from megatron_sse.errors import UserError
+
+COMMAND_LINE = "command line"
+_OVERRIDE = re.compile(r"(\w+(?:\.\w+)+)=(.*)", re.DOTALL)
+_ALLOWED = {
+    "missing": "a value, the key is required",
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "a string",
+    "model_type": "a section of keys",
+    "dict_type": "a section of keys",
+    "finite_number": "a finite number",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "literal_error": "{expected}",
+    "setting": "{allowed}",
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that also reads 1e-3 as a number, which YAML 1.1 takes for a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Settings of a YAML file, with `section.key=value` overrides put over them, the last one winning.
+
+    Raises UserError, one line with file:line or `command line`, for the first thing that is wrong.
+    """
+    values, places = _read_file(Path(path))
+    for override in overrides or []:
+        _apply_override(values, places, override)
+    places.setdefault("", f"{path}:1")
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        # A misspelled required key is two errors: the unknown key is the one to show.
+        details = sorted(error.errors(), key=lambda d: d["type"] != "extra_forbidden")[0]
+        raise UserError(_describe(details, places)) from None
+    problem = find_transformer_problem(config)
+    if problem is not None:
+        raise UserError(f"{_place(problem.key, places)}: {problem.key}: {problem.text}")
+    return config
+
+
+def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a text file ({_one_line(error)})") from None
+    values, places = _parse(text, str(path), "", numbered=True)
+    if not isinstance(values, dict):
+        raise UserError(f"{path}:1: got {show(values)}, allowed the sections {', '.join(RunConfig.model_fields)}")
+    return values, places
+
+
+def _apply_override(values: dict[str, Any], places: dict[str, str], override: str) -> None:
+    match = _OVERRIDE.fullmatch(override)
+    if match is None:
+        raise UserError(f"{COMMAND_LINE}: got {show(override)}, allowed section.key=value")
+    key, text = match[1], match[2]
+    value, value_places = _parse(text, COMMAND_LINE, key, numbered=False)
+    *parents, name = key.split(".")
+    section = values
+    for depth, parent in enumerate(parents):
+        if section.get(parent) is None:
+            section[parent] = {}
+        section = section[parent]
+        if not isinstance(section, dict):
+            holder = ".".join(parents[: depth + 1])
+            raise UserError(f"{COMMAND_LINE}: {key}: {holder} holds a value ({show(section)}), not a section")
+    section[name] = value
+    places.update(value_places)
+    places[key] = COMMAND_LINE
+
+
+def _parse(text: str, source: str, key: str, numbered: bool) -> tuple[Any, dict[str, str]]:
+    """The value that a YAML text holds, and the place of every dotted key in it."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        places = dict(_keys(node, source, key, numbered)) if node is not None else {}
+        return (loader.construct_document(node) if node is not None else None), places
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if numbered and mark is not None else ""
+        label = f" {key}:" if key else ""
+        raise UserError(f"{source}{line}:{label} not valid YAML: {error.problem or error.context}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{source}: not valid YAML: {_one_line(error)}") from None
+    finally:
+        loader.dispose()
+
+
+def _keys(node: yaml.Node, source: str, prefix: str, numbered: bool) -> Iterator[tuple[str, str]]:
+    if prefix.count(".") > 20:
+        raise UserError(f"{source}: {prefix[:40]}...: sections nested too deeply")
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen: dict[str, int] = {}
+    for key_node, value_node in node.value:
+        line = key_node.start_mark.line + 1
+        place = f"{source}:{line}" if numbered else source
+        if not isinstance(key_node, yaml.ScalarNode) or not key_node.tag.endswith((":str", ":merge")):
+            raise UserError(f"{place}: {prefix or 'top level'}: got {show(key_node.value)} as a key, allowed a name")
+        name = key_node.value
+        dotted = f"{prefix}.{name}" if prefix else name
+        if name in seen:
+            raise UserError(f"{place}: {dotted}: given twice, first in line {seen[name]}")
+        seen[name] = line
+        yield dotted, place
+        yield from _keys(value_node, source, dotted, numbered)
+
+
+def _describe(details: ErrorDetails, places: dict[str, str]) -> str:
+    """One line for one error of pydantic's."""
+    key = ".".join(str(part) for part in details["loc"])
+    context = details.get("ctx", {})
+    if details["type"] == "problem":
+        return f"{_place(context['key'], places)}: {context['key']}: {context['text']}"
+    if details["type"] == "extra_forbidden":
+        return f"{_place(key, places)}: {_describe_unknown(key)}"
+    given = "nothing" if details["type"] == "missing" else show(details["input"])
+    if isinstance(details["input"], dict) and details["type"] != "missing":
+        given = "a section"
+    allowed = _ALLOWED.get(details["type"], details["msg"]).format(**context)
+    text = context["text"] if "text" in context else f"got {given}, allowed {allowed}"
+    return f"{_place(key, places)}: {key}: {text}"
+
+
+def _describe_unknown(key: str) -> str:
+    parent, _, name = key.rpartition(".")
+    siblings = [other.rpartition(".")[2] for other in schema_keys() if other.rpartition(".")[0] == parent]
+    nearest = [f"{parent}.{match}".lstrip(".") for match in difflib.get_close_matches(name, siblings, n=1)]
+    # A key may be right and its section wrong.
+    nearest += [other for other in schema_keys() if other.rpartition(".")[2] == name]
+    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    return f"{key}: got an unknown key, allowed {', '.join(siblings)}{hint}"
+
+
+def schema_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    """Every dotted key of the schema, sections included."""
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        section = field.annotation
+        if isinstance(section, type) and not typing.get_origin(section) and issubclass(section, BaseModel):
+            keys += schema_keys(section, f"{prefix}{name}.")
+    return keys
+
+
+def _place(key: str, places: dict[str, str]) -> str:
+    """Where a key stands; for one that is not given, where its section stands."""
+    while key not in places:
+        key = key.rpartition(".")[0]
+    return places[key]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

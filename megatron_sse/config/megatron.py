@@ -1,0 +1,210 @@
+"""`model.transformer`: fields of Megatron's TransformerConfig, checked against it."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import typing
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from megatron_sse.config.checks import Problem, show
+
+if TYPE_CHECKING:
+    from megatron_sse.config.schema import RunConfig
+
+# Fields that our own keys set.
+_OURS = {
+    "num_layers": "model.num_layers",
+    "hidden_size": "model.hidden_size",
+    "ffn_hidden_size": "model.ffn_hidden_size",
+    "num_attention_heads": "model.softmax.num_heads",
+    "num_query_groups": "model.softmax.num_kv_heads",
+    "kv_channels": "model.softmax.head_dim",
+    "window_size": "model.softmax.window",
+    "qk_layernorm": "model.softmax.qk_norm",
+    "layernorm_epsilon": "model.norm_epsilon",
+    "init_method_std": "model.init_std",
+    "linear_conv_kernel_dim": "model.sse.short_convolution",
+    "linear_key_head_dim": "model.sse.head_dim",
+    "linear_value_head_dim": "model.sse.value_head_dim",
+    "linear_num_key_heads": "model.sse.num_heads",
+    "linear_num_value_heads": "model.sse.num_value_heads",
+    "linear_attention_freq": "model.layers",
+    "window_attn_skip_freq": "model.layers",
+    "experimental_attention_variant": "model.layers",
+    "tensor_model_parallel_size": "parallel.tensor",
+    "sequence_parallel": "parallel.sequence",
+    "pipeline_model_parallel_size": "parallel.pipeline",
+    "virtual_pipeline_model_parallel_size": "parallel.virtual_pipeline",
+    "bf16": "training.precision",
+    "params_dtype": "training.precision",
+    "pipeline_dtype": "training.precision",
+    "autocast_dtype": "training.precision",
+    "enable_autocast": "training.precision",
+    "recompute_granularity": "training.recompute",
+    "recompute_method": "training.recompute",
+    "recompute_num_layers": "training.recompute",
+    "recompute_modules": "training.recompute",
+    "distribute_saved_activations": "training.recompute",
+}
+# Fields that must have the value that the model and the trainer are built for.
+_FIXED = {
+    "activation_func",
+    "add_bias_linear",
+    "add_qkv_bias",
+    "batch_p2p_comm",
+    "calculate_per_token_loss",
+    "gated_linear_unit",
+    "hetereogenous_dist_checkpoint",
+    "heterogeneous_block_specs",
+    "normalization",
+    "overlap_p2p_comm",
+    "perform_initialization",
+    "test_mode",
+    "use_cpu_initialization",
+    "variable_seq_lengths",
+}
+# Features that the model does not have.
+_ABSENT = {
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "fp16",
+    "hybrid_context_parallel",
+    "is_hybrid_model",
+    "mtp_num_layers",
+    "multi_latent_attention",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "num_moe_experts",
+    "pipeline_model_parallel_layout",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+}
+
+
+def transformer_fields(config: RunConfig) -> dict[str, Any]:
+    """`model.transformer` as keyword arguments of TransformerConfig: enums by name, lists as tuples where asked."""
+    types = _field_types()
+    return {name: _convert(types[name], value) for name, value in config.model.transformer.items()}
+
+
+def find_transformer_problem(config: RunConfig) -> Problem | None:
+    """What is wrong with `model.transformer`, Megatron's own refusals included."""
+    given = config.model.transformer
+    if not given:
+        return None
+    types = _field_types()
+    for name, value in given.items():
+        text = _field_problem(name, value, types)
+        if text is not None:
+            return Problem(f"model.transformer.{name}", text)
+    refusal = _megatron_refusal(config)
+    return Problem("model.transformer", f"Megatron refuses: {refusal}") if refusal else None
+
+
+def _field_types() -> dict[str, Any]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core.transformer import TransformerConfig
+
+    return {f.name: f.type for f in dataclasses.fields(TransformerConfig) if not f.name.startswith("_")}
+
+
+def _field_problem(name: str, value: Any, types: dict[str, Any]) -> str | None:
+    if name not in types:
+        nearest = difflib.get_close_matches(name, types, n=1)
+        hint = f"; did you mean model.transformer.{nearest[0]}?" if nearest else ""
+        return f"got an unknown key, allowed a field of Megatron's TransformerConfig{hint}"
+    if name in _OURS:
+        return f"got {show(value)}, allowed nothing: use {_OURS[name]}"
+    if name in _FIXED:
+        return f"got {show(value)}, allowed nothing: the model fixes this field"
+    if name in _ABSENT:
+        return f"got {show(value)}, allowed nothing: the model does not support it"
+    if not _settable(types[name]):
+        return f"got {show(value)}, allowed nothing: the field cannot be written in YAML"
+    try:
+        _convert(types[name], value)
+    except ValidationError:
+        return f"got {show(value)}, allowed {_type_name(types[name])}"
+    return None
+
+
+def _settable(annotation: Any) -> bool:
+    parts = typing.get_args(annotation) or (annotation,)
+    if typing.get_origin(annotation) is typing.Literal:
+        return True
+    plain = (bool, int, float, str, type(None))
+    return any(part in plain[:4] or typing.get_origin(part) or _is_enum(part) for part in parts) and not any(
+        part is torch.dtype for part in parts
+    )
+
+
+def _is_enum(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, enum.Enum)
+
+
+def _convert(annotation: Any, value: Any) -> Any:
+    if _is_enum(annotation) and isinstance(value, str) and value in annotation.__members__:
+        return annotation[value]
+    if isinstance(value, bool) and annotation is not bool and bool not in typing.get_args(annotation):
+        # An int field would take true for 1.
+        return TypeAdapter(annotation).validate_python(value, strict=True)
+    strict = not (isinstance(value, list) or _is_enum(annotation))
+    return TypeAdapter(annotation).validate_python(value, strict=strict)
+
+
+def _type_name(annotation: Any) -> str:
+    names = {bool: "true or false", int: "an integer", float: "a number", str: "a string", type(None): "null"}
+    if annotation in names:
+        return names[annotation]
+    if _is_enum(annotation):
+        return ", ".join(annotation.__members__)
+    if typing.get_origin(annotation) is typing.Literal:
+        return ", ".join(str(choice) for choice in typing.get_args(annotation))
+    if typing.get_origin(annotation) is typing.Union:
+        return " or ".join(_type_name(part) for part in typing.get_args(annotation))
+    return str(annotation).replace("typing.", "").lower()
+
+
+def _megatron_refusal(config: RunConfig) -> str | None:
+    """First line of what TransformerConfig says to these settings, None where it takes them."""
+    from megatron.core.transformer import TransformerConfig
+
+    model, parallel = config.model, config.parallel
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    base: dict[str, Any] = {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "num_attention_heads": model.softmax.num_heads or model.sse.num_heads,
+        "num_query_groups": model.softmax.num_kv_heads,
+        "kv_channels": model.softmax.head_dim or model.sse.head_dim,
+        "tensor_model_parallel_size": parallel.tensor,
+        "sequence_parallel": parallel.sequence,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        "bf16": config.training.precision == "bf16",
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+    if config.training.recompute == "full":
+        base |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            TransformerConfig(**(base | transformer_fields(config)))
+    except (ValueError, AssertionError, ImportError, RuntimeError) as error:
+        return " ".join(str(error).split()) or type(error).__name__
+    return None
