@@ -1,0 +1,142 @@
+"""Token files are checked before they are used: a wrong one is refused in one line."""
+
+from __future__ import annotations
+
+import logging
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import DType
+
+from megatron_sse.config import RunConfig
+from megatron_sse.data.metadata import read_metadata
+from megatron_sse.data.tokenizer import VOCAB_SIZE
+from megatron_sse.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER_BYTES = 34
+# Larger files are read at their head and tail only, so that a run starts within seconds.
+CHECKED_BYTES = 1 << 28
+CHUNK_TOKENS = 1 << 22
+
+
+@dataclass
+class Index:
+    """What <prefix>.idx says: token dtype, bytes of the .bin, its tokens and the offsets [D + 1] of its documents."""
+
+    dtype: np.dtype
+    bin_bytes: int
+    offsets_D1: np.ndarray
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.offsets_D1[-1])
+
+
+def check_data(config: RunConfig) -> None:
+    """Check the run's token files. Raises UserError. Files that data.corpus will build are checked when they are."""
+    data, training = config.data, config.training
+    if data.corpus is not None and config.model.vocab_size != VOCAB_SIZE:
+        raise UserError(
+            f"model.vocab_size: {config.model.vocab_size} given, data.corpus: {data.corpus} has {VOCAB_SIZE} byte tokens; "
+            f"set model.vocab_size: {VOCAB_SIZE}"
+        )
+    # A corpus file without index is one that is not built yet.
+    if data.corpus is None or Path(data.train + ".idx").exists():
+        check_token_file("data.train", data.train, config.model.vocab_size, data.sequence_length)
+    if data.validation and (data.corpus is None or Path(data.validation + ".idx").exists()):
+        needed = training.validation_batches * training.global_batch_size
+        check_token_file("data.validation", data.validation, config.model.vocab_size, data.sequence_length, needed)
+
+
+def check_token_file(key: str, prefix: str, vocab_size: int, sequence_length: int, samples: int = 1) -> Index:
+    """Check the file behind the setting `key` and return its index. Raises UserError."""
+    check_exists(key, prefix)
+    index = read_index(Path(prefix + ".idx"))
+    bin_path = Path(prefix + ".bin")
+    size = bin_path.stat().st_size
+    if size != index.bin_bytes:
+        raise UserError(
+            f"{bin_path}: {size} bytes, its index says {index.bin_bytes}; the file is truncated or belongs to another "
+            "index, build it again"
+        )
+    available = (index.num_tokens - 1) // sequence_length
+    if available < samples:
+        raise UserError(
+            f"{key}: {prefix} has {index.num_tokens} tokens, {max(available, 0)} samples of data.sequence_length "
+            f"{sequence_length}; {samples} are needed"
+            + (", lower training.validation_batches" if key == "data.validation" else ", lower data.sequence_length")
+            + " or give a larger file"
+        )
+    metadata = read_metadata(prefix)
+    if metadata is not None and metadata.vocab_size != vocab_size:
+        raise UserError(
+            f"model.vocab_size: {vocab_size} given, but {prefix}.json says {metadata.vocab_size} "
+            f"(tokenizer {metadata.tokenizer}); set model.vocab_size: {metadata.vocab_size}"
+        )
+    check_token_ids(key, bin_path, index.dtype, vocab_size)
+    return index
+
+
+def check_exists(key: str, prefix: str) -> None:
+    """Raises UserError unless both files of a prefix are there."""
+    for suffix in (".idx", ".bin"):
+        if Path(prefix + suffix).is_file():
+            continue
+        if Path(prefix).suffix in (".idx", ".bin") and Path(prefix).is_file():
+            raise UserError(f"{key}: {prefix} given, give it without {Path(prefix).suffix}")
+        hint = ", or set data.corpus: python_stdlib to build one" if suffix == ".idx" else ""
+        raise UserError(f"{key}: {prefix}{suffix} not found; give the common prefix of a .bin and a .idx file{hint}")
+
+
+def read_index(path: Path) -> Index:
+    """Read and check an index of Megatron's format, version 1. Raises UserError."""
+    header = path.open("rb").read(HEADER_BYTES)
+    if header[:9] != MAGIC:
+        raise UserError(f"{path}: not an index of a Megatron token file (starts with {header[:9]!r}, not {MAGIC!r})")
+    if len(header) < HEADER_BYTES:
+        raise UserError(f"{path}: {len(header)} bytes, the header alone has {HEADER_BYTES}; truncated, build it again")
+    version, code, sequences, documents = struct.unpack("<QBQQ", header[9:])
+    if version != 1:
+        raise UserError(f"{path}: index version {version}, only version 1 can be read")
+    if code not in {kind.value for kind in DType} or not np.issubdtype(DType.dtype_from_code(code), np.integer):
+        raise UserError(f"{path}: token dtype code {code} is not that of an integer type; build it again")
+    expected = HEADER_BYTES + 12 * sequences + 8 * documents
+    if path.stat().st_size not in (expected, expected + sequences):
+        raise UserError(f"{path}: {path.stat().st_size} bytes, its header says {expected}; truncated, build it again")
+    dtype = np.dtype(DType.dtype_from_code(code))
+    with path.open("rb") as stream:
+        stream.seek(HEADER_BYTES)
+        lengths_S = np.fromfile(stream, np.int32, sequences)
+        pointers_S = np.fromfile(stream, np.int64, sequences)
+        bounds_D1 = np.fromfile(stream, np.int64, documents)
+    offsets_S1 = np.concatenate([[0], np.cumsum(lengths_S, dtype=np.int64)])
+    if (lengths_S < 0).any() or not np.array_equal(pointers_S, offsets_S1[:-1] * dtype.itemsize):
+        raise UserError(f"{path}: sequences do not follow each other in the .bin file; build it again")
+    if len(bounds_D1) < 2 or bounds_D1[0] != 0 or bounds_D1[-1] != sequences or (np.diff(bounds_D1) < 0).any():
+        raise UserError(f"{path}: document bounds do not cover the {sequences} sequences in order; build it again")
+    return Index(dtype, int(offsets_S1[-1]) * dtype.itemsize, offsets_S1[bounds_D1])
+
+
+def check_token_ids(key: str, path: Path, dtype: np.dtype, vocab_size: int) -> None:
+    """Raises UserError where a token lies outside 0 to vocab_size - 1."""
+    tokens_T = np.memmap(path, dtype=dtype, mode="r")
+    ranges = [(0, len(tokens_T))]
+    if tokens_T.nbytes > CHECKED_BYTES:
+        half = CHECKED_BYTES // (2 * dtype.itemsize)
+        ranges = [(0, half), (len(tokens_T) - half, len(tokens_T))]
+        logger.info("%s: token ids checked in the first and last %d of %d tokens", path, half, len(tokens_T))
+    for begin, end in ranges:
+        for first in range(begin, end, CHUNK_TOKENS):
+            chunk_T = tokens_T[first : min(first + CHUNK_TOKENS, end)]
+            if chunk_T.max() < vocab_size and chunk_T.min() >= 0:
+                continue
+            position = first + int(np.argmax((chunk_T >= vocab_size) | (chunk_T < 0)))
+            raise UserError(
+                f"{key}: {path} holds token id {tokens_T[position]} at token {position}, allowed are 0 to "
+                f"model.vocab_size - 1 = {vocab_size - 1}; set model.vocab_size to that of the tokenizer"
+            )

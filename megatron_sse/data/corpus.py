@@ -1,0 +1,109 @@
+"""A corpus that every machine already has: the sources of Python's own standard library."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+import sysconfig
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+from megatron_sse.config import RunConfig
+from megatron_sse.data.metadata import Metadata
+from megatron_sse.data.tokenizer import VOCAB_SIZE, encode_document
+from megatron_sse.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Tests repeat the library's text and character tables are no text. (site-packages is no identifier, see below.)
+SKIPPED_FOLDERS = {"test", "tests", "idle_test", "encodings", "__pycache__"}
+VALIDATION_SHARE = 0.07
+MIN_BYTES = 1_000_000
+
+
+def prepare_corpus(config: RunConfig) -> None:
+    """Build the token files that `data.corpus` asks for and that do not exist. One process of a machine calls it."""
+    if config.data.corpus is None:
+        return
+    prefixes = {"training": config.data.train, "validation": config.data.validation}
+    missing = {part: prefix for part, prefix in prefixes.items() if prefix and not Path(prefix + ".idx").exists()}
+    if not missing:
+        return
+    parts = split_documents(read_documents(Path(sysconfig.get_paths()["stdlib"])))
+    bits_B = byte_bits(parts["training"])
+    for part, prefix in missing.items():
+        metadata = write_token_file(prefix, parts[part], bits_B)
+        logger.info("built %s: %d documents, %d tokens", prefix, metadata.documents, metadata.tokens)
+
+
+def read_documents(folder: Path) -> dict[str, bytes]:
+    """One document per top-level module or package of `folder`: its .py files joined in the order of their paths."""
+    paths: list[Path] = []
+    for parent, folders, files in os.walk(folder):
+        # Folders that are no packages (config-3.11-x86_64-linux-gnu) hold build scripts.
+        folders[:] = [name for name in folders if name.isidentifier() and name not in SKIPPED_FOLDERS]
+        paths += [Path(parent, name) for name in files if name.endswith(".py")]
+    documents: dict[str, bytes] = {}
+    for path in sorted(paths):
+        name = path.relative_to(folder).parts[0].removesuffix(".py")
+        documents[name] = documents.get(name, b"") + path.read_bytes()
+    size = sum(map(len, documents.values()))
+    if size < MIN_BYTES:
+        raise UserError(
+            f"data.corpus: python_stdlib found {size} bytes of Python sources in {folder}, at least {MIN_BYTES} are "
+            "needed; use a Python installed with its sources, or give data.train and no data.corpus"
+        )
+    return {name: document for name, document in sorted(documents.items()) if document}
+
+
+def split_documents(documents: dict[str, bytes]) -> dict[str, dict[str, bytes]]:
+    """Whole documents held out for validation, in the order of their names' hashes, up to VALIDATION_SHARE of bytes."""
+    limit = VALIDATION_SHARE * sum(map(len, documents.values()))
+    held_out: set[str] = set()
+    held_bytes = 0
+    for name in sorted(documents, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        # A document of more than a third of the part would decide the validation loss alone.
+        if held_bytes + len(documents[name]) <= limit and len(documents[name]) <= limit / 3:
+            held_out.add(name)
+            held_bytes += len(documents[name])
+    return {
+        "training": {name: document for name, document in documents.items() if name not in held_out},
+        "validation": {name: document for name, document in documents.items() if name in held_out},
+    }
+
+
+def byte_bits(documents: dict[str, bytes]) -> np.ndarray:
+    """Code length in bits (float64 [vocab]) of each token by its frequency in `documents`, unseen ones counted once."""
+    counts = np.ones(VOCAB_SIZE)
+    for document in documents.values():
+        counts += np.bincount(encode_document(document), minlength=VOCAB_SIZE)
+    return math.log2(counts.sum()) - np.log2(counts)
+
+
+def write_token_file(prefix: str, documents: dict[str, bytes], bits_B: np.ndarray) -> Metadata:
+    """Write <prefix>.bin, .json and .idx. They appear complete or not at all, the index last."""
+    target = Path(prefix)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=target.name + ".building-", dir=target.parent) as folder:
+        temporary = Path(folder) / "part"
+        builder = IndexedDatasetBuilder(f"{temporary}.bin", dtype=np.uint16)
+        tokens, bits = 0, 0.0
+        for document in documents.values():
+            tokens_T = encode_document(document)
+            tokens += len(tokens_T)
+            bits += float(bits_B[tokens_T].sum())
+            builder.add_document(torch.from_numpy(tokens_T), [len(tokens_T)])
+        builder.finalize(f"{temporary}.idx")
+        size = sum(map(len, documents.values()))
+        metadata = Metadata("bytes", VOCAB_SIZE, len(documents), tokens, size, bits / size)
+        metadata.write(Path(f"{temporary}.json"))
+        # A run takes a file as there once its index is.
+        for suffix in (".bin", ".json", ".idx"):
+            os.replace(f"{temporary}{suffix}", f"{prefix}{suffix}")
+    return metadata
