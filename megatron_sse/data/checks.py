@@ -42,7 +42,7 @@ def check_data(config: RunConfig) -> None:
     data, training = config.data, config.training
     if data.corpus is not None and config.model.vocab_size != VOCAB_SIZE:
         raise UserError(
-            f"model.vocab_size: {config.model.vocab_size} given, data.corpus: {data.corpus} has {VOCAB_SIZE} byte tokens; "
+            f"model.vocab_size: {config.model.vocab_size} given, data.corpus: {data.corpus} has {VOCAB_SIZE} tokens; "
             f"set model.vocab_size: {VOCAB_SIZE}"
         )
     # A corpus file without index is one that is not built yet.

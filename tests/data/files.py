@@ -33,7 +33,7 @@ def data_parallel_groups(rank: int = 0, size: int = 1) -> ProcessGroupCollection
 
 
 def run_config(train: str, **sections: dict[str, Any]) -> RunConfig:
-    """A small run on `train`; settings of the sections model, data, training and monitor are replaced by those given."""
+    """A small run on `train`; settings given for a section replace its own."""
     values: dict[str, Any] = {
         "model": {
             "num_layers": 2,
