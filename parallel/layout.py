@@ -26,6 +26,10 @@ class TokenLayout(PackedSeqParams):
         document_T: int64 [T], the document of each flat token.
         position_BL: int64 [B, L], position inside the document.
         real_BL: bool [B, L], False for padding; None where every token is real.
+        layer_loss_scale: gradient of the losses that layers add themselves (the balance loss) before their
+            coefficient; the trainer sets it, None leaves them out.
+        layer_loss_scale: gradient of losses that layers add (scalar tensor), set by the training step: the
+            micro-batch's loss tokens times the optimizer's loss scale. None where such losses are not trained.
     """
 
     # Megatron's own attention would otherwise flatten the batch and read cu_seqlens.
@@ -38,6 +42,7 @@ class TokenLayout(PackedSeqParams):
     document_T: Tensor
     position_BL: Tensor
     real_BL: Tensor | None = None
+    layer_loss_scale: Tensor | None = None
 
     @classmethod
     def from_starts(
