@@ -6,6 +6,7 @@ Megatron-Core and everything above it runs unmodified; nothing else in the proje
 
 import contextlib
 import logging
+import os
 import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Device:
-    """Where this process computes. type: torch's device type, backend: of torch.distributed, description: for people."""
+    """Where this process computes: torch's device type, torch.distributed's backend, a description for people."""
 
     type: str
     backend: str
@@ -39,6 +40,8 @@ class Device:
 
 def setup_device(local_rank: int) -> Device:
     """Pick GPU number `local_rank` of this machine, or the CPU with Megatron-Core made to run on it."""
+    # Megatron-Core overlaps communication with matrix products by the order of their launches.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
         return Device("cuda", "nccl", torch.cuda.get_device_name())
@@ -50,16 +53,18 @@ def install_cpu_stand_ins() -> None:
     """Make Megatron-Core run on the CPU in this process; does nothing when called again."""
     if any(isinstance(mode, CudaOnCpu) for mode in _get_current_function_mode_stack()):
         return
-    cpu = torch.device("cpu")
-    torch.cuda.current_device = lambda: cpu
-    torch.cuda.synchronize = _do_nothing
-    torch.cuda.manual_seed = torch.default_generator.manual_seed
-    torch.cuda.get_rng_state = _get_rng_state
-    torch.cuda.set_rng_state = _set_rng_state
-    megatron_random._get_cuda_rng_state = _get_rng_state
-    megatron_random._set_cuda_rng_state = _set_rng_state
-    megatron_random.CudaRNGStatesTracker = CpuRNGStatesTracker
-    torch.autograd._engine_run_backward = _engine_run_backward
+    for module, name, stand_in in (
+        (torch.cuda, "current_device", _current_device),
+        (torch.cuda, "synchronize", _do_nothing),
+        (torch.cuda, "manual_seed", torch.default_generator.manual_seed),
+        (torch.cuda, "get_rng_state", _get_rng_state),
+        (torch.cuda, "set_rng_state", _set_rng_state),
+        (megatron_random, "_get_cuda_rng_state", _get_rng_state),
+        (megatron_random, "_set_cuda_rng_state", _set_rng_state),
+        (megatron_random, "CudaRNGStatesTracker", CpuRNGStatesTracker),
+        (torch.autograd, "_engine_run_backward", _engine_run_backward),
+    ):
+        setattr(module, name, stand_in)
     # Never left: it has to hold for as long as the process lives.
     CudaOnCpu().__enter__()
     logger.info("no GPU found: running on the CPU with gloo, CUDA calls of Megatron-Core are answered by the CPU")
@@ -83,6 +88,8 @@ class CudaOnCpu(TorchFunctionMode):
 
 class CpuRNGStatesTracker(megatron_random.CudaRNGStatesTracker):
     """Megatron-Core's tracker without its check that the CPU generator stays untouched: here it is the device's own."""
+
+    _current_state_name: str
 
     @contextlib.contextmanager
     def fork(self, name: str = megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
@@ -110,6 +117,10 @@ def _engine_run_backward(*args: Any, **kwargs: Any) -> Any:
     # A mode is off while it handles a call such as backward(), and layers recomputed in there need it on.
     with CudaOnCpu():
         return torch.autograd.graph._engine_run_backward(*args, **kwargs)
+
+
+def _current_device() -> torch.device:
+    return torch.device("cpu")
 
 
 def _do_nothing(*args: Any, **kwargs: Any) -> None:
