@@ -1,0 +1,114 @@
+"""Softmax attention layers of hybrids: Megatron-Core's SelfAttention around a core that knows about documents."""
+
+import copy
+
+import torch
+from megatron.core.extensions import transformer_engine as te
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_sse.parallel.layout import TokenLayout
+
+
+class SoftmaxAttention(SelfAttention):
+    """Causal self-attention inside documents; rotary positions count from the start of the document."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: SelfAttentionSubmodules,
+        layer_number: int,
+        rotary_base: float,
+        window: int | None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ):
+        config = copy.copy(config)
+        config.window_size = None if window is None else (window - 1, 0)
+        super().__init__(config, submodules, layer_number, AttnMaskType.causal, cp_comm_type, pg_collection)
+        self.rotary_base = rotary_base
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, packed_seq_params: TokenLayout, **unused
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [L, B, d] (a part of L under sequence parallelism) to (output of the same shape, bias)."""
+        rotary = self._rotary_angles(packed_seq_params) if self.rotary_base else None
+        return super().forward(
+            hidden_states, attention_mask, rotary_pos_emb=rotary, packed_seq_params=packed_seq_params
+        )
+
+    def _rotary_angles(self, layout: TokenLayout) -> Tensor:
+        """Angles [L, B, 1, head dim], fp32."""
+        head_dim = self.hidden_size_per_attention_head
+        exponent = torch.arange(0, head_dim, 2, device=layout.position_BL.device, dtype=torch.float32) / head_dim
+        angles = layout.position_BL.t()[:, :, None, None] * self.rotary_base**-exponent
+        return torch.cat((angles, angles), dim=-1)
+
+
+class TorchAttention(torch.nn.Module):
+    """Core attention with torch's scaled_dot_product_attention. Signature of Megatron-Core's core attentions."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ):
+        super().__init__()
+        self.window = None if config.window_size is None else config.window_size[0] + 1
+        self.softmax_scale = softmax_scale
+        self.dropout = config.attention_dropout
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask, attn_mask_type, attention_bias, packed_seq_params
+    ) -> Tensor:
+        """query [L, B, heads, head dim], key and value with as many or fewer heads; returns [L, B, heads * head dim]."""
+        layout: TokenLayout = packed_seq_params
+        mask = self._mask(layout)
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out = scaled_dot_product_attention(
+            q, k, v, mask, self.dropout if self.training else 0.0, mask is None, self.softmax_scale, enable_gqa=True
+        )
+        return out.permute(2, 0, 1, 3).flatten(-2)
+
+    def _mask(self, layout: TokenLayout) -> Tensor | None:
+        """Which keys a query sees, bool [B, 1, L, L]; None where plain causal attention is meant."""
+        if layout.num_documents == layout.batch_size and self.window is None:
+            return None
+        position = torch.arange(layout.length, device=layout.document_T.device)
+        distance = position[:, None] - position
+        seen = distance >= 0 if self.window is None else (distance >= 0) & (distance < self.window)
+        document_BL = layout.document_T.view(layout.batch_size, layout.length)
+        return (seen & (document_BL[:, :, None] == document_BL[:, None]))[:, None]
+
+
+class TEAttention(te.TEDotProductAttention if te.HAVE_TE else torch.nn.Module):  # type: ignore[misc]
+    """Core attention of Transformer Engine over flat tokens, one entry of cu_seqlens per document."""
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask, attn_mask_type, attention_bias, packed_seq_params
+    ) -> Tensor:
+        """Shapes as in TorchAttention."""
+        layout: TokenLayout = packed_seq_params
+        cu_seqlens = layout.offsets_D1.int()
+        documents = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=layout.max_document,
+            max_seqlen_kv=layout.max_document,
+        )
+        q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
+        out = super().forward(
+            q, k, v, None, attn_mask_type=AttnMaskType.padding_causal, packed_seq_params=documents
+        )
+        return out.view(layout.batch_size, layout.length, -1).transpose(0, 1)

@@ -1,0 +1,82 @@
+"""The router: which partitions a token writes to and reads from, and the loss that keeps them in balance."""
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_sse.kernels import Routes, route
+from megatron_sse.model.features import softmax_fp32
+from megatron_sse.model.projections import ReplicatedLinear
+from megatron_sse.parallel.layout import TokenLayout
+
+
+class Router(torch.nn.Module):
+    """Top partitions by softmax(x We) (arXiv 2507.16577, section 3.2), fp32, alike on all ranks of a tensor group."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        num_partitions: int,
+        num_writers: int,
+        num_readers: int,
+        pg_collection: ProcessGroupCollection,
+    ):
+        super().__init__()
+        self.num_writers, self.num_readers = num_writers, num_readers
+        self.tp_group = pg_collection.tp
+        self.sequence_parallel = config.sequence_parallel
+        dtype = torch.promote_types(config.params_dtype, torch.float32)
+        self.proj = ReplicatedLinear(config, config.hidden_size, num_partitions, dtype)
+
+    def forward(self, hidden_LBd: Tensor, layout: TokenLayout) -> tuple[Routes, Tensor]:
+        """The picks of all B * L tokens, and the balance loss of the micro-batch.
+
+        hidden_LBd: [L, B, d], under sequence parallelism this rank's part of L.
+        """
+        own_LBN = softmax_fp32(self.proj(hidden_LBd))
+        # Each tensor rank knows its own heads' part of the task's gradient: both forms sum it over the group.
+        if self.sequence_parallel:
+            prob_LBN = gather_from_sequence_parallel_region(own_LBN, group=self.tp_group)
+        else:
+            prob_LBN = copy_to_tensor_model_parallel_region(own_LBN, self.tp_group)
+        routes = route(prob_LBN.transpose(0, 1).flatten(0, 1), self.num_writers, self.num_readers)
+        return routes, self._balance_loss(own_LBN, routes, layout)
+
+    def _balance_loss(self, own_LBN: Tensor, routes: Routes, layout: TokenLayout) -> Tensor:
+        """(N / K) sum_i f_i p_i over real tokens: f the share of tokens that write to i, p the mean probability.
+
+        Computed from the probabilities before they enter the heads' region, so that its gradient, complete on every
+        tensor rank, is not summed there.
+        """
+        real_BL = torch.ones_like(layout.position_BL) if layout.real_BL is None else layout.real_BL
+        real_BL = real_BL.to(own_LBN.dtype)
+        num_real = real_BL.sum().clamp(min=1)
+        share_N = (routes.scatter(routes.write_weight_TP(False)) * real_BL.flatten()[:, None]).sum(0) / num_real
+
+        real_LB = real_BL.t()
+        if self.sequence_parallel:
+            real_LB = real_LB.chunk(self.tp_group.size())[self.tp_group.rank()]
+        prob_N = (own_LBN * real_LB[..., None]).sum((0, 1)) / num_real
+        if self.sequence_parallel:
+            prob_N = reduce_from_tensor_model_parallel_region(prob_N, self.tp_group)
+        return own_LBN.shape[-1] / self.num_writers * (share_N.detach() * prob_N).sum()
+
+
+class AttachLoss(torch.autograd.Function):
+    """Hands `x` on unchanged and gives `loss` the gradient `scale`: a loss of a layer, apart from the model's output."""
+
+    @staticmethod
+    def forward(ctx, x, loss, scale):
+        ctx.save_for_backward(scale)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (scale,) = ctx.saved_tensors
+        return grad, scale, None
