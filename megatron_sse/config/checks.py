@@ -35,6 +35,8 @@ def show(value: Any) -> str:
     """A value as it would stand in YAML, short enough for one line."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, dict):
+        return "a section"
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

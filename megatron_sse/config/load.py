@@ -33,7 +33,6 @@ _ALLOWED = {
     "less_than": "less than {lt}",
     "less_than_equal": "at most {le}",
     "literal_error": "{expected}",
-    "setting": "{allowed}",
 }
 
 
@@ -89,6 +88,7 @@ def _apply_override(values: dict[str, Any], places: dict[str, str], override: st
     *parents, name = key.split(".")
     section = values
     for depth, parent in enumerate(parents):
+        places.setdefault(".".join(parents[: depth + 1]), COMMAND_LINE)
         if section.get(parent) is None:
             section[parent] = {}
         section = section[parent]
@@ -142,15 +142,15 @@ def _describe(details: ErrorDetails, places: dict[str, str]) -> str:
     """One line for one error of pydantic's."""
     key = ".".join(str(part) for part in details["loc"])
     context = details.get("ctx", {})
-    if details["type"] == "problem":
-        return f"{_place(context['key'], places)}: {context['key']}: {context['text']}"
-    if details["type"] == "extra_forbidden":
-        return f"{_place(key, places)}: {_describe_unknown(key)}"
-    given = "nothing" if details["type"] == "missing" else show(details["input"])
-    if isinstance(details["input"], dict) and details["type"] != "missing":
-        given = "a section"
-    allowed = _ALLOWED.get(details["type"], details["msg"]).format(**context)
-    text = context["text"] if "text" in context else f"got {given}, allowed {allowed}"
+    if "text" in context:
+        key = context.get("key", key)
+        text = context["text"]
+    elif details["type"] == "extra_forbidden":
+        text = _describe_unknown(key)
+    else:
+        given = "nothing" if details["type"] == "missing" else show(details["input"])
+        allowed = _ALLOWED.get(details["type"], details["msg"]).format(**context)
+        text = f"got {given}, allowed {allowed}"
     return f"{_place(key, places)}: {key}: {text}"
 
 
@@ -161,7 +161,7 @@ def _describe_unknown(key: str) -> str:
     # A key may be right and its section wrong.
     nearest += [other for other in schema_keys() if other.rpartition(".")[2] == name]
     hint = f"; did you mean {nearest[0]}?" if nearest else ""
-    return f"{key}: got an unknown key, allowed {', '.join(siblings)}{hint}"
+    return f"got an unknown key, allowed {', '.join(siblings)}{hint}"
 
 
 def schema_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:

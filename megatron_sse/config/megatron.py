@@ -136,13 +136,11 @@ def _field_problem(name: str, value: Any, types: dict[str, Any]) -> str | None:
 
 
 def _settable(annotation: Any) -> bool:
-    parts = typing.get_args(annotation) or (annotation,)
-    if typing.get_origin(annotation) is typing.Literal:
-        return True
-    plain = (bool, int, float, str, type(None))
-    return any(part in plain[:4] or typing.get_origin(part) or _is_enum(part) for part in parts) and not any(
-        part is torch.dtype for part in parts
-    )
+    """Whether a field takes plain values; callables, dtypes and objects are for code to set."""
+    if typing.get_origin(annotation) is typing.Union:
+        return any(_settable(part) for part in typing.get_args(annotation) if part is not type(None))
+    plain = (bool, int, float, str, list, tuple)
+    return annotation in plain or typing.get_origin(annotation) in (typing.Literal, list, tuple) or _is_enum(annotation)
 
 
 def _is_enum(annotation: Any) -> bool:
@@ -152,11 +150,8 @@ def _is_enum(annotation: Any) -> bool:
 def _convert(annotation: Any, value: Any) -> Any:
     if _is_enum(annotation) and isinstance(value, str) and value in annotation.__members__:
         return annotation[value]
-    if isinstance(value, bool) and annotation is not bool and bool not in typing.get_args(annotation):
-        # An int field would take true for 1.
-        return TypeAdapter(annotation).validate_python(value, strict=True)
-    strict = not (isinstance(value, list) or _is_enum(annotation))
-    return TypeAdapter(annotation).validate_python(value, strict=strict)
+    # Not strict for lists alone, which YAML has in the place of tuples: an integer field must not take true for 1.
+    return TypeAdapter(annotation).validate_python(value, strict=not isinstance(value, list))
 
 
 def _type_name(annotation: Any) -> str:

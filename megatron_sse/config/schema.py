@@ -6,7 +6,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from megatron_sse.config.checks import find_problem
+from megatron_sse.config.checks import find_problem, show
 from megatron_sse.config.pattern import expand_pattern
 
 Recurrence = Literal["gla", "gdn"]
@@ -110,7 +110,9 @@ class ModelConfig(Section):
     @classmethod
     def _check_pattern(cls, layers: Any) -> Any:
         if not isinstance(layers, str) and not (isinstance(layers, list) and all(isinstance(e, str) for e in layers)):
-            raise PydanticCustomError("setting", "{allowed}", {"allowed": "a pattern such as 5*sse, softmax or a list"})
+            raise PydanticCustomError(
+                "setting", "{text}", {"text": f"got {show(layers)}, allowed 5*sse, softmax or a list"}
+            )
         try:
             expand_pattern(layers)
         except ValueError as error:
@@ -221,7 +223,7 @@ class RunConfig(Section):
             self.optimizer.decay_steps = self.training.steps // 5 if self.optimizer.schedule == "wsd" else 0
         problem = find_problem(self)
         if problem is not None:
-            raise PydanticCustomError("problem", "{key}: {text}", {"key": problem.key, "text": problem.text})
+            raise PydanticCustomError("setting", "{key}: {text}", {"key": problem.key, "text": problem.text})
         return self
 
     def to_yaml(self) -> str:
