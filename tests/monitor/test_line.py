@@ -34,7 +34,11 @@ def test_what_is_not_known_is_left_out():
 
 
 def test_a_skipped_step_says_so():
-    assert replace(PROGRESS, skipped=True, loss=float("nan")).line().endswith("left | SKIPPED: loss or gradient not finite")
+    assert (
+        replace(PROGRESS, skipped=True, loss=float("nan"))
+        .line()
+        .endswith("left | SKIPPED: loss or gradient not finite")
+    )
 
 
 @pytest.mark.parametrize(
