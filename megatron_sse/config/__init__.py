@@ -3,7 +3,7 @@
 from megatron_sse.config.checks import check_world_size
 from megatron_sse.config.ignored import ignored_settings
 from megatron_sse.config.load import load_config
-from megatron_sse.config.megatron import transformer_fields
+from megatron_sse.config.megatron import transformer_settings
 from megatron_sse.config.schema import (
     CheckpointConfig,
     DataConfig,
@@ -31,5 +31,5 @@ __all__ = [
     "check_world_size",
     "ignored_settings",
     "load_config",
-    "transformer_fields",
+    "transformer_settings",
 ]

@@ -60,6 +60,7 @@ _FIXED = {
     "batch_p2p_comm",
     "calculate_per_token_loss",
     "gated_linear_unit",
+    "gradient_accumulation_fusion",
     "hetereogenous_dist_checkpoint",
     "heterogeneous_block_specs",
     "normalization",
@@ -87,10 +88,49 @@ _ABSENT = {
 }
 
 
-def transformer_fields(config: RunConfig) -> dict[str, Any]:
-    """`model.transformer` as keyword arguments of TransformerConfig: enums by name, lists as tuples where asked."""
-    types = _field_types()
-    return {name: _convert(types[name], value) for name, value in config.model.transformer.items()}
+def transformer_settings(config: RunConfig) -> dict[str, Any]:
+    """A run's settings as keyword arguments of TransformerConfig, `model.transformer` over all others."""
+    model, parallel = config.model, config.parallel
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.training.precision]
+    # A model without softmax layers has no attention heads of its own; Megatron-Core wants a number.
+    num_heads = model.softmax.num_heads or model.sse.num_heads
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    interleaved = parallel.virtual_pipeline > 1
+    settings = dict(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=num_heads,
+        num_query_groups=model.softmax.num_kv_heads or num_heads,
+        kv_channels=model.softmax.head_dim or model.sse.head_dim,
+        qk_layernorm=model.softmax.qk_norm,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=model.init_std,
+        # Weights are drawn by the model itself, the same in every layout.
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        tensor_model_parallel_size=parallel.tensor,
+        sequence_parallel=parallel.sequence,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
+        # On two stages the interleaved schedule mixes up its batched sends and receives (gradients come out wrong).
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        calculate_per_token_loss=True,
+        hetereogenous_dist_checkpoint=True,
+        **(recompute if config.training.recompute == "full" else {}),
+    )
+    types = _field_types() if model.transformer else {}
+    return settings | {name: _convert(types[name], value) for name, value in model.transformer.items()}
 
 
 def find_transformer_problem(config: RunConfig) -> Problem | None:
@@ -168,38 +208,13 @@ def _type_name(annotation: Any) -> str:
 
 
 def _megatron_refusal(config: RunConfig) -> str | None:
-    """First line of what TransformerConfig says to these settings, None where it takes them."""
-    from megatron.core.transformer import TransformerConfig
-
-    model, parallel = config.model, config.parallel
-    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-    base: dict[str, Any] = {
-        "num_layers": model.num_layers,
-        "hidden_size": model.hidden_size,
-        "ffn_hidden_size": model.ffn_hidden_size,
-        "num_attention_heads": model.softmax.num_heads or model.sse.num_heads,
-        "num_query_groups": model.softmax.num_kv_heads,
-        "kv_channels": model.softmax.head_dim or model.sse.head_dim,
-        "tensor_model_parallel_size": parallel.tensor,
-        "sequence_parallel": parallel.sequence,
-        "pipeline_model_parallel_size": parallel.pipeline,
-        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
-        "bf16": config.training.precision == "bf16",
-        "params_dtype": dtype,
-        "pipeline_dtype": dtype,
-        "normalization": "RMSNorm",
-        "gated_linear_unit": True,
-        "activation_func": torch.nn.functional.silu,
-        "add_bias_linear": False,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-    }
-    if config.training.recompute == "full":
-        base |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    """What TransformerConfig says to these settings in one line, None where it takes them."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            TransformerConfig(**(base | transformer_fields(config)))
+            from megatron.core.transformer import TransformerConfig
+
+            TransformerConfig(**transformer_settings(config))
     except (ValueError, AssertionError, ImportError, RuntimeError) as error:
         return " ".join(str(error).split()) or type(error).__name__
     return None

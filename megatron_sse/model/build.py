@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from megatron_sse.config import ModelConfig, RunConfig
+from megatron_sse.config import ModelConfig, RunConfig, transformer_settings
 from megatron_sse.model.attention import SoftmaxAttention
 from megatron_sse.model.backend import Backend, choose_backend
 from megatron_sse.model.initialize import initialize_weights
@@ -112,44 +112,6 @@ def _sse_spec(kind: str, model: ModelConfig, backend: Backend) -> ModuleSpec:
 
 def transformer_config(config: RunConfig, backend: Backend) -> TransformerConfig:
     """Megatron-Core's settings for a run."""
-    model, parallel = config.model, config.parallel
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.training.precision]
-    # A model without softmax layers has no attention heads of its own; Megatron-Core wants a number.
-    num_heads = model.softmax.num_heads or model.sse.num_heads
-    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    interleaved = parallel.virtual_pipeline > 1
-    settings = dict(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        ffn_hidden_size=model.ffn_hidden_size,
-        num_attention_heads=num_heads,
-        num_query_groups=model.softmax.num_kv_heads or num_heads,
-        kv_channels=model.softmax.head_dim or model.sse.head_dim,
-        qk_layernorm=model.softmax.qk_norm,
-        normalization="RMSNorm",
-        layernorm_epsilon=model.norm_epsilon,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        init_method_std=model.init_std,
-        # Weights are drawn in initialize.py, the same in every layout.
-        use_cpu_initialization=True,
-        perform_initialization=False,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype is torch.bfloat16,
-        tensor_model_parallel_size=parallel.tensor,
-        sequence_parallel=parallel.sequence and parallel.tensor > 1,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
-        # On two stages the interleaved schedule mixes up its batched sends and receives (gradients come out wrong).
-        overlap_p2p_comm=interleaved,
-        batch_p2p_comm=not interleaved,
-        calculate_per_token_loss=True,
-        gradient_accumulation_fusion=backend.fuse_gradient_accumulation,
-        hetereogenous_dist_checkpoint=True,
-        **(recompute if config.training.recompute == "full" else {}),
+    return TransformerConfig(
+        **transformer_settings(config), gradient_accumulation_fusion=backend.fuse_gradient_accumulation
     )
-    return TransformerConfig(**{**settings, **model.transformer})

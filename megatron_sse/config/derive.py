@@ -1,0 +1,72 @@
+"""Values that follow from the settings, for people to read before a run starts."""
+
+from collections import Counter
+
+from megatron_sse.config.checks import check_world_size
+from megatron_sse.config.schema import ModelConfig, RunConfig
+
+
+def count_parameters(model: ModelConfig) -> dict[str, int]:
+    """Parameters by part, over all layers: embedding, output, norms, mlp and the mixers by kind of layer.
+
+    The embedding counts with its padding; a tied output has no parameters of its own.
+    """
+    kinds = Counter(model.layer_kinds())
+    embedding = model.padded_vocab_size * model.hidden_size
+    counts = {
+        "embedding": embedding,
+        "output": 0 if model.tie_embeddings else embedding,
+        "norms": (2 * model.num_layers + 1) * model.hidden_size,
+        "mlp": 3 * model.num_layers * model.hidden_size * model.ffn_hidden_size,
+    }
+    for kind, layers in kinds.items():
+        counts[kind] = layers * (_softmax_mixer(model) if kind == "softmax" else _sse_mixer(model, kind))
+    return counts
+
+
+def _softmax_mixer(model: ModelConfig) -> int:
+    softmax = model.softmax
+    heads = 2 * softmax.num_heads + 2 * softmax.num_kv_heads
+    return model.hidden_size * softmax.head_dim * heads + (2 * softmax.head_dim if softmax.qk_norm else 0)
+
+
+def _sse_mixer(model: ModelConfig, kind: str) -> int:
+    sse, hidden, rank = model.sse, model.hidden_size, model.sse.value_head_dim
+    recurrence = sse.recurrence if kind == "sse" else kind
+    partitions = sse.num_partitions if kind == "sse" else 0
+    banks = 2 if partitions else 1  # kinds of banks: shared, sparse
+    keys, values = sse.num_heads * sse.head_dim, sse.num_value_heads * sse.value_head_dim
+    # With the key map one_minus_decay keys come from the decay.
+    maps = 1 if sse.key_map == "one_minus_decay" else 2
+
+    count = hidden * (maps * keys + 2 * values)  # queries, keys, values, output
+    count += maps * keys * sse.short_convolution
+    count += sse.value_head_dim  # output norm
+    if partitions:
+        count += partitions * hidden + maps * rank * (hidden + keys)  # router, low-rank part of the sparse banks
+    if sse.output_gate:
+        count += rank * (hidden + values)
+    if recurrence == "gdn":
+        count += banks * sse.num_value_heads * (2 * hidden + 2)  # decay and write strength; A_log and dt_bias
+    elif sse.decay == "gate":
+        count += banks * (sse.decay_low_rank * (hidden + keys) + keys)
+    return count
+
+
+def describe_run(config: RunConfig, world_size: int) -> list[str]:
+    """What a run of `world_size` processes will be, one line per fact. Raises UserError where sizes do not divide."""
+    model, parallel, training = config.model, config.parallel, config.training
+    data_size = check_world_size(config, world_size)
+    counts = count_parameters(model)
+    layers = ", ".join(f"{count} {kind}" for kind, count in Counter(model.layer_kinds()).items())
+    parts = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)
+    tokens = training.global_batch_size * config.data.sequence_length
+    micro_batches = training.global_batch_size // (training.micro_batch_size * data_size)
+    return [
+        f"layers            {model.num_layers} ({layers}), hidden size {model.hidden_size}",
+        f"parameters        {sum(counts.values()):,} ({parts})",
+        f"processes         {world_size} (tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {data_size})",
+        f"tokens per step   {tokens:,} ({training.global_batch_size} sequences of {config.data.sequence_length:,})",
+        f"micro-batches     {micro_batches} per step of {training.micro_batch_size} sequences each",
+        f"tokens in all     {tokens * training.steps:,} in {training.steps:,} steps",
+    ]
