@@ -28,8 +28,6 @@ class TokenLayout(PackedSeqParams):
         real_BL: bool [B, L], False for padding; None where every token is real.
         layer_loss_scale: gradient of the losses that layers add themselves (the balance loss) before their
             coefficient; the trainer sets it, None leaves them out.
-        layer_loss_scale: gradient of losses that layers add (scalar tensor), set by the training step: the
-            micro-batch's loss tokens times the optimizer's loss scale. None where such losses are not trained.
     """
 
     # Megatron's own attention would otherwise flatten the batch and read cu_seqlens.

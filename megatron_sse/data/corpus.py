@@ -28,7 +28,10 @@ MIN_BYTES = 1_000_000
 
 
 def prepare_corpus(config: RunConfig) -> None:
-    """Build the token files that `data.corpus` asks for and that do not exist. One process of a machine calls it."""
+    """Build the token files that `data.corpus` asks for and that do not exist. One process of a machine calls it.
+
+    Raises UserError where there are no sources or the files cannot be written.
+    """
     if config.data.corpus is None:
         return
     prefixes = {"training": config.data.train, "validation": config.data.validation}
@@ -38,7 +41,11 @@ def prepare_corpus(config: RunConfig) -> None:
     parts = split_documents(read_documents(Path(sysconfig.get_paths()["stdlib"])))
     bits_B = byte_bits(parts["training"])
     for part, prefix in missing.items():
-        metadata = write_token_file(prefix, parts[part], bits_B)
+        try:
+            metadata = write_token_file(prefix, parts[part], bits_B)
+        except OSError as error:
+            key = "data.train" if part == "training" else "data.validation"
+            raise UserError(f"{key}: {prefix} cannot be written ({error}); give a path in a writable folder") from error
         logger.info("built %s: %d documents, %d tokens", prefix, metadata.documents, metadata.tokens)
 
 

@@ -67,7 +67,8 @@ class Monitor:
         """Report step `step`, counted from 1.
 
         losses: "loss" and, with SSE layers, "balance_loss" without its coefficient; read on the last pipeline stage.
-        tokens: of the global batch. seconds: that the step took. skipped: the optimizer did not step.
+        tokens: of the global batch. seconds: that the step took. skipped: the optimizer did not step,
+        on any rank.
         """
         self.tokens += tokens
         self.seconds += seconds

@@ -108,3 +108,9 @@ def test_tests_and_build_scripts_are_left_out(tmp_path):
 def test_a_python_without_sources_is_named(tmp_path):
     with pytest.raises(UserError, match=r"data\.corpus: python_stdlib found 0 bytes"):
         corpus.read_documents(tmp_path)
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(UserError, match=r"data\.train: .*file/train cannot be written"):
+        prepare_corpus(corpus_config(tmp_path / "file"))
