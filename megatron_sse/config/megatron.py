@@ -112,9 +112,10 @@ def transformer_settings(config: RunConfig) -> dict[str, Any]:
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=model.init_std,
-        # Weights are drawn by the model itself, the same in every layout.
+        # The model draws its weights itself, the same in every layout; Megatron marks how they are split meanwhile.
         use_cpu_initialization=True,
-        perform_initialization=False,
+        init_method=_leave,
+        output_layer_init_method=_leave,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -131,6 +132,10 @@ def transformer_settings(config: RunConfig) -> dict[str, Any]:
     )
     types = _field_types() if model.transformer else {}
     return settings | {name: _convert(types[name], value) for name, value in model.transformer.items()}
+
+
+def _leave(weight: torch.Tensor) -> None:
+    """An initialization that leaves the weight as it is."""
 
 
 def find_transformer_problem(config: RunConfig) -> Problem | None:

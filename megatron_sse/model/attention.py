@@ -69,14 +69,28 @@ class TorchAttention(torch.nn.Module):
         self.dropout = config.attention_dropout
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask, attn_mask_type, attention_bias, packed_seq_params
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask,
+        attn_mask_type,
+        attention_bias,
+        packed_seq_params,
     ) -> Tensor:
-        """query [L, B, heads, head dim], key and value with as many or fewer heads; returns [L, B, heads * head dim]."""
-        layout: TokenLayout = packed_seq_params
+        """query [L, B, heads, head dim], key and value with no more heads; returns [L, B, heads * head dim]."""
+        layout = packed_seq_params
         mask = self._mask(layout)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = scaled_dot_product_attention(
-            q, k, v, mask, self.dropout if self.training else 0.0, mask is None, self.softmax_scale, enable_gqa=True
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=mask is None,
+            scale=self.softmax_scale,
+            enable_gqa=True,
         )
         return out.permute(2, 0, 1, 3).flatten(-2)
 
@@ -95,10 +109,17 @@ class TEAttention(te.TEDotProductAttention if te.HAVE_TE else torch.nn.Module): 
     """Core attention of Transformer Engine over flat tokens, one entry of cu_seqlens per document."""
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask, attn_mask_type, attention_bias, packed_seq_params
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask,
+        attn_mask_type,
+        attention_bias,
+        packed_seq_params,
     ) -> Tensor:
         """Shapes as in TorchAttention."""
-        layout: TokenLayout = packed_seq_params
+        layout = packed_seq_params
         cu_seqlens = layout.offsets_D1.int()
         documents = PackedSeqParams(
             qkv_format="thd",
@@ -108,7 +129,5 @@ class TEAttention(te.TEDotProductAttention if te.HAVE_TE else torch.nn.Module): 
             max_seqlen_kv=layout.max_document,
         )
         q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
-        out = super().forward(
-            q, k, v, None, attn_mask_type=AttnMaskType.padding_causal, packed_seq_params=documents
-        )
+        out = super().forward(q, k, v, None, attn_mask_type=AttnMaskType.padding_causal, packed_seq_params=documents)
         return out.view(layout.batch_size, layout.length, -1).transpose(0, 1)

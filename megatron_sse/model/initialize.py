@@ -8,6 +8,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -42,7 +43,7 @@ def global_name(name: str, chunk: GPTModel) -> str:
     return f"decoder.layers.{layer}.{match[2]}"
 
 
-def own_part(whole: Tensor, parameter: Tensor, rank: int, size: int) -> Tensor:
+def own_part(whole: Tensor, parameter: Any, rank: int, size: int) -> Tensor:
     """A tensor rank's part of a whole weight, by the attributes that Megatron-Core's modules set."""
     if not getattr(parameter, "tensor_model_parallel", False):
         return whole
@@ -52,7 +53,7 @@ def own_part(whole: Tensor, parameter: Tensor, rank: int, size: int) -> Tensor:
     return torch.cat(pieces[rank::size], dim)
 
 
-def _whole_shape(parameter: Tensor, groups: ProcessGroupCollection) -> list[int]:
+def _whole_shape(parameter: Any, groups: ProcessGroupCollection) -> list[int]:
     shape = list(parameter.shape)
     if getattr(parameter, "tensor_model_parallel", False):
         shape[parameter.partition_dim] *= groups.tp.size()

@@ -1,6 +1,5 @@
 """What the SSE layers report about themselves: sums on the device, read by the monitor when it logs."""
 
-import torch
 from torch import Tensor
 
 from megatron_sse.kernels import Routes
@@ -9,8 +8,7 @@ from megatron_sse.kernels import Routes
 class LayerMetrics:
     """Means over micro-batches since the last reset; nothing here waits for the device."""
 
-    def __init__(self, num_partitions: int):
-        self.num_partitions = num_partitions
+    def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
@@ -19,7 +17,10 @@ class LayerMetrics:
 
     def add(self, g: Tensor, routes: Routes | None, balance_loss: Tensor | None, final_DBHKV: Tensor) -> None:
         """Count one micro-batch: log decays of the shared bank, picks, balance loss, states after the documents."""
-        values = {"decay": g.detach().float().exp().mean(), "state_norm": final_DBHKV.detach().float().norm(dim=(-2, -1)).mean()}
+        values = {
+            "decay": g.detach().float().exp().mean(),
+            "state_norm": final_DBHKV.detach().float().norm(dim=(-2, -1)).mean(),
+        }
         if routes is not None and balance_loss is not None:
             prob_TN = routes.prob_TN.detach()
             values["balance_loss"] = balance_loss.detach()
@@ -30,5 +31,5 @@ class LayerMetrics:
         self._count += 1
 
     def means(self) -> dict[str, Tensor]:
-        """balance_loss, entropy (nats), share_N (share of writes per partition), decay, state_norm; empty before any."""
+        """balance_loss, entropy (nats), share_N (of the writes, per partition), decay, state_norm; empty before any."""
         return {name: value / self._count for name, value in self._sums.items()}

@@ -16,7 +16,7 @@ from torch.nn.functional import rms_norm, silu
 
 from megatron_sse.config import SSEConfig
 from megatron_sse.config.schema import Recurrence
-from megatron_sse.kernels import BankInputs, Routes, short_convolution, sse_attention
+from megatron_sse.kernels import BankInputs, short_convolution, sse_attention
 from megatron_sse.model.backend import Backend
 from megatron_sse.model.features import constant_decay, delta_decay, gate_decay, map_key, map_query
 from megatron_sse.model.metrics import LayerMetrics
@@ -56,7 +56,7 @@ class SSEMixer(MegatronModule):
         self.group_size = settings.num_value_heads // settings.num_heads
         self.num_value_heads = self.num_heads * self.group_size
         self.key_dim, self.value_dim = settings.head_dim, settings.value_head_dim
-        self.metrics = LayerMetrics(num_partitions)
+        self.metrics = LayerMetrics()
 
         self._build_projections(backend, pg_collection)
         self._build_decay(backend, pg_collection)
@@ -97,9 +97,7 @@ class SSEMixer(MegatronModule):
             self.query_lora = LowRank(config, column, self.value_dim, key_size, pg_collection)
             if self.has_keys:
                 self.key_lora = LowRank(config, column, self.value_dim, key_size, pg_collection)
-            self.router = Router(
-                config, self.num_partitions, settings.num_writers, settings.num_readers, pg_collection
-            )
+            self.router = Router(config, self.num_partitions, settings.num_writers, settings.num_readers, pg_collection)
         if settings.output_gate:
             value_size = settings.num_value_heads * self.value_dim
             self.output_gate = LowRank(config, column, self.value_dim, value_size, pg_collection)

@@ -16,7 +16,7 @@ class ReplicatedLinear(torch.nn.Module):
     def __init__(self, config: TransformerConfig, input_size: int, output_size: int, dtype: torch.dtype | None = None):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.empty(output_size, input_size, dtype=dtype or config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x.to(self.weight.dtype), self.weight)

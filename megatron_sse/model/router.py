@@ -69,7 +69,7 @@ class Router(torch.nn.Module):
 
 
 class AttachLoss(torch.autograd.Function):
-    """Hands `x` on unchanged and gives `loss` the gradient `scale`: a loss of a layer, apart from the model's output."""
+    """Hands `x` on unchanged and gives `loss` the gradient `scale`: a layer's own loss, apart from the output."""
 
     @staticmethod
     def forward(ctx, x, loss, scale):
