@@ -18,7 +18,7 @@ ROUTED = {"entropy": "router_entropy", "balance_loss": "balance_loss"}
 def collect_health(
     model: ModelConfig, model_chunks: list[torch.nn.Module], groups: ProcessGroupCollection, device: str
 ) -> dict[str, float]:
-    """Means since the metrics were last reset, which is done here, by TensorBoard name (sse/layer_03/router_entropy).
+    """Means over the micro-batches of the last step by TensorBoard name (sse/layer_03/router_entropy).
 
     Collective over the tensor, pipeline and data-parallel groups: every rank calls it.
     """
@@ -28,7 +28,6 @@ def collect_health(
     rows_LM = torch.zeros(model.num_layers, 1 + len(names) + model.sse.num_partitions, device=device)
     for mixer in find_mixers(model_chunks):
         means = mixer.metrics.means()
-        mixer.metrics.reset()
         if not means:
             continue
         row_M = rows_LM[mixer.layer_number - 1]

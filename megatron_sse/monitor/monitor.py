@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.utils.tensorboard import SummaryWriter
 
@@ -21,10 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class Monitor:
-    """Reports a run. Every rank has one and calls step and validation; rank 0 prints and writes.
-
-    Losses are taken from the last pipeline stage, where they have to be means over the data-parallel ranks.
-    """
+    """Reports a run. Every rank has one and calls step, in which layers of other ranks are read; rank 0 speaks."""
 
     def __init__(
         self,
@@ -42,7 +38,6 @@ class Monitor:
         self.num_processes = groups.tp.size() * groups.pp.size() * groups.dp.size()
         self.flops_per_token = train_flops_per_token(config.model, config.data.sequence_length)
         self.peak_flops = peak_flops(device.description)
-        self.has_balance_loss = "sse" in config.model.layer_kinds() and config.model.sse.num_partitions > 0
         self.metadata = read_metadata(config.data.validation) if config.data.validation else None
         # Since the last line; and the mean time of a step, in which the last steps weigh most.
         self.tokens, self.seconds = 0, 0.0
@@ -66,7 +61,7 @@ class Monitor:
     ) -> None:
         """Report step `step`, counted from 1.
 
-        losses: "loss" and, with SSE layers, "balance_loss" without its coefficient; read on the last pipeline stage.
+        losses: "loss" and, with SSE layers, "balance_loss" without its coefficient, the same on every rank.
         tokens: of the global batch. seconds: that the step took. skipped: the optimizer did not step,
         on any rank.
         """
@@ -75,15 +70,13 @@ class Monitor:
         self.mean_seconds = seconds if self.mean_seconds is None else 0.9 * self.mean_seconds + 0.1 * seconds
         monitor, steps = self.config.monitor, self.config.training.steps
         if step % monitor.log_interval == 0 or step == steps or skipped:
-            missing = float("nan")
-            loss, balance_loss = self._from_last_stage(losses.get("loss", missing), losses.get("balance_loss", missing))
             tokens_per_second = self.tokens / self.seconds
             flops_per_gpu = self.flops_per_token * tokens_per_second / self.num_processes
             progress = Progress(
                 step=step,
                 steps=steps,
-                loss=loss,
-                balance_loss=balance_loss if self.has_balance_loss else None,
+                loss=losses["loss"],
+                balance_loss=losses.get("balance_loss"),
                 learning_rate=learning_rate,
                 grad_norm=grad_norm,
                 tokens_per_second=tokens_per_second,
@@ -100,8 +93,7 @@ class Monitor:
             self._write(step, collect_health(self.config.model, self.model_chunks, self.groups, self.device.type))
 
     def validation(self, step: int, loss: float) -> None:
-        """Report the validation loss in nats per token after `step` steps; read on the last pipeline stage."""
-        (loss,) = self._from_last_stage(loss)
+        """Report the validation loss in nats per token after `step` steps."""
         scalars = {"validation/loss": loss}
         line = f"step {step}/{self.config.training.steps} | validation loss {loss:.4f}"
         if self.metadata is not None:
@@ -118,14 +110,6 @@ class Monitor:
             self._log(f"TensorBoard events: {self.folder}/tensorboard (tensorboard --logdir {self.folder}/tensorboard)")
         if (self.folder / "checkpoints").is_dir():
             self._log(f"checkpoint: {self.folder}/checkpoints (the same command with more training.steps goes on)")
-
-    def _from_last_stage(self, *values: float) -> list[float]:
-        group = self.groups.pp
-        if group.size() == 1:
-            return list(values)
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device.type)
-        dist.broadcast(tensor, group=group, group_src=group.size() - 1)
-        return tensor.tolist()
 
     def _log(self, line: str) -> None:
         if self.is_writer:

@@ -61,12 +61,10 @@ def run_monitor(folder, layout=None, steps=4, log_interval=1):
     logger = logging.getLogger("megatron_sse.monitor.monitor")
     logger.setLevel("INFO")
     logger.addHandler(handler)
-    # Only the last stage knows the loss.
-    is_last = groups.pp.rank() == groups.pp.size() - 1
     monitor = Monitor(config, groups, chunks, device)
     for step in range(1, steps + 1):
-        monitor.step(step, LOSSES if is_last else {}, 1e-3 * step, 0.5, tokens=1000, seconds=0.25 * step)
-    monitor.validation(steps, math.log(2) if is_last else float("nan"))
+        monitor.step(step, LOSSES, 1e-3 * step, 0.5, tokens=1000, seconds=0.25 * step)
+    monitor.validation(steps, math.log(2))
     monitor.close()
     logger.removeHandler(handler)
     return lines
