@@ -1,0 +1,60 @@
+"""The command `megatron-sse`: one subcommand per job."""
+
+import argparse
+import logging
+import os
+import sys
+
+from megatron_sse import __version__
+from megatron_sse.config import ignored_settings, load_config
+from megatron_sse.config.derive import describe_run
+from megatron_sse.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+USER_ERROR_EXIT = 2
+INTERRUPT_EXIT = 130
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a subcommand. Exit status: 0, 2 after a UserError (one line on stderr), 130 after an interrupt."""
+    options = _parse(arguments)
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(
+        level=logging.WARNING if rank else logging.INFO,
+        format="%(asctime)s %(levelname).1s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stdout,
+    )
+    try:
+        _train(options.config, options.overrides, rank)
+    except UserError as error:
+        print(f"{f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
+        return USER_ERROR_EXIT
+    except KeyboardInterrupt:
+        return INTERRUPT_EXIT
+    return 0
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="megatron-sse", description="Trains language models with SSE layers.")
+    parser.add_argument("--version", action="version", version=__version__)
+    jobs = parser.add_subparsers(required=True, metavar="JOB")
+    train = jobs.add_parser("train", help="train a model", description="Train the model of a YAML file.")
+    train.add_argument("config", metavar="CONFIG", help="YAML file; configs/reference.yaml documents every key")
+    train.add_argument("overrides", metavar="section.key=value", nargs="*", help="settings put over the file's")
+    return parser.parse_args(arguments)
+
+
+def _train(path: str, overrides: list[str], rank: int) -> None:
+    config = load_config(path, overrides)
+    description = describe_run(config, int(os.environ.get("WORLD_SIZE", "1")))
+    if rank == 0:
+        for line in description:
+            logger.info(line)
+        for line in ignored_settings(config):
+            logger.warning(line)
+    # Imported late: a wrong setting is answered before Megatron-Core is loaded.
+    from megatron_sse.training import train
+
+    train(config)

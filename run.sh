@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# Trains the model of a YAML file, or runs the tests. The first call makes .venv and installs the pinned packages.
+#   ./run.sh CONFIG [section.key=value ...]
+#   ./run.sh test [pytest's arguments]
+# Several machines: the same command on each, with NNODES, NODE_RANK, MASTER_ADDR (and MASTER_PORT), or under srun.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+venv="$root/.venv"
+
+has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU'; }
+
+find_python() {
+  local name
+  for name in python3 python3.11 python3.12 python3.13; do
+    if "$name" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      echo "$name"
+      return
+    fi
+  done
+  echo "run.sh: got $(python3 --version 2>&1 || true), allowed Python 3.11 or newer with the venv module" >&2
+  exit 2
+}
+
+install() {
+  local pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet)
+  local pins="$root/constraints.txt" extras=dev torch
+  torch=$(sed -n 's/^torch==//p' "$pins")
+  "${pip[@]}" install -c "$pins" setuptools
+  if has_gpu; then
+    # Three equal signs: 2.1+cpu is no match for 2.1.
+    "${pip[@]}" install -c "$pins" "torch===$torch"
+    extras=gpu,dev
+  else
+    "${pip[@]}" install -c "$pins" "torch==$torch+cpu" 2>/dev/null || "${pip[@]}" install -c "$pins" "torch==$torch"
+  fi
+  "${pip[@]}" install -c "$pins" --no-build-isolation -e "$root[$extras]"
+}
+
+setup() {
+  local stamp="$venv/installed" wanted
+  wanted=$(cat "$root/constraints.txt" "$root/setup.cfg" <(has_gpu && echo gpu || echo cpu) | sha256sum)
+  [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return
+  if [ ! -x "$venv/bin/python" ]; then
+    local python
+    python=$(find_python)
+    echo "run.sh: makes $venv with $("$python" --version)"
+    "$python" -m venv "$venv"
+  fi
+  echo "run.sh: installs the packages of constraints.txt (once)"
+  install
+  echo "$wanted" >"$stamp"
+}
+
+case "${1:-}" in
+  "" | -*)
+    sed -n '2,5s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+    exit 2
+    ;;
+  test)
+    shift
+    setup
+    cd "$root"
+    echo "OMP_NUM_THREADS=1 $venv/bin/python -m pytest $*"
+    OMP_NUM_THREADS=1 exec "$venv/bin/python" -m pytest "$@"
+    ;;
+  *)
+    setup
+    exec "$venv/bin/python" -m megatron_sse.launch "$@"
+    ;;
+esac

@@ -1,0 +1,35 @@
+"""The command line: exit status and what a wrong setting prints."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_sse.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
+
+WRONG = [
+    ([QUICKSTART, "training.steps=none"], "command line: training.steps: got 'none', allowed an integer\n"),
+    (["missing.yaml"], "missing.yaml: no such file\n"),
+    # Started without torchrun, one process cannot hold a tensor group of two.
+    ([QUICKSTART, "parallel.tensor=2"], "parallel: got 1 processes, allowed a multiple of 2 (parallel.tensor 2 x "),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG)
+def test_user_errors_are_one_line(arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *arguments]) == 2
+    errors = capfd.readouterr().err
+    assert errors.startswith(message) and errors.count("\n") == 1
+
+
+def test_launcher_refuses_before_it_starts_processes() -> None:
+    command = [sys.executable, "-m", "megatron_sse.launch", QUICKSTART, "model.sse.num_head=4"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stdout == ""
+    assert run.stderr.startswith("command line: model.sse.num_head: got an unknown key")
+    assert run.stderr.endswith("did you mean model.sse.num_heads?\n") and run.stderr.count("\n") == 1
