@@ -7,7 +7,6 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
@@ -22,6 +21,7 @@ from megatron_sse.model.features import constant_decay, delta_decay, gate_decay,
 from megatron_sse.model.metrics import LayerMetrics
 from megatron_sse.model.projections import LowRank
 from megatron_sse.model.router import AttachLoss, Router
+from megatron_sse.parallel.collectives import sum_gradient
 from megatron_sse.parallel.layout import TokenLayout
 
 NUM_KINDS = 2  # of banks: shared, sparse
@@ -205,7 +205,7 @@ class SSEMixer(MegatronModule):
     def _project_out(self, o_THV: Tensor, hidden_LBd: Tensor, layout: TokenLayout) -> Tensor:
         """Per-head RMSNorm, output gate, projection."""
         # Each tensor rank sees its own heads: the gradient of the weight they share is summed here.
-        weight_V = copy_to_tensor_model_parallel_region(self.norm_weight, self.tp_group)
+        weight_V = sum_gradient(self.norm_weight, self.tp_group)
         dtype = torch.promote_types(o_THV.dtype, torch.float32)
         o_THV = rms_norm(o_THV.to(dtype), weight_V.shape, weight_V.to(dtype), self.config.layernorm_epsilon)
         if self.settings.output_gate:

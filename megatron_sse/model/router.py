@@ -2,17 +2,14 @@
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-)
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_sse.kernels import Routes, route
 from megatron_sse.model.features import softmax_fp32
 from megatron_sse.model.projections import ReplicatedLinear
+from megatron_sse.parallel.collectives import sum_gradient, sum_value
 from megatron_sse.parallel.layout import TokenLayout
 
 
@@ -44,7 +41,7 @@ class Router(torch.nn.Module):
         if self.sequence_parallel:
             prob_LBN = gather_from_sequence_parallel_region(own_LBN, group=self.tp_group)
         else:
-            prob_LBN = copy_to_tensor_model_parallel_region(own_LBN, self.tp_group)
+            prob_LBN = sum_gradient(own_LBN, self.tp_group)
         routes = route(prob_LBN.transpose(0, 1).flatten(0, 1), self.num_writers, self.num_readers)
         return routes, self._balance_loss(own_LBN, routes, layout)
 
@@ -64,7 +61,7 @@ class Router(torch.nn.Module):
             real_LB = real_LB.chunk(self.tp_group.size())[self.tp_group.rank()]
         prob_N = (own_LBN * real_LB[..., None]).sum((0, 1)) / num_real
         if self.sequence_parallel:
-            prob_N = reduce_from_tensor_model_parallel_region(prob_N, self.tp_group)
+            prob_N = sum_value(prob_N, self.tp_group)
         return own_LBN.shape[-1] / self.num_writers * (share_N.detach() * prob_N).sum()
 
 

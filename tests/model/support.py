@@ -1,0 +1,82 @@
+"""Small models and inputs for the tests of the model room."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_sse.config import RunConfig, SSEConfig
+from megatron_sse.model.backend import choose_backend
+from megatron_sse.model.initialize import own_part
+from megatron_sse.model.mixer import SSEMixer
+from megatron_sse.parallel.device import Device, setup_device
+from megatron_sse.parallel.layout import TokenLayout
+
+HIDDEN = 32
+
+
+def cpu() -> Device:
+    return setup_device(0)
+
+
+def run_config(model: dict[str, Any], sequence_length: int = 64, **sections: dict[str, Any]) -> RunConfig:
+    """A run of a model in fp32; other sections' settings on top."""
+    defaults: dict[str, dict[str, Any]] = {
+        "data": {"train": "unused", "sequence_length": sequence_length},
+        "training": {"steps": 1, "global_batch_size": 1, "precision": "fp32"},
+        "optimizer": {"learning_rate": 1e-3},
+        "monitor": {"folder": "unused"},
+    }
+    for name, section in sections.items():
+        defaults[name] = defaults.get(name, {}) | section
+    return RunConfig.model_validate({"model": model, **defaults})
+
+
+def layout_of(lengths: list[list[int]], padding: int = 0) -> TokenLayout:
+    """One list of document lengths per sequence; the last `padding` tokens of each are not real."""
+    starts = np.zeros((len(lengths), sum(lengths[0])), dtype=bool)
+    for row, documents in zip(starts, lengths, strict=True):
+        row[np.cumsum([0, *documents[:-1]])] = True
+    real = None
+    if padding:
+        real = np.ones_like(starts)
+        real[:, -padding:] = False
+    return TokenLayout.from_starts(starts, real)
+
+
+def make_mixer(
+    groups: ProcessGroupCollection,
+    settings: SSEConfig,
+    recurrence: str,
+    sequence: bool = False,
+    partitions: int | None = None,
+) -> SSEMixer:
+    """A mixer in fp64, its weights drawn whole from one seed, so that all tensor ranks hold parts of the same."""
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=HIDDEN,
+        num_attention_heads=settings.num_heads,
+        params_dtype=torch.float64,
+        use_cpu_initialization=True,
+        add_bias_linear=False,
+        tensor_model_parallel_size=groups.tp.size(),
+        sequence_parallel=sequence and groups.tp.size() > 1,
+    )
+    partitions = settings.num_partitions if partitions is None else partitions
+    mixer = SSEMixer(config, 1, groups, settings, recurrence, partitions, choose_backend(cpu()))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            shape = list(parameter.shape)
+            if getattr(parameter, "tensor_model_parallel", False):
+                shape[parameter.partition_dim] *= groups.tp.size()
+            whole = torch.randn(shape, generator=generator, dtype=torch.float64) * 0.3
+            parameter.copy_(own_part(whole, parameter, groups.tp.rank(), groups.tp.size()))
+    return mixer
+
+
+def rms_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    """Root mean square of the difference over that of the reference."""
+    return ((ours - reference).norm() / reference.norm().clamp(min=1e-30)).item()
