@@ -49,5 +49,5 @@ def run_config(train: str, **sections: dict[str, Any]) -> RunConfig:
         "monitor": {"folder": train + "_run"},
     }
     for name, settings in sections.items():
-        values[name] = {**values[name], **settings}
+        values[name] = {**values.get(name, {}), **settings}
     return RunConfig.model_validate(values)

@@ -1,0 +1,114 @@
+"""Megatron-Core's optimizers with our weight-decay groups, and an Adam that their checkpoints can hold."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import megatron.core.optimizer as megatron_optimizer
+import torch
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    ParamKey,
+    ParamWithNamePredicate,
+    distrib_optimizer,
+    get_megatron_optimizer,
+)
+from megatron.core.optimizer import OptimizerConfig as MegatronSettings
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.optim.adamw import adamw
+
+from megatron_sse.config import RunConfig
+
+
+class Adam(torch.optim.Optimizer):
+    """AdamW that counts its steps once per parameter group, as the fused ones of Transformer Engine and Apex do.
+
+    Megatron-Core's distributed optimizer cannot load checkpoints of torch's own, which counts per parameter.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        adam_w_mode: bool = True,
+    ) -> None:
+        assert adam_w_mode
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=0))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update the parameters that have a gradient."""
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in parameters:
+                state = self.state[parameter]
+                if not state:
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+            adamw(
+                parameters,
+                [parameter.grad for parameter in parameters],
+                [self.state[parameter]["exp_avg"] for parameter in parameters],
+                [self.state[parameter]["exp_avg_sq"] for parameter in parameters],
+                [],
+                # adamw() counts these up itself.
+                [torch.tensor(float(group["step"])) for _ in parameters],
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+            group["step"] += 1
+
+
+def build_optimizer(
+    config: RunConfig, chunks: list[torch.nn.Module], groups: ProcessGroupCollection
+) -> MegatronOptimizer:
+    """Megatron-Core's AdamW over model chunks in DDP: plain, mixed-precision or distributed, as the run asks."""
+    _provide_adam()
+    settings = config.optimizer
+    bf16 = config.training.precision == "bf16"
+    no_decay = ParamKey(with_name_predicate=ParamWithNamePredicate("not_decayed", lambda p, name: not decays(name, p)))
+    return get_megatron_optimizer(
+        MegatronSettings(
+            lr=settings.learning_rate,
+            min_lr=settings.min_learning_rate,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.beta1,
+            adam_beta2=settings.beta2,
+            adam_eps=settings.epsilon,
+            clip_grad=settings.clip_grad,
+            bf16=bf16,
+            params_dtype=torch.bfloat16 if bf16 else torch.float32,
+            use_distributed_optimizer=config.parallel.distributed_optimizer,
+        ),
+        chunks,
+        config_overrides={no_decay: {"wd_mult": 0.0}},
+        use_gloo_process_groups=False,
+        pg_collection=groups,
+    )
+
+
+def decays(name: str, parameter: torch.Tensor) -> bool:
+    """Whether weight decay applies: not to norms and other vectors, biases, and the decay parameters of GDN."""
+    return parameter.ndim > 1 and name.rpartition(".")[2] not in ("bias", "A_log", "dt_bias")
+
+
+def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> None:
+    """Learning rate of the next step, and each group's weight decay (a loaded checkpoint brings its own)."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+        group["weight_decay"] = optimizer.config.weight_decay * group["wd_mult"]
+
+
+def _provide_adam() -> None:
+    # Without Transformer Engine and Apex our Adam stands where Megatron-Core expects a FusedAdam.
+    if megatron_optimizer.USING_PYTORCH_OPTIMIZER:
+        megatron_optimizer.Adam = distrib_optimizer.Adam = Adam
+        megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
+        distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True

@@ -1,0 +1,159 @@
+"""One training step and the validation loop, over Megatron-Core's forward-backward schedules.
+
+The loss is the mean over the real tokens of the global batch, wherever they are: ranks with more of them weigh more.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from megatron_sse.config import RunConfig
+from megatron_sse.data.batch import Batch
+from megatron_sse.model import SSEMixer
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step gave, the same on every rank.
+
+    losses: "loss" in nats per token; with SSE layers "balance_loss", mean over layers without its coefficient.
+    grad_norm: before clipping. skipped: something was not finite and the weights are as before.
+    """
+
+    losses: dict[str, float]
+    grad_norm: float
+    skipped: bool
+
+
+class Trainer:
+    """The model of this rank with its optimizer, and what is needed to run a step on it.
+
+    chunks: the model chunks in DDP. num_micro_batches: per data-parallel rank and step.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        groups: ProcessGroupCollection,
+        chunks: list[DistributedDataParallel],
+        optimizer: MegatronOptimizer,
+    ) -> None:
+        self.config, self.groups, self.chunks, self.optimizer = config, groups, chunks, optimizer
+        training = config.training
+        self.num_micro_batches = training.global_batch_size // (training.micro_batch_size * groups.dp.size())
+        self.mixers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, SSEMixer)]
+        settings = chunks[0].config
+        settings.finalize_model_grads_func = finalize_model_grads
+        settings.grad_scale_func = optimizer.scale_loss
+        settings.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
+        # Otherwise gradients are silently wrong on two interleaved stages.
+        assert settings.overlap_p2p_comm == (len(chunks) > 1) and settings.batch_p2p_comm != settings.overlap_p2p_comm
+        assert settings.calculate_per_token_loss
+        self.communicator = P2PCommunicator(pp_group=groups.pp, config=settings)
+
+    def train_step(self, batches: Iterator[Batch]) -> StepResult:
+        """Take one global batch from `batches`, and one optimizer step unless a loss or gradient is not finite."""
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        for mixer in self.mixers:
+            mixer.metrics.reset()
+        micro_batches = list(islice(batches, self.num_micro_batches))
+        loss_scale = self.optimizer.get_loss_scale().squeeze()
+        for batch in micro_batches:
+            batch.layout.layer_loss_scale = loss_scale * batch.loss_mask_BL.sum()
+        loss_sums = self._run_schedule(micro_batches, forward_only=False)
+
+        losses = self._mean_losses(loss_sums)
+        self.optimizer.prepare_grads()
+        grad_norm = self.optimizer.get_grad_norm()
+        # Every rank sees the same numbers here, so that all step or none does.
+        finite = math.isfinite(losses["loss"]) and math.isfinite(grad_norm)
+        if finite:
+            clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), self.config.optimizer.clip_grad, grad_norm)
+            self.optimizer.step_with_ready_grads()
+        return StepResult(losses, grad_norm, skipped=not finite)
+
+    @torch.no_grad()
+    def validate(self, batches: Iterator[Batch]) -> float:
+        """Mean loss in nats per token over all batches of the iterator; the same on every rank."""
+        for chunk in self.chunks:
+            chunk.eval()
+        loss_sums: list[Tensor] = []
+        while micro_batches := list(islice(batches, self.num_micro_batches)):
+            loss_sums += self._run_schedule(micro_batches, forward_only=True)
+        return self._mean_losses(loss_sums)["loss"]
+
+    def _run_schedule(self, micro_batches: list[Batch], forward_only: bool) -> list[Tensor]:
+        virtual_size = self.config.parallel.virtual_pipeline
+        run = get_forward_backward_func(self.groups.pp.size(), virtual_size if virtual_size > 1 else None)
+        return run(
+            forward_step_func=forward_step,
+            # Each virtual stage runs every micro-batch.
+            data_iterator=[iter(micro_batches) for _ in self.chunks],
+            model=self.chunks,
+            num_microbatches=len(micro_batches),
+            seq_length=self.config.data.sequence_length,
+            micro_batch_size=self.config.training.micro_batch_size,
+            forward_only=forward_only,
+            p2p_communicator=self.communicator,
+            pg_collection=self.groups,
+        )
+
+    def _mean_losses(self, loss_sums: list[Tensor]) -> dict[str, float]:
+        """Means over all ranks. loss_sums: [2] (sum of losses, tokens) per micro-batch, only on the last stage."""
+        totals_4 = torch.zeros(4, dtype=torch.float64, device=self.optimizer.get_loss_scale().device)
+        for loss_sum in loss_sums:
+            totals_4[:2] += loss_sum
+        for mixer in self.mixers:
+            means = mixer.metrics.means()
+            if "balance_loss" in means:
+                totals_4[2] += means["balance_loss"]
+                totals_4[3] += 1
+        # All ranks of a tensor group have the same sums.
+        for group in (self.groups.pp, self.groups.dp):
+            dist.all_reduce(totals_4, group=group)
+        loss, tokens, balance_loss, num_layers = totals_4.tolist()
+        losses = {"loss": loss / max(tokens, 1.0)}
+        if num_layers:
+            losses["balance_loss"] = balance_loss / num_layers
+        return losses
+
+
+def wrap_model(config: RunConfig, chunks: list[Any], groups: ProcessGroupCollection) -> list[DistributedDataParallel]:
+    """Model chunks in Megatron-Core's DDP, which adds up gradients over the data-parallel group in fp32."""
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=config.parallel.distributed_optimizer
+    )
+    return [
+        DistributedDataParallel(chunk.config, settings, chunk, disable_bucketing=stage > 0, pg_collection=groups)
+        for stage, chunk in enumerate(chunks)
+    ]
+
+
+def forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
+    """Output of this stage for the next micro-batch, and how the last stage makes a loss of it."""
+    batch = next(batches)
+    output = model(batch.tokens_BL, None, None, labels=batch.labels_BL, packed_seq_params=batch.layout)
+    return output, partial(sum_losses, batch.loss_mask_BL)
+
+
+def sum_losses(loss_mask_BL: Tensor, loss_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The summed loss (its gradient is divided by the tokens of all ranks later), its tokens, and both to report."""
+    loss = (loss_BL.float() * loss_mask_BL).sum()
+    tokens = loss_mask_BL.sum()
+    return loss, tokens.int(), torch.stack([loss.detach(), tokens])

@@ -1,0 +1,91 @@
+"""Weight-decay groups, and Adam against torch's own."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_sse.training.optimizer import Adam, decays, set_learning_rate
+from tests.training.support import small_run, start
+from tests.workers import run_workers
+
+
+def undecayed_names(folder: Path, recurrence: str, distributed_optimizer: bool) -> tuple[list[str], list[str]]:
+    """Parameters without and with weight decay, layer numbers cut off."""
+    sse = {"num_heads": 2, "head_dim": 16, "recurrence": recurrence, "short_convolution": 4}
+    config = small_run(
+        folder,
+        model={
+            "num_layers": 2,
+            "hidden_size": 32,
+            "vocab_size": 64,
+            "layers": "sse, softmax",
+            "sse": sse,
+            "softmax": {"num_heads": 2, "qk_norm": True},
+        },
+        parallel={"distributed_optimizer": distributed_optimizer},
+    )
+    run = start(config)
+    set_learning_rate(run.trainer.optimizer, 0.25)
+    sizes = {0.0: 0, 0.1: 0}
+    for group in run.trainer.optimizer.param_groups:
+        assert group["lr"] == 0.25
+        sizes[group["weight_decay"]] += sum(parameter.numel() for parameter in group["params"])
+    names: tuple[list[str], list[str]] = ([], [])
+    expected = {0.0: 0, 0.1: 0}
+    for name, parameter in run.trainer.chunks[0].module.named_parameters():
+        names[decays(name, parameter)].append(name)
+        expected[0.1 if decays(name, parameter) else 0.0] += parameter.numel()
+    assert sizes == expected
+    return names
+
+
+@pytest.mark.parametrize("distributed_optimizer", [False, True])
+def test_norms_biases_and_decay_parameters_are_not_decayed(tmp_path: Path, distributed_optimizer: bool) -> None:
+    [(undecayed, decayed)] = run_workers(1, undecayed_names, tmp_path, "gdn", distributed_optimizer)
+    for part in ("A_log", "dt_bias", "input_layernorm", "pre_mlp_layernorm", "final_layernorm", "q_layernorm"):
+        assert any(part in name for name in undecayed), part
+        assert not any(part in name for name in decayed), part
+    for part in ("embedding", "output_layer", "linear_fc1", "linear_fc2", "linear_qkv", "router"):
+        assert any(part in name for name in decayed), part
+        assert not any(part in name for name in undecayed), part
+
+
+def test_biases_of_the_gates_are_not_decayed(tmp_path: Path) -> None:
+    [(undecayed, decayed)] = run_workers(1, undecayed_names, tmp_path, "gla", False)
+    assert any(name.endswith("bias") for name in undecayed)
+    assert not any(name.endswith("bias") for name in decayed)
+
+
+def weights_after(optimizer: torch.optim.Optimizer, weights: list[torch.nn.Parameter], num_steps: int) -> None:
+    for step in range(num_steps):
+        generator = torch.Generator().manual_seed(step)
+        for weight in weights:
+            weight.grad = torch.randn(weight.shape, generator=generator)
+        optimizer.step()
+
+
+def test_adam_steps_like_torchs_adamw() -> None:
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((3, 4), (5,), (2, 2, 2))]
+    theirs = copy.deepcopy(ours)
+    settings = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
+    groups = [[{"params": w[:1], "weight_decay": 0.3}, {"params": w[1:], "weight_decay": 0.0}] for w in (ours, theirs)]
+    weights_after(Adam(groups[0], weight_decay=0.3, **settings), ours, 5)
+    weights_after(torch.optim.AdamW(groups[1], **settings), theirs, 5)
+    for our, their in zip(ours, theirs, strict=True):
+        assert torch.equal(our, their)
+
+
+def test_adam_goes_on_from_its_saved_state() -> None:
+    straight = [torch.nn.Parameter(torch.ones(3))]
+    settings = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
+    first = Adam(straight, **settings)
+    weights_after(first, straight, 2)
+    broken_off = copy.deepcopy(straight)
+    second = Adam(broken_off, **settings)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert second.param_groups[0]["step"] == 2
+    weights_after(first, straight, 2)
+    weights_after(second, broken_off, 2)
+    assert torch.equal(straight[0], broken_off[0])
