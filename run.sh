@@ -38,9 +38,13 @@ install() {
 
 setup() {
   local stamp="$venv/installed" wanted
+  mkdir -p "$venv"
+  # Machines that share the folder install one after the other.
+  exec 9>"$venv/lock"
+  flock 9
   wanted=$(cat "$root/constraints.txt" "$root/setup.cfg" <(has_gpu && echo gpu || echo cpu) | sha256sum)
-  [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return
-  if [ ! -x "$venv/bin/python" ]; then
+  [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && exec 9>&- && return
+  if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     local python
     python=$(find_python)
     echo "run.sh: makes $venv with $("$python" --version)"
@@ -49,6 +53,7 @@ setup() {
   echo "run.sh: installs the packages of constraints.txt (once)"
   install
   echo "$wanted" >"$stamp"
+  exec 9>&-
 }
 
 case "${1:-}" in
