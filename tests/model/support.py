@@ -8,6 +8,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_sse.config import RunConfig, SSEConfig
+from megatron_sse.config.schema import Recurrence
 from megatron_sse.model.backend import choose_backend
 from megatron_sse.model.initialize import own_part
 from megatron_sse.model.mixer import SSEMixer
@@ -47,11 +48,7 @@ def layout_of(lengths: list[list[int]], padding: int = 0) -> TokenLayout:
 
 
 def make_mixer(
-    groups: ProcessGroupCollection,
-    settings: SSEConfig,
-    recurrence: str,
-    sequence: bool = False,
-    partitions: int | None = None,
+    groups: ProcessGroupCollection, settings: SSEConfig, recurrence: Recurrence, sequence: bool = False
 ) -> SSEMixer:
     """A mixer in fp64, its weights drawn whole from one seed, so that all tensor ranks hold parts of the same."""
     config = TransformerConfig(
@@ -64,8 +61,7 @@ def make_mixer(
         tensor_model_parallel_size=groups.tp.size(),
         sequence_parallel=sequence and groups.tp.size() > 1,
     )
-    partitions = settings.num_partitions if partitions is None else partitions
-    mixer = SSEMixer(config, 1, groups, settings, recurrence, partitions, choose_backend(cpu()))
+    mixer = SSEMixer(config, 1, groups, settings, recurrence, settings.num_partitions, choose_backend(cpu()))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in mixer.parameters():

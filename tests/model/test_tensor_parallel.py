@@ -1,4 +1,4 @@
-"""The mixer split over a tensor group: outputs and the gradient of the input and of every parameter are those of one rank."""
+"""The mixer split over a tensor group: outputs and all gradients are those of one rank."""
 
 import pytest
 import torch

@@ -1,0 +1,92 @@
+"""A hybrid trains alike in every layout: the losses of 20 steps, and the first step's gradient of every parameter."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sse.data import build_data_iterators
+from megatron_sse.model.initialize import global_name, own_part
+from megatron_sse.training.optimizer import set_learning_rate
+from tests.training.support import small_run, start
+from tests.workers import run_workers
+
+NUM_STEPS = 20
+MODEL = {
+    "num_layers": 4,
+    "hidden_size": 32,
+    "vocab_size": 64,
+    "layers": "sse, gdn, sse, softmax",
+    "sse": {"num_heads": 2, "head_dim": 8, "num_partitions": 3, "num_writers": 2, "num_readers": 1},
+    "softmax": {"num_heads": 4, "num_kv_heads": 2, "window": 24, "qk_norm": True},
+}
+DATA = {"sequence_length": 32}
+
+
+class Part:
+    """The gradient of one parameter on one rank, and how the parameter is split."""
+
+    def __init__(self, parameter: Any):
+        self.gradient = parameter.main_grad.clone()
+        self.tensor_model_parallel = getattr(parameter, "tensor_model_parallel", False)
+        self.partition_dim = getattr(parameter, "partition_dim", -1)
+        self.partition_stride = getattr(parameter, "partition_stride", 1)
+
+
+def train(folder: Path, sections: dict[str, Any], num_steps: int) -> tuple[list[float], dict[str, Part], int]:
+    """Losses, the first step's gradients by name in the whole model, and the tensor rank."""
+    run = start(small_run(folder, model=MODEL, data=DATA, **sections))
+    iterator, _ = build_data_iterators(run.config, run.groups, 0)
+    losses, gradients = [], {}
+    for step in range(1, num_steps + 1):
+        set_learning_rate(run.trainer.optimizer, run.learning_rate(step))
+        losses.append(run.trainer.train_step(iterator).losses["loss"])
+        if step == 1:
+            for chunk in run.trainer.chunks:
+                for name, parameter in chunk.module.named_parameters():
+                    gradients[global_name(name, chunk.module)] = Part(parameter)
+    return losses, gradients, run.groups.tp.rank()
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float], dict[str, torch.Tensor]]:
+    folder = tmp_path_factory.mktemp("layouts")
+    small_run(folder, model=MODEL, data=DATA)
+    [(losses, parts, _)] = run_workers(1, train, folder, {}, NUM_STEPS)
+    assert losses[-1] < losses[0] - 0.1
+    return folder, losses, {name: part.gradient for name, part in parts.items()}
+
+
+LAYOUTS = [
+    (1, {}),
+    (2, {"tensor": 2}),
+    (2, {"tensor": 2, "sequence": True}),
+    (2, {"pipeline": 2}),
+    (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    (2, {}),
+    (4, {"tensor": 2, "pipeline": 2}),
+    (4, {"tensor": 2}),
+]
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize(("world_size", "parallel"), LAYOUTS, ids=str)
+def test_like_one_process(
+    world_size: int,
+    parallel: dict[str, Any],
+    recompute: str,
+    one_process: tuple[Path, list[float], dict[str, torch.Tensor]],
+) -> None:
+    folder, expected_losses, expected_gradients = one_process
+    sections = {"parallel": parallel, "training": {"recompute": recompute}}
+    tensor_size = parallel.get("tensor", 1)
+    seen = set()
+    for losses, parts, tensor_rank in run_workers(world_size, train, folder, sections, NUM_STEPS):
+        assert losses == pytest.approx(expected_losses, rel=1e-5)
+        for name, part in parts.items():
+            whole = expected_gradients[name]
+            error = (part.gradient - own_part(whole, part, tensor_rank, tensor_size)).norm() / whole.norm()
+            assert error < 1e-5, f"{name}: {error:.1e}"
+            seen.add(name)
+    assert seen == set(expected_gradients)
