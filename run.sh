@@ -22,7 +22,7 @@ find_python() {
 }
 
 install() {
-  local pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet)
+  local pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet --quiet)
   local pins="$root/constraints.txt" extras=dev torch
   torch=$(sed -n 's/^torch==//p' "$pins")
   "${pip[@]}" install -c "$pins" setuptools
@@ -50,7 +50,7 @@ setup() {
     echo "run.sh: makes $venv with $("$python" --version)"
     "$python" -m venv "$venv"
   fi
-  echo "run.sh: installs the packages of constraints.txt (once)"
+  echo "run.sh: installs the packages of constraints.txt (once, a few minutes)"
   install
   echo "$wanted" >"$stamp"
   exec 9>&-

@@ -4,9 +4,10 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 
 from megatron_sse import __version__
-from megatron_sse.config import ignored_settings, load_config
+from megatron_sse.config import RunConfig, ignored_settings, load_config
 from megatron_sse.config.derive import describe_run
 from megatron_sse.errors import UserError
 
@@ -20,20 +21,27 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a subcommand. Exit status: 0, 2 after a UserError (one line on stderr), 130 after an interrupt."""
     options = _parse(arguments)
     rank = int(os.environ.get("RANK", "0"))
-    logging.basicConfig(
-        level=logging.WARNING if rank else logging.INFO,
-        format="%(asctime)s %(levelname).1s %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stdout,
-    )
+    set_up_logging(rank)
     try:
-        _train(options.config, options.overrides, rank)
+        return _train(options.config, options.overrides, rank)
     except UserError as error:
         print(f"{f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
         return USER_ERROR_EXIT
     except KeyboardInterrupt:
         return INTERRUPT_EXIT
-    return 0
+
+
+def set_up_logging(rank: int) -> None:
+    """Lines of this package on stdout, from rank 0; of others warnings alone."""
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(asctime)s %(levelname).1s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stdout,
+    )
+    logging.getLogger("megatron_sse").setLevel(logging.WARNING if rank else logging.INFO)
+    # The run says itself which implementation of each part was picked.
+    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -46,7 +54,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _train(path: str, overrides: list[str], rank: int) -> None:
+def _train(path: str, overrides: list[str], rank: int) -> int:
     config = load_config(path, overrides)
     description = describe_run(config, int(os.environ.get("WORLD_SIZE", "1")))
     if rank == 0:
@@ -57,4 +65,14 @@ def _train(path: str, overrides: list[str], rank: int) -> None:
     # Imported late: a wrong setting is answered before Megatron-Core is loaded.
     from megatron_sse.training import train
 
-    train(config)
+    if "RANK" not in os.environ:
+        prepare_data(config)
+    return train(config)
+
+
+def prepare_data(config: RunConfig) -> None:
+    """Build the corpus that the run asks for and check its token files; once per machine. Raises UserError."""
+    from megatron_sse.data import check_data, prepare_corpus
+
+    prepare_corpus(config)
+    check_data(config)

@@ -15,7 +15,7 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from megatron_sse.cli import INTERRUPT_EXIT, USER_ERROR_EXIT
+from megatron_sse.cli import INTERRUPT_EXIT, USER_ERROR_EXIT, prepare_data, set_up_logging
 from megatron_sse.config import RunConfig, check_world_size, load_config
 from megatron_sse.errors import UserError
 
@@ -37,12 +37,13 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0].startswith("-"):
         print("usage: run.sh CONFIG [section.key=value ...]", file=sys.stderr)
         return USER_ERROR_EXIT
+    set_up_logging(rank=0)
     try:
         config = load_config(arguments[0], arguments[1:])
         nodes = find_nodes(os.environ)
         num_gpus = torch.cuda.device_count()
         per_node = count_processes(config, nodes.count, num_gpus)
-        _check_files(config)
+        prepare_data(config)
     except UserError as error:
         print(error, file=sys.stderr)
         return USER_ERROR_EXIT
@@ -135,12 +136,6 @@ def build_command(arguments: list[str], nodes: Nodes, per_node: int) -> list[str
         place = [f"--nnodes={nodes.count}", f"--node-rank={nodes.rank}"]
         place += [f"--master-addr={nodes.address}", f"--master-port={nodes.port}"]
     return [f"--nproc-per-node={per_node}", *place, "-m", "megatron_sse", "train", *arguments]
-
-
-def _check_files(config: RunConfig) -> None:
-    from megatron_sse.data import check_data
-
-    check_data(config)
 
 
 def run_torchrun(command: list[str]) -> int:

@@ -161,11 +161,9 @@ def _pipeline(config: RunConfig) -> Found:
 def _run(config: RunConfig) -> Found:
     training, optimizer = config.training, config.optimizer
     yield from _batch(config, config.parallel.data or 1)
-    if optimizer.warmup_steps > training.steps:
-        yield "optimizer.warmup_steps", optimizer.warmup_steps, f"at most training.steps {training.steps}"
-    if optimizer.schedule == "wsd" and optimizer.decay_steps > training.steps - optimizer.warmup_steps:
-        allowed = f"at most the {training.steps - optimizer.warmup_steps} steps after the warm-up"
-        yield "optimizer.decay_steps", optimizer.decay_steps, allowed
+    stay = max(0, training.steps - optimizer.warmup_steps)
+    if optimizer.schedule == "wsd" and optimizer.decay_steps > stay:
+        yield "optimizer.decay_steps", optimizer.decay_steps, f"at most the {stay} steps after the warm-up"
     if optimizer.min_learning_rate > optimizer.learning_rate:
         allowed = f"at most optimizer.learning_rate {optimizer.learning_rate}"
         yield "optimizer.min_learning_rate", optimizer.min_learning_rate, allowed

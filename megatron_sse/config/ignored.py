@@ -36,6 +36,8 @@ def _find(config: RunConfig) -> Iterator[str]:
         yield "model.softmax is ignored: model.layers has no softmax layer"
     if config.data.validation is None:
         yield from _changed(training, "training", _VALIDATION_SETTINGS, "data.validation is null")
+    if optimizer.warmup_steps > training.steps:
+        yield f"optimizer.schedule is ignored: the warm-up has {optimizer.warmup_steps} steps, the run {training.steps}"
     if optimizer.schedule == "constant":
         yield from _changed(optimizer, "optimizer", ["min_learning_rate"], "optimizer.schedule is constant")
     if optimizer.schedule != "wsd" and optimizer.decay_steps:

@@ -220,7 +220,8 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
         if self.optimizer.decay_steps is None:
-            self.optimizer.decay_steps = self.training.steps // 5 if self.optimizer.schedule == "wsd" else 0
+            stay = max(0, self.training.steps - self.optimizer.warmup_steps)
+            self.optimizer.decay_steps = min(self.training.steps // 5, stay) if self.optimizer.schedule == "wsd" else 0
         problem = find_problem(self)
         if problem is not None:
             raise PydanticCustomError("setting", "{key}: {text}", {"key": problem.key, "text": problem.text})
