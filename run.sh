@@ -4,6 +4,9 @@
 #   ./run.sh test [pytest's arguments]
 # Several machines: the same command on each, with NNODES, NODE_RANK, MASTER_ADDR (and MASTER_PORT), or under srun.
 set -euo pipefail
+# Else a package manager that ends by itself after an interrupt would let the next command start.
+trap 'exit 130' INT
+
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv="$root/.venv"
 
