@@ -1,0 +1,85 @@
+"""Both parallel forms against the oracle: output, final states and the gradient of every input."""
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_sse.kernels import sse_attention
+from megatron_sse.kernels.reference import reference_sse
+from tests.kernels.cases import UNEVEN, Case, Inputs, errors, make_inputs, outputs_and_gradients
+
+
+def attention(form: str):
+    def function(inputs: Inputs, routes, **options):
+        packing = (inputs.offsets_D1, inputs.document_T)
+        return sse_attention(inputs.shared, inputs.sparse, inputs.v_THV, routes, *packing, form=form, **options)
+
+    return function
+
+
+def oracle(inputs: Inputs, routes, **options):
+    return reference_sse(inputs.shared, inputs.sparse, inputs.v_THV, routes, inputs.offsets_D1, **options)
+
+
+@cache
+def expected(case: Case) -> dict[str, Tensor]:
+    return outputs_and_gradients(oracle, case, make_inputs(case))
+
+
+# What both recurrences share.
+COMMON = [
+    Case(lengths=UNEVEN),
+    Case(lengths=UNEVEN, initial=True, num_writers=2, num_readers=2),
+    Case(lengths=(1,)),
+    Case(lengths=(1, 1, 1), initial=True),
+    Case(lengths=(64, 64)),
+    Case(routing="one"),
+    Case(routing="gaps", initial=True),
+    Case(routing="ties", num_writers=2, num_readers=2),
+    Case(num_partitions=5, num_writers=2, num_readers=2),
+    Case(num_partitions=5, num_writers=1, num_readers=3, initial=True),
+    Case(num_partitions=5, num_writers=3, num_readers=1),
+    Case(num_partitions=3, num_writers=3, num_readers=3),
+    Case(num_partitions=1),
+    Case(num_partitions=0, lengths=UNEVEN),
+    Case(num_partitions=0, initial=True, value_dim=5),
+    Case(value_dim=5, initial=True),
+    Case(value_dim=13),
+    Case(num_value_heads=4, value_dim=6),
+    Case(num_heads=1, num_value_heads=3, initial=True),
+    Case(weight_writes=False),
+    Case(weight_reads=False, num_readers=2),
+    Case(weight_writes=False, weight_reads=False, num_writers=2),
+    Case(decay="one", lengths=UNEVEN, initial=True),
+    Case(decay="underflow", lengths=UNEVEN, initial=True),
+]
+DELTA_RULE = [
+    Case(beta_max=2.0, lengths=UNEVEN, initial=True),
+    Case(beta_max=2.0, decay="one", num_value_heads=4),
+    Case(gate="reference", num_writers=2, num_readers=2),
+    Case(gate="reference", num_readers=2, weight_reads=False),
+    Case(gate="reference", num_writers=2, weight_writes=False, initial=True),
+]
+CASES = COMMON + [replace(case, recurrence="gdn") for case in COMMON + DELTA_RULE]
+
+
+@pytest.mark.parametrize("form", ["varlen", "mask"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_the_oracle(case: Case, form: str) -> None:
+    actual = outputs_and_gradients(attention(form), case, make_inputs(case))
+    worst = {name: error for name, error in errors(actual, expected(case)).items() if not error < 1e-12}
+    assert not worst
+
+
+@pytest.mark.parametrize("form", ["varlen", "mask"])
+@pytest.mark.parametrize("decay", ["long", "one", "underflow"])
+@pytest.mark.parametrize("recurrence", ["gla", "gdn"])
+def test_fp32_against_the_fp64_oracle(recurrence: str, decay: str, form: str) -> None:
+    case = Case(recurrence=recurrence, decay=decay, lengths=UNEVEN, num_writers=2, num_readers=2, initial=True)
+    actual = outputs_and_gradients(attention(form), case, make_inputs(case).map(lambda x: x.float()))
+    assert actual["o"].dtype == actual["final"].dtype == torch.float32
+    worst = {name: error for name, error in errors(actual, expected(case)).items() if not error < 2e-6}
+    assert not worst
