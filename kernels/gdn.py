@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from megatron_sse.kernels.scan import scan_states
-from megatron_sse.kernels.segments import Segments, from_chunks, make_grid, to_chunks
+from megatron_sse.kernels.chunks import ChunkAction, decayed_scores, join_lower, run_chunks
+from megatron_sse.kernels.segments import Segments
 
 
 def l2_normalize(x: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def chunk_gdn(
     beta_TH: Tensor,
     segments: Segments,
     initial_SHKV: Tensor | None = None,
-    chunk_size: int = 64,
+    chunk_size: int = 32,
 ) -> tuple[Tensor, Tensor]:
     """S <- exp(g) (I - beta k k^T) S + beta k v^T; o = q S / sqrt(K), restarted in every segment (arXiv 2412.06464).
 
@@ -30,33 +30,60 @@ def chunk_gdn(
         beta_TH: write strength, in [0, 1], or up to 2 where negative eigenvalues are allowed.
         segments: which rows form which segment, in which order.
         initial_SHKV: the state that enters each segment; None for zeros.
-        chunk_size: rows per chunk.
+        chunk_size: rows per chunk, a power of two.
 
     Returns:
         o_THV in v's dtype and final_SHKV; all arithmetic and the states are in fp32, or fp64 where an input is.
     """
     dtype = torch.promote_types(q_THK.dtype, torch.float32)
-    grid = make_grid(segments, q_THK.shape[0], chunk_size)
-    q, k, v = (to_chunks(x.to(dtype), grid) for x in (q_THK, k_THK, v_THV))
-    g, beta = (to_chunks(x.to(dtype)[..., None], grid) for x in (g_TH, beta_TH))
-    q = q * q.shape[-1] ** -0.5
-    decay = g.cumsum(-2)
-    total = decay[..., -1:, :]
+    rows = (q_THK, k_THK, v_THV, g_TH[..., None], beta_TH[..., None])
+    o_THV, final_SHKV = run_chunks(_act, tuple(x.to(dtype) for x in rows), segments, initial_SHKV, chunk_size)
+    return o_THV.to(v_THV.dtype), final_SHKV
 
-    future = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=q.device).triu(1)
-    # Masked before the exponential: above the diagonal the exponents are positive and may overflow.
-    pair_decay = (decay - decay.transpose(-1, -2)).masked_fill(future, float("-inf")).exp()
+
+def _act(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> ChunkAction:
+    key_dim = k.shape[-1]
+    q = q * key_dim**-0.5
+    pair_decay, from_start, to_end, total = decayed_scores(torch.ones_like(g), torch.ones_like(g), g.exp())
 
     # WY form: what a token writes is u - w S, with S the state entering the chunk.
     keys_met = (beta * (k @ k.transpose(-1, -2)) * pair_decay).tril(-1)
-    written = torch.cat((beta * v, beta * decay.exp() * k), dim=-1)
-    written = torch.linalg.solve_triangular(keys_met, written, upper=False, unitriangular=True)
-    u, w = written.split((v.shape[-1], k.shape[-1]), dim=-1)
+    written = _SolveUnitLower.apply(keys_met, torch.cat((beta * v, beta * from_start * k), dim=-1))
+    u, w = written.split((v.shape[-1], key_dim), dim=-1)
 
-    k_kept = (k * (total - decay).exp()).transpose(-1, -2)
-    identity = torch.eye(k.shape[-1], dtype=dtype, device=k.device)
-    transition = total.exp() * identity - k_kept @ w
-    entering, final_SHKV = scan_states(transition, k_kept @ u, grid, initial_SHKV)
+    k_kept = (k * to_end).transpose(-1, -2)
+    identity = torch.eye(key_dim, dtype=q.dtype, device=q.device)
     scores = (q @ k.transpose(-1, -2)) * pair_decay
-    o = (q * decay.exp()) @ entering + scores @ (u - w @ entering)
-    return from_chunks(o, grid).to(v_THV.dtype), final_SHKV
+    return ChunkAction(
+        within=scores @ u,
+        query=q * from_start - scores @ w,
+        transition=total[..., None] * identity - k_kept @ w,
+        increment=k_kept @ u,
+    )
+
+
+class _SolveUnitLower(torch.autograd.Function):
+    """(1 + L)^-1 B for strictly lower L [M, C, C], C a power of two: inverted in blocks, a batch of small ones is slow."""
+
+    @staticmethod
+    def forward(ctx, lower, b):
+        num_matrices, size, _ = lower.shape
+        inverse = lower.new_ones(num_matrices, size, 1, 1)
+        half = 1
+        while half < size:
+            # The block below the diagonal of each pair of blocks: [M, C / (2 half), half, half].
+            blocks = lower.view(num_matrices, -1, 2, half, size // (2 * half), 2, half)[:, :, 1, :, :, 0]
+            below = blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1)
+            early, late = inverse.unflatten(1, (-1, 2)).unbind(2)
+            inverse = join_lower(early, -late @ (below @ early), late)
+            half *= 2
+        inverse = inverse[:, 0]
+        x = inverse @ b
+        ctx.save_for_backward(inverse, x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad_x):
+        inverse, x = ctx.saved_tensors
+        grad_b = inverse.transpose(-1, -2) @ grad_x
+        return -(grad_b @ x.transpose(-1, -2)).tril(-1), grad_b

@@ -28,25 +28,27 @@ class Segments:
 
 @dataclass(frozen=True)
 class ChunkGrid:
-    """Segments cut into chunks of C rows; the last chunk of a segment is padded.
+    """Segments cut into chunks of C rows, the last chunk of a segment padded, for each of H heads.
 
-    row_GC: int64 [G, C], the input row of each place, T where the place is padding.
-    place_T: int64 [T], the place (g * C + c) of each input row.
+    row: int64 [G * H * C], the input row and head (t * H + h) of each place, T * H where the place is padding.
+    place: int64 [T * H], the place ((g * H + h) * C + c) of each input row and head.
     segment_G: int64 [G], the segment of each chunk.
     first_G: bool [G], whether the chunk opens its segment.
     last_S: int64 [S], the last chunk of each segment (of an empty one: any valid index).
     empty_S: bool [S].
     """
 
-    row_GC: Tensor
-    place_T: Tensor
+    num_heads: int
+    chunk_size: int
+    row: Tensor
+    place: Tensor
     segment_G: Tensor
     first_G: Tensor
     last_S: Tensor
     empty_S: Tensor
 
 
-def make_grid(segments: Segments, num_rows: int, chunk_size: int) -> ChunkGrid:
+def make_grid(segments: Segments, num_rows: int, num_heads: int, chunk_size: int) -> ChunkGrid:
     """Lay chunks of `chunk_size` over `num_rows` rows; G = T // C + S bounds their number on the host."""
     offsets_S1 = segments.offsets_S1
     device = offsets_S1.device
@@ -64,13 +66,16 @@ def make_grid(segments: Segments, num_rows: int, chunk_size: int) -> ChunkGrid:
     valid_GC = position_GC < offsets_S1[segment_G + 1][:, None]
     position_GC = position_GC.clamp(max=max(num_rows - 1, 0))
     row_GC = position_GC if segments.row_T is None else segments.row_T[position_GC]
-    row_GC = torch.where(valid_GC, row_GC, num_rows)
+    row_GHC = row_GC[:, None] * num_heads + torch.arange(num_heads, device=device)[:, None]
+    row = torch.where(valid_GC[:, None], row_GHC, num_rows * num_heads).flatten()
 
-    place_T = torch.empty(num_rows + 1, dtype=torch.int64, device=device)
-    place_T.scatter_(0, row_GC.flatten(), torch.arange(num_chunks * chunk_size, device=device))
+    place = torch.empty(num_rows * num_heads + 1, dtype=torch.int64, device=device)
+    place.scatter_(0, row, torch.arange(row.shape[0], device=device))
     return ChunkGrid(
-        row_GC=row_GC,
-        place_T=place_T[:num_rows],
+        num_heads=num_heads,
+        chunk_size=chunk_size,
+        row=row,
+        place=place[:-1],
         segment_G=segment_G,
         first_G=step_G == 0,
         last_S=(chunk_offsets_S1[1:] - 1).clamp(min=0),
@@ -79,12 +84,11 @@ def make_grid(segments: Segments, num_rows: int, chunk_size: int) -> ChunkGrid:
 
 
 class _TakeRows(torch.autograd.Function):
-    """Rows by index, a zero row where the index is T; each row is taken at most once, so backward is a gather too."""
+    """Rows by index, a zero row where the index is out by one; each is taken at most once: backward is a take too."""
 
     @staticmethod
     def forward(ctx, x, index, inverse):
         ctx.save_for_backward(index, inverse)
-        ctx.num_rows = x.shape[0]
         return _take(x, index)
 
     @staticmethod
@@ -94,20 +98,14 @@ class _TakeRows(torch.autograd.Function):
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
-    num_rows = x.shape[0]
-    taken = x.index_select(0, index.clamp(max=num_rows - 1))
-    padding = (index >= num_rows).reshape(-1, *[1] * (x.dim() - 1))
-    return taken.masked_fill_(padding, 0)
+    return torch.cat((x, x.new_zeros(1, *x.shape[1:]))).index_select(0, index)
 
 
 def to_chunks(x: Tensor, grid: ChunkGrid) -> Tensor:
-    """Rows [T, H, ...] into chunks [G, H, C, ...], padding zero."""
-    num_chunks, chunk_size = grid.row_GC.shape
-    taken = _TakeRows.apply(x, grid.row_GC.flatten(), grid.place_T)
-    return taken.view(num_chunks, chunk_size, *x.shape[1:]).transpose(1, 2)
+    """Rows [T, H, D] into chunks [G * H, C, D], padding zero."""
+    return _TakeRows.apply(x.flatten(0, 1), grid.row, grid.place).unflatten(0, (-1, grid.chunk_size))
 
 
 def from_chunks(x: Tensor, grid: ChunkGrid) -> Tensor:
-    """Chunks [G, H, C, ...] back into rows [T, H, ...]."""
-    rows = x.transpose(1, 2).reshape(-1, x.shape[1], *x.shape[3:])
-    return _TakeRows.apply(rows, grid.place_T, grid.row_GC.flatten())
+    """Chunks [G * H, C, D] back into rows [T, H, D]."""
+    return _TakeRows.apply(x.flatten(0, 1), grid.place, grid.row).unflatten(0, (-1, grid.num_heads))
