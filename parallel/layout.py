@@ -1,6 +1,8 @@
-"""Which tokens of a micro-batch belong to which document.
+"""Which tokens of a micro-batch belong to which document, on one context rank.
 
-Dims: B batch, L tokens of a sequence, T = B * L flat tokens (t = b * L + l), D documents.
+Dims: B batch, L tokens of a sequence on this rank, T = B * L flat tokens (t = b * L + l), D fragments (the parts of
+documents that lie in one slot; whole documents without context parallelism), F slots, G tokens of a sequence on all
+context ranks together.
 """
 
 from __future__ import annotations
@@ -12,6 +14,22 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_sse.parallel.sharding import ContextShard
+
+
+@dataclass(frozen=True)
+class SlotEdges:
+    """What crosses the edges of this rank's slots, per slot and sequence, [F, B].
+
+    entry: int64, the first fragment. continues: bool, its document began in an earlier slot.
+    exit: int64, the last fragment. carries: bool, it is also the first and continues: what enters the slot leaves it.
+    """
+
+    entry_FB: Tensor
+    continues_FB: Tensor
+    exit_FB: Tensor
+    carries_FB: Tensor
+
 
 @dataclass(kw_only=True, eq=False)
 class TokenLayout(PackedSeqParams):
@@ -20,11 +38,15 @@ class TokenLayout(PackedSeqParams):
     It travels as Megatron's `packed_seq_params`, the one argument that reaches each attention module.
 
     Attributes:
+        shard: which part of the sequences this is.
         batch_size, length, num_documents: B, L and D.
-        max_document: tokens of the longest document.
-        offsets_D1: int64 [D + 1], document d holds the flat tokens offsets[d] to offsets[d + 1].
-        document_T: int64 [T], the document of each flat token.
-        position_BL: int64 [B, L], position inside the document.
+        max_document: tokens of the longest fragment.
+        offsets_D1: int64 [D + 1], fragment d holds the flat tokens offsets[d] to offsets[d + 1].
+        document_T: int64 [T], the fragment of each flat token.
+        position_BL: int64 [B, L], position inside the document, parts on other ranks counted.
+        edges: what crosses the edges of the slots; None without context parallelism.
+        column_L: int64 [L], position in the sequence of each token; key_column_G, for all ranks one after the other.
+        whole_BL, key_whole_BG: int64, numbers of whole documents, of own tokens and of all ranks' tokens.
         real_BL: bool [B, L], False for padding; None where every token is real.
         layer_loss_scale: gradient of the losses that layers add themselves (the balance loss) before their
             coefficient; the trainer sets it, None leaves them out.
@@ -32,6 +54,7 @@ class TokenLayout(PackedSeqParams):
 
     # Megatron's own attention would otherwise flatten the batch and read cu_seqlens.
     qkv_format: str = "sbhd"
+    shard: ContextShard
     batch_size: int
     length: int
     num_documents: int
@@ -39,45 +62,69 @@ class TokenLayout(PackedSeqParams):
     offsets_D1: Tensor
     document_T: Tensor
     position_BL: Tensor
+    edges: SlotEdges | None
+    column_L: Tensor
+    key_column_G: Tensor
+    whole_BL: Tensor
+    key_whole_BG: Tensor
     real_BL: Tensor | None = None
     layer_loss_scale: Tensor | None = None
 
     @classmethod
     def from_starts(
-        cls, starts_BL: np.ndarray, real_BL: np.ndarray | None = None, device: torch.device | str = "cpu"
+        cls,
+        starts_BG: np.ndarray,
+        real_BG: np.ndarray | None = None,
+        device: torch.device | str = "cpu",
+        shard: ContextShard | None = None,
     ) -> TokenLayout:
-        """Layout of a batch whose documents start where `starts_BL` (bool [B, L]) is True.
+        """Layout of one context rank's part of a batch whose documents start where `starts_BG` (bool) is True.
 
         Every sequence starts a document, whether marked or not. Sizes stay on the host and tensors are copied
         asynchronously, so nothing waits for the device. Raises ValueError on wrong shapes.
         """
-        if starts_BL.ndim != 2 or starts_BL.size == 0:
-            raise ValueError(f"starts_BL must be a non-empty [B, L] array, got shape {starts_BL.shape}")
-        if real_BL is not None and real_BL.shape != starts_BL.shape:
-            raise ValueError(f"real_BL has shape {real_BL.shape}, starts_BL {starts_BL.shape}")
-        batch_size, length = starts_BL.shape
-        starts_BL = starts_BL.astype(bool)
-        starts_BL[:, 0] = True
-        first_D = np.flatnonzero(starts_BL)
-        offsets_D1 = np.append(first_D, starts_BL.size)
+        if starts_BG.ndim != 2 or starts_BG.size == 0:
+            raise ValueError(f"starts must be a non-empty [B, L] array, got shape {starts_BG.shape}")
+        if real_BG is not None and real_BG.shape != starts_BG.shape:
+            raise ValueError(f"real has shape {real_BG.shape}, starts {starts_BG.shape}")
+        shard = shard or ContextShard()
+        starts_BG = starts_BG.astype(bool)
+        starts_BG[:, 0] = True
+        whole_BG = np.cumsum(starts_BG, axis=1) - 1
+        first_BG = np.maximum.accumulate(np.where(starts_BG, np.arange(starts_BG.shape[1]), 0), axis=1)
+        position_BG = np.arange(starts_BG.shape[1]) - first_BG
+
+        column_L, key_column_G = (columns(starts_BG.shape[1]) for columns in (shard.columns, shard.all_columns))
+        starts_BFC = starts_BG[:, column_L].reshape(len(starts_BG), shard.num_slots, -1).copy()
+        continues_BF = ~starts_BFC[:, :, 0]
+        starts_BFC[:, :, 0] = True
+        offsets_D1 = np.append(np.flatnonzero(starts_BFC), starts_BFC.size)
         sizes_D = np.diff(offsets_D1)
-        document_T = np.repeat(np.arange(len(first_D)), sizes_D)
-        position_T = np.arange(starts_BL.size) - first_D[document_T]
+        document_T = np.repeat(np.arange(len(sizes_D)), sizes_D)
+        document_BFC = document_T.reshape(starts_BFC.shape)
+        entry_BF, exit_BF = document_BFC[:, :, 0], document_BFC[:, :, -1]
+        edges = (entry_BF, continues_BF, exit_BF, continues_BF & (entry_BF == exit_BF))
         return cls(
-            batch_size=batch_size,
-            length=length,
-            num_documents=len(first_D),
+            shard=shard,
+            batch_size=len(starts_BG),
+            length=len(column_L),
+            num_documents=len(sizes_D),
             max_document=int(sizes_D.max()),
             offsets_D1=to_device(offsets_D1, device),
             document_T=to_device(document_T, device),
-            position_BL=to_device(position_T.reshape(batch_size, length), device),
-            real_BL=None if real_BL is None else to_device(real_BL.astype(bool), device),
+            position_BL=to_device(position_BG[:, column_L], device),
+            edges=SlotEdges(*(to_device(edge.T, device) for edge in edges)) if shard.size > 1 else None,
+            column_L=to_device(column_L, device),
+            key_column_G=to_device(key_column_G, device),
+            whole_BL=to_device(whole_BG[:, column_L], device),
+            key_whole_BG=to_device(whole_BG[:, key_column_G], device),
+            real_BL=None if real_BG is None else to_device(real_BG[:, column_L].astype(bool), device),
         )
 
 
 def to_device(array: np.ndarray, device: torch.device | str) -> Tensor:
     """Copy of a host array on `device`, without waiting for it."""
-    tensor = torch.from_numpy(array)
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
     if torch.device(device).type == "cpu":
         return tensor
     # Only a copy from pinned memory is asynchronous.

@@ -57,10 +57,10 @@ def test_megatron_does_not_take_its_packed_path():
 
 @pytest.mark.parametrize("shape", [(4,), (0, 3), (2, 0)])
 def test_wrong_shapes_are_refused(shape):
-    with pytest.raises(ValueError, match="starts_BL"):
+    with pytest.raises(ValueError, match="starts"):
         TokenLayout.from_starts(np.zeros(shape, dtype=bool))
 
 
 def test_padding_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match="real_BL"):
+    with pytest.raises(ValueError, match="real"):
         TokenLayout.from_starts(np.zeros((1, 3), dtype=bool), np.ones((1, 4), dtype=bool))

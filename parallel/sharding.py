@@ -1,0 +1,50 @@
+"""Which tokens of a sequence each context rank holds.
+
+A slot is a run of consecutive tokens on a rank. Contiguous: one slot a rank, in rank order. Zigzag: the sequence is cut
+into 2P chunks, rank r holds chunks r and 2P - 1 - r, so that causal attention costs every rank the same.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+# (rank, slot) of every slot, in the order of the sequence.
+Chain = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class ContextShard:
+    """The part of every sequence that context rank `rank` of `size` holds."""
+
+    rank: int = 0
+    size: int = 1
+    zigzag: bool = False
+
+    @property
+    def num_slots(self) -> int:
+        """Slots on each rank."""
+        return 2 if self.zigzag else 1
+
+    @property
+    def chain(self) -> Chain:
+        """All slots in the order of the sequence."""
+        forward = tuple((rank, 0) for rank in range(self.size))
+        backward = tuple((rank, 1) for rank in reversed(range(self.size)))
+        return forward + backward if self.zigzag else forward
+
+    def columns(self, length: int) -> np.ndarray:
+        """Positions in a sequence of `length` tokens of this rank's tokens, slot after slot.
+
+        `length` has to be a multiple of size * num_slots (the configuration checks it).
+        """
+        return self._columns_of(self.rank, length)
+
+    def all_columns(self, length: int) -> np.ndarray:
+        """The same for all ranks, one after the other."""
+        return np.concatenate([self._columns_of(rank, length) for rank in range(self.size)])
+
+    def _columns_of(self, rank: int, length: int) -> np.ndarray:
+        assert length % (self.size * self.num_slots) == 0
+        chunks = np.arange(length).reshape(self.size * self.num_slots, -1)
+        own = [rank, 2 * self.size - 1 - rank] if self.zigzag else [rank]
+        return chunks[own].reshape(-1)
