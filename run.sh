@@ -59,9 +59,12 @@ setup() {
   exec 9>&-
 }
 
+usage() { sed -n '2,5s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+
 case "${1:-}" in
+  -h | --help) usage ;;
   "" | -*)
-    sed -n '2,5s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+    usage >&2
     exit 2
     ;;
   test)
