@@ -6,6 +6,7 @@ import torch
 from megatron.core.extensions import transformer_engine as te
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -51,7 +52,10 @@ class SoftmaxAttention(SelfAttention):
 
 
 class TorchAttention(torch.nn.Module):
-    """Core attention with torch's scaled_dot_product_attention. Signature of Megatron-Core's core attentions."""
+    """Core attention with torch's scaled_dot_product_attention. Signature of Megatron-Core's core attentions.
+
+    Under context parallelism each rank gathers the keys and values of all; exact for any layout of the tokens.
+    """
 
     def __init__(
         self,
@@ -67,6 +71,7 @@ class TorchAttention(torch.nn.Module):
         self.window = None if config.window_size is None else config.window_size[0] + 1
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout
+        self.cp_group = pg_collection.cp if pg_collection is not None else None
 
     def forward(
         self,
@@ -80,6 +85,8 @@ class TorchAttention(torch.nn.Module):
     ) -> Tensor:
         """query [L, B, heads, head dim], key and value with no more heads; returns [L, B, heads * head dim]."""
         layout = packed_seq_params
+        if layout.shard.size > 1:
+            key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value))
         mask = self._mask(layout)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = scaled_dot_product_attention(
@@ -95,14 +102,12 @@ class TorchAttention(torch.nn.Module):
         return out.permute(2, 0, 1, 3).flatten(-2)
 
     def _mask(self, layout: TokenLayout) -> Tensor | None:
-        """Which keys a query sees, bool [B, 1, L, L]; None where plain causal attention is meant."""
-        if layout.num_documents == layout.batch_size and self.window is None:
+        """Which keys a query sees, bool [B, 1, L, G]; None where plain causal attention is meant."""
+        if layout.shard.size == 1 and layout.num_documents == layout.batch_size and self.window is None:
             return None
-        position = torch.arange(layout.length, device=layout.document_T.device)
-        distance = position[:, None] - position
+        distance = layout.column_L[:, None] - layout.key_column_G
         seen = distance >= 0 if self.window is None else (distance >= 0) & (distance < self.window)
-        document_BL = layout.document_T.view(layout.batch_size, layout.length)
-        return (seen & (document_BL[:, :, None] == document_BL[:, None]))[:, None]
+        return (seen & (layout.whole_BL[:, :, None] == layout.key_whole_BG[:, None]))[:, None]
 
 
 class TEAttention(te.TEDotProductAttention if te.HAVE_TE else torch.nn.Module):  # type: ignore[misc]
