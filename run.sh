@@ -26,17 +26,18 @@ find_python() {
 
 install() {
   local pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet --quiet)
-  local pins="$root/constraints.txt" extras=dev torch
+  local pins="$root/constraints.txt" torch
   torch=$(sed -n 's/^torch==//p' "$pins")
   "${pip[@]}" install -c "$pins" setuptools
   if has_gpu; then
     # Three equal signs: 2.1+cpu is no match for 2.1.
     "${pip[@]}" install -c "$pins" "torch===$torch"
-    extras=gpu,dev
+    "${pip[@]}" install -c "$pins" --no-build-isolation -e "$root[gpu,dev]" && return
+    echo "run.sh: the gpu extra did not install; without Transformer Engine plain modules are used, which are slower" >&2
   else
     "${pip[@]}" install -c "$pins" "torch==$torch+cpu" 2>/dev/null || "${pip[@]}" install -c "$pins" "torch==$torch"
   fi
-  "${pip[@]}" install -c "$pins" --no-build-isolation -e "$root[$extras]"
+  "${pip[@]}" install -c "$pins" --no-build-isolation -e "$root[dev]"
 }
 
 setup() {

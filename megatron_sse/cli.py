@@ -4,7 +4,6 @@ import argparse
 import logging
 import os
 import sys
-import warnings
 
 from megatron_sse import __version__
 from megatron_sse.config import RunConfig, ignored_settings, load_config
@@ -40,8 +39,6 @@ def set_up_logging(rank: int) -> None:
         stream=sys.stdout,
     )
     logging.getLogger("megatron_sse").setLevel(logging.WARNING if rank else logging.INFO)
-    # The run says itself which implementation of each part was picked.
-    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
