@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_sse.kernels.scan import scan_states
+from megatron_sse.kernels.scan import scan_spans, scan_states
 from megatron_sse.kernels.segments import Segments, from_chunks, make_grid, to_chunks
 
 
@@ -41,7 +41,11 @@ def run_chunks(
     grid = make_grid(segments, rows[0].shape[0], rows[0].shape[1], chunk_size)
     within, query, transition, increment = _InBlocks.apply(act, *(to_chunks(x, grid) for x in rows))
     transition, increment = (x.unflatten(0, (-1, grid.num_heads)) for x in (transition, increment))
-    entering, final_SHKV = scan_states(transition, increment, grid, initial_SHKV)
+    if segments.edges is None:
+        entering, final_SHKV = scan_states(transition, increment, grid, initial_SHKV)
+    else:
+        assert initial_SHKV is None
+        entering, final_SHKV = scan_spans(transition, increment, grid, segments.edges)
     return from_chunks(torch.baddbmm(within, query, entering.flatten(0, 1)), grid), final_SHKV
 
 
@@ -75,39 +79,6 @@ def _block_size(chunks: Tensor) -> int:
     """Chunks per block: few enough for a CPU's cache, or to bound a GPU's memory."""
     elements = 2**18 if chunks.device.type == "cpu" else 2**26
     return max(1, elements // chunks[0].numel())
-
-
-def decayed_scores(q: Tensor, k: Tensor, decay: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Causal scores q_t (decay_t ... decay_{s + 1}) k_s inside each chunk, and the chunk's inputs decayed to its borders.
-
-    Only products of decays occur, never a quotient or a difference of sums of logarithms: exact for any decay.
-
-    Args:
-        q, k, decay: [M, C, K], C a power of two, decay in [0, 1] per row and channel.
-
-    Returns:
-        scores [M, C, C], q decayed from the chunk's start, k decayed to its end, and the chunk's decay [M, K].
-    """
-    scores_BCC = (q * k).sum(-1)[..., None, None]
-    q, total = q * decay, decay
-    # Blocks of `half` rows are joined in pairs; q and k are decayed to the borders of their block at every level.
-    half = 1
-    while half < q.shape[-2]:
-        (q_early, q_late), (k_early, k_late) = _pairs(q, half), _pairs(k, half)
-        total_early, total_late = _pairs(total, 1)
-        met = (q_late * k_early).sum(-1, keepdim=True) if half == 1 else q_late @ k_early.transpose(-1, -2)
-        scores_early, scores_late = scores_BCC.unflatten(1, (-1, 2)).unbind(2)
-        scores_BCC = join_lower(scores_early, met, scores_late)
-        q = torch.stack((q_early, q_late * total_early), dim=-3).flatten(-4, -2)
-        k = torch.stack((k_early * total_late, k_late), dim=-3).flatten(-4, -2)
-        total = (total_early * total_late).squeeze(-2)
-        half *= 2
-    return scores_BCC[:, 0], q, k, total[:, 0]
-
-
-def _pairs(x: Tensor, half: int) -> tuple[Tensor, ...]:
-    """[M, C, D] as early and late halves [M, C / (2 half), half, D] of neighbouring blocks."""
-    return x.unflatten(-2, (-1, 2, half)).unbind(-3)
 
 
 def join_lower(early: Tensor, below: Tensor, late: Tensor) -> Tensor:

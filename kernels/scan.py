@@ -7,7 +7,7 @@ per key channel for GLA and a matrix for the delta rule. The same pair describes
 import torch
 from torch import Tensor
 
-from megatron_sse.kernels.segments import ChunkGrid
+from megatron_sse.kernels.segments import ChunkGrid, Edges
 
 
 def apply_transition(transition: Tensor, state: Tensor) -> Tensor:
@@ -76,3 +76,29 @@ def scan_states(
     final = apply_transition(transition_G[last], entering[last]) + increment_G[last]
     empty = grid.empty_S.view(-1, 1, 1, 1)
     return entering, torch.where(empty, torch.zeros_like(final) if initial_S is None else initial_S, final)
+
+
+def scan_spans(transition_G: Tensor, increment_G: Tensor, grid: ChunkGrid, edges: Edges) -> tuple[Tensor, Tensor]:
+    """As scan_states, with the states that enter the spans from elsewhere.
+
+    The scan runs once, from zero, with extra columns that start as the identity: they become what a segment does to the
+    state that enters it. What enters is added when it has arrived.
+    """
+    key_dim, value_dim = increment_G.shape[-2:]
+    columns = transition_G.shape[-1]
+    identity = increment_G.new_ones(key_dim, 1) if columns == 1 else torch.eye(key_dim).to(increment_G)
+    shape = (grid.last_S.shape[0], *increment_G.shape[1:])
+    zeros = increment_G.new_zeros(shape)
+    start = torch.cat((zeros, identity.expand(*shape[:-1], columns)), dim=-1)
+    padded = torch.nn.functional.pad(increment_G, (0, columns))
+    entering, final = scan_states(transition_G, padded, grid, start)
+    (entering, before), (final, whole) = (x.split((value_dim, columns), dim=-1) for x in (entering, final))
+
+    leaving = whole[edges.exit_FX] * edges.carries_FX[..., None, None, None]
+    arriving = edges.exchange(leaving.flatten(1, 2), final[edges.exit_FX].flatten(1, 2))
+    arriving = arriving.view(*edges.entry_FX.shape, *shape[1:]).masked_fill(
+        ~edges.continues_FX[..., None, None, None], 0
+    )
+    initial = zeros.index_copy(0, edges.entry_FX.flatten(), arriving.flatten(0, 1))
+    entering = entering + apply_transition(before, initial[grid.segment_G])
+    return entering, final + apply_transition(whole, initial)

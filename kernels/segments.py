@@ -4,10 +4,40 @@ A segment is the tokens of one (document, bank). The table of offsets has a fixe
 every shape here follows from sizes known on the host, so nothing waits for the device.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Edges:
+    """Segments that go on in tokens which are not at hand, for each of F spans (runs of consecutive tokens) here.
+
+    entry_FX, exit_FX: int64, the segments that come first and last in each span, X of them side by side.
+    continues_FX: bool, the first one began before the span.
+    carries_FX: bool, it is also the last one: what enters the span leaves it.
+    exchange: given what each span does to the state that enters it, S -> transition S + state, with transition
+        [F, X * H, K, 1 or K] and state [F, X * H, K, V], returns the states that enter the spans [F, X * H, K, V].
+    """
+
+    entry_FX: Tensor
+    continues_FX: Tensor
+    exit_FX: Tensor
+    carries_FX: Tensor
+    exchange: Callable[[Tensor, Tensor], Tensor]
+
+    def of_banks(self, num_documents: int, num_partitions: int) -> "Edges":
+        """From documents to segments: document d's shared bank is segment d, the sparse ones start at D + d * N."""
+
+        def segments(document_FX: Tensor) -> Tensor:
+            sparse = num_documents + document_FX[..., None] * num_partitions
+            sparse = sparse + torch.arange(num_partitions, device=document_FX.device)
+            return torch.cat((document_FX[..., None], sparse), dim=-1).flatten(1)
+
+        continues, carries = (x.repeat_interleave(1 + num_partitions, 1) for x in (self.continues_FX, self.carries_FX))
+        return Edges(segments(self.entry_FX), continues, segments(self.exit_FX), carries, self.exchange)
 
 
 @dataclass(frozen=True)
@@ -16,10 +46,12 @@ class Segments:
 
     offsets_S1: int64 [S + 1], segment s holds the sorted positions offsets[s] .. offsets[s + 1] - 1.
     row_T: int64 [T], the input row that stands at each sorted position; None where the rows are already sorted.
+    edges: segments that go on elsewhere; None where all are whole.
     """
 
     offsets_S1: Tensor
     row_T: Tensor | None = None
+    edges: Edges | None = None
 
     @property
     def num_segments(self) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_sse.kernels.gdn import chunk_gdn, l2_normalize
 from megatron_sse.kernels.gla import chunk_gla
 from megatron_sse.kernels.routing import Routes, sort_by_segment
-from megatron_sse.kernels.segments import Segments
+from megatron_sse.kernels.segments import Edges, Segments
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ def sse_attention(
     weight_writes: bool = True,
     weight_reads: bool = True,
     initial_DBHKV: Tensor | None = None,
+    edges: Edges | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Read the shared bank and the picked partitions after writing to them.
 
@@ -73,24 +74,26 @@ def sse_attention(
             (delta rule only): they scale k and q before the normalisation, which cancels them, as the authors do.
         weight_writes, weight_reads: whether the picks' probabilities scale writes and reads.
         initial_DBHKV: states [D, N + 1, H, K, V] that enter the documents; None for zeros.
+        edges: documents that go on in tokens held elsewhere; excludes initial_DBHKV.
 
     Returns:
         o_THV, shared plus sparse outputs, and final states [D, N + 1, H, K, V].
     """
     num_heads = v_THV.shape[1]
+    documents = Segments(offsets_D1, edges=edges)
     shared = shared.expand_heads(num_heads)
     if shared.beta_TH is not None:
         shared = shared.normalize()
     if sparse is None or routes is None:
         initial = None if initial_DBHKV is None else initial_DBHKV[:, 0]
-        o_THV, final = _recur(shared, v_THV, Segments(offsets_D1), initial)
+        o_THV, final = _recur(shared, v_THV, documents, initial)
         return o_THV, final[:, None]
     sparse = sparse.expand_heads(num_heads)
     if sparse.beta_TH is not None and gate == "post_norm":
         sparse = sparse.normalize()
     picks = _Picks.of(routes, v_THV, weight_writes, weight_reads, before_norm=gate == "reference")
     run = {"varlen": _run_varlen, "mask": _run_mask}[form]
-    return run(shared, sparse, v_THV, routes, picks, offsets_D1, document_T, initial_DBHKV)
+    return run(shared, sparse, v_THV, routes, picks, documents, document_T, initial_DBHKV)
 
 
 @dataclass(frozen=True)
@@ -145,13 +148,14 @@ def _join(shared: BankInputs, sparse: BankInputs, v: Tensor, v_sparse: Tensor, d
     return BankInputs(q, k, g, beta), v
 
 
-def _run_varlen(shared, sparse, v_THV, routes, picks, offsets_D1, document_T, initial_DBHKV):
+def _run_varlen(shared, sparse, v_THV, routes, picks, documents, document_T, initial_DBHKV):
     """Rows 0 .. T - 1 are the shared bank's tokens, rows T + t * P + p the picks; all are gathered into chunks once."""
     num_tokens, num_picks = routes.bank_TP.shape
-    num_documents, num_partitions = offsets_D1.shape[0] - 1, routes.num_partitions
+    num_documents, num_partitions = documents.num_segments, routes.num_partitions
     order, offsets = sort_by_segment(routes.bank_TP, document_T, num_documents, num_partitions)
     row = torch.cat((torch.arange(num_tokens, device=order.device), num_tokens + order))
-    segments = Segments(torch.cat((offsets_D1, num_tokens + offsets[1:])), row)
+    edges = documents.edges and documents.edges.of_banks(num_documents, num_partitions)
+    segments = Segments(torch.cat((documents.offsets_S1, num_tokens + offsets[1:])), row, edges)
 
     picked = sparse.map(lambda x: x[:, None].expand(-1, num_picks, *x.shape[1:]))
     picked, v_picked = picks.apply(picked, v_THV[:, None].expand(-1, num_picks, *v_THV.shape[1:]))
@@ -167,7 +171,7 @@ def _run_varlen(shared, sparse, v_THV, routes, picks, offsets_D1, document_T, in
     return (o[:num_tokens] + o_sparse).to(v_THV.dtype), final_DBHKV
 
 
-def _run_mask(shared, sparse, v_THV, routes, picks, offsets_D1, document_T, initial_DBHKV):
+def _run_mask(shared, sparse, v_THV, routes, picks, documents, document_T, initial_DBHKV):
     """Banks become heads: [T, (N + 1) H, ...], one segment per document."""
     num_banks, num_heads = 1 + routes.num_partitions, v_THV.shape[1]
     picks = picks.scatter(routes)
@@ -176,6 +180,6 @@ def _run_mask(shared, sparse, v_THV, routes, picks, offsets_D1, document_T, init
     joined, v = _join(shared, picked.map(lambda x: x.flatten(1, 2)), v_THV, v_picked.flatten(1, 2), dim=1)
 
     initial = None if initial_DBHKV is None else initial_DBHKV.flatten(1, 2)
-    o, final = _recur(joined, v, Segments(offsets_D1), initial)
+    o, final = _recur(joined, v, documents, initial)
     o_sparse = picks.combine(o[:, num_heads:].unflatten(1, (num_banks - 1, num_heads)))
     return (o[:, :num_heads] + o_sparse).to(v_THV.dtype), final.unflatten(1, (num_banks, num_heads))
