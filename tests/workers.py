@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+import psutil
 import torch
 
 from megatron_sse.parallel import device, groups
@@ -69,10 +70,12 @@ class WorkerPool:
         return result
 
     def close(self) -> None:
-        """Stop the processes, also those that hang in a collective."""
-        for process in self._processes:
-            process.kill()
+        """Stop the processes, also those that hang in a collective, and what they started."""
         for pipe, process in zip(self._pipes, self._processes, strict=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.kill()
+            process.kill()
             process.join()
             pipe.close()
 

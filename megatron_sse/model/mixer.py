@@ -227,11 +227,23 @@ class SSEMixer(MegatronModule):
         state = make_sharded_tensors_for_checkpoint(
             own, prefix, split, sharded_offsets, tp_group=self.tp_group, dp_cp_group=(metadata or {})["dp_cp_group"]
         )
-        for name, module in self.named_children():
-            state.update(
-                sharded_state_dict_default(module, f"{prefix}{name}.", sharded_offsets, metadata, self.tp_group)
-            )
+        return state | self._sharded_children(self, prefix, sharded_offsets, metadata)
+
+    def _sharded_children(
+        self, module: torch.nn.Module, prefix: str, sharded_offsets: tuple, metadata: dict | None
+    ) -> ShardedStateDict:
+        state: ShardedStateDict = {}
+        for name, child in module.named_children():
+            # Megatron-Core would take all that a low-rank pair or a list holds for replicated.
+            holds_modules = not hasattr(child, "sharded_state_dict") and any(child.children())
+            describe = self._sharded_children if holds_modules else self._sharded_leaf
+            state.update(describe(child, f"{prefix}{name}.", sharded_offsets, metadata))
         return state
+
+    def _sharded_leaf(
+        self, module: torch.nn.Module, prefix: str, sharded_offsets: tuple, metadata: dict | None
+    ) -> ShardedStateDict:
+        return sharded_state_dict_default(module, prefix, sharded_offsets, metadata, self.tp_group)
 
 
 def _flatten(x_LBF: Tensor) -> Tensor:

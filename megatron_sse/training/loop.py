@@ -125,7 +125,7 @@ class Run:
                 self.trainer.optimizer,
                 self.groups,
             )
-        else:
+        elif step >= training.steps:
             logger.warning("nothing to do: %d of %d steps were done before", step, training.steps)
         self.monitor.close()
 

@@ -73,7 +73,8 @@ def build_optimizer(
     _provide_adam()
     settings = config.optimizer
     bf16 = config.training.precision == "bf16"
-    no_decay = ParamKey(with_name_predicate=ParamWithNamePredicate("not_decayed", lambda p, name: not decays(name, p)))
+    no_decay = ParamWithNamePredicate("no_decay", lambda parameter, name: not decays(name, parameter))
+    in_fp32 = ParamWithNamePredicate("in_fp32", lambda parameter, name: bf16 and parameter.dtype == torch.float32)
     return get_megatron_optimizer(
         MegatronSettings(
             lr=settings.learning_rate,
@@ -85,13 +86,26 @@ def build_optimizer(
             clip_grad=settings.clip_grad,
             bf16=bf16,
             params_dtype=torch.bfloat16 if bf16 else torch.float32,
-            use_distributed_optimizer=config.parallel.distributed_optimizer,
+            use_distributed_optimizer=uses_distributed_optimizer(config),
         ),
         chunks,
-        config_overrides={no_decay: {"wd_mult": 0.0}},
+        # The distributed optimizer's checkpoints need groups of one dtype, told apart by one of a few keys; this one is
+        # of no effect.
+        config_overrides={
+            ParamKey(with_name_predicate=no_decay): {"wd_mult": 0.0},
+            ParamKey(with_name_predicate=in_fp32): {"is_decoupled_lr": True},
+        },
         use_gloo_process_groups=False,
         pg_collection=groups,
     )
+
+
+def uses_distributed_optimizer(config: RunConfig) -> bool:
+    """Whether optimizer state is split over the data-parallel group: where asked for, and always in bf16.
+
+    Megatron-Core's other optimizer for bf16 cannot save a model that has fp32 parameters (the routers) as well.
+    """
+    return config.parallel.distributed_optimizer or config.training.precision == "bf16"
 
 
 def decays(name: str, parameter: torch.Tensor) -> bool:

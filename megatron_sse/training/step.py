@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron_sse.config import RunConfig
 from megatron_sse.data.batch import Batch
 from megatron_sse.model import SSEMixer
+from megatron_sse.training.optimizer import uses_distributed_optimizer
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class Trainer:
 def wrap_model(config: RunConfig, chunks: list[Any], groups: ProcessGroupCollection) -> list[DistributedDataParallel]:
     """Model chunks in Megatron-Core's DDP, which adds up gradients over the data-parallel group in fp32."""
     settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=config.parallel.distributed_optimizer
+        grad_reduce_in_fp32=True, use_distributed_optimizer=uses_distributed_optimizer(config)
     )
     return [
         DistributedDataParallel(chunk.config, settings, chunk, disable_bucketing=stage > 0, pg_collection=groups)

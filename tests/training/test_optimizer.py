@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def weights_after(optimizer: torch.optim.Optimizer, weights: list[torch.nn.Param
 def test_adam_steps_like_torchs_adamw() -> None:
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((3, 4), (5,), (2, 2, 2))]
     theirs = copy.deepcopy(ours)
-    settings = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
+    settings: dict[str, Any] = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
     groups = [[{"params": w[:1], "weight_decay": 0.3}, {"params": w[1:], "weight_decay": 0.0}] for w in (ours, theirs)]
     weights_after(Adam(groups[0], weight_decay=0.3, **settings), ours, 5)
     weights_after(torch.optim.AdamW(groups[1], **settings), theirs, 5)
@@ -79,7 +80,7 @@ def test_adam_steps_like_torchs_adamw() -> None:
 
 def test_adam_goes_on_from_its_saved_state() -> None:
     straight = [torch.nn.Parameter(torch.ones(3))]
-    settings = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
+    settings: dict[str, Any] = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
     first = Adam(straight, **settings)
     weights_after(first, straight, 2)
     broken_off = copy.deepcopy(straight)
