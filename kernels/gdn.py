@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from megatron_sse.kernels.chunks import ChunkAction, decayed_scores, join_lower, run_chunks
+from megatron_sse.kernels.chunks import ChunkAction, join_lower, run_chunks
 from megatron_sse.kernels.segments import Segments
 
 
@@ -44,7 +44,8 @@ def chunk_gdn(
 def _act(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> ChunkAction:
     key_dim = k.shape[-1]
     q = q * key_dim**-0.5
-    pair_decay, from_start, to_end, total = decayed_scores(torch.ones_like(g), torch.ones_like(g), g.exp())
+    pair_decay = _pair_decay(g)
+    from_start, to_end = pair_decay[:, :, :1] * g[:, :1].exp(), pair_decay[:, -1:].transpose(-1, -2)
 
     # WY form: what a token writes is u - w S, with S the state entering the chunk.
     keys_met = (beta * (k @ k.transpose(-1, -2)) * pair_decay).tril(-1)
@@ -57,13 +58,20 @@ def _act(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> ChunkActio
     return ChunkAction(
         within=scores @ u,
         query=q * from_start - scores @ w,
-        transition=total[..., None] * identity - k_kept @ w,
+        transition=from_start[:, -1:] * identity - k_kept @ w,
         increment=k_kept @ u,
     )
 
 
+def _pair_decay(g: Tensor) -> Tensor:
+    """exp(g_t + ... + g_{s + 1}) for s <= t, [M, C, C]; each sum on its own, a difference of two would lose digits."""
+    up_to_t = g.transpose(-1, -2).expand(-1, g.shape[1], -1).tril()
+    after_s = g.new_ones(g.shape[1], g.shape[1]).tril(-1)
+    return (up_to_t @ after_s).exp().tril()
+
+
 class _SolveUnitLower(torch.autograd.Function):
-    """(1 + L)^-1 B for strictly lower L [M, C, C], C a power of two: inverted in blocks, a batch of small ones is slow."""
+    """(1 + L)^-1 B for strictly lower L [M, C, C], C a power of two; inverted in blocks: faster than batched solves."""
 
     @staticmethod
     def forward(ctx, lower, b):
