@@ -26,7 +26,7 @@ class Router(torch.nn.Module):
     ):
         super().__init__()
         self.num_writers, self.num_readers = num_writers, num_readers
-        self.tp_group = pg_collection.tp
+        self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         self.sequence_parallel = config.sequence_parallel
         dtype = torch.promote_types(config.params_dtype, torch.float32)
         self.proj = ReplicatedLinear(config, config.hidden_size, num_partitions, dtype)
@@ -48,21 +48,24 @@ class Router(torch.nn.Module):
     def _balance_loss(self, own_LBN: Tensor, routes: Routes, layout: TokenLayout) -> Tensor:
         """(N / K) sum_i f_i p_i over real tokens: f the share of tokens that write to i, p the mean probability.
 
-        Computed from the probabilities before they enter the heads' region, so that its gradient, complete on every
-        tensor rank, is not summed there.
+        Both are means over all context ranks: the product of means is not the mean of products. Computed from the
+        probabilities before they enter the heads' region, so that its gradient, complete on every tensor rank, is not
+        summed there.
         """
         real_BL = torch.ones_like(layout.position_BL) if layout.real_BL is None else layout.real_BL
         real_BL = real_BL.to(own_LBN.dtype)
-        num_real = real_BL.sum().clamp(min=1)
-        share_N = (routes.scatter(routes.write_weight_TP(False)) * real_BL.flatten()[:, None]).sum(0) / num_real
+        writes_N = (routes.scatter(routes.write_weight_TP(False)) * real_BL.flatten()[:, None]).sum(0)
 
         real_LB = real_BL.t()
         if self.sequence_parallel:
             real_LB = real_LB.chunk(self.tp_group.size())[self.tp_group.rank()]
-        prob_N = (own_LBN * real_LB[..., None]).sum((0, 1)) / num_real
+        prob_N = (own_LBN * real_LB[..., None]).sum((0, 1))
         if self.sequence_parallel:
             prob_N = sum_value(prob_N, self.tp_group)
-        return own_LBN.shape[-1] / self.num_writers * (share_N.detach() * prob_N).sum()
+        sums = sum_value(torch.cat((writes_N.detach(), prob_N, real_BL.sum()[None])), self.cp_group)
+        writes_N, prob_N, num_real = sums.split((len(writes_N), len(prob_N), 1))
+        num_real = num_real.clamp(min=1)
+        return own_LBN.shape[-1] / self.num_writers * (writes_N / num_real * (prob_N / num_real)).sum()
 
 
 class AttachLoss(torch.autograd.Function):
