@@ -22,6 +22,7 @@ from megatron_sse.model.metrics import LayerMetrics
 from megatron_sse.model.projections import LowRank
 from megatron_sse.model.router import AttachLoss, Router
 from megatron_sse.parallel.collectives import sum_gradient
+from megatron_sse.parallel.halo import tokens_before
 from megatron_sse.parallel.layout import TokenLayout
 
 NUM_KINDS = 2  # of banks: shared, sparse
@@ -48,7 +49,8 @@ class SSEMixer(MegatronModule):
     ):
         super().__init__(config)
         self.layer_number, self.settings, self.recurrence = layer_number, settings, recurrence
-        self.num_partitions, self.tp_group = num_partitions, pg_collection.tp
+        self.num_partitions = num_partitions
+        self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         self.num_kinds = NUM_KINDS if num_partitions else 1
         self.key_map = settings.key_map_of(recurrence)
         self.has_keys = self.key_map != "one_minus_decay"
@@ -198,8 +200,15 @@ class SSEMixer(MegatronModule):
 
     def _convolve(self, q_THK: Tensor, k_THK: Tensor | None, layout: TokenLayout) -> tuple[Tensor, Tensor | None]:
         stacked = torch.stack((q_THK,) if k_THK is None else (q_THK, k_THK), dim=2)
-        out = short_convolution(stacked.flatten(1), self.conv_weight.flatten(0, 2), layout.position_BL.flatten())
-        out = out.view_as(stacked)
+        width = self.settings.short_convolution - 1
+        # Slot by slot, each behind the tokens before it, whose own outputs are dropped.
+        x_BFLC = stacked.flatten(1).view(layout.batch_size, layout.shard.num_slots, -1, stacked[0].numel())
+        x_FBLC = x_BFLC.transpose(0, 1)
+        x_FBLC = torch.cat((tokens_before(x_FBLC, width, layout.shard, self.cp_group), x_FBLC), dim=2)
+        position_FBL = layout.position_BL.view(*x_BFLC.shape[:3]).transpose(0, 1)
+        position_FBL = torch.nn.functional.pad(position_FBL, (width, 0))
+        out = short_convolution(x_FBLC.flatten(0, 2), self.conv_weight.flatten(0, 2), position_FBL.flatten())
+        out = out.view_as(x_FBLC)[:, :, width:].transpose(0, 1).reshape(stacked.shape)
         return out[:, :, 0], None if k_THK is None else out[:, :, 1]
 
     def _project_out(self, o_THV: Tensor, hidden_LBd: Tensor, layout: TokenLayout) -> Tensor:
