@@ -67,6 +67,10 @@ class Inputs:
         v, prob, initial = leaf(self.v_THV), leaf(self.prob_TN), leaf(self.initial_DBHKV)
         return replace(self, shared=banks[0], sparse=banks[1], v_THV=v, prob_TN=prob, initial_DBHKV=initial)
 
+    def to(self, device: str) -> "Inputs":
+        moved = self.map(lambda x: x.to(device))
+        return replace(moved, offsets_D1=self.offsets_D1.to(device), document_T=self.document_T.to(device))
+
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
     """fp64 inputs of a case."""
@@ -135,7 +139,8 @@ def outputs_and_gradients(function: Callable, case: Case, inputs: Inputs) -> dic
     """Output, final states and the gradient of every leaf for fixed random output gradients."""
     o_THV, final = run(function, case, inputs)
     generator = torch.Generator().manual_seed(1)
-    loss = sum((x * torch.randn(x.shape, dtype=torch.float64, generator=generator)).sum() for x in (o_THV, final))
+    weights = [torch.randn(x.shape, dtype=torch.float64, generator=generator).to(x.device) for x in (o_THV, final)]
+    loss = (o_THV * weights[0]).sum() + (final * weights[1]).sum()
     leaves = inputs.leaves()
     gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
     return {"o": o_THV, "final": final} | {f"d {n}": g for n, g in zip(leaves, gradients, strict=True)}

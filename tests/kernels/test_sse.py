@@ -7,21 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sse.kernels import sse_attention
-from megatron_sse.kernels.reference import reference_sse
-from tests.kernels.cases import UNEVEN, Case, Inputs, errors, make_inputs, outputs_and_gradients
-
-
-def attention(form: str):
-    def function(inputs: Inputs, routes, **options):
-        packing = (inputs.offsets_D1, inputs.document_T)
-        return sse_attention(inputs.shared, inputs.sparse, inputs.v_THV, routes, *packing, form=form, **options)
-
-    return function
-
-
-def oracle(inputs: Inputs, routes, **options):
-    return reference_sse(inputs.shared, inputs.sparse, inputs.v_THV, routes, inputs.offsets_D1, **options)
+from tests.kernels.cases import UNEVEN, Case, errors, make_inputs, outputs_and_gradients
+from tests.kernels.implementations import FORMS, attention, oracle
 
 
 @cache
@@ -66,7 +53,7 @@ DELTA_RULE = [
 CASES = COMMON + [replace(case, recurrence="gdn") for case in COMMON + DELTA_RULE]
 
 
-@pytest.mark.parametrize("form", ["varlen", "mask"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_the_oracle(case: Case, form: str) -> None:
     actual = outputs_and_gradients(attention(form), case, make_inputs(case))
@@ -74,7 +61,7 @@ def test_matches_the_oracle(case: Case, form: str) -> None:
     assert not worst
 
 
-@pytest.mark.parametrize("form", ["varlen", "mask"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("decay", ["long", "one", "underflow"])
 @pytest.mark.parametrize("recurrence", ["gla", "gdn"])
 def test_fp32_against_the_fp64_oracle(recurrence: str, decay: str, form: str) -> None:
