@@ -32,7 +32,7 @@ class _LinearScan(torch.autograd.Function):
         a, y = ctx.saved_tensors
         grad_u = torch.empty_like(grad_y)
         grad_u[-1] = grad_y[-1]
-        a_transposed = a.transpose(-1, -2) if a.shape[-1] > 1 else a
+        a_transposed = _transposed(a)
         for g in range(grad_y.shape[0] - 2, -1, -1):
             _step(a_transposed[g + 1], grad_u[g + 1], grad_y[g], out=grad_u[g])
         grad_a = torch.zeros_like(a)
@@ -41,6 +41,10 @@ class _LinearScan(torch.autograd.Function):
         else:
             torch.sum(grad_u[1:] * y[:-1], dim=-1, keepdim=True, out=grad_a[1:])
         return grad_a, grad_u
+
+
+def _transposed(transition: Tensor) -> Tensor:
+    return transition if transition.shape[-1] == 1 else transition.transpose(-1, -2)
 
 
 def _step(a: Tensor, state: Tensor, increment: Tensor, out: Tensor) -> None:

@@ -1,0 +1,87 @@
+"""Seeded bugs: the comparison with the oracle must see each of them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_sse.kernels import chunks, gdn, gla, routing, scan, sse
+from tests.kernels.cases import Case, errors, make_inputs, outputs_and_gradients
+from tests.kernels.implementations import FORMS, attention, oracle
+
+Patch = pytest.MonkeyPatch
+
+
+def drop_the_reset(patch: Patch) -> None:
+    make_grid = chunks.make_grid
+
+    def without_reset(*args):
+        grid = make_grid(*args)
+        return replace(grid, first_G=torch.zeros_like(grid.first_G))
+
+    patch.setattr(chunks, "make_grid", without_reset)
+
+
+def forget_the_write_mask(patch: Patch) -> None:
+    patch.setattr(routing.Routes, "write_weight_TP", lambda self, weighted: self.read_weight_TP(weighted))
+
+
+def do_not_transpose_in_backward(patch: Patch) -> None:
+    patch.setattr(scan, "_transposed", lambda transition: transition)
+
+
+def decay_what_is_written_at_once(patch: Patch) -> None:
+    """k decays by its own token's gate too."""
+    for module in (gla, gdn):
+        act = module._act
+        patch.setattr(module, "_act", lambda q, k, v, g, *beta, act=act: act(q, k * g.exp(), v, g, *beta))
+
+
+def ignore_the_write_weights(patch: Patch) -> None:
+    attend = sse._Picks.of
+    patch.setattr(
+        sse._Picks, "of", staticmethod(lambda routes, v, writes, reads, **x: attend(routes, v, False, reads, **x))
+    )
+
+
+def ignore_the_last_chunk_in_the_final_state(patch: Patch) -> None:
+    make_grid = chunks.make_grid
+
+    def one_early(*args):
+        grid = make_grid(*args)
+        return replace(grid, last_S=(grid.last_S - 1).clamp(min=0))
+
+    patch.setattr(chunks, "make_grid", one_early)
+
+
+def ties_to_the_higher_index(patch: Patch) -> None:
+    def route(prob, num_writers, num_readers):
+        ranked = prob.shape[-1] - 1 - prob.detach().flip(-1).sort(dim=-1, descending=True, stable=True).indices
+        return routing.route(prob, num_writers, num_readers, ranked[:, : max(num_writers, num_readers)])
+
+    patch.setattr("tests.kernels.cases.route", route)
+
+
+MUTATIONS = {
+    drop_the_reset: ("gla", "gdn"),
+    forget_the_write_mask: ("gla", "gdn"),
+    do_not_transpose_in_backward: ("gdn",),
+    decay_what_is_written_at_once: ("gla", "gdn"),
+    ignore_the_write_weights: ("gla", "gdn"),
+    ignore_the_last_chunk_in_the_final_state: ("gla", "gdn"),
+    ties_to_the_higher_index: ("gla", "gdn"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "mutate, recurrence",
+    [pytest.param(m, r, id=f"{m.__name__}-{r}") for m, recurrences in MUTATIONS.items() for r in recurrences],
+)
+def test_a_seeded_bug_is_seen(mutate, recurrence: str, form: str, monkeypatch: Patch) -> None:
+    routing = "ties" if mutate is ties_to_the_higher_index else "random"
+    case = Case(recurrence=recurrence, lengths=(40, 1, 70), routing=routing, num_readers=2)
+    expected = outputs_and_gradients(oracle, case, make_inputs(case))
+    assert max(errors(outputs_and_gradients(attention(form), case, make_inputs(case)), expected).values()) < 1e-12
+    mutate(monkeypatch)
+    assert max(errors(outputs_and_gradients(attention(form), case, make_inputs(case)), expected).values()) > 1e-3
