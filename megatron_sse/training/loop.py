@@ -77,7 +77,8 @@ def train(config: RunConfig) -> int:
     except (KeyboardInterrupt, RuntimeError):
         if not signals.interrupt:
             raise
-        logger.error("interrupted; nothing saved since the last checkpoint")
+        if dist.get_rank() == 0:
+            logger.error("interrupted; nothing saved since the last checkpoint")
         return EXIT_INTERRUPTED
     dist.destroy_process_group()
     return 0
@@ -125,7 +126,7 @@ class Run:
                 self.trainer.optimizer,
                 self.groups,
             )
-        elif step >= training.steps:
+        elif step >= training.steps and dist.get_rank() == 0:
             logger.warning("nothing to do: %d of %d steps were done before", step, training.steps)
         self.monitor.close()
 
