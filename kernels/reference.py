@@ -24,38 +24,46 @@ def reference_sse(
     num_heads, value_dim = v_THV.shape[1:]
     num_partitions = 0 if routes is None else routes.num_partitions
     shape = (1 + num_partitions, num_heads, shared.q_THK.shape[-1], value_dim)
+    # Unbound at once: the gradient of an index is as large as what it indexes.
+    v, shared_T, sparse_T = v_THV.unbind(), _per_token(shared), [] if sparse is None else _per_token(sparse)
     outputs, finals = [], []
     for d, (start, end) in enumerate(zip(offsets_D1[:-1].tolist(), offsets_D1[1:].tolist(), strict=True)):
-        states = list(v_THV.new_zeros(shape) if initial_DBHKV is None else initial_DBHKV[d])
+        states = list((v_THV.new_zeros(shape) if initial_DBHKV is None else initial_DBHKV[d]).unbind())
         for t in range(start, end):
-            states[0], o = _token(shared, t, states[0], v_THV[t], gate="post_norm")
+            states[0], o = _token(shared_T[t], states[0], v[t], gate="post_norm")
             for p in range(0 if routes is None else routes.bank_TP.shape[-1]):
-                assert sparse is not None and routes is not None
+                assert routes is not None
                 bank = 1 + int(routes.bank_TP[t, p])
                 write = routes.weight_TP[t, p] if weight_writes else 1.0
                 read = routes.weight_TP[t, p] if weight_reads else 1.0
                 writes, reads = p < routes.num_writers, p < routes.num_readers
-                states[bank], o_bank = _token(sparse, t, states[bank], v_THV[t], gate, write, read, writes)
+                states[bank], o_bank = _token(sparse_T[t], states[bank], v[t], gate, write, read, writes)
                 o = o + o_bank if reads else o
             outputs.append(o)
         finals.append(torch.stack(states))
     return torch.stack(outputs), torch.stack(finals)
 
 
-def _token(bank: BankInputs, t, state_HKV, v_HV, gate, write=1.0, read=1.0, writes=True) -> tuple[Tensor, Tensor]:
+def _per_token(bank: BankInputs) -> list[BankInputs]:
+    """Each token's inputs, without the dim T."""
+    beta = [None] * len(bank.g) if bank.beta_TH is None else bank.beta_TH.unbind()
+    return [BankInputs(*x) for x in zip(bank.q_THK.unbind(), bank.k_THK.unbind(), bank.g.unbind(), beta, strict=True)]
+
+
+def _token(token: BankInputs, state_HKV, v_HV, gate, write=1.0, read=1.0, writes=True) -> tuple[Tensor, Tensor]:
     """One bank, one token: write, then read."""
-    groups = v_HV.shape[0] // bank.q_THK.shape[1]
-    q_HK, k_HK = (x[t].repeat_interleave(groups, dim=0) for x in (bank.q_THK, bank.k_THK))
-    if bank.beta_TH is not None:
+    groups = v_HV.shape[0] // token.q_THK.shape[0]
+    q_HK, k_HK = (x.repeat_interleave(groups, dim=0) for x in (token.q_THK, token.k_THK))
+    if token.beta_TH is not None:
         if gate == "reference":
             q_HK, k_HK, read, write = q_HK * read, k_HK * write, 1.0, 1.0
         q_HK, k_HK = l2_normalize(q_HK), l2_normalize(k_HK)
     if writes:
-        if bank.beta_TH is None:
-            decay_HK = bank.g[t].exp().repeat_interleave(groups, dim=0)
+        if token.beta_TH is None:
+            decay_HK = token.g.exp().repeat_interleave(groups, dim=0)
             state_HKV = decay_HK[..., None] * state_HKV + write * torch.einsum("hk,hv->hkv", k_HK, v_HV)
         else:
-            beta_H, decay_H = bank.beta_TH[t], bank.g[t].exp()
+            beta_H, decay_H = token.beta_TH, token.g.exp()
             kept_HKV = decay_H[:, None, None] * state_HKV
             recalled_HV = torch.einsum("hk,hkv->hv", k_HK, kept_HKV)
             change_HV = beta_H[:, None] * (write * v_HV - recalled_HV)
