@@ -102,7 +102,7 @@ def count_processes(config: RunConfig, num_nodes: int, num_gpus: int) -> int:
 
     Raises UserError where machines, layout and batch do not fit.
     """
-    size, data = config.parallel.model_size, config.parallel.data
+    size, data = config.parallel.replica_size, config.parallel.data
     if data is None and num_gpus:
         world_size = max(size, num_nodes * num_gpus)
         # On one machine GPUs may stay idle; across machines all of them count.

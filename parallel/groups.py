@@ -6,6 +6,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed import ProcessGroup
 
 from megatron_sse.parallel.device import Device
 
@@ -20,22 +21,49 @@ def init_process_group(device: Device, timeout_minutes: int = 30) -> None:
 
 
 def init_groups(
-    tensor: int = 1, pipeline: int = 1, virtual_pipeline: int = 1, timeout_minutes: int = 30
+    tensor: int = 1, pipeline: int = 1, virtual_pipeline: int = 1, context: int = 1, timeout_minutes: int = 30
 ) -> ProcessGroupCollection:
     """Split all processes into groups; neighbouring ranks share a tensor group, data parallelism takes what is left.
 
     virtual_pipeline: model chunks per pipeline rank. The number of processes has to be a multiple of
-    tensor * pipeline (the configuration checks it), and torch.distributed has to be initialised.
+    tensor * pipeline * context (the configuration checks it), and torch.distributed has to be initialised.
     """
-    assert dist.get_world_size() % (tensor * pipeline) == 0
+    assert dist.get_world_size() % (tensor * pipeline * context) == 0
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
+        context_parallel_size=context,
         virtual_pipeline_model_parallel_size=virtual_pipeline if virtual_pipeline > 1 else None,
         distributed_timeout_minutes=timeout_minutes,
         create_gloo_process_groups=False,
     )
     return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def split_by_node(group: ProcessGroup, ranks_per_node: int) -> tuple[ProcessGroup, ProcessGroup]:
+    """Divide a group into nodes of `ranks_per_node` neighbours: this rank's node, and its peers on the other nodes.
+
+    Collective over all processes: each has to call it with its own group.
+    """
+    every_group: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(every_group, dist.get_process_group_ranks(group))
+    mine: list[ProcessGroup] = []
+    for find in (_nodes, _peers):
+        parts = {part for ranks in every_group for part in find(tuple(ranks), ranks_per_node)}
+        for part in sorted(parts):
+            made = dist.new_group(list(part))
+            if dist.get_rank() in part:
+                mine.append(made)
+    node, peers = mine
+    return node, peers
+
+
+def _nodes(ranks: tuple[int, ...], size: int) -> list[tuple[int, ...]]:
+    return [ranks[first : first + size] for first in range(0, len(ranks), size)]
+
+
+def _peers(ranks: tuple[int, ...], size: int) -> list[tuple[int, ...]]:
+    return [ranks[place::size] for place in range(size)]
 
 
 def destroy_groups() -> None:

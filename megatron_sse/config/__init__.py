@@ -1,6 +1,7 @@
 """The settings of a run: YAML to a checked RunConfig."""
 
 from megatron_sse.config.checks import check_world_size
+from megatron_sse.config.derive import choose_layout
 from megatron_sse.config.ignored import ignored_settings
 from megatron_sse.config.load import load_config
 from megatron_sse.config.megatron import transformer_settings
@@ -29,6 +30,7 @@ __all__ = [
     "SoftmaxConfig",
     "TrainingConfig",
     "check_world_size",
+    "choose_layout",
     "ignored_settings",
     "load_config",
     "transformer_settings",

@@ -47,12 +47,14 @@ def check_world_size(config: RunConfig, world_size: int) -> int:
     Raises UserError where processes, layout and batch do not divide.
     """
     parallel = config.parallel
-    layout = f"parallel.tensor {parallel.tensor} x parallel.pipeline {parallel.pipeline}"
-    if world_size % parallel.model_size:
-        raise UserError(f"parallel: got {world_size} processes, allowed a multiple of {parallel.model_size} ({layout})")
-    data_size = world_size // parallel.model_size
+    layout = f"parallel.tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context}"
+    if world_size % parallel.replica_size:
+        raise UserError(
+            f"parallel: got {world_size} processes, allowed a multiple of {parallel.replica_size} ({layout})"
+        )
+    data_size = world_size // parallel.replica_size
     if parallel.data is not None and parallel.data != data_size:
-        needed = parallel.model_size * parallel.data
+        needed = parallel.replica_size * parallel.data
         raise UserError(
             f"parallel.data: got {parallel.data}, allowed {data_size} with {world_size} processes ({needed} needed)"
         )
@@ -139,11 +141,24 @@ def _sizes(config: RunConfig) -> Found:
         yield "model.vocab_multiple", model.vocab_multiple, allowed
     if parallel.sequence and parallel.tensor == 1:
         yield "parallel.sequence", True, "false while parallel.tensor is 1"
-    if parallel.sequence and length % parallel.tensor:
-        allowed = f"a multiple of parallel.tensor {parallel.tensor} under parallel.sequence"
+    split = parallel.tensor if parallel.sequence else 1
+    if length % (parallel.context * split):
+        factors = [f"parallel.context {parallel.context}"] if parallel.context > 1 else []
+        factors += [f"parallel.tensor {parallel.tensor} (parallel.sequence)"] if split > 1 else []
+        yield "data.sequence_length", length, f"a multiple of {parallel.context * split}: {' x '.join(factors)}"
+    if parallel.layout == "zigzag" and length % (2 * parallel.context * split):
+        allowed = f"a multiple of {2 * parallel.context * split} with parallel.layout zigzag"
         yield "data.sequence_length", length, allowed
-    if config.data.corpus is not None and model.vocab_size < BYTE_VOCABULARY:
-        allowed = f"at least {BYTE_VOCABULARY} (256 byte values and the end of a document) with data.corpus"
+    if parallel.hand_off == "two_level" and parallel.context % parallel.context_per_node:
+        yield (
+            "parallel.context_per_node",
+            parallel.context_per_node,
+            f"a divisor of parallel.context {parallel.context}",
+        )
+    if parallel.hand_off_wire == "bf16" and "gdn" in config.model.recurrences():
+        yield "parallel.hand_off_wire", "bf16", "fp32 with the gdn recurrence: products of rounded matrices drift"
+    if config.data.corpus is not None and model.vocab_size != BYTE_VOCABULARY:
+        allowed = f"{BYTE_VOCABULARY} (256 byte values and the end of a document) with data.corpus"
         yield "model.vocab_size", model.vocab_size, allowed
 
 

@@ -34,6 +34,12 @@ def _find(config: RunConfig) -> Iterator[str]:
         yield from _changed(sse, "model.sse", _GLA_SETTINGS, "no layer has the gla recurrence")
     if "softmax" not in kinds and model.softmax != SoftmaxConfig():
         yield "model.softmax is ignored: model.layers has no softmax layer"
+    if config.parallel.context == 1:
+        names = ["layout", "hand_off", "hand_off_wire", "context_per_node"]
+        yield from _changed(config.parallel, "parallel", names, "parallel.context is 1")
+    elif config.parallel.hand_off != "two_level":
+        reason = f"parallel.hand_off is {config.parallel.hand_off}"
+        yield from _changed(config.parallel, "parallel", ["context_per_node"], reason)
     if config.data.validation is None:
         yield from _changed(training, "training", _VALIDATION_SETTINGS, "data.validation is null")
     if optimizer.warmup_steps > training.steps:

@@ -39,6 +39,7 @@ _OURS = {
     "experimental_attention_variant": "model.layers",
     "tensor_model_parallel_size": "parallel.tensor",
     "sequence_parallel": "parallel.sequence",
+    "context_parallel_size": "parallel.context",
     "pipeline_model_parallel_size": "parallel.pipeline",
     "virtual_pipeline_model_parallel_size": "parallel.virtual_pipeline",
     "bf16": "training.precision",
@@ -72,7 +73,6 @@ _FIXED = {
 }
 # Features that the model does not have.
 _ABSENT = {
-    "context_parallel_size",
     "expert_model_parallel_size",
     "fp16",
     "hybrid_context_parallel",
@@ -120,6 +120,7 @@ def transformer_settings(config: RunConfig) -> dict[str, Any]:
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         tensor_model_parallel_size=parallel.tensor,
+        context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,

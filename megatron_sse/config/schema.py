@@ -153,13 +153,18 @@ class ParallelConfig(Section):
     sequence: bool = False
     pipeline: Count = 1
     virtual_pipeline: Count = 1
+    context: Count = 1
+    layout: Literal["auto", "contiguous", "zigzag"] = "auto"
+    hand_off: Literal["exscan", "allgather", "p2p", "two_level"] = "exscan"
+    hand_off_wire: Literal["fp32", "bf16"] = "fp32"
+    context_per_node: Count = 1
     data: Count | None = None
     distributed_optimizer: bool = False
 
     @property
-    def model_size(self) -> int:
-        """Processes that hold one copy of the model."""
-        return self.tensor * self.pipeline
+    def replica_size(self) -> int:
+        """Processes that work on the same sequences."""
+        return self.tensor * self.pipeline * self.context
 
 
 class DataConfig(Section):

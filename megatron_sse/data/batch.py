@@ -9,37 +9,47 @@ import torch
 from torch import Tensor
 
 from megatron_sse.parallel.layout import TokenLayout, to_device
+from megatron_sse.parallel.sharding import ContextShard
 
 
 @dataclass
 class Batch:
     """Attributes:
-    tokens_BL, labels_BL: int64 [B, L], a token and the one after it.
+    tokens_BL, labels_BL: int64 [B, L], a token and the one after it; this context rank's part.
     loss_mask_BL: float32 [B, L], 0 where the label does not count.
     layout: the documents of the batch.
+    loss_tokens: labels that count, those of all context ranks.
     """
 
     tokens_BL: Tensor
     labels_BL: Tensor
     loss_mask_BL: Tensor
     layout: TokenLayout
+    loss_tokens: int
 
 
 def make_batch(
-    samples: list[tuple[np.ndarray, np.ndarray]], reset_at_documents: bool, device: torch.device | str = "cpu"
+    samples: list[tuple[np.ndarray, np.ndarray]],
+    reset_at_documents: bool,
+    device: torch.device | str = "cpu",
+    shard: ContextShard | None = None,
 ) -> Batch:
-    """Batch of samples (tokens int64 [L + 1], document starts bool [L + 1]).
+    """Batch of samples (tokens int64 [G + 1], document starts bool [G + 1]), or one context rank's part of it.
 
     With `reset_at_documents` the first token of a document is no label: nothing before it belongs to it. Without, only
     sequences start documents and every label counts.
     """
-    tokens_BL1 = np.stack([tokens for tokens, _ in samples])
-    starts_BL1 = np.stack([starts for _, starts in samples])
+    tokens_BG1 = np.stack([tokens for tokens, _ in samples])
+    starts_BG1 = np.stack([starts for _, starts in samples])
     if not reset_at_documents:
-        starts_BL1 = np.zeros_like(starts_BL1)
+        starts_BG1 = np.zeros_like(starts_BG1)
+    # Shifted before they are split: the label of a part's last token is the next part's first token.
+    tokens_BG, labels_BG, counts_BG = tokens_BG1[:, :-1], tokens_BG1[:, 1:], ~starts_BG1[:, 1:]
+    column_L = (shard or ContextShard()).columns(tokens_BG.shape[1])
     return Batch(
-        tokens_BL=to_device(np.ascontiguousarray(tokens_BL1[:, :-1]), device),
-        labels_BL=to_device(np.ascontiguousarray(tokens_BL1[:, 1:]), device),
-        loss_mask_BL=to_device((~starts_BL1[:, 1:]).astype(np.float32), device),
-        layout=TokenLayout.from_starts(starts_BL1[:, :-1], device=device),
+        tokens_BL=to_device(tokens_BG[:, column_L], device),
+        labels_BL=to_device(labels_BG[:, column_L], device),
+        loss_mask_BL=to_device(counts_BG[:, column_L].astype(np.float32), device),
+        layout=TokenLayout.from_starts(starts_BG1[:, :-1], device=device, shard=shard),
+        loss_tokens=int(counts_BG.sum()),
     )

@@ -12,7 +12,6 @@ from megatron.core.datasets.indexed_dataset import DType
 
 from megatron_sse.config import RunConfig
 from megatron_sse.data.metadata import read_metadata
-from megatron_sse.data.tokenizer import VOCAB_SIZE
 from megatron_sse.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -40,11 +39,6 @@ class Index:
 def check_data(config: RunConfig) -> None:
     """Check the run's token files. Raises UserError. Files that data.corpus will build are checked when they are."""
     data, training = config.data, config.training
-    if data.corpus is not None and config.model.vocab_size != VOCAB_SIZE:
-        raise UserError(
-            f"model.vocab_size: {config.model.vocab_size} given, data.corpus: {data.corpus} has {VOCAB_SIZE} tokens; "
-            f"set model.vocab_size: {VOCAB_SIZE}"
-        )
     # A corpus file without index is one that is not built yet.
     if data.corpus is None or Path(data.train + ".idx").exists():
         check_token_file("data.train", data.train, config.model.vocab_size, data.sequence_length)

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_sse.config import RunConfig
+from megatron_sse.config import RunConfig, choose_layout
 from megatron_sse.data.batch import Batch, make_batch
 from megatron_sse.data.checks import check_token_file
 from megatron_sse.data.dataset import SampleOrder, TokenDataset
+from megatron_sse.parallel.sharding import ContextShard
 
 ValidationFactory = Callable[[], Iterator[Batch]]
 
@@ -20,11 +21,12 @@ def build_data_iterators(
 ) -> tuple[Iterator[Batch], ValidationFactory | None]:
     """Training iterator, and a function that starts the validation batches anew (None without data.validation).
 
-    Each `next` is one micro-batch of this data-parallel rank, the same on its tensor and pipeline ranks. Training goes
-    on after `consumed_samples` samples and never ends; a validation iterator ends after
-    training.validation_batches global batches, always the same ones. Raises UserError on a wrong file.
+    Each `next` is one micro-batch of this data-parallel rank, the same on its tensor and pipeline ranks; a context rank
+    has its part of it. Training goes on after `consumed_samples` samples and never ends; a validation iterator ends
+    after training.validation_batches global batches, always the same ones. Raises UserError on a wrong file.
     """
     data, training = config.data, config.training
+    shard = ContextShard(groups.cp.rank(), groups.cp.size(), choose_layout(config)[0])
     vocab_size = config.model.vocab_size
 
     def positions(first: int) -> Iterator[range]:
@@ -38,7 +40,7 @@ def build_data_iterators(
 
     def train_batches() -> Iterator[Batch]:
         for chosen in positions(consumed_samples):
-            yield make_batch([train[order[position]] for position in chosen], data.reset_at_documents, device)
+            yield make_batch([train[order[position]] for position in chosen], data.reset_at_documents, device, shard)
 
     if not data.validation:
         return train_batches(), None
@@ -51,7 +53,7 @@ def build_data_iterators(
         for chosen in positions(0):
             if chosen.start >= needed:
                 return
-            yield make_batch([validation[position] for position in chosen], data.reset_at_documents, device)
+            yield make_batch([validation[position] for position in chosen], data.reset_at_documents, device, shard)
 
     return train_batches(), validation_batches
 

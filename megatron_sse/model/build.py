@@ -16,33 +16,51 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from megatron_sse.config import ModelConfig, RunConfig, transformer_settings
+from megatron_sse.config import ModelConfig, RunConfig, choose_layout, transformer_settings
 from megatron_sse.model.attention import SoftmaxAttention
 from megatron_sse.model.backend import Backend, choose_backend
 from megatron_sse.model.initialize import initialize_weights
 from megatron_sse.model.mixer import SSEMixer
 from megatron_sse.parallel.device import Device
+from megatron_sse.parallel.groups import split_by_node
+from megatron_sse.parallel.handoff import HandOff
+from megatron_sse.parallel.sharding import ContextShard
 
 
 def build_model(config: RunConfig, groups: ProcessGroupCollection, device: Device) -> list[GPTModel]:
     """This rank's model chunks, one per virtual pipeline stage, with weights that depend on the seed alone."""
     backend = choose_backend(device)
+    hand_off = make_hand_off(config, groups)
     transformer = transformer_config(config, backend)
     model_parallel_cuda_manual_seed(config.training.seed)
     num_chunks = config.parallel.virtual_pipeline
     chunks = []
     with torch.device(device.type):
         for stage in range(num_chunks):
-            chunk = _build_chunk(config.model, transformer, backend, groups, stage if num_chunks > 1 else None)
+            chunk = _build_chunk(
+                config.model, transformer, backend, hand_off, groups, stage if num_chunks > 1 else None
+            )
             initialize_weights(chunk, groups, config.training.seed)
             chunks.append(chunk)
     return chunks
+
+
+def make_hand_off(config: RunConfig, groups: ProcessGroupCollection) -> HandOff:
+    """How this run's context ranks hand states along."""
+    parallel = config.parallel
+    shard = ContextShard(groups.cp.rank(), groups.cp.size(), choose_layout(config)[0])
+    wire = torch.bfloat16 if parallel.hand_off_wire == "bf16" else None
+    if parallel.hand_off != "two_level":
+        return HandOff(shard.chain, groups.cp, parallel.hand_off, wire)
+    node_group, cross_group = split_by_node(groups.cp, parallel.context_per_node)
+    return HandOff(shard.chain, groups.cp, parallel.hand_off, wire, node_group, cross_group)
 
 
 def _build_chunk(
     model: ModelConfig,
     transformer: TransformerConfig,
     backend: Backend,
+    hand_off: HandOff,
     groups: ProcessGroupCollection,
     vp_stage: int | None,
 ) -> GPTModel:
@@ -53,7 +71,7 @@ def _build_chunk(
     first = get_transformer_layer_offset(transformer, vp_stage, pp_rank)
     kinds = model.layer_kinds()[first : first + get_num_layers_to_build(transformer, vp_stage, pp_rank)]
     block = TransformerBlockSubmodules(
-        layer_specs=[layer_spec(kind, model, backend) for kind in kinds], layer_norm=backend.norm
+        layer_specs=[layer_spec(kind, model, backend, hand_off) for kind in kinds], layer_norm=backend.norm
     )
     chunk = GPTModel(
         transformer,
@@ -70,14 +88,15 @@ def _build_chunk(
     return chunk
 
 
-def layer_spec(kind: str, model: ModelConfig, backend: Backend) -> ModuleSpec:
+def layer_spec(kind: str, model: ModelConfig, backend: Backend, hand_off: HandOff) -> ModuleSpec:
     """A transformer layer with the mixer of `kind` (sse, gla, gdn, softmax) and a SwiGLU MLP."""
+    mixer = _softmax_spec(model, backend) if kind == "softmax" else _sse_spec(kind, model, backend, hand_off)
     mlp = MLPSubmodules(linear_fc1=backend.column_parallel_linear, linear_fc2=backend.row_parallel_linear)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=backend.norm,
-            self_attention=_softmax_spec(model, backend) if kind == "softmax" else _sse_spec(kind, model, backend),
+            self_attention=mixer,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=backend.norm,
             mlp=ModuleSpec(module=MLP, submodules=mlp),
@@ -100,12 +119,13 @@ def _softmax_spec(model: ModelConfig, backend: Backend) -> ModuleSpec:
     )
 
 
-def _sse_spec(kind: str, model: ModelConfig, backend: Backend) -> ModuleSpec:
+def _sse_spec(kind: str, model: ModelConfig, backend: Backend, hand_off: HandOff) -> ModuleSpec:
     params = {
         "settings": model.sse,
         "recurrence": model.sse.recurrence if kind == "sse" else kind,
         "num_partitions": model.sse.num_partitions if kind == "sse" else 0,
         "backend": backend,
+        "hand_off": hand_off,
     }
     return ModuleSpec(module=SSEMixer, params=params)
 

@@ -3,6 +3,8 @@
 With N = 0 partitions it is plain gated linear attention or the gated delta rule.
 """
 
+from functools import partial
+
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -15,7 +17,7 @@ from torch.nn.functional import rms_norm, silu
 
 from megatron_sse.config import SSEConfig
 from megatron_sse.config.schema import Recurrence
-from megatron_sse.kernels import BankInputs, short_convolution, sse_attention
+from megatron_sse.kernels import BankInputs, Edges, short_convolution, sse_attention
 from megatron_sse.model.backend import Backend
 from megatron_sse.model.features import constant_decay, delta_decay, gate_decay, map_key, map_query
 from megatron_sse.model.metrics import LayerMetrics
@@ -23,6 +25,7 @@ from megatron_sse.model.projections import LowRank
 from megatron_sse.model.router import AttachLoss, Router
 from megatron_sse.parallel.collectives import sum_gradient
 from megatron_sse.parallel.halo import tokens_before
+from megatron_sse.parallel.handoff import HandOff, exclusive_scan
 from megatron_sse.parallel.layout import TokenLayout
 
 NUM_KINDS = 2  # of banks: shared, sparse
@@ -45,9 +48,11 @@ class SSEMixer(MegatronModule):
         recurrence: Recurrence,
         num_partitions: int,
         backend: Backend,
+        hand_off: HandOff,
         cp_comm_type: str | None = None,
     ):
         super().__init__(config)
+        self.exchange = partial(exclusive_scan, hand_off=hand_off)
         self.layer_number, self.settings, self.recurrence = layer_number, settings, recurrence
         self.num_partitions = num_partitions
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
@@ -153,6 +158,7 @@ class SSEMixer(MegatronModule):
             gate=self.settings.gate if self.recurrence == "gdn" else "post_norm",
             weight_writes=self.settings.weight_writes,
             weight_reads=self.settings.weight_reads,
+            edges=self._edges(layout),
         )
         out = self._project_out(o_THV, hidden_states, layout)
         if balance_loss is not None and layout.layer_loss_scale is not None:
@@ -210,6 +216,13 @@ class SSEMixer(MegatronModule):
         out = short_convolution(x_FBLC.flatten(0, 2), self.conv_weight.flatten(0, 2), position_FBL.flatten())
         out = out.view_as(x_FBLC)[:, :, width:].transpose(0, 1).reshape(stacked.shape)
         return out[:, :, 0], None if k_THK is None else out[:, :, 1]
+
+    def _edges(self, layout: TokenLayout) -> Edges | None:
+        """Documents that go on in other slots."""
+        edges = layout.edges
+        if edges is None:
+            return None
+        return Edges(edges.entry_FB, edges.continues_FB, edges.exit_FB, edges.carries_FB, self.exchange)
 
     def _project_out(self, o_THV: Tensor, hidden_LBd: Tensor, layout: TokenLayout) -> Tensor:
         """Per-head RMSNorm, output gate, projection."""

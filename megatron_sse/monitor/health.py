@@ -37,7 +37,7 @@ def collect_health(
                 row_M[column] = means[name]
         if "share_N" in means:
             row_M[1 + len(names) :] = means["share_N"]
-    for group in (groups.tp, groups.pp, groups.dp):
+    for group in (groups.tp, groups.pp, groups.dp_cp):
         if group.size() > 1:
             dist.all_reduce(rows_LM, group=group)
     return name_means(model, rows_LM.cpu())

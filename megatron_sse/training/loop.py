@@ -68,7 +68,7 @@ def train(config: RunConfig) -> int:
         device = setup_device(int(os.environ.get("LOCAL_RANK", 0)))
         init_process_group(device)
         parallel = config.parallel
-        groups = init_groups(parallel.tensor, parallel.pipeline, parallel.virtual_pipeline)
+        groups = init_groups(parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, parallel.context)
         Run(config, groups, device, resume).run(signals)
     except NonFiniteError as error:
         logger.error("%s", error)

@@ -76,7 +76,7 @@ class Trainer:
         micro_batches = list(islice(batches, self.num_micro_batches))
         loss_scale = self.optimizer.get_loss_scale().squeeze()
         for batch in micro_batches:
-            batch.layout.layer_loss_scale = loss_scale * batch.loss_mask_BL.sum()
+            batch.layout.layer_loss_scale = loss_scale * batch.loss_tokens
         loss_sums = self._run_schedule(micro_batches, forward_only=False)
 
         losses = self._mean_losses(loss_sums)
@@ -126,7 +126,7 @@ class Trainer:
                 totals_4[2] += means["balance_loss"]
                 totals_4[3] += 1
         # All ranks of a tensor group have the same sums.
-        for group in (self.groups.pp, self.groups.dp):
+        for group in (self.groups.pp, self.groups.dp_cp):
             dist.all_reduce(totals_4, group=group)
         loss, tokens, balance_loss, num_layers = totals_4.tolist()
         losses = {"loss": loss / max(tokens, 1.0)}

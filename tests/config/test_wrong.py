@@ -159,7 +159,7 @@ WRONG = {
     ),
     "length by tensor": (
         ("length: 128\n", "length: 127\nparallel: {tensor: 2, sequence: true}\n"),
-        "13: data.sequence_length: got 127, allowed a multiple of parallel.tensor 2 under parallel.sequence",
+        "13: data.sequence_length: got 127, allowed a multiple of 2: parallel.tensor 2 (parallel.sequence)",
     ),
     "vocabulary by tensor": (
         ("model:\n", "parallel: {tensor: 2}\nmodel:\n  vocab_multiple: 1\n"),
@@ -230,7 +230,7 @@ WRONG_OVERRIDES = {
     "the field cannot be written in YAML",
     "model.transformer.cpu_offloading_num_layers=9 model.transformer.cpu_offloading=true": "model.transformer: "
     "Megatron refuses: CPU offloading can be done only for layers less than 6",
-    "data.corpus=python_stdlib model.vocab_size=256": "model.vocab_size: got 256, allowed at least 257 "
+    "data.corpus=python_stdlib model.vocab_size=256": "model.vocab_size: got 256, allowed 257 "
     "(256 byte values and the end of a document) with data.corpus",
 }
 

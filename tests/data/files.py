@@ -29,7 +29,8 @@ def random_documents(num_documents: int, longest: int, seed: int = 0) -> list[li
 
 def data_parallel_groups(rank: int = 0, size: int = 1) -> ProcessGroupCollection:
     """The data-parallel group of a rank, as far as the data reads it."""
-    return SimpleNamespace(dp=SimpleNamespace(rank=lambda: rank, size=lambda: size))  # type: ignore[return-value]
+    data, context = (SimpleNamespace(rank=lambda r=r: r, size=lambda n=n: n) for r, n in ((rank, size), (0, 1)))
+    return SimpleNamespace(dp=data, cp=context)  # type: ignore[return-value]
 
 
 def run_config(train: str, **sections: dict[str, Any]) -> RunConfig:

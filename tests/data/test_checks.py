@@ -45,7 +45,6 @@ BAD_FILES = {
     "metadata vocabulary": (lambda p: write_metadata(p, vocab_size=50), {}, r"model\.vocab_size: 64 .* set .*: 50"),
     "metadata broken": (lambda p: Path(p + ".json").write_text("{"), {}, r"train\.json: not readable"),
     "metadata incomplete": (lambda p: Path(p + ".json").write_text("{}"), {}, r"train\.json: not readable"),
-    "corpus vocabulary": (lambda p: None, {"data": {"corpus": "python_stdlib"}}, r"model\.vocab_size: 300 .*: 257"),
 }
 
 

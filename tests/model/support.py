@@ -13,7 +13,9 @@ from megatron_sse.model.backend import choose_backend
 from megatron_sse.model.initialize import own_part
 from megatron_sse.model.mixer import SSEMixer
 from megatron_sse.parallel.device import Device, setup_device
+from megatron_sse.parallel.handoff import HandOff
 from megatron_sse.parallel.layout import TokenLayout
+from megatron_sse.parallel.sharding import ContextShard
 
 HIDDEN = 32
 
@@ -35,7 +37,7 @@ def run_config(model: dict[str, Any], sequence_length: int = 64, **sections: dic
     return RunConfig.model_validate({"model": model, **defaults})
 
 
-def layout_of(lengths: list[list[int]], padding: int = 0) -> TokenLayout:
+def layout_of(lengths: list[list[int]], padding: int = 0, shard: ContextShard | None = None) -> TokenLayout:
     """One list of document lengths per sequence; the last `padding` tokens of each are not real."""
     starts = np.zeros((len(lengths), sum(lengths[0])), dtype=bool)
     for row, documents in zip(starts, lengths, strict=True):
@@ -44,11 +46,15 @@ def layout_of(lengths: list[list[int]], padding: int = 0) -> TokenLayout:
     if padding:
         real = np.ones_like(starts)
         real[:, -padding:] = False
-    return TokenLayout.from_starts(starts, real)
+    return TokenLayout.from_starts(starts, real, shard=shard)
 
 
 def make_mixer(
-    groups: ProcessGroupCollection, settings: SSEConfig, recurrence: Recurrence, sequence: bool = False
+    groups: ProcessGroupCollection,
+    settings: SSEConfig,
+    recurrence: Recurrence,
+    sequence: bool = False,
+    zigzag: bool = False,
 ) -> SSEMixer:
     """A mixer in fp64, its weights drawn whole from one seed, so that all tensor ranks hold parts of the same."""
     config = TransformerConfig(
@@ -61,7 +67,9 @@ def make_mixer(
         tensor_model_parallel_size=groups.tp.size(),
         sequence_parallel=sequence and groups.tp.size() > 1,
     )
-    mixer = SSEMixer(config, 1, groups, settings, recurrence, settings.num_partitions, choose_backend(cpu()))
+    shard = ContextShard(groups.cp.rank(), groups.cp.size(), zigzag)
+    hand_off = HandOff(shard.chain, groups.cp)
+    mixer = SSEMixer(config, 1, groups, settings, recurrence, settings.num_partitions, choose_backend(cpu()), hand_off)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in mixer.parameters():

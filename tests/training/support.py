@@ -30,7 +30,7 @@ def small_run(folder: Path, **sections: dict[str, Any]) -> RunConfig:
 def start(config: RunConfig, resume: Path | None = None) -> Run:
     """The run on this rank of a worker pool."""
     parallel = config.parallel
-    groups = init_groups(parallel.tensor, parallel.pipeline, parallel.virtual_pipeline)
+    groups = init_groups(parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, parallel.context)
     return Run(config, groups, cpu(), resume)
 
 

@@ -67,6 +67,11 @@ LAYOUTS = [
     (2, {}),
     (4, {"tensor": 2, "pipeline": 2}),
     (4, {"tensor": 2}),
+    (2, {"context": 2}),
+    (4, {"context": 4, "layout": "zigzag"}),
+    (4, {"context": 2, "tensor": 2, "sequence": True, "layout": "zigzag"}),
+    (4, {"context": 2, "pipeline": 2}),
+    (4, {"context": 2}),
 ]
 
 
