@@ -1,0 +1,7 @@
+"""States handed along the slots of a sequence that lie on different ranks."""
+
+from megatron_sse.parallel.handoff.scan import exclusive_scan
+from megatron_sse.parallel.handoff.settings import ALGORITHMS, HandOff
+from megatron_sse.parallel.handoff.volume import handoff_bytes
+
+__all__ = ["ALGORITHMS", "HandOff", "exclusive_scan", "handoff_bytes"]

@@ -1,0 +1,44 @@
+"""The recurrence itself, S -> transition S + increment, from slot to slot in a given order.
+
+Rows: transition [..., R, 1] with increment [..., R, V] (a decay per row), or [..., R, K, K] with [..., R, K, V].
+Tensors are indexed by (rank, slot) or whatever else the order holds.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from megatron_sse.kernels.scan import apply_transition
+
+Order = Sequence[tuple[int, int]]
+
+
+def fold(transition: Tensor, increment: Tensor, order: Order, entering: Tensor, first: Tensor | None = None) -> None:
+    """Write to `entering` what enters each slot of `order`; `first` (or zeros) enters the first of them."""
+    entering[order[0]] = 0 if first is None else first
+    for here, there in pairwise(order):
+        arrived = apply_transition(transition[here], entering[here])
+        torch.add(arrived, increment[here], out=entering[there])
+
+
+def leaving(transition: Tensor, increment: Tensor, order: Order) -> Tensor:
+    """What leaves the last slot of `order` when zeros enter the first."""
+    state = increment[order[0]]
+    for here in order[1:]:
+        state = apply_transition(transition[here], state) + increment[here]
+    return state
+
+
+def product(transition: Tensor, order: Order) -> Tensor:
+    """What all slots of `order` together do to a state that enters the first."""
+    total = transition[order[0]]
+    for here in order[1:]:
+        total = apply_transition(transition[here], total)
+    return total
+
+
+def transposed(transition: Tensor) -> Tensor:
+    """What takes the gradient of the state behind a slot to that of the state before it."""
+    return transition if transition.shape[-1] == 1 else transition.mT
