@@ -30,13 +30,11 @@ class Layout:
     virtual_pipeline: int = 1
     distributed_optimizer: bool = False
     recompute: bool = False
-    bf16: bool = False
 
 
 def build_chunks(layout: Layout, groups: ProcessGroupCollection) -> list[GPTModel]:
     """The model chunks of this rank, before DDP, with weights that depend on their name alone."""
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)
-    dtype = torch.bfloat16 if layout.bf16 else torch.float32
     interleaved = layout.virtual_pipeline > 1
     config = TransformerConfig(
         num_layers=4,
@@ -52,9 +50,7 @@ def build_chunks(layout: Layout, groups: ProcessGroupCollection) -> list[GPTMode
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if interleaved else None,
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
-        bf16=layout.bf16,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
+        pipeline_dtype=torch.float32,
         use_cpu_initialization=True,
         calculate_per_token_loss=True,
         bias_activation_fusion=False,
@@ -152,7 +148,7 @@ def train(layout: Layout, num_steps: int) -> tuple[list[float], dict[str, torch.
     chunks = wrap(build_chunks(layout, groups), layout, groups)
     config = chunks[0].config
     optimizer = get_megatron_optimizer(
-        OptimizerConfig(lr=1e-2, bf16=layout.bf16, use_distributed_optimizer=layout.distributed_optimizer),
+        OptimizerConfig(lr=1e-2, use_distributed_optimizer=layout.distributed_optimizer),
         chunks,
         use_gloo_process_groups=False,
         pg_collection=groups,
