@@ -1,0 +1,103 @@
+"""One forward and backward of mixers on every rank of a world, and the comparison with one rank's."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from megatron_sse.config import SSEConfig
+from megatron_sse.model.initialize import own_part
+from megatron_sse.parallel.groups import init_groups
+from megatron_sse.parallel.sharding import ContextShard
+from tests.model.support import HIDDEN, layout_of, make_mixer, rms_error
+
+Mutation = Callable[[pytest.MonkeyPatch], None]
+
+
+class Result:
+    """A tensor of one rank, and how it is split over the tensor group (outputs and input gradients are whole)."""
+
+    def __init__(self, value: Tensor, parameter: Any = None, tensor_rank: int = 0, tensor_size: int = 1):
+        self.value = value
+        self.tensor_rank, self.tensor_size = tensor_rank, tensor_size
+        self.tensor_model_parallel = getattr(parameter, "tensor_model_parallel", False)
+        self.partition_dim = getattr(parameter, "partition_dim", -1)
+        self.partition_stride = getattr(parameter, "partition_stride", 1)
+
+    def error(self, whole: "Result") -> float:
+        """RMS error against the same tensor of one rank."""
+        return rms_error(self.value, own_part(whole.value, self, self.tensor_rank, self.tensor_size))
+
+
+Results = dict[str, Result]
+
+
+def run_mixers(
+    cases: list[tuple[dict, list[list[int]]]],
+    context: int = 1,
+    sequence: bool = False,
+    zigzag: bool = False,
+    mutation: Mutation | None = None,
+) -> list[Results]:
+    """Output, gradients and balance loss of each case (settings, document lengths per sequence) on this rank; what the
+    context ranks leave over of the world is the tensor group."""
+    groups = init_groups(tensor=dist.get_world_size() // context, context=context)
+    with pytest.MonkeyPatch.context() as patch:
+        if mutation is not None:
+            mutation(patch)
+        return [_run(settings, lengths, groups, sequence, zigzag) for settings, lengths in cases]
+
+
+def _run(case: dict, lengths: list[list[int]], groups: ProcessGroupCollection, sequence: bool, zigzag: bool) -> Results:
+    settings = SSEConfig(**case)
+    mixer = make_mixer(groups, settings, settings.recurrence, sequence, zigzag)
+    shard = ContextShard(groups.cp.rank(), groups.cp.size(), zigzag)
+    layout = layout_of(lengths, padding=3, shard=shard)
+    layout.layer_loss_scale = torch.tensor(2.0)
+    length = layout.length * shard.size
+    generator = torch.Generator().manual_seed(2)
+    shape = (length, layout.batch_size, HIDDEN)
+    hidden, grad = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    hidden, grad = (x[shard.columns(length)] for x in (hidden, grad))
+    if mixer.config.sequence_parallel:
+        hidden, grad = (x.chunk(groups.tp.size())[groups.tp.rank()].clone() for x in (hidden, grad))
+    hidden.requires_grad_()
+    out, _ = mixer(hidden, None, layout)
+    out.backward(grad)
+
+    tp_rank, tp_size = groups.tp.rank(), groups.tp.size()
+    results = {}
+    for name, value in (("output", out.detach()), ("input", hidden.grad)):
+        value = _gather(value, groups.tp) if mixer.config.sequence_parallel else value
+        in_order = torch.empty(shape, dtype=torch.float64)
+        in_order[shard.all_columns(length)] = _gather(value, groups.cp)
+        results[name] = Result(in_order)
+    for name, parameter in mixer.named_parameters():
+        assert parameter.grad is not None, name
+        if mixer.config.sequence_parallel and getattr(parameter, "sequence_parallel", False):
+            # What Megatron-Core does for these at the end of a step.
+            dist.all_reduce(parameter.grad, group=groups.tp)
+        dist.all_reduce(parameter.grad, group=groups.cp)
+        results[name] = Result(parameter.grad, parameter, tp_rank, tp_size)
+    if settings.num_partitions:
+        results["balance loss"] = Result(mixer.metrics.means()["balance_loss"])
+    return results
+
+
+def _gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    parts = [torch.empty_like(x) for _ in range(group.size())]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    return torch.cat(parts)
+
+
+def worst_error(by_rank: list[Results], whole: Results) -> tuple[float, str]:
+    """The largest RMS error over ranks and tensors, and the tensor's name."""
+    worst = (0.0, "")
+    for results in by_rank:
+        assert results.keys() == whole.keys()
+        worst = max(worst, *((result.error(whole[name]), name) for name, result in results.items()))
+    return worst
