@@ -15,32 +15,34 @@ def apply_transition(transition: Tensor, state: Tensor) -> Tensor:
     return transition * state if transition.shape[-1] == 1 else transition @ state
 
 
-class _LinearScan(torch.autograd.Function):
-    """y[g] = a[g] y[g - 1] + u[g], with y[-1] = 0."""
+class _Scan(torch.autograd.Function):
+    """y[g + 1] = a[g] y[g] + u[g], but start[g + 1] where a segment starts; y[0] = start[0]."""
 
     @staticmethod
-    def forward(ctx, a, u):
+    def forward(ctx, a, u, start, first):
         y = torch.empty_like(u)
-        y[0] = u[0]
-        for g in range(1, u.shape[0]):
-            _step(a[g], y[g - 1], u[g], out=y[g])
-        ctx.save_for_backward(a, y)
+        y[0] = start[0]
+        handed_on = torch.empty_like(u[0])
+        for g in range(len(u) - 1):
+            _step(a[g], y[g], u[g], out=handed_on)
+            # Selected, not multiplied by zero: what is not finite stays in its segment.
+            torch.where(first[g + 1], start[g + 1], handed_on, out=y[g + 1])
+        ctx.save_for_backward(a, y, first)
         return y
 
     @staticmethod
     def backward(ctx, grad_y):
-        a, y = ctx.saved_tensors
-        grad_u = torch.empty_like(grad_y)
-        grad_u[-1] = grad_y[-1]
+        a, y, first = ctx.saved_tensors
         a_transposed = _transposed(a)
-        for g in range(grad_y.shape[0] - 2, -1, -1):
-            _step(a_transposed[g + 1], grad_u[g + 1], grad_y[g], out=grad_u[g])
-        grad_a = torch.zeros_like(a)
-        if a.shape[-1] > 1:
-            torch.matmul(grad_u[1:], y[:-1].transpose(-1, -2), out=grad_a[1:])
-        else:
-            torch.sum(grad_u[1:] * y[:-1], dim=-1, keepdim=True, out=grad_a[1:])
-        return grad_a, grad_u
+        zero = grad_y.new_zeros(())
+        grad_y = grad_y.clone(memory_format=torch.contiguous_format)
+        grad_u = torch.zeros_like(y)
+        for g in range(len(y) - 2, -1, -1):
+            torch.where(first[g + 1], zero, grad_y[g + 1], out=grad_u[g])
+            _step(a_transposed[g], grad_u[g], grad_y[g], out=grad_y[g])
+        grad_a = grad_u @ y.transpose(-1, -2) if a.shape[-1] > 1 else (grad_u * y).sum(-1, keepdim=True)
+        grad_start = grad_y.masked_fill(~first, 0) if ctx.needs_input_grad[2] else None
+        return grad_a, grad_u, grad_start, None
 
 
 def _transposed(transition: Tensor) -> Tensor:
@@ -69,12 +71,8 @@ def scan_states(
         entering [G, H, K, V] and final [S, H, K, V].
     """
     first = grid.first_G.view(-1, 1, 1, 1)
-    # Shifted by one: what the previous chunk hands on, cut where a segment starts.
-    a = torch.nn.functional.pad(transition_G[:-1], (0, 0, 0, 0, 0, 0, 1, 0)).masked_fill(first, 0)
-    u = torch.nn.functional.pad(increment_G[:-1], (0, 0, 0, 0, 0, 0, 1, 0)).masked_fill(first, 0)
-    if initial_S is not None:
-        u = u + initial_S[grid.segment_G].masked_fill(~first, 0)
-    entering = _LinearScan.apply(a, u)
+    start = increment_G.new_zeros(()).expand_as(increment_G) if initial_S is None else initial_S[grid.segment_G]
+    entering = _Scan.apply(transition_G, increment_G, start, first)
 
     last = grid.last_S
     final = apply_transition(transition_G[last], entering[last]) + increment_G[last]
