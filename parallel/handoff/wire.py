@@ -21,6 +21,7 @@ def send_to_owners(
     sent = _pack(transition, state, 2, wire)
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
+    del sent  # before more of its size is made
     return _unpack(received, None if transition is None else transition.shape[2:], state.shape[2:], state.dtype)
 
 
