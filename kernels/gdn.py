@@ -8,7 +8,8 @@ from megatron_sse.kernels.segments import Segments
 
 
 def l2_normalize(x: Tensor) -> Tensor:
-    """x / sqrt(sum x^2 + 1e-6) over the last dim, as in the authors' kernels."""
+    """x / sqrt(sum x^2 + 1e-6) over the last dim, as in the authors' kernels; at least in fp32."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
 
 

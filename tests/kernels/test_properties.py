@@ -41,6 +41,19 @@ def test_a_document_leaves_the_others_bitwise_alone(recurrence: str, form: str) 
 
 @every_form
 @every_recurrence
+def test_what_is_not_finite_stays_in_its_document(recurrence: str, form: str) -> None:
+    case = Case(recurrence=recurrence, lengths=UNEVEN)
+    inputs = make_inputs(case)
+    start, end = inputs.offsets_D1[3:5].tolist()
+    inputs.v_THV.data[start] = float("inf")
+    after = outputs_and_gradients(attention(form), case, inputs)
+    for name, apart in (("o", (slice(start), slice(end, None))), ("final", (slice(3), slice(4, None)))):
+        assert all(after[name][rows].isfinite().all() for rows in apart)
+    assert not after["o"][start:end].isfinite().all()
+
+
+@every_form
+@every_recurrence
 @pytest.mark.parametrize("first", [40, 63, 64, 97, 175])
 def test_a_token_is_not_seen_by_earlier_ones(recurrence: str, form: str, first: int) -> None:
     case = Case(recurrence=recurrence, lengths=UNEVEN)

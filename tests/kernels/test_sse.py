@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.cases import UNEVEN, Case, errors, make_inputs, outputs_and_gradients
+from tests.kernels.cases import UNEVEN, Case, errors, make_inputs, outputs_and_gradients, run
 from tests.kernels.implementations import FORMS, attention, oracle
 
 
@@ -68,5 +68,22 @@ def test_fp32_against_the_fp64_oracle(recurrence: str, decay: str, form: str) ->
     case = Case(recurrence=recurrence, decay=decay, lengths=UNEVEN, num_writers=2, num_readers=2, initial=True)
     actual = outputs_and_gradients(attention(form), case, make_inputs(case).map(lambda x: x.float()))
     assert actual["o"].dtype == actual["final"].dtype == torch.float32
-    worst = {name: error for name, error in errors(actual, expected(case)).items() if not error < 2e-6}
+    # Twice what was measured (3.6e-7, the delta rule's gates).
+    worst = {name: error for name, error in errors(actual, expected(case)).items() if not error < 8e-7}
     assert not worst
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("recurrence", ["gla", "gdn"])
+def test_bf16_is_rounded_only_where_it_enters_and_leaves(recurrence: str, form: str) -> None:
+    """Queries, keys and values in bf16, gates and router in fp32, as in training."""
+    case = Case(recurrence=recurrence, lengths=UNEVEN, num_writers=2, num_readers=2, num_value_heads=4)
+    rounded = make_inputs(case).map(lambda x: x.bfloat16().double())
+    mixed = rounded.map(lambda x: x.float())
+    for bank in (mixed.shared, mixed.sparse):
+        bank.q_THK.data, bank.k_THK.data = bank.q_THK.data.bfloat16(), bank.k_THK.data.bfloat16()
+    mixed.v_THV.data = mixed.v_THV.data.bfloat16()
+    expected, actual = (run(f, case, x) for f, x in ((oracle, rounded), (attention(form), mixed)))
+    assert actual[0].dtype == torch.bfloat16 and actual[1].dtype == torch.float32
+    error = errors(dict(zip("of", actual, strict=True)), dict(zip("of", expected, strict=True)))
+    assert error["o"] < 2**-8 and error["f"] < 1e-6, error
