@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.tensor_parallel import random as megatron_random
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
@@ -47,6 +48,15 @@ def setup_device(local_rank: int) -> Device:
         return Device("cuda", "nccl", torch.cuda.get_device_name())
     install_cpu_stand_ins()
     return Device("cpu", "gloo", f"CPU ({torch.get_num_threads()} threads a process)")
+
+
+def to_device(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
+    """Copy of a host array on `device`, without waiting for it."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if torch.device(device).type == "cpu":
+        return tensor
+    # Only a copy from pinned memory is asynchronous.
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def install_cpu_stand_ins() -> None:

@@ -14,7 +14,9 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_sse.parallel.device import to_device
 from megatron_sse.parallel.sharding import ContextShard
+from megatron_sse.parallel.zigzag import ZigzagLayout
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class TokenLayout(PackedSeqParams):
 
     Attributes:
         shard: which part of the sequences this is.
+        starts_BG: bool, on the host, where documents start in the whole sequences.
+        in_zigzag: whether every document is in zigzag over several ranks: each sequence is one document.
         batch_size, length, num_documents: B, L and D.
         max_document: tokens of the longest fragment.
         offsets_D1: int64 [D + 1], fragment d holds the flat tokens offsets[d] to offsets[d + 1].
@@ -55,6 +59,8 @@ class TokenLayout(PackedSeqParams):
     # Megatron's own attention would otherwise flatten the batch and read cu_seqlens.
     qkv_format: str = "sbhd"
     shard: ContextShard
+    starts_BG: np.ndarray
+    in_zigzag: bool
     batch_size: int
     length: int
     num_documents: int
@@ -69,6 +75,7 @@ class TokenLayout(PackedSeqParams):
     key_whole_BG: Tensor
     real_BL: Tensor | None = None
     layer_loss_scale: Tensor | None = None
+    _zigzag: ZigzagLayout | None = None
 
     @classmethod
     def from_starts(
@@ -106,6 +113,8 @@ class TokenLayout(PackedSeqParams):
         edges = (entry_BF, continues_BF, exit_BF, continues_BF & (entry_BF == exit_BF))
         return cls(
             shard=shard,
+            starts_BG=starts_BG,
+            in_zigzag=shard.zigzag and shard.size > 1 and int(starts_BG.sum()) == len(starts_BG),
             batch_size=len(starts_BG),
             length=len(column_L),
             num_documents=len(sizes_D),
@@ -121,11 +130,30 @@ class TokenLayout(PackedSeqParams):
             real_BL=None if real_BG is None else to_device(real_BG[:, column_L].astype(bool), device),
         )
 
+    @property
+    def documents(self) -> PackedSeqParams | None:
+        """The fragments as Transformer Engine takes them; None where it takes the sequences as they are, in zigzag."""
+        if self.in_zigzag:
+            return None
+        offsets = self.offsets_D1.int()
+        return PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=offsets,
+            cu_seqlens_kv=offsets,
+            max_seqlen_q=self.max_document,
+            max_seqlen_kv=self.max_document,
+        )
 
-def to_device(array: np.ndarray, device: torch.device | str) -> Tensor:
-    """Copy of a host array on `device`, without waiting for it."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    if torch.device(device).type == "cpu":
-        return tensor
-    # Only a copy from pinned memory is asynchronous.
-    return tensor.pin_memory().to(device, non_blocking=True)
+    def to_zigzag(self, tensor_rank: int = 0, tensor_size: int = 1) -> ZigzagLayout:
+        """The same micro-batch with every document in zigzag over the context ranks.
+
+        Made when the first layer asks and kept for the others, which all have to ask for the same.
+
+        Args:
+            tensor_rank, tensor_size: as in ZigzagLayout.from_starts.
+        """
+        if self._zigzag is None:
+            self._zigzag = ZigzagLayout.from_starts(
+                self.starts_BG, self.shard, tensor_rank, tensor_size, self.column_L.device
+            )
+        return self._zigzag

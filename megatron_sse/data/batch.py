@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_sse.parallel.layout import TokenLayout, to_device
+from megatron_sse.parallel.device import to_device
+from megatron_sse.parallel.layout import TokenLayout
 from megatron_sse.parallel.sharding import ContextShard
 
 

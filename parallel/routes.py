@@ -1,0 +1,110 @@
+"""Tokens on the way from one distribution over the ranks of a group to another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_sse.parallel.device import to_device
+
+
+@dataclass(frozen=True)
+class Route:
+    """One rank's part in a rearrangement of tokens. Padding is not sent: its rows are zeros afterwards.
+
+    Attributes:
+        num_rows, num_rows_after: rows (tokens and padding) of this rank before and after.
+        send_rows: int64, the rows that leave, receiver by receiver; send_sizes says how many go to each.
+        receive_rows: int64, the rows that arrive, sender by sender; receive_sizes says how many come from each.
+    """
+
+    num_rows: int
+    num_rows_after: int
+    send_rows: Tensor
+    send_sizes: list[int]
+    receive_rows: Tensor
+    receive_sizes: list[int]
+
+    @property
+    def back(self) -> Route:
+        """The way back."""
+        return Route(
+            self.num_rows_after,
+            self.num_rows,
+            self.receive_rows,
+            self.receive_sizes,
+            self.send_rows,
+            self.send_sizes,
+        )
+
+
+def make_route(
+    before: list[np.ndarray], after: list[np.ndarray], rank: int, device: torch.device | str = "cpu"
+) -> Route:
+    """The part of rank `rank` in a rearrangement; no communication, nothing waits for the device.
+
+    Args:
+        before, after: int64, per rank the number of the token in each row, -1 for padding. Each of the tokens 0, 1, ...
+            is in one row before and in one row after.
+    """
+    before_rank_T, before_row_T = _places(before)
+    after_rank_T, _ = _places(after)
+    assert len(before_rank_T) == len(after_rank_T)
+    own, wanted = (np.flatnonzero(rows[rank] >= 0) for rows in (before, after))
+    receivers = after_rank_T[before[rank][own]]
+    arriving = after[rank][wanted]
+    senders = before_rank_T[arriving]
+    # Both sides order what goes from one rank to another by its row before.
+    send_rows = own[np.argsort(receivers, kind="stable")]
+    receive_rows = wanted[np.lexsort((before_row_T[arriving], senders))]
+    return Route(
+        num_rows=len(before[rank]),
+        num_rows_after=len(after[rank]),
+        send_rows=to_device(send_rows, device),
+        send_sizes=np.bincount(receivers, minlength=len(before)).tolist(),
+        receive_rows=to_device(receive_rows, device),
+        receive_sizes=np.bincount(senders, minlength=len(before)).tolist(),
+    )
+
+
+def _places(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Rank and row of each token, both [T]."""
+    token = np.concatenate(parts)
+    rank = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    row = np.concatenate([np.arange(len(part)) for part in parts])
+    order = np.argsort(token, kind="stable")[np.count_nonzero(token < 0) :]
+    assert np.array_equal(token[order], np.arange(len(order)))
+    return rank[order], row[order]
+
+
+class _Reroute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_RC, route, group):
+        ctx.route, ctx.group = route, group
+        return _exchange(x_RC, route, group)
+
+    @staticmethod
+    def backward(ctx, grad_RC):
+        return _exchange(grad_RC, ctx.route.back, ctx.group), None, None
+
+
+def _exchange(x_RC: Tensor, route: Route, group: dist.ProcessGroup) -> Tensor:
+    assert len(x_RC) == route.num_rows
+    sent = x_RC[route.send_rows]
+    received = sent.new_empty(len(route.receive_rows), *x_RC.shape[1:])
+    dist.all_to_all_single(received, sent, route.receive_sizes, route.send_sizes, group=group)
+    out = x_RC.new_zeros(route.num_rows_after, *x_RC.shape[1:])
+    return out.index_copy_(0, route.receive_rows, received)
+
+
+def reroute(x_RC: Tensor, route: Route, group: dist.ProcessGroup) -> Tensor:
+    """This rank's rows after the rearrangement, [route.num_rows_after, C], from those before it.
+
+    One all-to-all over the ranks that `route` was made for, one backward. Each token is sent once, and the gradient of
+    what the rows of padding become is dropped.
+    """
+    return _Reroute.apply(x_RC, route, group)

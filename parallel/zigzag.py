@@ -1,0 +1,116 @@
+"""A micro-batch rearranged for attention that wants its documents in zigzag over the context ranks.
+
+Dims as in layout.py; T tokens of the batch on all ranks, S the same with padding, D whole documents, R rows of a rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from megatron_sse.parallel.device import to_device
+from megatron_sse.parallel.routes import Route, make_route
+from megatron_sse.parallel.sharding import ContextShard
+
+
+@dataclass(kw_only=True, eq=False)
+class ZigzagLayout(PackedSeqParams):
+    """The rearranged micro-batch, as Transformer Engine wants it.
+
+    Sequences of one document each keep their shape [L, B]. Packed documents become one sequence, B = 1: each document
+    is padded to a multiple of 2P tokens and cut into 2P chunks, and rank r holds its chunks r and 2P - 1 - r.
+
+    Attributes:
+        position_BL: int64 [B, L], position inside the document; padding counts on.
+        documents: real and padded lengths of the documents on all ranks; None where each sequence is one.
+        route: from the rows of the original layout's hidden states [L, B] to those of this one.
+    """
+
+    # The documents are described apart: Megatron's attention would take its packed path.
+    qkv_format: str = "sbhd"
+    position_BL: Tensor
+    documents: PackedSeqParams | None
+    route: Route
+
+    @classmethod
+    def from_starts(
+        cls, starts_BG: np.ndarray, shard: ContextShard, tensor_rank: int, tensor_size: int, device: torch.device | str
+    ) -> ZigzagLayout:
+        """For documents that start where `starts_BG` (bool) is True, the first token of each sequence included.
+
+        Under sequence parallelism the route goes over all ranks of the tensor and context groups: rank
+        `tensor_rank` of `tensor_size` holds a part of its context rank's rows. Else tensor_size is 1.
+        """
+        batch_size, length = starts_BG.shape
+        before = _rows(shard, batch_size, length)
+        documents = None
+        if starts_BG.sum() == batch_size and length % (2 * shard.size) == 0:
+            zigzag = ContextShard(shard.rank, shard.size, zigzag=True)
+            after = _rows(zigzag, batch_size, length)
+            position_BL = np.tile(zigzag.columns(length), (batch_size, 1))
+        else:
+            lengths_D, padded_D = _padded_lengths(starts_BG, shard.size, tensor_size)
+            after, positions = _document_rows(lengths_D, padded_D, shard.size)
+            position_BL = positions[shard.rank][None]
+            documents = _describe(lengths_D, padded_D, device)
+        rank = shard.rank * tensor_size + tensor_rank
+        route = make_route(_split(before, tensor_size), _split(after, tensor_size), rank, device)
+        return cls(position_BL=to_device(position_BL, device), documents=documents, route=route)
+
+
+def _rows(shard: ContextShard, batch_size: int, length: int) -> list[np.ndarray]:
+    """Tokens (b * G + g) in the rows of each rank's hidden states [L, B]."""
+    token_GB = np.arange(batch_size) * length + shard.all_columns(length)[:, None]
+    return [part.reshape(-1) for part in np.split(token_GB, shard.size)]
+
+
+def _split(parts: list[np.ndarray], tensor_size: int) -> list[np.ndarray]:
+    return [own for part in parts for own in np.split(part, tensor_size)]
+
+
+def _padded_lengths(starts_BG: np.ndarray, size: int, tensor_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Real and padded lengths of the documents [D].
+
+    An empty document comes last where something is padded, and where tensor ranks could not share the rows otherwise.
+    """
+    lengths_D = np.diff(np.append(np.flatnonzero(starts_BG), starts_BG.size))
+    pairs_D = -(-lengths_D // (2 * size))  # rows of each half of a document on a rank
+    fill = -2 * pairs_D.sum() % tensor_size
+    if fill == 0 and np.array_equal(lengths_D, 2 * size * pairs_D):
+        return lengths_D, lengths_D
+    # Transformer Engine up to 2.17 looks for padding before the last document only.
+    tail = next(pairs for pairs in range(1, tensor_size + 1) if (2 * pairs - fill) % tensor_size == 0)
+    return np.append(lengths_D, 0), 2 * size * np.append(pairs_D, tail)
+
+
+def _document_rows(lengths_D: np.ndarray, padded_D: np.ndarray, size: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Tokens (-1 for padding) and positions in the rows of each rank."""
+    within_S = np.arange(padded_D.sum()) - np.repeat(np.cumsum(padded_D) - padded_D, padded_D)
+    token_S = within_S + np.repeat(np.cumsum(lengths_D) - lengths_D, padded_D)
+    token_S[within_S >= np.repeat(lengths_D, padded_D)] = -1
+    chunk_S = within_S // np.repeat(padded_D // (2 * size), padded_D)
+    owner_S = np.minimum(chunk_S, 2 * size - 1 - chunk_S)
+    own = [owner_S == rank for rank in range(size)]
+    return [token_S[mask] for mask in own], [within_S[mask] for mask in own]
+
+
+def _describe(lengths_D: np.ndarray, padded_D: np.ndarray, device: torch.device | str) -> PackedSeqParams:
+    offsets, padded = (
+        to_device(np.append(0, np.cumsum(sizes)).astype(np.int32), device) for sizes in (lengths_D, padded_D)
+    )
+    # The same tensor twice says that nothing is padded.
+    padded = offsets if padded_D is lengths_D else padded
+    longest = int(padded_D.max())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=offsets,
+        cu_seqlens_kv=offsets,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
