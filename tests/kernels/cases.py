@@ -26,7 +26,7 @@ class Case:
     num_writers: int = 1
     num_readers: int = 1
     routing: str = "random"  # random, one (all to one partition), gaps (some stay empty), ties
-    decay: str = "long"  # long (memory of thousands of tokens), one (exactly), underflow, zero_steps
+    decay: str = "long"  # long (memory of thousands of tokens), one (exactly), underflow
     beta_max: float = 1.0
     gate: str = "post_norm"
     weight_writes: bool = True
