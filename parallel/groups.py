@@ -68,4 +68,8 @@ def _peers(ranks: tuple[int, ...], size: int) -> list[tuple[int, ...]]:
 
 def destroy_groups() -> None:
     """Undo init_groups, so that another layout can follow in the same processes."""
+    # Megatron-Core only forgets its groups; each has threads and connections until it is destroyed.
+    made = [group for group in parallel_state._global_process_group_list or [] if group is not None]
     parallel_state.destroy_model_parallel()
+    for group in made:
+        dist.destroy_process_group(group)
