@@ -1,6 +1,7 @@
 """The settings of a run: YAML to a checked RunConfig."""
 
 from megatron_sse.config.checks import check_world_size
+from megatron_sse.config.context import attends_over_context, attention_kind
 from megatron_sse.config.derive import choose_layout
 from megatron_sse.config.ignored import ignored_settings
 from megatron_sse.config.load import load_config
@@ -29,6 +30,8 @@ __all__ = [
     "SSEConfig",
     "SoftmaxConfig",
     "TrainingConfig",
+    "attends_over_context",
+    "attention_kind",
     "check_world_size",
     "choose_layout",
     "ignored_settings",

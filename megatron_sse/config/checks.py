@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from megatron_sse.config.context import context_problems
 from megatron_sse.config.pattern import expand_pattern
 from megatron_sse.errors import UserError
 
@@ -25,7 +26,7 @@ class Problem:
 
 def find_problem(config: RunConfig) -> Problem | None:
     """The first contradiction in the settings."""
-    for check in (_layers, _linear_layers, _recurrences, _softmax_layers, _sizes, _pipeline, _run):
+    for check in (_layers, _linear_layers, _recurrences, _softmax_layers, context_problems, _sizes, _pipeline, _run):
         for key, given, allowed in check(config):
             return Problem(key, f"got {show(given)}, allowed {allowed}")
     return None

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from megatron_sse.config.context import attention_kind
 from megatron_sse.config.schema import RunConfig, Section, SoftmaxConfig, SSEConfig
 
 _PARTITION_SETTINGS = ["num_writers", "num_readers", "form", "weight_writes", "weight_reads", "balance_loss"]
@@ -40,6 +41,8 @@ def _find(config: RunConfig) -> Iterator[str]:
     elif config.parallel.hand_off != "two_level":
         reason = f"parallel.hand_off is {config.parallel.hand_off}"
         yield from _changed(config.parallel, "parallel", ["context_per_node"], reason)
+    if model.transformer.get("cp_comm_type") is not None and attention_kind(config) is None:
+        yield "model.transformer.cp_comm_type is ignored: only bf16 softmax layers with parallel.context above 1 use it"
     if config.data.validation is None:
         yield from _changed(training, "training", _VALIDATION_SETTINGS, "data.validation is null")
     if optimizer.warmup_steps > training.steps:

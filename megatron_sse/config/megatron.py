@@ -13,6 +13,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_sse.config.checks import Problem, show
+from megatron_sse.config.context import attention_kind
 
 if TYPE_CHECKING:
     from megatron_sse.config.schema import RunConfig
@@ -132,7 +133,9 @@ def transformer_settings(config: RunConfig) -> dict[str, Any]:
         **(recompute if config.training.recompute == "full" else {}),
     )
     types = _field_types() if model.transformer else {}
-    return settings | {name: _convert(types[name], value) for name, value in model.transformer.items()}
+    given = {name: _convert(types[name], value) for name, value in model.transformer.items()}
+    # Chosen where it is null as well.
+    return settings | given | {"cp_comm_type": attention_kind(config)}
 
 
 def _leave(weight: torch.Tensor) -> None:

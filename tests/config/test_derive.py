@@ -42,7 +42,12 @@ def test_counts_are_those_of_the_built_model() -> None:
 def test_description() -> None:
     config = load_config(REFERENCE, ["parallel.tensor=2"])
     text = "\n".join(describe_run(config, 4))
-    for part in ("6 (5 sse, 1 softmax)", "tensor 2 x pipeline 1 x context 1 x data 2", "1,024 (4 sequences of 256)", "2 per step"):
+    for part in (
+        "6 (5 sse, 1 softmax)",
+        "tensor 2 x pipeline 1 x context 1 x data 2",
+        "1,024 (4 sequences of 256)",
+        "2 per step",
+    ):
         assert part in text
     with pytest.raises(UserError, match="got 3 processes"):
         describe_run(config, 3)

@@ -230,6 +230,18 @@ WRONG_OVERRIDES = {
     "the field cannot be written in YAML",
     "model.transformer.cpu_offloading_num_layers=9 model.transformer.cpu_offloading=true": "model.transformer: "
     "Megatron refuses: CPU offloading can be done only for layers less than 6",
+    "parallel.context=2 model.transformer.cp_comm_type=p2p model.softmax.window=8": "model.transformer.cp_comm_type: "
+    "got 'p2p', allowed a2a, null: p2p does not go with model.softmax.window",
+    "parallel.context=2 model.transformer.cp_comm_type=all_gather": "model.transformer.cp_comm_type: "
+    "got 'all_gather', allowed p2p, a2a, null: all_gather does not go with data.reset_at_documents",
+    "parallel.context=2 model.transformer.cp_comm_type=a2a parallel.tensor=4": "model.transformer.cp_comm_type: "
+    "got 'a2a', allowed p2p, null: a2a does not go with model.softmax.num_heads 4 on 4 x 2 ranks",
+    "parallel.context=2 model.transformer.cp_comm_type=[p2p]": "model.transformer.cp_comm_type: got ['p2p'], "
+    "allowed p2p, all_gather, a2a or null",
+    "parallel.context=2 model.transformer.attention_dropout=0.1": "model.transformer.attention_dropout: got 0.1, "
+    "allowed 0.0 while parallel.context is above 1",
+    "parallel.context=2 model.transformer.softmax_type=learnable": "model.transformer.softmax_type: got 'learnable', "
+    "allowed vanilla while parallel.context is above 1",
     "data.corpus=python_stdlib model.vocab_size=256": "model.vocab_size: got 256, allowed 257 "
     "(256 byte values and the end of a document) with data.corpus",
 }
@@ -322,6 +334,8 @@ IGNORED = {
     "model.layers=[5*gla,softmax] model.sse.num_partitions=8": "model.sse.num_partitions is ignored: "
     "model.layers has no sse layer",
     "model.sse.num_partitions=0 model.sse.form=mask": "model.sse.form is ignored: model.sse.num_partitions is 0",
+    "model.transformer.cp_comm_type=p2p": "model.transformer.cp_comm_type is ignored: "
+    "only bf16 softmax layers with parallel.context above 1 use it",
     "training.validation_interval=5": "training.validation_interval is ignored: data.validation is null",
     "optimizer.warmup_steps=11": "optimizer.schedule is ignored: the warm-up has 11 steps, the run 10",
     "optimizer.decay_steps=5": "optimizer.decay_steps is ignored: optimizer.schedule is cosine, not wsd",

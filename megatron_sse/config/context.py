@@ -1,0 +1,67 @@
+"""Softmax layers under context parallelism: what Transformer Engine 2.9 to 2.11 can do in which of its ways."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_sse.config.schema import RunConfig
+
+KINDS = ("p2p", "all_gather", "a2a")
+
+
+def attention_kind(config: RunConfig) -> str | None:
+    """How Transformer Engine's attention exchanges keys and values between context ranks (cp_comm_type).
+
+    As set, else the first kind that can do it; None where none can, and each rank has to gather them itself.
+    """
+    if not _uses_kinds(config):
+        return None
+    given = config.model.transformer.get("cp_comm_type")
+    return given or next((kind for kind in KINDS if obstacle(config, kind) is None), None)
+
+
+def attends_over_context(config: RunConfig) -> bool:
+    """Whether there are softmax layers whose sequences are split."""
+    return config.parallel.context > 1 and "softmax" in config.model.layer_kinds()
+
+
+def _uses_kinds(config: RunConfig) -> bool:
+    # In fp32 Transformer Engine has no context parallelism.
+    return attends_over_context(config) and config.training.precision == "bf16"
+
+
+def obstacle(config: RunConfig, kind: str) -> str | None:
+    """What in the settings keeps Transformer Engine from this kind of exchange, None where nothing does."""
+    softmax, parallel, length = config.model.softmax, config.parallel, config.data.sequence_length
+    if softmax.head_dim % 8:
+        return f"model.softmax.head_dim {softmax.head_dim}, no multiple of 8"
+    if kind == "p2p" and softmax.window is not None:
+        return "model.softmax.window"
+    if kind == "all_gather" and config.data.reset_at_documents:
+        return "data.reset_at_documents"
+    if kind == "all_gather" and length % (2 * parallel.context):
+        return f"data.sequence_length {length}, no multiple of {2 * parallel.context}"
+    if kind == "a2a":
+        for name, heads in (("num_heads", softmax.num_heads), ("num_kv_heads", softmax.num_kv_heads)):
+            # Fewer heads than tensor ranks: each has one.
+            if max(1, heads // parallel.tensor) % parallel.context:
+                return f"model.softmax.{name} {heads} on {parallel.tensor} x {parallel.context} ranks"
+    return None
+
+
+def context_problems(config: RunConfig) -> Iterator[tuple[str, Any, str]]:
+    """Settings of softmax layers that do not work under context parallelism: key, what was given, what is allowed."""
+    given = config.model.transformer
+    if not attends_over_context(config):
+        return
+    kind = given.get("cp_comm_type")
+    if kind is not None and kind not in KINDS:
+        yield "model.transformer.cp_comm_type", kind, f"{', '.join(KINDS)} or null"
+    elif kind is not None and _uses_kinds(config) and obstacle(config, kind) is not None:
+        allowed = ", ".join([*(other for other in KINDS if obstacle(config, other) is None), "null"])
+        yield "model.transformer.cp_comm_type", kind, f"{allowed}: {kind} does not go with {obstacle(config, kind)}"
+    for name, only in (("attention_dropout", 0.0), ("softmax_type", "vanilla")):
+        if given.get(name, only) != only:
+            yield f"model.transformer.{name}", given[name], f"{only} while parallel.context is above 1"

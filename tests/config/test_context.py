@@ -1,0 +1,63 @@
+"""How softmax layers attend over context ranks, chosen from the settings."""
+
+from typing import Any
+
+import pytest
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_sse.config import attention_kind, transformer_settings
+from tests.model.support import run_config
+
+MODEL: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 64,
+    "vocab_size": 64,
+    "layers": "sse, softmax",
+    "sse": {"num_heads": 2, "head_dim": 8},
+}
+HEADS = {"num_heads": 4, "num_kv_heads": 2}
+
+
+def settings_of(
+    softmax: dict, reset: bool = True, length: int = 64, given: dict | None = None, **sections: Any
+) -> dict:
+    config = run_config(
+        MODEL | {"softmax": HEADS | softmax, "transformer": given or {}},
+        data={"sequence_length": length, "reset_at_documents": reset},
+        training={"precision": sections.get("precision", "bf16")},
+        parallel={"context": sections.get("context", 2), "tensor": sections.get("tensor", 1)},
+    )
+    settings = transformer_settings(config)
+    TransformerConfig(**settings)
+    assert settings["cp_comm_type"] == attention_kind(config)
+    return settings
+
+
+@pytest.mark.parametrize(
+    ("expected", "softmax", "others"),
+    [
+        ("p2p", {}, {}),
+        ("p2p", {}, {"given": {"cp_comm_type": None}}),
+        ("a2a", {}, {"given": {"cp_comm_type": "a2a"}}),
+        ("all_gather", {}, {"given": {"cp_comm_type": "all_gather"}, "reset": False}),
+        # No window with p2p; no packed documents with all_gather; with a2a each rank needs a head.
+        ("a2a", {"window": 8}, {}),
+        ("all_gather", {"window": 8}, {"reset": False}),
+        ("a2a", {"window": 8}, {"reset": False, "length": 66}),
+        (None, {"window": 8}, {"context": 4}),
+        (None, {"window": 8}, {"tensor": 2}),
+        (None, {"window": 8, "num_kv_heads": 1}, {}),
+        ("all_gather", {"window": 8}, {"context": 4, "reset": False}),
+        (None, {"head_dim": 20}, {}),
+        (None, {}, {"precision": "fp32"}),
+        (None, {}, {"precision": "fp32", "given": {"cp_comm_type": "p2p"}}),
+        (None, {}, {"context": 1}),
+    ],
+)
+def test_kind(expected: str | None, softmax: dict, others: dict) -> None:
+    assert settings_of(softmax, **others)["cp_comm_type"] == expected
+
+
+def test_no_softmax_layer() -> None:
+    config = run_config(MODEL | {"layers": "sse"}, parallel={"context": 2})
+    assert attention_kind(config) is None
