@@ -4,7 +4,6 @@ import copy
 
 import torch
 from megatron.core.extensions import transformer_engine as te
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -14,10 +13,16 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_sse.parallel.layout import TokenLayout
+from megatron_sse.parallel.routes import reroute
+from megatron_sse.parallel.zigzag import ZigzagLayout
 
 
 class SoftmaxAttention(SelfAttention):
-    """Causal self-attention inside documents; rotary positions count from the start of the document."""
+    """Causal self-attention inside documents; rotary positions count from the start of the document.
+
+    Under context parallelism a core attention with `wants_zigzag` gets every document in zigzag over the ranks: the
+    hidden states, fewer bytes than what is projected from them, go there and back around the whole module.
+    """
 
     def __init__(
         self,
@@ -38,16 +43,30 @@ class SoftmaxAttention(SelfAttention):
         self, hidden_states: Tensor, attention_mask: Tensor | None, packed_seq_params: TokenLayout, **unused
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [L, B, d] (a part of L under sequence parallelism) to (output of the same shape, bias)."""
-        rotary = self._rotary_angles(packed_seq_params) if self.rotary_base else None
-        return super().forward(
-            hidden_states, attention_mask, rotary_pos_emb=rotary, packed_seq_params=packed_seq_params
-        )
+        layout = packed_seq_params
+        if layout.shard.size == 1 or layout.in_zigzag or not self.core_attention.wants_zigzag:
+            return self._attend(hidden_states, attention_mask, layout)
+        groups = self.pg_collection
+        if self.config.sequence_parallel:
+            group, zigzag = groups.tp_cp, layout.to_zigzag(groups.tp.rank(), groups.tp.size())
+        else:
+            group, zigzag = groups.cp, layout.to_zigzag()
+        x_RC = reroute(hidden_states.flatten(0, 1), zigzag.route, group)
+        batch_size = len(zigzag.position_BL)
+        out, bias = self._attend(x_RC.unflatten(0, (-1, batch_size)), attention_mask, zigzag)
+        return reroute(out.flatten(0, 1), zigzag.route.back, group).view_as(hidden_states), bias
 
-    def _rotary_angles(self, layout: TokenLayout) -> Tensor:
+    def _attend(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, layout: TokenLayout | ZigzagLayout
+    ) -> tuple[Tensor, Tensor | None]:
+        rotary = self._rotary_angles(layout.position_BL) if self.rotary_base else None
+        return super().forward(hidden_states, attention_mask, rotary_pos_emb=rotary, packed_seq_params=layout)
+
+    def _rotary_angles(self, position_BL: Tensor) -> Tensor:
         """Angles [L, B, 1, head dim], fp32."""
         head_dim = self.hidden_size_per_attention_head
-        exponent = torch.arange(0, head_dim, 2, device=layout.position_BL.device, dtype=torch.float32) / head_dim
-        angles = layout.position_BL.t()[:, :, None, None] * self.rotary_base**-exponent
+        exponent = torch.arange(0, head_dim, 2, device=position_BL.device, dtype=torch.float32) / head_dim
+        angles = position_BL.t()[:, :, None, None] * self.rotary_base**-exponent
         return torch.cat((angles, angles), dim=-1)
 
 
@@ -56,6 +75,8 @@ class TorchAttention(torch.nn.Module):
 
     Under context parallelism each rank gathers the keys and values of all; exact for any layout of the tokens.
     """
+
+    wants_zigzag = False
 
     def __init__(
         self,
@@ -110,8 +131,10 @@ class TorchAttention(torch.nn.Module):
         return (seen & (layout.whole_BL[:, :, None] == layout.key_whole_BG[:, None]))[:, None]
 
 
-class TEAttention(te.TEDotProductAttention if te.HAVE_TE else torch.nn.Module):  # type: ignore[misc]
-    """Core attention of Transformer Engine over flat tokens, one entry of cu_seqlens per document."""
+class DocumentArguments(torch.nn.Module):
+    """How Transformer Engine's attention is called: goes in front of the class that is called."""
+
+    wants_zigzag = True
 
     def forward(
         self,
@@ -123,16 +146,15 @@ class TEAttention(te.TEDotProductAttention if te.HAVE_TE else torch.nn.Module): 
         attention_bias,
         packed_seq_params,
     ) -> Tensor:
-        """Shapes as in TorchAttention."""
-        layout = packed_seq_params
-        cu_seqlens = layout.offsets_D1.int()
-        documents = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_kv=cu_seqlens,
-            max_seqlen_q=layout.max_document,
-            max_seqlen_kv=layout.max_document,
-        )
+        """Shapes as in TorchAttention; packed_seq_params is a TokenLayout or, on context ranks, a ZigzagLayout."""
+        documents = packed_seq_params.documents
+        if documents is None:
+            return super().forward(query, key, value, None, attn_mask_type=AttnMaskType.causal, packed_seq_params=None)
         q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
         out = super().forward(q, k, v, None, attn_mask_type=AttnMaskType.padding_causal, packed_seq_params=documents)
-        return out.view(layout.batch_size, layout.length, -1).transpose(0, 1)
+        length, batch_size = query.shape[:2]
+        return out.view(batch_size, length, -1).transpose(0, 1)
+
+
+class TEAttention(DocumentArguments, te.TEDotProductAttention if te.HAVE_TE else torch.nn.Module):  # type: ignore[misc]
+    """Core attention of Transformer Engine, with its own context parallelism."""

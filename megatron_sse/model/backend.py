@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from megatron.core.extensions import transformer_engine as te
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-from megatron_sse.model.attention import TEAttention, TorchAttention
+from megatron_sse.model.attention import DocumentArguments, TEAttention, TorchAttention
 from megatron_sse.model.norm import RMSNorm
 from megatron_sse.parallel.device import Device
 
@@ -21,7 +21,7 @@ class Backend:
     column_parallel_linear: type
     row_parallel_linear: type
     norm: type
-    core_attention: type
+    core_attention: type[TorchAttention] | type[DocumentArguments]
     fuse_gradient_accumulation: bool
 
 

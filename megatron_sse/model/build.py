@@ -1,5 +1,8 @@
 """From the configuration to Megatron-Core models."""
 
+import logging
+from dataclasses import replace
+
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
@@ -16,8 +19,15 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from megatron_sse.config import ModelConfig, RunConfig, choose_layout, transformer_settings
-from megatron_sse.model.attention import SoftmaxAttention
+from megatron_sse.config import (
+    ModelConfig,
+    RunConfig,
+    attends_over_context,
+    attention_kind,
+    choose_layout,
+    transformer_settings,
+)
+from megatron_sse.model.attention import SoftmaxAttention, TorchAttention
 from megatron_sse.model.backend import Backend, choose_backend
 from megatron_sse.model.initialize import initialize_weights
 from megatron_sse.model.mixer import SSEMixer
@@ -26,10 +36,12 @@ from megatron_sse.parallel.groups import split_by_node
 from megatron_sse.parallel.handoff import HandOff
 from megatron_sse.parallel.sharding import ContextShard
 
+logger = logging.getLogger(__name__)
+
 
 def build_model(config: RunConfig, groups: ProcessGroupCollection, device: Device) -> list[GPTModel]:
     """This rank's model chunks, one per virtual pipeline stage, with weights that depend on the seed alone."""
-    backend = choose_backend(device)
+    backend = attend_over_context(choose_backend(device), config)
     hand_off = make_hand_off(config, groups)
     transformer = transformer_config(config, backend)
     model_parallel_cuda_manual_seed(config.training.seed)
@@ -43,6 +55,18 @@ def build_model(config: RunConfig, groups: ProcessGroupCollection, device: Devic
             initialize_weights(chunk, groups, config.training.seed)
             chunks.append(chunk)
     return chunks
+
+
+def attend_over_context(backend: Backend, config: RunConfig) -> Backend:
+    """The backend, with plain torch's attention where its own cannot attend over this run's context ranks."""
+    if not attends_over_context(config) or not backend.core_attention.wants_zigzag:
+        return backend
+    kind = attention_kind(config)
+    if kind is not None:
+        logger.info("attention over context ranks: Transformer Engine (%s)", kind)
+        return backend
+    logger.info("attention over context ranks: plain torch (Transformer Engine has none for these settings)")
+    return replace(backend, core_attention=TorchAttention)
 
 
 def make_hand_off(config: RunConfig, groups: ProcessGroupCollection) -> HandOff:

@@ -12,8 +12,11 @@ from torch import Tensor
 from megatron_sse.config import SSEConfig
 from megatron_sse.model.initialize import own_part
 from megatron_sse.parallel.groups import init_groups
+from megatron_sse.parallel.layout import TokenLayout
 from megatron_sse.parallel.sharding import ContextShard
 from tests.model.support import HIDDEN, layout_of, make_mixer, rms_error
+
+QK_NORMS = ("q_layernorm", "k_layernorm")  # of softmax layers
 
 Mutation = Callable[[pytest.MonkeyPatch], None]
 
@@ -55,15 +58,26 @@ def run_mixers(
 def _run(case: dict, lengths: list[list[int]], groups: ProcessGroupCollection, sequence: bool, zigzag: bool) -> Results:
     settings = SSEConfig(**case)
     mixer = make_mixer(groups, settings, settings.recurrence, sequence, zigzag)
-    shard = ContextShard(groups.cp.rank(), groups.cp.size(), zigzag)
-    layout = layout_of(lengths, padding=3, shard=shard)
+    layout = layout_of(lengths, padding=3, shard=ContextShard(groups.cp.rank(), groups.cp.size(), zigzag))
     layout.layer_loss_scale = torch.tensor(2.0)
-    length = layout.length * shard.size
-    generator = torch.Generator().manual_seed(2)
+    results = forward_backward(mixer, layout, groups)
+    if settings.num_partitions:
+        results["balance loss"] = Result(mixer.metrics.means()["balance_loss"])
+    return results
+
+
+def forward_backward(mixer: Any, layout: TokenLayout, groups: ProcessGroupCollection) -> Results:
+    """Output and all gradients, summed over ranks as at the end of a step, for inputs and gradients from one seed."""
+    shard, length = layout.shard, layout.length * layout.shard.size
+    dtype, device = next(mixer.parameters()).dtype, layout.column_L.device
+    generator = torch.Generator("cpu").manual_seed(2)
     shape = (length, layout.batch_size, HIDDEN)
-    hidden, grad = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    hidden, grad = (
+        torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(device, dtype) for _ in range(2)
+    )
     hidden, grad = (x[shard.columns(length)] for x in (hidden, grad))
-    if mixer.config.sequence_parallel:
+    sequence = mixer.config.sequence_parallel
+    if sequence:
         hidden, grad = (x.chunk(groups.tp.size())[groups.tp.rank()].clone() for x in (hidden, grad))
     hidden.requires_grad_()
     out, _ = mixer(hidden, None, layout)
@@ -72,19 +86,17 @@ def _run(case: dict, lengths: list[list[int]], groups: ProcessGroupCollection, s
     tp_rank, tp_size = groups.tp.rank(), groups.tp.size()
     results = {}
     for name, value in (("output", out.detach()), ("input", hidden.grad)):
-        value = _gather(value, groups.tp) if mixer.config.sequence_parallel else value
-        in_order = torch.empty(shape, dtype=torch.float64)
-        in_order[shard.all_columns(length)] = _gather(value, groups.cp)
+        value = _gather(value, groups.tp) if sequence else value
+        in_order = torch.empty(shape, dtype=torch.float64, device="cpu")
+        in_order[shard.all_columns(length)] = _gather(value, groups.cp).double().cpu()
         results[name] = Result(in_order)
     for name, parameter in mixer.named_parameters():
         assert parameter.grad is not None, name
-        if mixer.config.sequence_parallel and getattr(parameter, "sequence_parallel", False):
+        if sequence and getattr(parameter, "sequence_parallel", False) or name.startswith(QK_NORMS):
             # What Megatron-Core does for these at the end of a step.
             dist.all_reduce(parameter.grad, group=groups.tp)
         dist.all_reduce(parameter.grad, group=groups.cp)
-        results[name] = Result(parameter.grad, parameter, tp_rank, tp_size)
-    if settings.num_partitions:
-        results["balance loss"] = Result(mixer.metrics.means()["balance_loss"])
+        results[name] = Result(parameter.grad.double().cpu(), parameter, tp_rank, tp_size)
     return results
 
 

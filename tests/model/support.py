@@ -1,5 +1,6 @@
 """Small models and inputs for the tests of the model room."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,9 @@ def run_config(model: dict[str, Any], sequence_length: int = 64, **sections: dic
     return RunConfig.model_validate({"model": model, **defaults})
 
 
-def layout_of(lengths: list[list[int]], padding: int = 0, shard: ContextShard | None = None) -> TokenLayout:
+def layout_of(
+    lengths: Sequence[Sequence[int]], padding: int = 0, shard: ContextShard | None = None, device: str = "cpu"
+) -> TokenLayout:
     """One list of document lengths per sequence; the last `padding` tokens of each are not real."""
     starts = np.zeros((len(lengths), sum(lengths[0])), dtype=bool)
     for row, documents in zip(starts, lengths, strict=True):
@@ -46,7 +49,7 @@ def layout_of(lengths: list[list[int]], padding: int = 0, shard: ContextShard | 
     if padding:
         real = np.ones_like(starts)
         real[:, -padding:] = False
-    return TokenLayout.from_starts(starts, real, shard=shard)
+    return TokenLayout.from_starts(starts, real, device, shard)
 
 
 def make_mixer(
@@ -56,7 +59,7 @@ def make_mixer(
     sequence: bool = False,
     zigzag: bool = False,
 ) -> SSEMixer:
-    """A mixer in fp64, its weights drawn whole from one seed, so that all tensor ranks hold parts of the same."""
+    """A mixer in fp64, its weights from draw_weights."""
     config = TransformerConfig(
         num_layers=1,
         hidden_size=HIDDEN,
@@ -70,15 +73,20 @@ def make_mixer(
     shard = ContextShard(groups.cp.rank(), groups.cp.size(), zigzag)
     hand_off = HandOff(shard.chain, groups.cp)
     mixer = SSEMixer(config, 1, groups, settings, recurrence, settings.num_partitions, choose_backend(cpu()), hand_off)
-    generator = torch.Generator().manual_seed(1)
+    draw_weights(mixer, groups)
+    return mixer
+
+
+def draw_weights(module: torch.nn.Module, groups: ProcessGroupCollection) -> None:
+    """Weights drawn whole from one seed, so that all tensor ranks hold parts of the same."""
+    generator = torch.Generator("cpu").manual_seed(1)
     with torch.no_grad():
-        for parameter in mixer.parameters():
+        for parameter in module.parameters():
             shape = list(parameter.shape)
             if getattr(parameter, "tensor_model_parallel", False):
                 shape[parameter.partition_dim] *= groups.tp.size()
-            whole = torch.randn(shape, generator=generator, dtype=torch.float64) * 0.3
+            whole = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") * 0.3
             parameter.copy_(own_part(whole, parameter, groups.tp.rank(), groups.tp.size()))
-    return mixer
 
 
 def rms_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
