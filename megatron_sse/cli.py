@@ -3,7 +3,9 @@
 import argparse
 import logging
 import os
+import signal
 import sys
+from pathlib import Path
 
 from megatron_sse import __version__
 from megatron_sse.config import RunConfig, ignored_settings, load_config
@@ -22,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     rank = int(os.environ.get("RANK", "0"))
     set_up_logging(rank)
     try:
-        return _train(options.config, options.overrides, rank)
+        return options.job(options, rank)
     except UserError as error:
         print(f"{f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
         return USER_ERROR_EXIT
@@ -46,13 +48,26 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=__version__)
     jobs = parser.add_subparsers(required=True, metavar="JOB")
     train = jobs.add_parser("train", help="train a model", description="Train the model of a YAML file.")
-    train.add_argument("config", metavar="CONFIG", help="YAML file; configs/reference.yaml documents every key")
-    train.add_argument("overrides", metavar="section.key=value", nargs="*", help="settings put over the file's")
+    train.set_defaults(job=_train)
+    check = jobs.add_parser(
+        "check-parallel",
+        help="compare layouts with one process",
+        description="Run one training step of a YAML file's model, made small, in several layouts and compare each "
+        "with one process. Exit status 1 where they differ. docs/check_parallel.md explains the output.",
+    )
+    check.set_defaults(job=_check_parallel)
+    for job in (train, check):
+        job.add_argument("config", metavar="CONFIG", help="YAML file; configs/reference.yaml documents every key")
+        job.add_argument("overrides", metavar="section.key=value", nargs="*", help="settings put over the file's")
+    check.add_argument("--as-is", action="store_true", help="keep the model's sizes")
+    check.add_argument("--layouts", metavar="LIST", help="names of layouts, separated by commas; default all")
+    check.add_argument("--tolerance", metavar="X", type=float, help="largest error allowed, of every tensor")
+    check.add_argument("--json", metavar="FILE", type=Path, help="file to write all numbers to")
     return parser.parse_args(arguments)
 
 
-def _train(path: str, overrides: list[str], rank: int) -> int:
-    config = load_config(path, overrides)
+def _train(options: argparse.Namespace, rank: int) -> int:
+    config = load_config(options.config, options.overrides)
     description = describe_run(config, int(os.environ.get("WORLD_SIZE", "1")))
     if rank == 0:
         for line in description:
@@ -65,6 +80,16 @@ def _train(path: str, overrides: list[str], rank: int) -> int:
     if "RANK" not in os.environ:
         prepare_data(config)
     return train(config)
+
+
+def _check_parallel(options: argparse.Namespace, rank: int) -> int:
+    config = load_config(options.config, options.overrides)
+    names = None if options.layouts is None else [name.strip() for name in options.layouts.split(",")]
+    from megatron_sse.check_parallel import check_parallel
+
+    # Like an interrupt, so that the processes that it started end with it.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    return check_parallel(config, names, options.as_is, options.tolerance, options.json)
 
 
 def prepare_data(config: RunConfig) -> None:

@@ -1,5 +1,7 @@
 """The router: which partitions a token writes to and reads from, and the loss that keeps them in balance."""
 
+from collections.abc import Callable
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
@@ -30,6 +32,8 @@ class Router(torch.nn.Module):
         self.sequence_parallel = config.sequence_parallel
         dtype = torch.promote_types(config.params_dtype, torch.float32)
         self.proj = ReplicatedLinear(config, config.hidden_size, num_partitions, dtype)
+        # The picks [T, P] to use for a micro-batch in place of the top ones, where layouts are compared.
+        self.replay: Callable[[TokenLayout], Tensor] | None = None
 
     def forward(self, hidden_LBd: Tensor, layout: TokenLayout) -> tuple[Routes, Tensor]:
         """The picks of all B * L tokens, and the balance loss of the micro-batch.
@@ -42,7 +46,8 @@ class Router(torch.nn.Module):
             prob_LBN = gather_from_sequence_parallel_region(own_LBN, group=self.tp_group)
         else:
             prob_LBN = sum_gradient(own_LBN, self.tp_group)
-        routes = route(prob_LBN.transpose(0, 1).flatten(0, 1), self.num_writers, self.num_readers)
+        picks_TP = None if self.replay is None else self.replay(layout)
+        routes = route(prob_LBN.transpose(0, 1).flatten(0, 1), self.num_writers, self.num_readers, picks_TP)
         return routes, self._balance_loss(own_LBN, routes, layout)
 
     def _balance_loss(self, own_LBN: Tensor, routes: Routes, layout: TokenLayout) -> Tensor:

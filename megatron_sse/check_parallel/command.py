@@ -1,0 +1,92 @@
+"""The command: settings made comparable, one process's step recorded, layouts compared with it, the report."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from megatron_sse.check_parallel.layouts import Layout, choose_layouts, fit_layout, make_config, num_ranks, one_process
+from megatron_sse.check_parallel.processes import Processes, RankError
+from megatron_sse.check_parallel.report import table_lines, verdict_lines, write_json
+from megatron_sse.check_parallel.scale import scale
+from megatron_sse.check_parallel.step import compare, record
+from megatron_sse.check_parallel.verdict import Result, make_limits, merge
+from megatron_sse.config import RunConfig
+from megatron_sse.errors import UserError
+
+DIFFERENT_EXIT = 1
+
+
+def check_parallel(
+    config: RunConfig,
+    names: list[str] | None = None,
+    as_is: bool = False,
+    tolerance: float | None = None,
+    json_path: Path | None = None,
+    prepare: Callable[[], None] | None = None,
+) -> int:
+    """Compare one training step of `config` in several layouts with that of one process, and print what differs.
+
+    Args:
+        names: of the layouts; None for all that differ.
+        as_is: keep the model's sizes.
+        tolerance: largest error allowed (RMS of the difference over RMS), None for the default.
+        json_path: file to write the numbers to.
+        prepare: called in every process at its start; tests break things with it.
+
+    Returns the exit status, 1 where a layout differs or a rank fails. Raises UserError before any process is started.
+    """
+    if tolerance is not None and not tolerance >= 0:
+        raise UserError(f"--tolerance: got {tolerance}, allowed a number from 0")
+    if json_path is not None and (json_path.is_dir() or not json_path.parent.is_dir()):
+        raise UserError(f"--json: got {json_path}, allowed a file in a folder that exists")
+    parallels = choose_layouts(config, names)
+    values, rules = scale(config, list(parallels.values()), as_is)
+    single = make_config(values, one_process(config.parallel))
+    num_gpus = torch.cuda.device_count()
+    layouts = [fit_layout(name, parallel, values, num_gpus) for name, parallel in parallels.items()]
+    possible = [layout for layout in layouts if layout.config is not None]
+    if not possible:
+        raise UserError(f"--layouts: none is possible; {layouts[0].name}: {layouts[0].reason}")
+    for line in rules:
+        print(line)
+    processes = Processes(max(num_ranks(layout.parallel) for layout in possible), prepare)
+    try:
+        noise, results = _run(processes, single, layouts)
+    except RankError as error:
+        print(f"\none process: FAILED on {error}")
+        return DIFFERENT_EXIT
+    finally:
+        processes.close()
+
+    limits = make_limits(noise, tolerance)
+    compared = [result for result in results if result.outputs]
+    for line in table_lines([noise, *compared], single.model.layer_kinds()) + verdict_lines(results, limits):
+        print(line)
+    if json_path is not None:
+        write_json(json_path, results, noise, limits, rules)
+    return 0 if all(result.passes(limits) for result in results if result.layout.config) else DIFFERENT_EXIT
+
+
+def _run(processes: Processes, single: RunConfig, layouts: list[Layout]) -> tuple[Result, list[Result]]:
+    """What moved weights do to one process's step, and how far each layout is from it. Raises RankError where already
+    one process fails."""
+    with tempfile.TemporaryDirectory(prefix="check-parallel-") as folder:
+        path = Path(folder) / "record.pt"
+        print("runs one process", end="", flush=True)
+        processes.run(1, record, single, path)
+        noise = merge(Layout("noise", single.parallel, single), processes.run(1, compare, single, path, True))
+        results = []
+        for layout in layouts:
+            result = Result(layout)
+            if layout.config is not None:
+                print(f", {layout.name}", end="", flush=True)
+                try:
+                    ranks = processes.run(num_ranks(layout.parallel), compare, layout.config, path, False)
+                    result = merge(layout, ranks, noise)
+                except RankError as error:
+                    result.failure = str(error)
+            results.append(result)
+        print()
+    return noise, results

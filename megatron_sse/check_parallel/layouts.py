@@ -1,0 +1,116 @@
+"""The layouts that are compared with one process, and which of them a model allows."""
+
+import difflib
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron_sse.config import ParallelConfig, RunConfig, check_world_size, choose_layout
+from megatron_sse.config.megatron import find_transformer_problem
+from megatron_sse.errors import UserError
+
+MAX_RANKS = 8
+OWN = "own"
+# What differs from one process. Without a value here, sequence, layout and hand_off are the user's.
+STANDARD: dict[str, dict[str, Any]] = {
+    "tp2": {"tensor": 2, "sequence": False},
+    "tp2-sequence": {"tensor": 2, "sequence": True},
+    "cp2": {"context": 2, "layout": "contiguous"},
+    "cp2-zigzag": {"context": 2, "layout": "zigzag"},
+    "cp4": {"context": 4},
+    "pp2": {"pipeline": 2},
+    "pp2-virtual": {"pipeline": 2, "virtual_pipeline": 2},
+    "dp2": {"data": 2},
+    "cp2-tp2": {"context": 2, "tensor": 2},
+    "cp2-pp2": {"context": 2, "pipeline": 2},
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout by name; config is None where it is not possible, and reason says why."""
+
+    name: str
+    parallel: ParallelConfig
+    config: RunConfig | None = None
+    reason: str = ""
+
+
+def num_ranks(parallel: ParallelConfig) -> int:
+    """Processes of a layout."""
+    return parallel.replica_size * (parallel.data or 1)
+
+
+def choose_layouts(config: RunConfig, names: list[str] | None) -> dict[str, ParallelConfig]:
+    """The layouts of these names, or all that differ from each other; "own" is the user's, with one copy of the model
+    unless parallel.data says more. Raises UserError for a name that there is not.
+    """
+    given = config.parallel
+    if given.context > 1:
+        # Decided for the model's own sizes, not for the small ones.
+        given = given.model_copy(update={"layout": "zigzag" if choose_layout(config)[0] else "contiguous"})
+    layouts = {name: _beside(given, changes) for name, changes in STANDARD.items()}
+    own = _comparable(given, data=given.data or 1)
+    if names is not None:
+        layouts[OWN] = own
+        for name in names:
+            if name not in layouts:
+                nearest = difflib.get_close_matches(name, layouts, n=1)
+                hint = f"; did you mean {nearest[0]}?" if nearest else ""
+                raise UserError(f"--layouts: got {name!r}, allowed {', '.join(layouts)}{hint}")
+        return {name: layouts[name] for name in dict.fromkeys(names)}
+    if num_ranks(own) > 1 and own not in layouts.values():
+        layouts[OWN] = own
+    return layouts
+
+
+def one_process(given: ParallelConfig) -> ParallelConfig:
+    """The layout that the others are compared with."""
+    return _beside(given, {})
+
+
+def _beside(given: ParallelConfig, changes: dict[str, Any]) -> ParallelConfig:
+    context = changes.get("context", 1)
+    base: dict[str, Any] = {"tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "context": 1, "data": 1}
+    base["sequence"] = given.sequence and changes.get("tensor", 1) > 1
+    # A zigzag layout needs two ranks or more; two nodes, so that states cross between them.
+    base |= {"layout": given.layout if context > 1 else "auto", "context_per_node": max(1, context // 2)}
+    return _comparable(given, **(base | changes))
+
+
+def _comparable(given: ParallelConfig, **changes: Any) -> ParallelConfig:
+    # Every rank has to end with whole gradients, and states must not be rounded on their way.
+    always = {"distributed_optimizer": False, "hand_off_wire": "fp32"}
+    return given.model_copy(update=always | changes)
+
+
+def fit_layout(name: str, parallel: ParallelConfig, values: dict[str, Any], num_gpus: int) -> Layout:
+    """The run of `values` (sections of settings) in a layout, or why there is none."""
+    ranks = num_ranks(parallel)
+    if ranks > MAX_RANKS:
+        return Layout(name, parallel, reason=f"{ranks} ranks, at most {MAX_RANKS} are started here")
+    if num_gpus and ranks > num_gpus:
+        reason = f"{ranks} ranks, there are {num_gpus} GPUs (CUDA_VISIBLE_DEVICES= compares on the CPU)"
+        return Layout(name, parallel, reason=reason)
+    try:
+        config = make_config(values, parallel)
+    except UserError as error:
+        return Layout(name, parallel, reason=str(error))
+    return Layout(name, parallel, config)
+
+
+def make_config(values: dict[str, Any], parallel: ParallelConfig) -> RunConfig:
+    """A checked run of these settings in a layout. Raises UserError where they do not fit."""
+    try:
+        config = RunConfig.model_validate(values | {"parallel": parallel.model_dump()})
+    except ValidationError as error:
+        details = error.errors()[0]
+        context = details.get("ctx", {})
+        key = context.get("key", ".".join(map(str, details["loc"])))
+        raise UserError(f"{key}: {context.get('text', details['msg'])}") from None
+    problem = find_transformer_problem(config)
+    if problem is not None:
+        raise UserError(f"{problem.key}: {problem.text}")
+    check_world_size(config, num_ranks(parallel))
+    return config

@@ -1,0 +1,143 @@
+"""Reads what the modules of a rank put out, and makes its routers replay recorded picks."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from megatron_sse.data.batch import Batch
+from megatron_sse.model.router import Router
+from megatron_sse.parallel.layout import TokenLayout
+
+EMBEDDING, OUTPUT = "embedding", "output"
+
+
+def layer_row(layer: int) -> str:
+    """Name of a layer, counted from 0 over the whole model as in the names of parameters."""
+    return f"layer {layer}"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where a part of a tensor over all tokens [samples, G, ...] stands: samples [B] and columns [L]."""
+
+    sample_B: Tensor
+    column_L: Tensor
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """This part of a tensor over all tokens."""
+        return whole[self.sample_B[:, None], self.column_L]
+
+    def put(self, whole: Tensor, value: Tensor) -> None:
+        """Write this part into a tensor over all tokens."""
+        whole[self.sample_B[:, None], self.column_L] = value
+
+
+class Probe:
+    """Hooks on a rank's model chunks.
+
+    Attributes:
+        outputs: by row and micro-batch, where the part stands and its values [B, L, ...] on the CPU. Rows: embedding,
+            layers, and the losses of the tokens as the output.
+        routers: the routers by layer. picks, hidden: by layer and micro-batch, what they picked, what they were given.
+    """
+
+    def __init__(self, chunks: list[GPTModel], batches: list[tuple[Tensor, Batch]], groups: ProcessGroupCollection):
+        self.outputs: dict[tuple[str, int], tuple[Piece, Tensor]] = {}
+        self.picks: dict[tuple[int, int], tuple[Piece, Tensor]] = {}
+        self.hidden: dict[tuple[int, int], tuple[Piece, Tensor]] = {}
+        self.routers: dict[int, Router] = {}
+        self.batches = batches
+        # Layouts are data classes without a hash.
+        self.numbers = {id(batch.layout): number for number, (_, batch) in enumerate(batches)}
+        self.tp_group = groups.tp
+        self.running = 0
+        for chunk in chunks:
+            self._watch(chunk)
+
+    def _watch(self, chunk: GPTModel) -> None:
+        chunk.register_forward_pre_hook(self._before_chunk, with_kwargs=True)
+        if chunk.pre_process:
+            chunk.embedding.register_forward_hook(self._after_embedding)
+        if chunk.post_process:
+            chunk.register_forward_hook(self._after_chunk)
+        for layer in chunk.modules():
+            if isinstance(layer, TransformerLayer):
+                layer.register_forward_hook(self._after_layer, with_kwargs=True)
+                for module in layer.modules():
+                    if isinstance(module, Router):
+                        self.routers[layer.layer_number - 1] = module
+
+    def _before_chunk(self, chunk: Any, args: Any, kwargs: Any) -> None:
+        self.running = self.numbers[id(kwargs["packed_seq_params"])]
+
+    def _after_embedding(self, module: Any, args: Any, output_LBd: Tensor) -> None:
+        self._keep(EMBEDDING, self.running, output_LBd)
+
+    def _after_layer(self, layer: Any, args: Any, kwargs: Any, output: tuple[Tensor, Any]) -> None:
+        # In backward, recomputed layers run again, of an earlier micro-batch than the chunk's last.
+        number = self.numbers[id(kwargs["packed_seq_params"])]
+        self._keep(layer_row(layer.layer_number - 1), number, output[0])
+
+    def _after_chunk(self, module: Any, args: Any, loss_BL: Tensor) -> None:
+        self._keep(OUTPUT, self.running, loss_BL.t())
+
+    def _keep(self, row: str, number: int, output_LB: Tensor) -> None:
+        piece = self.piece(number, len(output_LB))
+        self.outputs[row, number] = piece, output_LB.detach().transpose(0, 1).cpu()
+
+    def piece(self, number: int, length: int) -> Piece:
+        """What this rank holds of a micro-batch in a tensor of `length` tokens a sequence."""
+        samples, batch = self.batches[number]
+        column_L = batch.layout.column_L.cpu()
+        if length < len(column_L):
+            # Sequence parallelism: the context rank's tokens are split once more.
+            column_L = column_L.chunk(self.tp_group.size())[self.tp_group.rank()]
+        return Piece(samples, column_L)
+
+    def record_routing(self) -> None:
+        """Keep what the routers are given and pick from now on."""
+        for layer, router in self.routers.items():
+            router.register_forward_hook(self._router_hook(layer))
+
+    def _router_hook(self, layer: int) -> Any:
+        def keep(module: Any, args: tuple[Tensor, TokenLayout], output: Any) -> None:
+            hidden_LBd, layout = args
+            number = self.numbers[id(layout)]
+            piece = self.piece(number, layout.length)
+            self.hidden[layer, number] = piece, hidden_LBd.detach().transpose(0, 1).cpu()
+            picks_BLP = output[0].bank_TP.unflatten(0, (layout.batch_size, layout.length))
+            self.picks[layer, number] = piece, picks_BLP.cpu()
+
+        return keep
+
+    def replay_routing(self, picks: dict[int, Tensor]) -> None:
+        """Let the routers take these picks [samples, G, P] by layer from now on."""
+        for layer, router in self.routers.items():
+            router.replay = self._replay(picks[layer])
+
+    def _replay(self, whole: Tensor) -> Any:
+        def picks_TP(layout: TokenLayout) -> Tensor:
+            piece = self.piece(self.numbers[id(layout)], layout.length)
+            return piece.cut(whole).flatten(0, 1).to(layout.column_L.device)
+
+        return picks_TP
+
+    @torch.no_grad()
+    def route_again(self, layer: int, hidden: Tensor) -> Iterator[tuple[Piece, Tensor]]:
+        """What a layer's router picks by itself when given its part of `hidden` [samples, G, d]; [B, L, P]."""
+        router = self.routers[layer]
+        for number, (_, batch) in enumerate(self.batches):
+            layout = batch.layout
+            length = layout.length
+            if router.sequence_parallel:
+                length //= self.tp_group.size()
+            hidden_LBd = self.piece(number, length).cut(hidden).transpose(0, 1).to(layout.column_L.device)
+            routes, _ = router(hidden_LBd, layout)
+            picks_BLP = routes.bank_TP.unflatten(0, (layout.batch_size, layout.length))
+            yield self.piece(number, layout.length), picks_BLP.cpu()

@@ -1,0 +1,143 @@
+"""Processes of this machine that join one world after the other."""
+
+import contextlib
+import os
+import pickle
+import signal
+import socket
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing import get_context, resource_tracker
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_sse.parallel.device import setup_device
+from megatron_sse.parallel.groups import destroy_groups, init_process_group
+
+TIMEOUT_MINUTES = 10
+
+
+class RankError(Exception):
+    """A rank failed: the message has the rank and its traceback, or how it died."""
+
+
+class Processes:
+    """Up to `size` processes, started when they are first needed and stopped by close()."""
+
+    def __init__(self, size: int, prepare: Callable[[], None] | None = None) -> None:
+        self.size, self.prepare = size, prepare
+        self._pipes: list[Connection] = []
+        self._processes: list[BaseProcess] = []
+
+    def run(self, num_ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Results of function(device, *args) by rank, in a world of the first `num_ranks` processes.
+
+        Raises RankError, and stops all processes, when a rank fails: the others may wait for it for ever.
+        """
+        if not self._processes:
+            self._start()
+        job = pickle.dumps((num_ranks, _free_port(), function, args))
+        results: dict[int, Any] = {}
+        try:
+            for rank in range(num_ranks):
+                # A process that died is found below, when its result is awaited.
+                with contextlib.suppress(BrokenPipeError):
+                    self._pipes[rank].send_bytes(job)
+            while len(results) < num_ranks:
+                waiting = [rank for rank in range(num_ranks) if rank not in results]
+                ready = wait([self._pipes[rank] for rank in waiting])
+                for rank in waiting:
+                    if self._pipes[rank] in ready:
+                        results[rank] = self._receive(rank)
+        except BaseException:
+            self.close()
+            raise
+        return [results[rank] for rank in range(num_ranks)]
+
+    def _start(self) -> None:
+        context = get_context("spawn")
+        with _interrupts_wait():
+            for rank in range(self.size):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_serve, args=(rank, self.size, theirs, self.prepare), daemon=True)
+                process.start()
+                theirs.close()
+                self._pipes.append(ours)
+                self._processes.append(process)
+
+    def _receive(self, rank: int) -> Any:
+        try:
+            failure, result = pickle.loads(self._pipes[rank].recv_bytes())
+        except (EOFError, ConnectionResetError):
+            self._processes[rank].join()
+            raise RankError(f"rank {rank} died with exit code {self._processes[rank].exitcode}") from None
+        if failure is not None:
+            raise RankError(f"rank {rank}:\n{failure}")
+        return result
+
+    def close(self) -> None:
+        """Stop the processes, also those that hang in a collective."""
+        for process in self._processes:
+            process.kill()
+        for pipe, process in zip(self._pipes, self._processes, strict=True):
+            process.join()
+            pipe.close()
+        self._pipes, self._processes = [], []
+
+
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """What this process is sent takes effect after the block. Processes started in it never see a Ctrl-C, which reaches
+    all processes of a terminal: this one ends them."""
+    # Started now: when it starts it unblocks signals.
+    resource_tracker.ensure_running()
+    arrived: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.signal(number, lambda sent, frame: arrived.append(sent)) for number in numbers}
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for sent in arrived:
+            signal.raise_signal(sent)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _serve(rank: int, size: int, pipe: Connection, prepare: Callable[[], None] | None) -> None:
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if prepare is not None:
+        prepare()
+    # EOFError: the command is over, however it ended.
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            pipe.send_bytes(_answer(rank, pipe.recv_bytes()))
+
+
+def _answer(rank: int, job: bytes) -> bytes:
+    try:
+        num_ranks, port, function, args = pickle.loads(job)
+        os.environ.update(WORLD_SIZE=str(num_ranks), MASTER_PORT=str(port))
+        device = setup_device(rank)
+        init_process_group(device, TIMEOUT_MINUTES)
+        result = pickle.dumps((None, function(device, *args)))
+        destroy_groups()
+        dist.destroy_process_group()
+        return result
+    except Exception:
+        # The world is not left: the others would fail by the lost connection, before this rank's answer is read.
+        return pickle.dumps((traceback.format_exc(), None))

@@ -1,0 +1,84 @@
+"""What the command prints, and its numbers as JSON."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from megatron_sse.check_parallel.probe import layer_row
+from megatron_sse.check_parallel.verdict import Result, row_of
+
+COLUMNS_PER_BLOCK = 7
+CELL_WIDTH = 13
+
+
+def table_lines(results: list[Result], kinds: list[str]) -> list[str]:
+    """A column per result; a row per layer with the worst error of its output and of its gradients, and the scalars.
+
+    kinds: of the layers.
+    """
+    reference = results[0]
+    labels = {row: row for row in reference.outputs}
+    labels |= {layer_row(number): f"{layer_row(number)} {kind}" for number, kind in enumerate(kinds)}
+    width = 2 + max(map(len, [*labels.values(), *reference.scalars]))
+    lines = []
+    for first in range(0, len(results), COLUMNS_PER_BLOCK):
+        block = results[first : first + COLUMNS_PER_BLOCK]
+        lines += ["", _line(" " * width, [result.layout.name for result in block])]
+        for row in reference.outputs:
+            cells = [f"{_short(result.outputs[row])} {_short(_gradient(result, row))}" for result in block]
+            lines.append(_line(f"{labels[row]:{width}}", cells))
+        for name in reference.scalars:
+            lines.append(_line(f"{name.replace('_', ' '):{width}}", [_short(result.scalars[name]) for result in block]))
+    return lines
+
+
+def _line(label: str, cells: list[str]) -> str:
+    return (label + "".join(f"{cell:<{CELL_WIDTH}}" for cell in cells)).rstrip()
+
+
+def _gradient(result: Result, row: str) -> float:
+    return max((error for name, error in result.gradients.items() if row_of(name) == row), default=0.0)
+
+
+def _short(error: float) -> str:
+    """1.2e-07 as 1e-7."""
+    return f"{error:.0e}".replace("e-0", "e-").replace("e+0", "e+") if error else "0"
+
+
+def verdict_lines(results: list[Result], limits: dict[str, float]) -> list[str]:
+    """One line per layout, more where a rank failed."""
+    return ["", *(f"{result.layout.name:<{CELL_WIDTH}}{_verdict(result, limits)}" for result in results)]
+
+
+def _verdict(result: Result, limits: dict[str, float]) -> str:
+    if result.layout.config is None:
+        return f"not possible: {result.layout.reason}"
+    if result.failure:
+        return f"FAILED on {result.failure.rstrip()}"
+    name, error, limit = result.worst(limits)
+    text = f"{'same' if result.passes(limits) else 'DIFFERENT'}: worst {error:.1e} (allowed {limit:.1e}), {name}"
+    if result.moved:
+        text += f"; unpinned routing DIFFERENT for {result.moved} tokens, counted on each rank"
+    return text
+
+
+def write_json(path: Path, results: list[Result], noise: Result, limits: dict[str, float], rules: list[str]) -> None:
+    """Errors of every tensor in every layout; null where one is not finite or was on no rank."""
+    layouts = {result.layout.name: _describe(result, limits) for result in results}
+    document = {"rules": rules, "allowed": limits, "noise": _finite(noise.errors()), "layouts": layouts}
+    path.write_text(json.dumps(document, indent=2) + "\n")
+
+
+def _describe(result: Result, limits: dict[str, float]) -> dict[str, Any]:
+    described: dict[str, Any] = {"parallel": result.layout.parallel.model_dump()}
+    if result.layout.config is None:
+        return described | {"verdict": "not possible", "reason": result.layout.reason}
+    if result.failure:
+        return described | {"verdict": "failed", "reason": result.failure}
+    verdict = "same" if result.passes(limits) else "different"
+    return described | {"verdict": verdict, "moved_picks": result.moved, "errors": _finite(result.errors())}
+
+
+def _finite(errors: dict[str, float]) -> dict[str, float | None]:
+    return {name: error if math.isfinite(error) else None for name, error in errors.items()}

@@ -1,0 +1,44 @@
+"""What the tests break in the processes of the command."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_sse.kernels import Routes
+from megatron_sse.model import mixer as mixer_module
+from megatron_sse.model import router as router_module
+
+
+def hand_off_disabled() -> None:
+    """Every slot begins with empty states."""
+    mixer_module.exclusive_scan = lambda transition, state, hand_off: torch.zeros_like(state)
+
+
+def router_sum_forgotten() -> None:
+    """Each tensor rank keeps its own heads' part of the router's gradient."""
+    router_module.sum_gradient = lambda x, group: x
+
+
+def picks_depend_on_the_layout() -> None:
+    """Where there are other ranks, the picks that are not replayed are the next partitions."""
+    route = router_module.route
+
+    def wrong(prob_TN: Tensor, num_writers: int, num_readers: int, bank_TP: Tensor | None = None) -> Routes:
+        routes = route(prob_TN, num_writers, num_readers, bank_TP)
+        if bank_TP is None and dist.get_world_size() > 1:
+            bank_TP = (routes.bank_TP + 1) % prob_TN.shape[-1]
+        return route(prob_TN, num_writers, num_readers, bank_TP)
+
+    router_module.route = wrong
+
+
+def rank_1_fails() -> None:
+    """Rank 1 fails where states are handed off; rank 0 waits for it."""
+    scan = mixer_module.exclusive_scan
+
+    def failing(transition: Tensor, state: Tensor, hand_off: object) -> Tensor:
+        if dist.get_rank() == 1:
+            raise ArithmeticError("seeded failure")
+        return scan(transition, state, hand_off)
+
+    mixer_module.exclusive_scan = failing
