@@ -53,7 +53,9 @@ def build_data_iterators(
         for chosen in positions(0):
             if chosen.start >= needed:
                 return
-            yield make_batch([validation[position] for position in chosen], data.reset_at_documents, device, shard)
+            # Evenly over the file, so that a few batches speak for all of it.
+            samples = [validation[position * len(validation) // needed] for position in chosen]
+            yield make_batch(samples, data.reset_at_documents, device, shard)
 
     return train_batches(), validation_batches
 
