@@ -74,6 +74,14 @@ def test_another_seed_is_another_order(prefix):
     assert not torch.equal(first, global_batches(run_config(prefix, training={"seed": 6}), 1, 2))
 
 
+def validation_samples(num_tokens: int) -> list[int]:
+    """Of two global batches: evenly over the file."""
+    num_samples, needed = (num_tokens - 1) // LENGTH, 2 * GLOBAL_BATCH
+    samples = [number * num_samples // needed for number in range(needed)]
+    assert samples[-1] > samples[0] + needed
+    return samples
+
+
 @pytest.mark.parametrize("reset", [True, False])
 def test_labels_masks_and_documents_are_what_a_loop_over_the_file_finds(prefix, reset):
     tokens = all_tokens(prefix).tolist()
@@ -81,10 +89,11 @@ def test_labels_masks_and_documents_are_what_a_loop_over_the_file_finds(prefix, 
     config.training.validation_batches = 2
     batches = list(build_data_iterators(config, data_parallel_groups(), 0)[1]())
     assert len(batches) == 2 * GLOBAL_BATCH // 2
-    place = 0
+    samples = iter(validation_samples(len(tokens)))
     for batch in batches:
         document = -1
         for row in range(2):
+            place = next(samples) * LENGTH
             for column in range(LENGTH):
                 if column == 0 or (reset and tokens[place - 1] == END):
                     document, start = document + 1, column
@@ -104,7 +113,9 @@ def test_validation_is_the_same_each_time_and_at_any_data_parallel_size(prefix):
     factory = build_data_iterators(config, data_parallel_groups(), 24)[1]
     whole = torch.cat([batch.tokens_BL for batch in factory()])
     assert torch.equal(whole, torch.cat([batch.tokens_BL for batch in factory()]))
-    assert torch.equal(whole.flatten(), all_tokens(prefix)[: 2 * GLOBAL_BATCH * LENGTH])
+    tokens = all_tokens(prefix)
+    expected = [tokens[sample * LENGTH : (sample + 1) * LENGTH] for sample in validation_samples(len(tokens))]
+    assert torch.equal(whole, torch.stack(expected))
     ranks = [build_data_iterators(config, data_parallel_groups(rank, 2), 0)[1]() for rank in range(2)]
     rows = [batch.tokens_BL for pair in zip(*ranks, strict=True) for batch in pair]
     assert torch.equal(torch.cat(rows), whole)
