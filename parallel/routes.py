@@ -76,9 +76,11 @@ def _places(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     token = np.concatenate(parts)
     rank = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
     row = np.concatenate([np.arange(len(part)) for part in parts])
-    order = np.argsort(token, kind="stable")[np.count_nonzero(token < 0) :]
-    assert np.array_equal(token[order], np.arange(len(order)))
-    return rank[order], row[order]
+    real = token >= 0
+    assert (np.bincount(token[real]) == 1).all()
+    places = np.empty((2, np.count_nonzero(real)), dtype=np.int64)
+    places[:, token[real]] = rank[real], row[real]
+    return places[0], places[1]
 
 
 class _Reroute(torch.autograd.Function):
