@@ -66,6 +66,24 @@ def test_a_rank_with_only_masked_tokens_changes_nothing(tmp_path: Path) -> None:
         assert result == pytest.approx((loss, norm), rel=1e-5)
 
 
+def masked_half_step(folder: Path, context: int) -> tuple[float, float]:
+    """Loss and gradient norm where the second half of every sequence, rank 1's part of two, counts no token."""
+    run = start(small_run(folder, parallel={"context": context}))
+    batches = batches_of(run)
+    for batch in batches:
+        half = batch.layout.column_L >= run.config.data.sequence_length // 2
+        batch.loss_mask_BL[:, half] = 0
+    result = run.trainer.train_step(iter(batches))
+    return result.losses["loss"], result.grad_norm
+
+
+def test_a_context_rank_with_only_masked_tokens_changes_nothing(tmp_path: Path) -> None:
+    small_run(tmp_path)
+    [expected] = run_workers(1, masked_half_step, tmp_path, 1)
+    for result in run_workers(2, masked_half_step, tmp_path, 2):
+        assert result == pytest.approx(expected, rel=1e-5)
+
+
 def poisoned_step(folder: Path, sections: dict[str, Any], where: str) -> tuple[bool, bool, bool]:
     """Spoil something on rank 1; whether the step was skipped, weights stayed, and the next clean step moved them."""
     run = start(small_run(folder, **sections))
