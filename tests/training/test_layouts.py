@@ -78,27 +78,32 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
+RECOMPUTED = [
+    (1, {}),
+    (2, {"tensor": 2, "sequence": True}),
+    (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    (2, {"context": 2, "layout": "zigzag"}),
+    (4, {"context": 2, "tensor": 2}),
+]
+
+OneProcess = tuple[Path, list[float], dict[str, torch.Tensor]]
+
+
 @pytest.mark.parametrize(("world_size", "parallel"), LAYOUTS, ids=str)
-def test_like_one_process(
-    world_size: int,
-    parallel: dict[str, Any],
-    recompute: str,
-    one_process: tuple[Path, list[float], dict[str, torch.Tensor]],
-) -> None:
-    compare(world_size, parallel, recompute, one_process)
+def test_like_one_process(world_size: int, parallel: dict[str, Any], one_process: OneProcess) -> None:
+    compare(world_size, parallel, "none", one_process)
 
 
-def test_eight_processes_like_one(one_process: tuple[Path, list[float], dict[str, torch.Tensor]]) -> None:
+@pytest.mark.parametrize(("world_size", "parallel"), RECOMPUTED, ids=str)
+def test_recomputed_like_one_process(world_size: int, parallel: dict[str, Any], one_process: OneProcess) -> None:
+    compare(world_size, parallel, "full", one_process)
+
+
+def test_eight_processes_like_one(one_process: OneProcess) -> None:
     compare(8, {"context": 2, "tensor": 2, "pipeline": 2}, "none", one_process)
 
 
-def compare(
-    world_size: int,
-    parallel: dict[str, Any],
-    recompute: str,
-    one_process: tuple[Path, list[float], dict[str, torch.Tensor]],
-) -> None:
+def compare(world_size: int, parallel: dict[str, Any], recompute: str, one_process: OneProcess) -> None:
     """Train in a layout and hold losses and gradients against those of one process."""
     folder, expected_losses, expected_gradients = one_process
     sections = {"parallel": parallel, "training": TRAINING | {"recompute": recompute}}
