@@ -19,8 +19,9 @@ SLURM = {"SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "gpu[07
 
 
 def load(*overrides: str) -> RunConfig:
-    batch = ["training.global_batch_size=24", "training.micro_batch_size=1", "model.sse.num_heads=12"]
-    return load_config(QUICKSTART, [*batch, "model.softmax.num_heads=12", *overrides])
+    sizes = ["hidden_size=192", "sse.num_heads=12", "softmax.num_heads=12"]
+    layout = ["parallel.tensor=2", "parallel.context=1", "training.global_batch_size=24", "training.micro_batch_size=1"]
+    return load_config(QUICKSTART, [*(f"model.{size}" for size in sizes), *layout, *overrides])
 
 
 # overrides, nodes, GPUs per node: processes per node
