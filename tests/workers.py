@@ -17,7 +17,7 @@ import torch
 from megatron_sse.parallel import device, groups
 
 # A rank that waits for another one that failed or took another way would wait for ever.
-SECONDS_TO_ANSWER = 300
+SECONDS_TO_ANSWER = 900
 
 
 class WorkerError(Exception):

@@ -23,6 +23,8 @@ MODEL = {
     "sse": {"num_heads": 2, "head_dim": 8, "num_partitions": 3, "num_writers": 2, "num_readers": 1},
     "softmax": {"num_heads": 4, "num_kv_heads": 2, "window": 24, "qk_norm": True},
 }
+# Many processes on few cores spend their time waiting for each other.
+NUM_STEPS_OF = {1: NUM_STEPS, 2: NUM_STEPS, 4: 8, 8: 2}
 DATA = {"sequence_length": 32}
 TRAINING = {"micro_batch_size": 2}
 
@@ -109,9 +111,11 @@ def compare(world_size: int, parallel: dict[str, Any], recompute: str, one_proce
     sections = {"parallel": parallel, "training": TRAINING | {"recompute": recompute}}
     tensor_size = parallel.get("tensor", 1)
     seen = set()
-    num_steps = NUM_CONTEXT_STEPS if "context" in parallel and recompute == "none" else NUM_STEPS
+    num_steps = NUM_STEPS_OF[world_size]
+    if "context" in parallel and world_size == 2 and recompute == "none":
+        num_steps = NUM_CONTEXT_STEPS
     for losses, parts, tensor_rank in run_workers(world_size, train, folder, sections, num_steps):
-        assert losses[:NUM_STEPS] == pytest.approx(expected_losses[:NUM_STEPS], rel=1e-5)
+        assert losses[:NUM_STEPS] == pytest.approx(expected_losses[: min(NUM_STEPS, num_steps)], rel=1e-5)
         assert losses == pytest.approx(expected_losses[:num_steps], rel=1e-4)
         for name, part in parts.items():
             whole = expected_gradients[name]
