@@ -63,7 +63,13 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     check.add_argument("--layouts", metavar="LIST", help="names of layouts, separated by commas; default all")
     check.add_argument("--tolerance", metavar="X", type=float, help="largest error allowed, of every tensor")
     check.add_argument("--json", metavar="FILE", type=Path, help="file to write all numbers to")
-    return parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes no settings after an option.
+    unknown = [argument for argument in rest if argument.startswith("-")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    options.overrides += rest
+    return options
 
 
 def _train(options: argparse.Namespace, rank: int) -> int:

@@ -45,7 +45,8 @@ def check_parallel(
     values, rules = scale(config, list(parallels.values()), as_is)
     single = make_config(values, one_process(config.parallel))
     num_gpus = torch.cuda.device_count()
-    layouts = [fit_layout(name, parallel, values, num_gpus) for name, parallel in parallels.items()]
+    given = config.model_dump()
+    layouts = [fit_layout(name, parallel, values, given, num_gpus) for name, parallel in parallels.items()]
     possible = [layout for layout in layouts if layout.config is not None]
     if not possible:
         raise UserError(f"--layouts: none is possible; {layouts[0].name}: {layouts[0].reason}")

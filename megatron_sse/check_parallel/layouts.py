@@ -85,8 +85,11 @@ def _comparable(given: ParallelConfig, **changes: Any) -> ParallelConfig:
     return given.model_copy(update=always | changes)
 
 
-def fit_layout(name: str, parallel: ParallelConfig, values: dict[str, Any], num_gpus: int) -> Layout:
-    """The run of `values` (sections of settings) in a layout, or why there is none."""
+def fit_layout(
+    name: str, parallel: ParallelConfig, values: dict[str, Any], given: dict[str, Any], num_gpus: int
+) -> Layout:
+    """The run of `values` (sections of settings) in a layout, or why there is none; said of the `given` settings, which
+    `values` were made from, where they do not fit either."""
     ranks = num_ranks(parallel)
     if ranks > MAX_RANKS:
         return Layout(name, parallel, reason=f"{ranks} ranks, at most {MAX_RANKS} are started here")
@@ -94,10 +97,17 @@ def fit_layout(name: str, parallel: ParallelConfig, values: dict[str, Any], num_
         reason = f"{ranks} ranks, there are {num_gpus} GPUs (CUDA_VISIBLE_DEVICES= compares on the CPU)"
         return Layout(name, parallel, reason=reason)
     try:
-        config = make_config(values, parallel)
+        return Layout(name, parallel, make_config(values, parallel))
     except UserError as error:
-        return Layout(name, parallel, reason=str(error))
-    return Layout(name, parallel, config)
+        return Layout(name, parallel, reason=_refusal(given, parallel) or str(error))
+
+
+def _refusal(values: dict[str, Any], parallel: ParallelConfig) -> str:
+    try:
+        make_config(values, parallel)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def make_config(values: dict[str, Any], parallel: ParallelConfig) -> RunConfig:

@@ -47,8 +47,10 @@ def _short(error: float) -> str:
 
 
 def verdict_lines(results: list[Result], limits: dict[str, float]) -> list[str]:
-    """One line per layout, more where a rank failed."""
-    return ["", *(f"{result.layout.name:<{CELL_WIDTH}}{_verdict(result, limits)}" for result in results)]
+    """One line per layout, more where a rank failed, and one for the unpinned routing."""
+    lines = ["", *(f"{result.layout.name:<{CELL_WIDTH}}{_verdict(result, limits)}" for result in results)]
+    same = [result.layout.name for result in results if result.moved == 0]
+    return [*lines, f"unpinned routing of the first router: same in {', '.join(same)}"] if same else lines
 
 
 def _verdict(result: Result, limits: dict[str, float]) -> str:

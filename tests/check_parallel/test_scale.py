@@ -21,7 +21,8 @@ FULL_SIZE = str(CONFIGS / "sse_h_600m.yaml")
 def fit(config: RunConfig, as_is: bool = False) -> dict[str, Layout]:
     parallels = choose_layouts(config, None)
     values, _ = scale(config, list(parallels.values()), as_is)
-    return {name: fit_layout(name, parallel, values, num_gpus=0) for name, parallel in parallels.items()}
+    given = config.model_dump()
+    return {name: fit_layout(name, parallel, values, given, num_gpus=0) for name, parallel in parallels.items()}
 
 
 CASES: list[list[str]] = [
@@ -45,6 +46,8 @@ def test_small_model_allows_the_same_layouts(overrides: list[str]) -> None:
     assert small.keys() == full.keys()
     for name, layout in small.items():
         assert (layout.config is None) == (full[name].config is None), (name, layout.reason, full[name].reason)
+        # Of the user's sizes, not of the small ones.
+        assert layout.reason == full[name].reason
     assert any(layout.config is not None for layout in small.values())
 
 
@@ -75,7 +78,8 @@ def test_own_layout_is_one_of_them() -> None:
 
 def test_layouts_that_the_gpus_are_too_few_for() -> None:
     config = load_config(FULL_SIZE)
-    layout = fit_layout("cp4", choose_layouts(config, ["cp4"])["cp4"], config.model_dump(), num_gpus=2)
+    given = config.model_dump()
+    layout = fit_layout("cp4", choose_layouts(config, ["cp4"])["cp4"], given, given, num_gpus=2)
     assert layout.config is None and layout.reason.startswith("4 ranks, there are 2 GPUs")
 
 
