@@ -74,7 +74,9 @@ class Processes:
             failure, result = pickle.loads(self._pipes[rank].recv_bytes())
         except (EOFError, ConnectionResetError):
             self._processes[rank].join()
-            raise RankError(f"rank {rank} died with exit code {self._processes[rank].exitcode}") from None
+            code = self._processes[rank].exitcode or 0
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"died with exit code {code}"
+            raise RankError(f"rank {rank} {how}") from None
         if failure is not None:
             raise RankError(f"rank {rank}:\n{failure}")
         return result

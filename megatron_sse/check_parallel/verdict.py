@@ -9,9 +9,9 @@ from megatron_sse.check_parallel.layouts import Layout
 from megatron_sse.check_parallel.probe import EMBEDDING, OUTPUT, layer_row
 from megatron_sse.check_parallel.step import RankErrors
 
-# fp32 noise of a layout in tensors that are not sums of cancelling terms stays below a tenth of this.
+# About ten times what fp32 does to a small model's layouts (docs/check_parallel.md has the numbers).
 TOLERANCE = 1e-5
-# What cancels is allowed this many times its change when every weight moves to a neighbouring number.
+# Deep models and terms that cancel: a layout changes a tensor less than twice as much as moved weights do.
 NOISE_FACTOR = 10.0
 
 
