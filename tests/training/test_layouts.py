@@ -24,7 +24,7 @@ MODEL = {
     "softmax": {"num_heads": 4, "num_kv_heads": 2, "window": 24, "qk_norm": True},
 }
 # Many processes on few cores spend their time waiting for each other.
-NUM_STEPS_OF = {1: NUM_STEPS, 2: NUM_STEPS, 4: 8, 8: 2}
+NUM_STEPS_OF = {1: NUM_STEPS, 2: NUM_STEPS, 4: NUM_STEPS, 8: 2}
 DATA = {"sequence_length": 32}
 TRAINING = {"micro_batch_size": 2}
 
