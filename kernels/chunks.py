@@ -42,10 +42,10 @@ def run_chunks(
     within, query, transition, increment = _InBlocks.apply(act, *(to_chunks(x, grid) for x in rows))
     transition, increment = (x.unflatten(0, (-1, grid.num_heads)) for x in (transition, increment))
     if segments.edges is None:
-        entering, final_SHKV = scan_states(transition, increment, grid, initial_SHKV)
+        entering, final_SHKV = scan_states(transition, increment, grid.chunks, initial_SHKV)
     else:
         assert initial_SHKV is None
-        entering, final_SHKV = scan_spans(transition, increment, grid, segments.edges)
+        entering, final_SHKV = scan_spans(transition, increment, grid.chunks, segments.edges)
     return from_chunks(torch.baddbmm(within, query, entering.flatten(0, 1)), grid), final_SHKV
 
 

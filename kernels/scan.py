@@ -7,7 +7,7 @@ per key channel for GLA and a matrix for the delta rule. The same pair describes
 import torch
 from torch import Tensor
 
-from megatron_sse.kernels.segments import ChunkGrid, Edges
+from megatron_sse.kernels.segments import Edges, Pieces
 
 
 def apply_transition(transition: Tensor, state: Tensor) -> Tensor:
@@ -57,30 +57,30 @@ def _step(a: Tensor, state: Tensor, increment: Tensor, out: Tensor) -> None:
 
 
 def scan_states(
-    transition_G: Tensor, increment_G: Tensor, grid: ChunkGrid, initial_S: Tensor | None
+    transition_G: Tensor, increment_G: Tensor, pieces: Pieces, initial_S: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """States at the chunks' entries and after each segment.
 
     Args:
         transition_G: [G, H, K, 1] or [G, H, K, K], what each chunk does to the state that enters it.
         increment_G: [G, H, K, V], what each chunk adds.
-        grid: the chunks.
+        pieces: the chunks.
         initial_S: [S, H, K, V], the state that enters each segment; None for zeros.
 
     Returns:
         entering [G, H, K, V] and final [S, H, K, V].
     """
-    first = grid.first_G.view(-1, 1, 1, 1)
-    start = increment_G.new_zeros(()).expand_as(increment_G) if initial_S is None else initial_S[grid.segment_G]
+    first = pieces.first_G.view(-1, 1, 1, 1)
+    start = increment_G.new_zeros(()).expand_as(increment_G) if initial_S is None else initial_S[pieces.segment_G]
     entering = _Scan.apply(transition_G, increment_G, start, first)
 
-    last = grid.last_S
+    last = pieces.last_S
     final = apply_transition(transition_G[last], entering[last]) + increment_G[last]
-    empty = grid.empty_S.view(-1, 1, 1, 1)
+    empty = pieces.empty_S.view(-1, 1, 1, 1)
     return entering, torch.where(empty, torch.zeros_like(final) if initial_S is None else initial_S, final)
 
 
-def scan_spans(transition_G: Tensor, increment_G: Tensor, grid: ChunkGrid, edges: Edges) -> tuple[Tensor, Tensor]:
+def scan_spans(transition_G: Tensor, increment_G: Tensor, pieces: Pieces, edges: Edges) -> tuple[Tensor, Tensor]:
     """As scan_states, with the states that enter the spans from elsewhere.
 
     The scan runs once, from zero, with extra columns that start as the identity: they become what a segment does to the
@@ -89,11 +89,11 @@ def scan_spans(transition_G: Tensor, increment_G: Tensor, grid: ChunkGrid, edges
     key_dim, value_dim = increment_G.shape[-2:]
     columns = transition_G.shape[-1]
     identity = increment_G.new_ones(key_dim, 1) if columns == 1 else torch.eye(key_dim).to(increment_G)
-    shape = (grid.last_S.shape[0], *increment_G.shape[1:])
+    shape = (pieces.last_S.shape[0], *increment_G.shape[1:])
     zeros = increment_G.new_zeros(shape)
     start = torch.cat((zeros, identity.expand(*shape[:-1], columns)), dim=-1)
     padded = torch.nn.functional.pad(increment_G, (0, columns))
-    entering, final = scan_states(transition_G, padded, grid, start)
+    entering, final = scan_states(transition_G, padded, pieces, start)
     (entering, before), (final, whole) = (x.split((value_dim, columns), dim=-1) for x in (entering, final))
 
     leaving = whole[edges.exit_FX] * edges.carries_FX[..., None, None, None]
@@ -102,5 +102,5 @@ def scan_spans(transition_G: Tensor, increment_G: Tensor, grid: ChunkGrid, edges
         ~edges.continues_FX[..., None, None, None], 0
     )
     initial = zeros.index_copy(0, edges.entry_FX.flatten(), arriving.flatten(0, 1))
-    entering = entering + apply_transition(before, initial[grid.segment_G])
+    entering = entering + apply_transition(before, initial[pieces.segment_G])
     return entering, final + apply_transition(whole, initial)

@@ -59,43 +59,72 @@ class Segments:
 
 
 @dataclass(frozen=True)
-class ChunkGrid:
-    """Segments cut into chunks of C rows, the last chunk of a segment padded, for each of H heads.
+class Pieces:
+    """Segments cut into G pieces of at most `size` rows each; pieces of one segment follow each other.
 
-    row: int64 [G * H * C], the input row and head (t * H + h) of each place, T * H where the place is padding.
-    place: int64 [T * H], the place ((g * H + h) * C + c) of each input row and head.
-    segment_G: int64 [G], the segment of each chunk.
-    first_G: bool [G], whether the chunk opens its segment.
-    last_S: int64 [S], the last chunk of each segment (of an empty one: any valid index).
-    empty_S: bool [S].
+    G = T // size + S bounds their number on the host. What is not used lies behind the last segment's end: empty.
+
+    size: rows per piece.
+    start_G, end_G: int64, sorted positions start .. end - 1; end <= start for an empty piece.
+    segment_G: int64, the segment of each piece.
+    first_G: bool, whether the piece opens its segment.
+    first_S, last_S: int64, the first and the last piece of each segment (of an empty one: any valid index).
+    empty_S: bool.
     """
 
-    num_heads: int
-    chunk_size: int
-    row: Tensor
-    place: Tensor
+    size: int
+    start_G: Tensor
+    end_G: Tensor
     segment_G: Tensor
     first_G: Tensor
+    first_S: Tensor
     last_S: Tensor
     empty_S: Tensor
 
 
-def make_grid(segments: Segments, num_rows: int, num_heads: int, chunk_size: int) -> ChunkGrid:
-    """Lay chunks of `chunk_size` over `num_rows` rows; G = T // C + S bounds their number on the host."""
+def cut(segments: Segments, num_rows: int, size: int) -> Pieces:
+    """Cut segments over `num_rows` rows into pieces of `size` rows, the last one of a segment shorter."""
     offsets_S1 = segments.offsets_S1
-    device = offsets_S1.device
     num_segments = segments.num_segments
-    num_chunks = num_rows // chunk_size + num_segments
+    pieces_S = (offsets_S1.diff() + size - 1) // size
+    piece_offsets_S1 = torch.nn.functional.pad(pieces_S.cumsum(0), (1, 0))
+    piece_G = torch.arange(num_rows // size + num_segments, device=offsets_S1.device)
+    segment_G = torch.searchsorted(piece_offsets_S1[1:].contiguous(), piece_G, right=True).clamp(max=num_segments - 1)
+    step_G = piece_G - piece_offsets_S1[segment_G]
+    start_G, segment_end_G = offsets_S1[segment_G] + step_G * size, offsets_S1[segment_G + 1]
+    return Pieces(
+        size=size,
+        start_G=start_G,
+        end_G=torch.minimum(start_G + size, segment_end_G),
+        segment_G=segment_G,
+        first_G=step_G == 0,
+        first_S=piece_offsets_S1[:-1].clamp(max=len(piece_G) - 1),
+        last_S=(piece_offsets_S1[1:] - 1).clamp(min=0),
+        empty_S=pieces_S == 0,
+    )
 
-    chunks_S = (offsets_S1.diff() + chunk_size - 1) // chunk_size
-    chunk_offsets_S1 = torch.nn.functional.pad(chunks_S.cumsum(0), (1, 0))
-    chunk_G = torch.arange(num_chunks, device=device)
-    # Chunks past the last used one fall to the last segment, where they lie behind its end: all padding.
-    segment_G = torch.searchsorted(chunk_offsets_S1[1:].contiguous(), chunk_G, right=True).clamp(max=num_segments - 1)
-    step_G = chunk_G - chunk_offsets_S1[segment_G]
 
-    position_GC = (offsets_S1[segment_G] + step_G * chunk_size)[:, None] + torch.arange(chunk_size, device=device)
-    valid_GC = position_GC < offsets_S1[segment_G + 1][:, None]
+@dataclass(frozen=True)
+class ChunkGrid:
+    """Chunks of C rows, the last chunk of a segment padded, for each of H heads.
+
+    chunks: the segments' pieces of C rows.
+    row: int64 [G * H * C], the input row and head (t * H + h) of each place, T * H where the place is padding.
+    place: int64 [T * H], the place ((g * H + h) * C + c) of each input row and head.
+    """
+
+    num_heads: int
+    chunks: Pieces
+    row: Tensor
+    place: Tensor
+
+
+def make_grid(segments: Segments, num_rows: int, num_heads: int, chunk_size: int) -> ChunkGrid:
+    """Lay chunks of `chunk_size` rows over `num_rows` rows of `num_heads` heads."""
+    chunks = cut(segments, num_rows, chunk_size)
+    device = segments.offsets_S1.device
+    position_GC = chunks.start_G[:, None] + torch.arange(chunk_size, device=device)
+    valid_GC = position_GC < chunks.end_G[:, None]
     position_GC = position_GC.clamp(max=max(num_rows - 1, 0))
     row_GC = position_GC if segments.row_T is None else segments.row_T[position_GC]
     row_GHC = row_GC[:, None] * num_heads + torch.arange(num_heads, device=device)[:, None]
@@ -103,16 +132,7 @@ def make_grid(segments: Segments, num_rows: int, num_heads: int, chunk_size: int
 
     place = torch.empty(num_rows * num_heads + 1, dtype=torch.int64, device=device)
     place.scatter_(0, row, torch.arange(row.shape[0], device=device))
-    return ChunkGrid(
-        num_heads=num_heads,
-        chunk_size=chunk_size,
-        row=row,
-        place=place[:-1],
-        segment_G=segment_G,
-        first_G=step_G == 0,
-        last_S=(chunk_offsets_S1[1:] - 1).clamp(min=0),
-        empty_S=chunks_S == 0,
-    )
+    return ChunkGrid(num_heads, chunks, row, place[:-1])
 
 
 class _TakeRows(torch.autograd.Function):
@@ -135,7 +155,7 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
 
 def to_chunks(x: Tensor, grid: ChunkGrid) -> Tensor:
     """Rows [T, H, D] into chunks [G * H, C, D], padding zero."""
-    return _TakeRows.apply(x.flatten(0, 1), grid.row, grid.place).unflatten(0, (-1, grid.chunk_size))
+    return _TakeRows.apply(x.flatten(0, 1), grid.row, grid.place).unflatten(0, (-1, grid.chunks.size))
 
 
 def from_chunks(x: Tensor, grid: ChunkGrid) -> Tensor:

@@ -17,7 +17,7 @@ def drop_the_reset(patch: Patch) -> None:
 
     def without_reset(*args):
         grid = make_grid(*args)
-        return replace(grid, first_G=torch.zeros_like(grid.first_G))
+        return replace(grid, chunks=replace(grid.chunks, first_G=torch.zeros_like(grid.chunks.first_G)))
 
     patch.setattr(chunks, "make_grid", without_reset)
 
@@ -49,7 +49,7 @@ def ignore_the_last_chunk_in_the_final_state(patch: Patch) -> None:
 
     def one_early(*args):
         grid = make_grid(*args)
-        return replace(grid, last_S=(grid.last_S - 1).clamp(min=0))
+        return replace(grid, chunks=replace(grid.chunks, last_S=(grid.chunks.last_S - 1).clamp(min=0)))
 
     patch.setattr(chunks, "make_grid", one_early)
 

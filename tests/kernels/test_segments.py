@@ -22,11 +22,12 @@ def test_grid(sizes: tuple[int, ...], chunk_size: int) -> None:
         rows = order[start : start + size].tolist()
         chunks = [rows[i : i + chunk_size] for i in range(0, size, chunk_size)]
         for i in range(len(chunks)):
-            assert (grid.segment_G[used + i], grid.first_G[used + i]) == (segment, i == 0)
+            assert (grid.chunks.segment_G[used + i], grid.chunks.first_G[used + i]) == (segment, i == 0)
         expected += [chunk + [None] * (chunk_size - len(chunk)) for chunk in chunks]
         start, used = start + size, used + len(chunks)
-        assert grid.empty_S[segment] == (size == 0)
-        assert size == 0 or grid.last_S[segment] == used - 1
+        assert grid.chunks.empty_S[segment] == (size == 0)
+        if size:
+            assert (grid.chunks.first_S[segment], grid.chunks.last_S[segment]) == (used - len(chunks), used - 1)
     num_chunks = num_rows // chunk_size + len(sizes)
     assert used <= num_chunks
     expected += [[None] * chunk_size] * (num_chunks - used)

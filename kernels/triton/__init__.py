@@ -1,0 +1,1 @@
+"""The same arithmetic as the torch forms, in Triton, for GPUs."""
