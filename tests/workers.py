@@ -1,6 +1,7 @@
 """Runs a function on every rank of a gloo world: one pool of processes per world size, kept for the whole test run."""
 
 import contextlib
+import gc
 import os
 import pickle
 import socket
@@ -13,6 +14,7 @@ from typing import Any
 
 import psutil
 import torch
+import torch.distributed as dist
 
 from megatron_sse.parallel import device, groups
 
@@ -129,4 +131,14 @@ def _answer(job: bytes) -> bytes:
     except Exception:
         return pickle.dumps((traceback.format_exc(), None))
     finally:
-        groups.destroy_groups()
+        _drop_groups()
+
+
+def _drop_groups() -> None:
+    """Destroy what a function made: each group has a thread that wakes up a hundred times a second."""
+    groups.destroy_groups()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    # Models are reference cycles and hold on to groups.
+    gc.collect()

@@ -100,7 +100,14 @@ def _spawned(process: psutil.Process) -> list[psutil.Process]:
 def test_interrupt_leaves_no_processes(number: int, status: int) -> None:
     command = [sys.executable, "-m", "megatron_sse", "check-parallel", QUICKSTART, *SMALL, "--layouts", "cp2"]
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A shell's background jobs ignore interrupts, and so do the processes that they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stdout is not None
     output = ""

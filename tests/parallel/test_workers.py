@@ -2,10 +2,12 @@
 
 import os
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_sse.parallel.groups import init_groups
 from tests.workers import WorkerError, run_workers
 
 
@@ -31,10 +33,28 @@ def process_id() -> int:
     return os.getpid()
 
 
+def make_groups() -> None:
+    init_groups(context=2)
+    kept = [dist.new_group([0, 1])]
+    kept.append(kept)  # type: ignore[arg-type]
+
+
+def num_groups_and_threads() -> tuple[int, int]:
+    return len(dist.distributed_c10d._world.pg_map), psutil.Process().num_threads()
+
+
 def test_results_come_back_by_rank() -> None:
     results = run_workers(2, rank_and_sum, 5)
     assert [rank for rank, _ in results] == [0, 1]
     assert all(total.item() == 5 + 6 for _, total in results)
+
+
+def test_groups_and_their_threads_end_with_the_call() -> None:
+    run_workers(2, make_groups)
+    before = run_workers(2, num_groups_and_threads)
+    run_workers(2, make_groups)
+    assert run_workers(2, num_groups_and_threads) == before
+    assert [groups for groups, _ in before] == [1, 1]
 
 
 def test_the_pool_is_kept_between_calls() -> None:

@@ -13,7 +13,7 @@ from tests.training.support import small_run, start
 from tests.workers import run_workers
 
 NUM_STEPS = 20
-# Of layouts with context ranks, where rounding differs more: to 1e-5 for the first, to 1e-4 for all.
+# Of layouts with context ranks, where rounding differs more: to 1e-5 for the first 20, to 1e-4 for all.
 NUM_CONTEXT_STEPS = 50
 MODEL = {
     "num_layers": 4,
@@ -23,8 +23,6 @@ MODEL = {
     "sse": {"num_heads": 2, "head_dim": 8, "num_partitions": 3, "num_writers": 2, "num_readers": 1},
     "softmax": {"num_heads": 4, "num_kv_heads": 2, "window": 24, "qk_norm": True},
 }
-# Many processes on few cores spend their time waiting for each other.
-NUM_STEPS_OF = {1: NUM_STEPS, 2: NUM_STEPS, 4: NUM_STEPS, 8: 2}
 DATA = {"sequence_length": 32}
 TRAINING = {"micro_batch_size": 2}
 
@@ -88,6 +86,12 @@ RECOMPUTED = [
     (4, {"context": 2, "tensor": 2}),
 ]
 
+HAND_OFFS = [
+    (2, {"context": 2, "hand_off": "p2p", "layout": "zigzag"}),
+    (4, {"context": 4, "hand_off": "allgather"}),
+    (4, {"context": 4, "hand_off": "two_level", "context_per_node": 2}),
+]
+
 OneProcess = tuple[Path, list[float], dict[str, torch.Tensor]]
 
 
@@ -101,19 +105,29 @@ def test_recomputed_like_one_process(world_size: int, parallel: dict[str, Any], 
     compare(world_size, parallel, "full", one_process)
 
 
+@pytest.mark.parametrize(("world_size", "parallel"), HAND_OFFS, ids=str)
+def test_hand_offs_like_one_process(world_size: int, parallel: dict[str, Any], one_process: OneProcess) -> None:
+    compare(world_size, parallel, "none", one_process, NUM_STEPS)
+
+
 def test_eight_processes_like_one(one_process: OneProcess) -> None:
     compare(8, {"context": 2, "tensor": 2, "pipeline": 2}, "none", one_process)
 
 
-def compare(world_size: int, parallel: dict[str, Any], recompute: str, one_process: OneProcess) -> None:
+def compare(
+    world_size: int,
+    parallel: dict[str, Any],
+    recompute: str,
+    one_process: OneProcess,
+    num_steps: int | None = None,
+) -> None:
     """Train in a layout and hold losses and gradients against those of one process."""
     folder, expected_losses, expected_gradients = one_process
     sections = {"parallel": parallel, "training": TRAINING | {"recompute": recompute}}
     tensor_size = parallel.get("tensor", 1)
     seen = set()
-    num_steps = NUM_STEPS_OF[world_size]
-    if "context" in parallel and world_size == 2 and recompute == "none":
-        num_steps = NUM_CONTEXT_STEPS
+    if num_steps is None:
+        num_steps = NUM_CONTEXT_STEPS if "context" in parallel else NUM_STEPS
     for losses, parts, tensor_rank in run_workers(world_size, train, folder, sections, num_steps):
         assert losses[:NUM_STEPS] == pytest.approx(expected_losses[: min(NUM_STEPS, num_steps)], rel=1e-5)
         assert losses == pytest.approx(expected_losses[:num_steps], rel=1e-4)
