@@ -16,33 +16,55 @@ def apply_transition(transition: Tensor, state: Tensor) -> Tensor:
 
 
 class _Scan(torch.autograd.Function):
-    """y[g + 1] = a[g] y[g] + u[g], but start[g + 1] where a segment starts; y[0] = start[0]."""
+    """y[g + 1] = a[g] y[g] + u[g], but the segment's initial state where one starts; and what leaves each segment."""
 
     @staticmethod
-    def forward(ctx, a, u, start, first):
-        y = torch.empty_like(u)
-        y[0] = start[0]
-        handed_on = torch.empty_like(u[0])
-        for g in range(len(u) - 1):
-            _step(a[g], y[g], u[g], out=handed_on)
-            # Selected, not multiplied by zero: what is not finite stays in its segment.
-            torch.where(first[g + 1], start[g + 1], handed_on, out=y[g + 1])
-        ctx.save_for_backward(a, y, first)
-        return y
+    def forward(ctx, a, u, initial_S, pieces):
+        y, final_S = _run(a, u, initial_S, pieces, reverse=False)
+        ctx.save_for_backward(a, y)
+        ctx.pieces = pieces
+        return y, final_S
 
     @staticmethod
-    def backward(ctx, grad_y):
-        a, y, first = ctx.saved_tensors
-        a_transposed = _transposed(a)
-        zero = grad_y.new_zeros(())
-        grad_y = grad_y.clone(memory_format=torch.contiguous_format)
-        grad_u = torch.zeros_like(y)
-        for g in range(len(y) - 2, -1, -1):
-            torch.where(first[g + 1], zero, grad_y[g + 1], out=grad_u[g])
-            _step(a_transposed[g], grad_u[g], grad_y[g], out=grad_y[g])
-        grad_a = grad_u @ y.transpose(-1, -2) if a.shape[-1] > 1 else (grad_u * y).sum(-1, keepdim=True)
-        grad_start = grad_y.masked_fill(~first, 0) if ctx.needs_input_grad[2] else None
-        return grad_a, grad_u, grad_start, None
+    def backward(ctx, grad_y, grad_final_S):
+        a, y = ctx.saved_tensors
+        # The same recurrence, from the segments' ends to their starts.
+        grad_u, grad_initial_S = _run(a, grad_y, grad_final_S, ctx.pieces, reverse=True)
+        grad_a = None
+        if ctx.needs_input_grad[0]:
+            grad_a = grad_u @ y.transpose(-1, -2) if a.shape[-1] > 1 else (grad_u * y).sum(-1, keepdim=True)
+        return grad_a, grad_u, grad_initial_S if ctx.needs_input_grad[2] else None, None
+
+
+def _run(
+    transition_G: Tensor, increment_G: Tensor, initial_S: Tensor | None, pieces: Pieces, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """The states that enter the pieces and those that leave the segments.
+
+    Args:
+        reverse: the transposed transitions, from the last piece of each segment to the first.
+    """
+    if increment_G.is_cuda:
+        from megatron_sse.kernels.triton.scan import run_scan
+
+        return run_scan(transition_G, increment_G, initial_S, pieces, reverse)
+    return _run_torch(transition_G, increment_G, initial_S, pieces, reverse)
+
+
+def _run_torch(a: Tensor, u: Tensor, initial_S: Tensor | None, pieces: Pieces, reverse: bool) -> tuple[Tensor, Tensor]:
+    steps, restarts_G, end_S = range(len(u)), pieces.first_G, pieces.last_S
+    if reverse:
+        restarts_G = pieces.last_S[pieces.segment_G] == torch.arange(len(u), device=u.device)
+        a, steps, end_S = _transposed(a), reversed(steps), pieces.first_S
+    zero = u.new_zeros(())
+    start_G = zero.expand_as(u) if initial_S is None else initial_S[pieces.segment_G]
+    y, handed_on = torch.empty_like(u, memory_format=torch.contiguous_format), torch.zeros_like(u[0])
+    for g in steps:
+        # Selected, not multiplied by zero: what is not finite stays in its segment.
+        torch.where(restarts_G[g], start_G[g], handed_on, out=y[g])
+        _step(a[g], y[g], u[g], out=handed_on)
+    final_S = apply_transition(a[end_S], y[end_S]) + u[end_S]
+    return y, torch.where(pieces.empty_S.view(-1, 1, 1, 1), zero if initial_S is None else initial_S, final_S)
 
 
 def _transposed(transition: Tensor) -> Tensor:
@@ -70,14 +92,7 @@ def scan_states(
     Returns:
         entering [G, H, K, V] and final [S, H, K, V].
     """
-    first = pieces.first_G.view(-1, 1, 1, 1)
-    start = increment_G.new_zeros(()).expand_as(increment_G) if initial_S is None else initial_S[pieces.segment_G]
-    entering = _Scan.apply(transition_G, increment_G, start, first)
-
-    last = pieces.last_S
-    final = apply_transition(transition_G[last], entering[last]) + increment_G[last]
-    empty = pieces.empty_S.view(-1, 1, 1, 1)
-    return entering, torch.where(empty, torch.zeros_like(final) if initial_S is None else initial_S, final)
+    return _Scan.apply(transition_G, increment_G, initial_S, pieces)
 
 
 def scan_spans(transition_G: Tensor, increment_G: Tensor, pieces: Pieces, edges: Edges) -> tuple[Tensor, Tensor]:
