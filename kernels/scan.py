@@ -52,14 +52,14 @@ def _run(
 
 
 def _run_torch(a: Tensor, u: Tensor, initial_S: Tensor | None, pieces: Pieces, reverse: bool) -> tuple[Tensor, Tensor]:
-    steps, restarts_G, end_S = range(len(u)), pieces.first_G, pieces.last_S
+    order, restarts_G, end_S = range(len(u)), pieces.first_G, pieces.last_S
     if reverse:
         restarts_G = pieces.last_S[pieces.segment_G] == torch.arange(len(u), device=u.device)
-        a, steps, end_S = _transposed(a), reversed(steps), pieces.first_S
+        a, order, end_S = _transposed(a), order[::-1], pieces.first_S
     zero = u.new_zeros(())
     start_G = zero.expand_as(u) if initial_S is None else initial_S[pieces.segment_G]
     y, handed_on = torch.empty_like(u, memory_format=torch.contiguous_format), torch.zeros_like(u[0])
-    for g in steps:
+    for g in order:
         # Selected, not multiplied by zero: what is not finite stays in its segment.
         torch.where(restarts_G[g], start_G[g], handed_on, out=y[g])
         _step(a[g], y[g], u[g], out=handed_on)
