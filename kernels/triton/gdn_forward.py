@@ -1,0 +1,310 @@
+"""The gated delta rule, forward: what a chunk's tokens write, and how pieces hand states on.
+
+Inside a chunk of C rows that the state S enters, with F the decay from the chunk's start, E to its end and P between
+two rows: d = inverse @ (beta (write v - F (k S))) is written, inverse = (1 + tril(beta k k^T P, -1))^-1. Then
+o = read (F q S / sqrt(K) + scores @ d) with scores = tril(q k^T P) / sqrt(K), and S <- F_last S + (E k)^T d.
+All decays are exponentials of sums of their own. `gates` holds g, beta, F and E in the order of the rows' positions.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_rows(row_ptr, token_ptr, place, valid):
+    """int64 rows and tokens at the positions `place`."""
+    row = tl.load(row_ptr + place, mask=valid, other=0).to(tl.int64)
+    token = tl.load(token_ptr + place, mask=valid, other=0).to(tl.int64)
+    return row, token
+
+
+@triton.jit
+def load_tile(ptr, index, valid, column, SIZE: tl.constexpr):
+    """Columns `column` of the rows `index` of a matrix of SIZE columns, zero where there are none."""
+    mask = valid[:, None] & (column < SIZE)[None, :]
+    return tl.load(ptr + index[:, None] * SIZE + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(ptr, index, valid, column, x, SIZE: tl.constexpr):
+    mask = valid[:, None] & (column < SIZE)[None, :]
+    tl.store(ptr + index[:, None] * SIZE + column[None, :], x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_gates(gates_ptr, which: tl.constexpr, head, place, valid, num_rows, HV: tl.constexpr):
+    """g (0), beta (1), the decay from the chunk's start (2) or to its end (3) of a head at the positions `place`."""
+    base = gates_ptr + (which * HV + head).to(tl.int64) * num_rows
+    return tl.load(base + place, mask=valid, other=0.0)
+
+
+@triton.jit
+def pair_decay(g, C: tl.constexpr):
+    """exp(g_{s + 1} + ... + g_t) for s <= t, zero elsewhere [C, C]; each sum on its own."""
+    t, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    sums = tl.cumsum(tl.where(t > s, g[:, None], 0.0), axis=0)
+    return tl.where(t >= s, tl.exp(sums), 0.0)
+
+
+@triton.jit
+def split_lower(x, N: tl.constexpr):
+    """The blocks [N, N] of a lower block triangular [2 N, 2 N]: early, below, late."""
+    blocks = tl.permute(tl.reshape(x, (2, N, 2, N)), (1, 3, 2, 0))
+    top, bottom = tl.split(blocks)
+    early, _ = tl.split(top)
+    below, late = tl.split(bottom)
+    return early, below, late
+
+
+@triton.jit
+def join_lower(early, below, late, N: tl.constexpr):
+    top, bottom = tl.join(early, tl.zeros_like(early)), tl.join(below, late)
+    return tl.reshape(tl.permute(tl.join(top, bottom), (3, 0, 2, 1)), (2 * N, 2 * N))
+
+
+@triton.jit
+def invert_16(lower, PRECISION: tl.constexpr):
+    """(1 + lower)^-1 of strictly lower [16, 16]: blocks of 1, 2, 4, 8 joined, in place in the whole matrix."""
+    t, s = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
+    inverse = tl.where(t == s, 1.0, tl.where(t // 2 == s // 2, -lower, 0.0))
+    for half in tl.static_range(1, 4):
+        below = tl.where((t >> half != s >> half) & (t >> (half + 1) == s >> (half + 1)), lower, 0.0)
+        inverse -= tl.dot(inverse, tl.dot(below, inverse, input_precision=PRECISION), input_precision=PRECISION)
+    return inverse
+
+
+@triton.jit
+def join_inverse(early, below, late, N: tl.constexpr, PRECISION: tl.constexpr):
+    """The inverse of [[1 / early, 0], [below, 1 / late]]."""
+    below = -tl.dot(late, tl.dot(below, early, input_precision=PRECISION), input_precision=PRECISION)
+    return join_lower(early, below, late, N)
+
+
+@triton.jit
+def invert_32(lower, PRECISION: tl.constexpr):
+    early, below, late = split_lower(lower, 16)
+    return join_inverse(invert_16(early, PRECISION), below, invert_16(late, PRECISION), 16, PRECISION)
+
+
+@triton.jit
+def invert_64(lower, PRECISION: tl.constexpr):
+    early, below, late = split_lower(lower, 32)
+    return join_inverse(invert_32(early, PRECISION), below, invert_32(late, PRECISION), 32, PRECISION)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_rows"])
+def gdn_prepare_kernel(
+    q1_ptr,
+    k1_ptr,
+    g1_ptr,
+    beta1_ptr,
+    q2_ptr,
+    k2_ptr,
+    g2_ptr,
+    beta2_ptr,
+    writes_ptr,
+    row_ptr,
+    token_ptr,
+    chunk_start_ptr,
+    chunk_end_ptr,
+    inverse_ptr,
+    scores_ptr,
+    gates_ptr,
+    num_tokens,
+    num_rows,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    C: tl.constexpr,
+):
+    """What of a chunk and a value head needs no state: the inverse, the scores and the gates."""
+    chunk, head = tl.program_id(0) // HV, tl.program_id(0) % HV
+    start, end = tl.load(chunk_start_ptr + chunk), tl.load(chunk_end_ptr + chunk)
+    if start >= end:
+        return
+    dtype = inverse_ptr.dtype.element_ty
+    if start >= num_tokens:
+        q1_ptr, k1_ptr, g1_ptr, beta1_ptr = q2_ptr, k2_ptr, g2_ptr, beta2_ptr
+    place = start + tl.arange(0, C)
+    valid = place < end
+    row, token = load_rows(row_ptr, token_ptr, place, valid)
+    writes = tl.load(writes_ptr + row, mask=valid, other=0.0)
+    g = tl.load(g1_ptr + token * HV + head, mask=valid, other=0.0) * writes
+    beta = tl.load(beta1_ptr + token * HV + head, mask=valid, other=0.0) * writes
+
+    t, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    to_end = tl.exp(tl.sum(tl.where(t > s, g[:, None], 0.0), axis=0))
+    gates_ptr += head.to(tl.int64) * num_rows + place
+    gate_stride = HV * num_rows.to(tl.int64)
+    tl.store(gates_ptr, g, mask=valid)
+    tl.store(gates_ptr + gate_stride, beta, mask=valid)
+    tl.store(gates_ptr + 2 * gate_stride, tl.exp(tl.cumsum(g, axis=0)), mask=valid)
+    tl.store(gates_ptr + 3 * gate_stride, to_end, mask=valid)
+
+    met = tl.zeros((C, C), dtype=tl.float32)
+    scores = tl.zeros((C, C), dtype=tl.float32)
+    key_row = token * H + head // (HV // H)
+    for first in tl.static_range(0, K, BK):
+        column = first + tl.arange(0, BK)
+        q = load_tile(q1_ptr, key_row, valid, column, K).to(dtype)
+        k = load_tile(k1_ptr, key_row, valid, column, K).to(dtype)
+        met = tl.dot(k, tl.trans(k), met, input_precision="ieee")
+        scores = tl.dot(q, tl.trans(k), scores, input_precision="ieee")
+    decay = pair_decay(g, C)
+    tile_row = head.to(tl.int64) * num_rows + place
+    store_tile(scores_ptr, tile_row, valid, tl.arange(0, C), scores * decay * SCALE, C)
+    inverse = invert_64(tl.where(t > s, beta[:, None] * met * decay, 0.0), PRECISION)
+    store_tile(inverse_ptr, tile_row, valid, tl.arange(0, C), inverse, C)
+
+
+@triton.jit
+def write_chunk(state, k, v, inverse, beta, from_start):
+    """What a chunk writes into the entering state: d [C, V], fp32."""
+    recalled = tl.dot(k, state.to(k.dtype), input_precision="ieee")
+    change = beta[:, None] * (v - from_start[:, None] * recalled)
+    return tl.dot(inverse, change.to(k.dtype), input_precision="ieee")
+
+
+@triton.jit
+def hand_on(state, k, d, to_end, decay):
+    """The state that leaves the chunk."""
+    kept = (to_end[:, None] * d).to(k.dtype)
+    return tl.dot(tl.trans(k), kept, decay * state, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_rows"])
+def gdn_summarize_kernel(
+    k1_ptr,
+    k2_ptr,
+    v_ptr,
+    write_ptr,
+    row_ptr,
+    token_ptr,
+    piece_start_ptr,
+    piece_end_ptr,
+    inverse_ptr,
+    gates_ptr,
+    transition_ptr,
+    increment_ptr,
+    num_tokens,
+    num_rows,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    C: tl.constexpr,
+):
+    """Columns of what a piece does: of the increment, or of the transition: there the state starts as the identity and
+    v is zero. An empty piece hands on what enters it."""
+    value_blocks: tl.constexpr = (V + BV - 1) // BV
+    blocks: tl.constexpr = value_blocks + (K + BV - 1) // BV
+    block, head = tl.program_id(0) % blocks, tl.program_id(0) // blocks % HV
+    piece = tl.program_id(0) // (blocks * HV)
+    start, end = tl.load(piece_start_ptr + piece).to(tl.int32), tl.load(piece_end_ptr + piece).to(tl.int32)
+    dtype = inverse_ptr.dtype.element_ty
+    if start >= num_tokens:
+        k1_ptr = k2_ptr
+    is_increment = block < value_blocks
+    key, matrix = tl.arange(0, BK), (piece * HV + head).to(tl.int64)
+    column = (block if is_increment else block - value_blocks) * BV + tl.arange(0, BV)
+    state = tl.where((key[:, None] == column[None, :]) & (block >= value_blocks), 1.0, 0.0)
+    for first in range(start, end, C):
+        place = first + tl.arange(0, C)
+        valid = place < end
+        row, token = load_rows(row_ptr, token_ptr, place, valid)
+        tile_row = head.to(tl.int64) * num_rows + place
+        k = load_tile(k1_ptr, token * H + head // (HV // H), valid, key, K).to(dtype)
+        inverse = load_tile(inverse_ptr, tile_row, valid, tl.arange(0, C), C)
+        beta = load_gates(gates_ptr, 1, head, place, valid, num_rows, HV)
+        from_start = load_gates(gates_ptr, 2, head, place, valid, num_rows, HV)
+        to_end = load_gates(gates_ptr, 3, head, place, valid, num_rows, HV)
+        decay = load_gates(gates_ptr, 2, head, tl.minimum(first + C, end) - 1, True, num_rows, HV)
+        v = load_tile(v_ptr, token * HV + head, valid & is_increment, column, V).to(tl.float32)
+        v *= tl.load(write_ptr + row, mask=valid, other=0.0)[:, None]
+        d = write_chunk(state, k, v, inverse, beta, from_start)
+        state = hand_on(state, k, d, to_end, decay)
+    if is_increment:
+        store_tile(increment_ptr, matrix * K + key, key < K, column, state, V)
+    else:
+        store_tile(transition_ptr, matrix * K + key, key < K, column, state, K)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_rows"])
+def gdn_attend_kernel(
+    q1_ptr,
+    k1_ptr,
+    q2_ptr,
+    k2_ptr,
+    v_ptr,
+    write_ptr,
+    read_ptr,
+    row_ptr,
+    token_ptr,
+    piece_start_ptr,
+    piece_end_ptr,
+    chunk_ptr,
+    inverse_ptr,
+    scores_ptr,
+    gates_ptr,
+    entering_ptr,
+    o_ptr,
+    states_ptr,
+    d_ptr,
+    num_tokens,
+    num_rows,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    SCALE: tl.constexpr,
+    STORE: tl.constexpr,
+    C: tl.constexpr,
+):
+    """From the state that enters a piece: its outputs or, where STORE (for the gradients), the state that enters each
+    chunk and what the chunk writes, in the order of the positions."""
+    blocks: tl.constexpr = (V + BV - 1) // BV
+    block, head = tl.program_id(0) % blocks, tl.program_id(0) // blocks % HV
+    piece = tl.program_id(0) // (blocks * HV)
+    start, end = tl.load(piece_start_ptr + piece).to(tl.int32), tl.load(piece_end_ptr + piece).to(tl.int32)
+    if start >= end:
+        return
+    dtype = inverse_ptr.dtype.element_ty
+    if start >= num_tokens:
+        q1_ptr, k1_ptr = q2_ptr, k2_ptr
+    key, column = tl.arange(0, BK), block * BV + tl.arange(0, BV)
+    state = load_tile(entering_ptr, (piece * HV + head).to(tl.int64) * K + key, key < K, column, V)
+    chunk = tl.load(chunk_ptr + piece).to(tl.int64)
+    for first in range(start, end, C):
+        place = first + tl.arange(0, C)
+        valid = place < end
+        row, token = load_rows(row_ptr, token_ptr, place, valid)
+        tile_row = head.to(tl.int64) * num_rows + place
+        key_row = token * H + head // (HV // H)
+        k = load_tile(k1_ptr, key_row, valid, key, K).to(dtype)
+        inverse = load_tile(inverse_ptr, tile_row, valid, tl.arange(0, C), C)
+        beta = load_gates(gates_ptr, 1, head, place, valid, num_rows, HV)
+        from_start = load_gates(gates_ptr, 2, head, place, valid, num_rows, HV)
+        to_end = load_gates(gates_ptr, 3, head, place, valid, num_rows, HV)
+        decay = load_gates(gates_ptr, 2, head, tl.minimum(first + C, end) - 1, True, num_rows, HV)
+        v = load_tile(v_ptr, token * HV + head, valid, column, V).to(tl.float32)
+        v *= tl.load(write_ptr + row, mask=valid, other=0.0)[:, None]
+        d = write_chunk(state, k, v, inverse, beta, from_start)
+        if STORE:
+            store_tile(states_ptr, (chunk * HV + head) * K + key, key < K, column, state, V)
+            store_tile(d_ptr, tile_row, valid, column, d, V)
+            chunk += 1
+        else:
+            q = load_tile(q1_ptr, key_row, valid, key, K).to(dtype)
+            scores = load_tile(scores_ptr, tile_row, valid, tl.arange(0, C), C)
+            o = (SCALE * from_start)[:, None] * tl.dot(q, state.to(dtype), input_precision="ieee")
+            o = tl.dot(scores, d.to(dtype), o, input_precision="ieee")
+            o *= tl.load(read_ptr + row, mask=valid, other=0.0)[:, None]
+            store_tile(o_ptr, row * HV + head, valid, column, o, V)
+        state = hand_on(state, k, d, to_end, decay)
