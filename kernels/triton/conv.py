@@ -1,0 +1,162 @@
+"""Short causal depthwise convolution, one pass forward and one backward."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Programs of the backward pass, each with its part of the weight's gradient.
+MAX_PROGRAMS = 4096
+BLOCKS = {"BLOCK_T": 32, "BLOCK_C": 64}
+OPTIONS = {"num_warps": 4}
+
+
+@triton.jit
+def conv_forward_kernel(
+    x_ptr,
+    weight_ptr,
+    position_ptr,
+    y_ptr,
+    num_tokens,
+    C: tl.constexpr,
+    W: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Program (block of tokens, block of channels)."""
+    num_blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    token = (tl.program_id(0) // num_blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    channel = tl.program_id(0) % num_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = (token < num_tokens)[:, None] & (channel < C)
+    b_position = tl.load(position_ptr + token, mask=token < num_tokens, other=0)
+    b_y = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+    for back in tl.static_range(W):
+        b_weight = tl.load(weight_ptr + channel * W + (W - 1 - back), mask=channel < C, other=0.0).to(tl.float32)
+        earlier = token - back
+        seen = inside & ((b_position >= back) & (earlier >= 0))[:, None]
+        b_y += tl.load(x_ptr + earlier[:, None] * C + channel, mask=seen, other=0.0).to(tl.float32) * b_weight
+    tl.store(y_ptr + token[:, None] * C + channel, b_y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def conv_backward_kernel(
+    x_ptr,
+    weight_ptr,
+    position_ptr,
+    grad_y_ptr,
+    grad_x_ptr,
+    partial_ptr,
+    num_tokens,
+    num_steps,
+    C: tl.constexpr,
+    W: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """Program (num_steps blocks of tokens, block of channels)."""
+    num_blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    program = (tl.program_id(0) // num_blocks).to(tl.int64)
+    channel = tl.program_id(0) % num_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    tap = tl.arange(0, BLOCK_W)
+    b_partial = tl.zeros([BLOCK_W, BLOCK_C], tl.float32)
+    for step in range(num_steps):
+        token = (program * num_steps + step) * BLOCK_T + tl.arange(0, BLOCK_T)
+        inside = (token < num_tokens)[:, None] & (channel < C)
+        b_x = tl.load(x_ptr + token[:, None] * C + channel, mask=inside, other=0.0).to(tl.float32)
+        b_grad_x = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+        # The tokens that saw this one.
+        for ahead in tl.static_range(W):
+            b_weight = tl.load(weight_ptr + channel * W + (W - 1 - ahead), mask=channel < C, other=0.0).to(tl.float32)
+            later = token + ahead
+            b_position = tl.load(position_ptr + later, mask=later < num_tokens, other=-1)
+            sees = (b_position >= ahead)[:, None] & (channel < C)
+            b_grad = tl.load(grad_y_ptr + later[:, None] * C + channel, mask=sees, other=0.0).to(tl.float32)
+            b_grad_x += b_grad * b_weight
+            b_partial += tl.where(tap[:, None] == W - 1 - ahead, tl.sum(b_grad * b_x, axis=0)[None, :], 0.0)
+        tl.store(grad_x_ptr + token[:, None] * C + channel, b_grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+    place = (program * C + channel[None, :]) * W + tap[:, None]
+    tl.store(partial_ptr + place, b_partial, mask=(tap < W)[:, None] & (channel < C))
+
+
+def _constants(num_channels: int, width: int) -> dict:
+    return {"C": num_channels, "W": width} | BLOCKS
+
+
+@torch.library.custom_op("megatron_sse::conv_forward", mutates_args=())
+def _forward(x_TC: Tensor, weight_CW: Tensor, position_T: Tensor) -> Tensor:
+    num_tokens, num_channels = x_TC.shape
+    y_TC = torch.empty_like(x_TC, dtype=torch.promote_types(x_TC.dtype, weight_CW.dtype))
+    constants = _constants(*weight_CW.shape)
+    grid = (triton.cdiv(num_tokens, BLOCKS["BLOCK_T"]) * triton.cdiv(num_channels, BLOCKS["BLOCK_C"]),)
+    conv_forward_kernel[grid](x_TC, weight_CW, position_T, y_TC, num_tokens, **constants, **OPTIONS)
+    return y_TC
+
+
+@_forward.register_fake
+def _(x_TC, weight_CW, position_T):
+    return torch.empty_like(x_TC, dtype=torch.promote_types(x_TC.dtype, weight_CW.dtype))
+
+
+@torch.library.custom_op("megatron_sse::conv_backward", mutates_args=())
+def _backward(x_TC: Tensor, weight_CW: Tensor, position_T: Tensor, grad_y_TC: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight."""
+    num_tokens, num_channels = x_TC.shape
+    token_blocks = triton.cdiv(num_tokens, BLOCKS["BLOCK_T"])
+    channel_blocks = triton.cdiv(num_channels, BLOCKS["BLOCK_C"])
+    num_steps = triton.cdiv(token_blocks * channel_blocks, MAX_PROGRAMS)
+    num_parts = triton.cdiv(token_blocks, num_steps)
+    grad_x_TC = torch.empty_like(x_TC)
+    partial_XCW = torch.empty(num_parts, *weight_CW.shape, dtype=torch.float32, device=x_TC.device)
+    conv_backward_kernel[(num_parts * channel_blocks,)](
+        x_TC,
+        weight_CW,
+        position_T,
+        grad_y_TC,
+        grad_x_TC,
+        partial_XCW,
+        num_tokens,
+        num_steps,
+        **_constants(*weight_CW.shape),
+        BLOCK_W=triton.next_power_of_2(weight_CW.shape[1]),
+        **OPTIONS,
+    )
+    return grad_x_TC, partial_XCW.sum(0).to(weight_CW.dtype)
+
+
+@_backward.register_fake
+def _(x_TC, weight_CW, position_T, grad_y_TC):
+    return torch.empty_like(x_TC), torch.empty_like(weight_CW)
+
+
+class _ShortConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TC, weight_CW, position_T):
+        ctx.save_for_backward(x_TC, weight_CW, position_T)
+        return _forward(x_TC, weight_CW, position_T)
+
+    @staticmethod
+    def backward(ctx, grad_y_TC):
+        grad_x_TC, grad_weight_CW = _backward(*ctx.saved_tensors, grad_y_TC.contiguous())
+        return grad_x_TC, grad_weight_CW, None
+
+
+def short_convolution(x_TC: Tensor, weight_CW: Tensor, position_T: Tensor) -> Tensor:
+    """As kernels.conv.short_convolution; sums in fp32, rounded once."""
+    return _ShortConvolution.apply(x_TC.contiguous(), weight_CW.contiguous(), position_T.contiguous())
+
+
+def compile_cases() -> list[tuple[triton.JITFunction, dict, dict, dict]]:
+    """Kernel, signature, constants and options of all that is launched at common sizes."""
+    cases = []
+    for dtype in ("*bf16", "*fp32"):
+        inputs = {"x_ptr": dtype, "weight_ptr": dtype, "position_ptr": "*i64"}
+        forward = inputs | {"y_ptr": dtype, "num_tokens": "i32"}
+        backward = inputs | {"grad_y_ptr": dtype, "grad_x_ptr": dtype, "partial_ptr": "*fp32"}
+        backward |= {"num_tokens": "i32", "num_steps": "i32"}
+        # Blocks of channels: head dims make no difference.
+        for width in (2, 4, 8):
+            constants = _constants(4096, width)
+            cases.append((conv_forward_kernel, forward, constants, OPTIONS))
+            cases.append((conv_backward_kernel, backward, constants | {"BLOCK_W": width}, OPTIONS))
+    return cases
