@@ -1,0 +1,245 @@
+"""Gated linear attention forward. Tiles: C rows of a chunk, K key dims, V value dims.
+
+`summarize` and `output` walk over the chunks of a piece with the state in registers: the states inside a piece never go
+to memory. `prepare` works on each chunk alone and leaves, at the rows' sorted positions, what the walks read:
+queries decayed from the chunk's start, keys decayed to its end, scores, and the chunk's decay.
+"""
+
+import triton
+import triton.language as tl
+
+from megatron_sse.kernels.triton.gla_tiles import (
+    load_log_decays,
+    load_rows,
+    pairs_across,
+    pairs_inside,
+    state_offsets,
+    store_rows,
+    sum_from_start,
+    sum_to_end,
+)
+
+
+@triton.jit
+def gla_summarize_kernel(
+    x1_ptr,
+    x2_ptr,
+    g1_ptr,
+    g2_ptr,
+    y_ptr,
+    writes_ptr,
+    factor_ptr,
+    row_ptr,
+    token_ptr,
+    piece_start_ptr,
+    piece_end_ptr,
+    transition_ptr,
+    state_ptr,
+    num_tokens,
+    num_heads,
+    num_value_heads,
+    SCALE: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    CHUNK: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """State <- exp(sum g) state + decayed x^T (factor y), from zero over a piece's chunks; a tile of one head's state.
+
+    Forwards x is k, decayed to the chunk's end, y is v, factor is write: the piece's increment, and its transition.
+    In REVERSE x is q, decayed from the chunk's start, y is the gradient of o (by row), factor is read: the gradient
+    of the state that enters the piece.
+    """
+    blocks_v: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+    blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K * blocks_v
+    piece, block, head = tl.program_id(0) // blocks, tl.program_id(0) % blocks, tl.program_id(1)
+    key_head = head // (num_value_heads // num_heads)
+    dim_K = block // blocks_v * BLOCK_K + tl.arange(0, BLOCK_K)
+    dim_V = block % blocks_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    start, end = tl.load(piece_start_ptr + piece), tl.load(piece_end_ptr + piece)
+    x_ptr, g_ptr = x1_ptr, g1_ptr
+    if start >= num_tokens:
+        x_ptr, g_ptr = x2_ptr, g2_ptr
+
+    b_state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+    b_sum = tl.zeros([BLOCK_K], tl.float32)
+    num_chunks = ((end - start + CHUNK - 1) // CHUNK).to(tl.int32)
+    for i in range(0, num_chunks):
+        chunk_start = start + (num_chunks - 1 - i if REVERSE else i) * CHUNK
+        chunk_end = tl.minimum(chunk_start + CHUNK, end)
+        position_C = chunk_start + tl.arange(0, CHUNK)
+        valid_C = position_C < chunk_end
+        row_C = tl.load(row_ptr + position_C, mask=valid_C, other=0)
+        token_C = tl.load(token_ptr + position_C, mask=valid_C, other=0)
+        factor_C = tl.load(factor_ptr + row_C, mask=valid_C, other=0.0)
+        b_x = load_rows(x_ptr, token_C, valid_C, key_head, num_heads, dim_K, K).to(tl.float32) * SCALE
+        b_y = load_rows(y_ptr, row_C if REVERSE else token_C, valid_C, head, num_value_heads, dim_V, V)
+        b_g = load_log_decays(
+            g_ptr, writes_ptr, row_ptr, token_ptr, position_C, chunk_end, key_head, num_heads, dim_K, K
+        )
+        if REVERSE:
+            b_x = b_x * tl.exp(sum_from_start(b_g, CHUNK))
+        else:
+            b_next = load_log_decays(
+                g_ptr, writes_ptr, row_ptr, token_ptr, position_C + 1, chunk_end, key_head, num_heads, dim_K, K
+            )
+            b_x = b_x * tl.exp(sum_to_end(b_next, CHUNK))
+        b_total = tl.sum(b_g, 0)
+        b_sum += b_total
+        b_y = (b_y.to(tl.float32) * factor_C[:, None]).to(y_ptr.dtype.element_ty)
+        b_x = b_x.to(y_ptr.dtype.element_ty)
+        b_state = tl.dot(tl.trans(b_x), b_y, b_state * tl.exp(b_total)[:, None], input_precision="ieee")
+
+    offset_KV, mask_KV = state_offsets(piece, head, num_value_heads, dim_K, dim_V, K, V)
+    tl.store(state_ptr + offset_KV, b_state, mask=mask_KV)
+    if not REVERSE:
+        offset_K = (piece.to(tl.int64) * num_value_heads + head) * K + dim_K
+        tl.store(transition_ptr + offset_K, tl.exp(b_sum), mask=(dim_K < K) & (block % blocks_v == 0))
+
+
+@triton.jit
+def gla_prepare_kernel(
+    q1_ptr,
+    k1_ptr,
+    g1_ptr,
+    q2_ptr,
+    k2_ptr,
+    g2_ptr,
+    writes_ptr,
+    row_ptr,
+    token_ptr,
+    chunk_start_ptr,
+    chunk_end_ptr,
+    query_ptr,
+    key_ptr,
+    scores_ptr,
+    decay_ptr,
+    num_tokens,
+    num_heads,
+    SCALE: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CHUNK: tl.constexpr,
+    MILD: tl.constexpr,
+):
+    """A chunk of one key head: decayed queries, keys [.., H, K] and scores [.., H, C] by position; its decay [G, H, K]."""
+    chunk, head = tl.program_id(0), tl.program_id(1)
+    start, end = tl.load(chunk_start_ptr + chunk), tl.load(chunk_end_ptr + chunk)
+    if end <= start:
+        return
+    q_ptr, k_ptr, g_ptr = q1_ptr, k1_ptr, g1_ptr
+    if start >= num_tokens:
+        q_ptr, k_ptr, g_ptr = q2_ptr, k2_ptr, g2_ptr
+    position_C = start + tl.arange(0, CHUNK)
+    valid_C = position_C < end
+    token_C = tl.load(token_ptr + position_C, mask=valid_C, other=0)
+
+    b_scores = tl.zeros([CHUNK, CHUNK], tl.float32)
+    for first in range(0, K, BLOCK_K):
+        dim_K = first + tl.arange(0, BLOCK_K)
+        b_q = load_rows(q_ptr, token_C, valid_C, head, num_heads, dim_K, K).to(tl.float32) * SCALE
+        b_k = load_rows(k_ptr, token_C, valid_C, head, num_heads, dim_K, K).to(tl.float32)
+        b_g = load_log_decays(g_ptr, writes_ptr, row_ptr, token_ptr, position_C, end, head, num_heads, dim_K, K)
+        b_next = load_log_decays(g_ptr, writes_ptr, row_ptr, token_ptr, position_C + 1, end, head, num_heads, dim_K, K)
+        b_sum = sum_from_start(b_g, CHUNK)
+        store_rows(query_ptr, position_C, valid_C, head, num_heads, dim_K, K, b_q * tl.exp(b_sum))
+        b_key = b_k * tl.exp(sum_to_end(b_next, CHUNK))
+        store_rows(key_ptr, position_C, valid_C, head, num_heads, dim_K, K, b_key)
+        offset_K = (chunk.to(tl.int64) * num_heads + head) * K + dim_K
+        tl.store(decay_ptr + offset_K, tl.exp(tl.sum(b_g, 0)), mask=dim_K < K)
+        if tl.min(b_sum) > -MILD:
+            b_block = _product(b_q * tl.exp(b_sum), b_k * tl.exp(-b_sum), query_ptr.dtype.element_ty)
+            b_scores += tl.where(pairs_inside(CHUNK, CHUNK), b_block, 0.0)
+        else:
+            b_scores += _scores_of_any_decay(b_q, b_k, b_g, b_next, query_ptr.dtype.element_ty, MILD, CHUNK)
+    store_rows(scores_ptr, position_C, valid_C, head, num_heads, tl.arange(0, CHUNK), CHUNK, b_scores)
+
+
+@triton.jit
+def _product(b_q, b_k, dtype: tl.constexpr):
+    return tl.dot(b_q.to(dtype), tl.trans(b_k.to(dtype)), input_precision="ieee")
+
+
+@triton.jit
+def _scores_of_any_decay(b_q, b_k, b_g, b_next, dtype: tl.constexpr, MILD: tl.constexpr, C: tl.constexpr):
+    """Scores [C, C]: blocks joined in pairs, q decayed from the border between them and k to it; down to blocks of 16
+    rows, or further where one of them forgets more than exp(-MILD)."""
+    b_scores = _scores_across(b_q, b_k, b_g, b_next, dtype, C, 32) + _scores_across(
+        b_q, b_k, b_g, b_next, dtype, C, 16
+    )
+    b_sum = sum_from_start(b_g, 16)
+    if tl.min(b_sum) > -MILD:
+        b_block = _product(b_q * tl.exp(b_sum), b_k * tl.exp(-b_sum), dtype)
+        b_scores += tl.where(pairs_inside(C, 16), b_block, 0.0)
+    else:
+        for level in tl.static_range(4):
+            b_scores += _scores_across(b_q, b_k, b_g, b_next, dtype, C, 8 >> level)
+        b_scores += tl.where(pairs_inside(C, 1), tl.sum(b_q * b_k, 1)[:, None], 0.0)
+    return b_scores
+
+
+@triton.jit
+def _scores_across(b_q, b_k, b_g, b_next, dtype: tl.constexpr, C: tl.constexpr, HALF: tl.constexpr):
+    """Scores of the rows in the later half of each block of 2 HALF rows with those in the earlier half."""
+    b_late, b_early = b_q * tl.exp(sum_from_start(b_g, HALF)), b_k * tl.exp(sum_to_end(b_next, HALF))
+    return tl.where(pairs_across(C, HALF), _product(b_late, b_early, dtype), 0.0)
+
+
+@triton.jit
+def gla_output_kernel(
+    query_ptr,
+    key_ptr,
+    scores_ptr,
+    decay_ptr,
+    v_ptr,
+    write_ptr,
+    read_ptr,
+    row_ptr,
+    token_ptr,
+    piece_start_ptr,
+    piece_end_ptr,
+    chunk_ptr,
+    entering_ptr,
+    o_ptr,
+    num_heads,
+    num_value_heads,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Outputs of a piece's rows, by row: read (decayed q state + scores (write v)); all K, a block of V."""
+    blocks_v: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+    piece, head = tl.program_id(0) // blocks_v, tl.program_id(1)
+    key_head = head // (num_value_heads // num_heads)
+    dim_K, dim_C = tl.arange(0, BLOCK_K), tl.arange(0, CHUNK)
+    dim_V = tl.program_id(0) % blocks_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    start, end = tl.load(piece_start_ptr + piece), tl.load(piece_end_ptr + piece)
+    if end <= start:
+        return
+    chunk = tl.load(chunk_ptr + piece)
+    offset_KV, mask_KV = state_offsets(piece, head, num_value_heads, dim_K, dim_V, K, V)
+    b_state = tl.load(entering_ptr + offset_KV, mask=mask_KV, other=0.0)
+    dtype = v_ptr.dtype.element_ty
+    for i in range(0, ((end - start + CHUNK - 1) // CHUNK).to(tl.int32)):
+        position_C = start + i * CHUNK + tl.arange(0, CHUNK)
+        valid_C = position_C < end
+        row_C = tl.load(row_ptr + position_C, mask=valid_C, other=0)
+        token_C = tl.load(token_ptr + position_C, mask=valid_C, other=0)
+        write_C = tl.load(write_ptr + row_C, mask=valid_C, other=0.0)
+        read_C = tl.load(read_ptr + row_C, mask=valid_C, other=0.0)
+        b_query = load_rows(query_ptr, position_C, valid_C, key_head, num_heads, dim_K, K)
+        b_key = load_rows(key_ptr, position_C, valid_C, key_head, num_heads, dim_K, K)
+        b_scores = load_rows(scores_ptr, position_C, valid_C, key_head, num_heads, dim_C, CHUNK)
+        b_v = load_rows(v_ptr, token_C, valid_C, head, num_value_heads, dim_V, V)
+        offset_K = ((chunk + i) * num_heads + key_head) * K + dim_K
+        b_decay = tl.load(decay_ptr + offset_K, mask=dim_K < K, other=0.0)
+
+        b_v = (b_v.to(tl.float32) * write_C[:, None]).to(dtype)
+        b_o = tl.dot(b_query, b_state.to(dtype), input_precision="ieee")
+        b_o = tl.dot(b_scores, b_v, b_o, input_precision="ieee")
+        store_rows(o_ptr, row_C, valid_C, head, num_value_heads, dim_V, V, b_o * read_C[:, None])
+        b_state = tl.dot(tl.trans(b_key), b_v, b_state * b_decay[:, None], input_precision="ieee")
