@@ -1,0 +1,84 @@
+"""One token for each sequence of a batch, from states that stay in a pool: generation."""
+
+import torch
+from torch import Tensor
+
+from megatron_sse.kernels.gdn import l2_normalize
+from megatron_sse.kernels.routing import Routes
+from megatron_sse.kernels.sse import BankInputs
+
+
+def decode_step(
+    states_XBHKV: Tensor,
+    slot_T: Tensor,
+    shared: BankInputs,
+    sparse: BankInputs | None,
+    v_THV: Tensor,
+    routes: Routes | None,
+    *,
+    gate: str = "post_norm",
+    weight_writes: bool = True,
+    weight_reads: bool = True,
+) -> Tensor:
+    """Write one token to the banks of its sequence, then read them; without gradients.
+
+    Args:
+        states_XBHKV: X slots with the states of all B = N + 1 banks, bank 0 shared; fp32 (fp64), changed in place.
+        slot_T: int64, the slot of each token's sequence, each at most once; below 0: the token is padding, no state
+            changes and its output is zero.
+        shared, sparse, v_THV, routes: T tokens, as for sse_attention; sparse and routes are None where N = 0.
+        gate, weight_writes, weight_reads: as for sse_attention.
+
+    Returns:
+        o_THV in v's dtype.
+    """
+    before_norm = gate == "reference"
+    if states_XBHKV.is_cuda:
+        from megatron_sse.kernels.triton.decode import decode_step as run
+
+        return run(states_XBHKV, slot_T, shared, sparse, v_THV, routes, before_norm, weight_writes, weight_reads)
+    active_T = slot_T >= 0
+    slot_T, v = slot_T[active_T], v_THV[active_T].to(states_XBHKV.dtype)
+
+    def active(bank: BankInputs) -> BankInputs:
+        return bank.map(lambda x: x[active_T].to(v.dtype)).expand_heads(v.shape[1])
+
+    one = v.new_ones(len(v), 1, 1)
+    state, o = _write_and_read(active(shared), v, states_XBHKV[slot_T, 0], one, one, True, False)
+    states_XBHKV[slot_T, 0] = state
+    if sparse is not None and routes is not None:
+        sparse = active(sparse)
+        for pick in range(routes.bank_TP.shape[1]):
+            bank, weight = (
+                1 + routes.bank_TP[active_T, pick],
+                routes.weight_TP[active_T, pick].to(v.dtype)[:, None, None],
+            )
+            write, read = weight if weight_writes else one, weight if weight_reads else one
+            state, writes = states_XBHKV[slot_T, bank], pick < routes.num_writers
+            state, o_pick = _write_and_read(sparse, v, state, write, read, writes, before_norm)
+            if writes:
+                states_XBHKV[slot_T, bank] = state
+            if pick < routes.num_readers:
+                o = o + o_pick
+    o_THV = torch.zeros_like(v_THV)
+    o_THV[active_T] = o.to(v_THV.dtype)
+    return o_THV
+
+
+def _write_and_read(
+    token: BankInputs, v: Tensor, state: Tensor, write: Tensor, read: Tensor, writes: bool, before_norm: bool
+) -> tuple[Tensor, Tensor]:
+    """One bank of each sequence: its state [T, H, K, V] after the token, and the token's output [T, H, V]."""
+    q, k = token.q_THK, token.k_THK
+    if token.beta_TH is not None:
+        if before_norm:
+            q, k, read, write = q * read, k * write, torch.ones_like(read), torch.ones_like(write)
+        q, k = l2_normalize(q), l2_normalize(k)
+    if writes:
+        decay = token.g.exp()
+        state = state * (decay[..., None] if token.beta_TH is None else decay[..., None, None])
+        change = v * write
+        if token.beta_TH is not None:
+            change = (change - torch.einsum("thk,thkv->thv", k, state)) * token.beta_TH[..., None]
+        state = state + k[..., None] * change[..., None, :]
+    return state, torch.einsum("thk,thkv->thv", q * q.shape[-1] ** -0.5, state) * read

@@ -1,0 +1,267 @@
+"""One token for each sequence of a batch: a program updates and reads its block of every bank that the token picked."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_sse.kernels.routing import Routes
+from megatron_sse.kernels.sse import BankInputs
+
+OPTIONS = {"num_warps": 4}
+
+
+@triton.jit
+def _load_token(
+    q_ptr,
+    k_ptr,
+    g_ptr,
+    beta_ptr,
+    token,
+    head,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    DELTA: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """q, k [K], the decay ([K]; of the delta rule one number) and beta of one value head."""
+    channel = tl.arange(0, BLOCK_K)
+    key_row = (token * H + head // (HV // H)) * K
+    b_q = tl.load(q_ptr + key_row + channel, mask=channel < K, other=0.0).to(tl.float32)
+    b_k = tl.load(k_ptr + key_row + channel, mask=channel < K, other=0.0).to(tl.float32)
+    if DELTA:
+        decay = tl.exp(tl.load(g_ptr + token * HV + head).to(tl.float32))
+        beta = tl.load(beta_ptr + token * HV + head).to(tl.float32)
+    else:
+        decay = tl.exp(tl.load(g_ptr + key_row + channel, mask=channel < K, other=0.0).to(tl.float32))[:, None]
+        beta = 1.0
+    return b_q, b_k, decay, beta
+
+
+@triton.jit
+def _normalize(b_x, scale):
+    """scale x / |scale x|, as kernels.gdn.l2_normalize."""
+    b_x *= scale
+    return b_x * tl.rsqrt(tl.sum(b_x * b_x, axis=0) + 1e-6)
+
+
+@triton.jit
+def _write_and_read(
+    state_ptr,
+    cell,
+    inside,
+    b_q,
+    b_k,
+    decay,
+    beta,
+    b_v,
+    write,
+    read,
+    K: tl.constexpr,
+    DELTA: tl.constexpr,
+    WRITES: tl.constexpr,
+    BEFORE_NORM: tl.constexpr,
+):
+    """Update one bank's block of the state; the output [V] of the token."""
+    if DELTA:
+        if BEFORE_NORM:
+            b_q, b_k = _normalize(b_q, read), _normalize(b_k, write)
+            read, write = 1.0, 1.0
+        else:
+            b_q, b_k = _normalize(b_q, 1.0), _normalize(b_k, 1.0)
+    b_state = tl.load(state_ptr + cell, mask=inside, other=0.0)
+    if WRITES:
+        b_state *= decay
+        b_change = b_v * write
+        if DELTA:
+            b_change = (b_change - tl.sum(b_k[:, None] * b_state, axis=0)) * beta
+        b_state += b_k[:, None] * b_change[None, :]
+        tl.store(state_ptr + cell, b_state, mask=inside)
+    scale: tl.constexpr = K**-0.5
+    return tl.sum(b_q[:, None] * b_state, axis=0) * (read * scale)
+
+
+@triton.jit
+def decode_kernel(
+    states_ptr,
+    slot_ptr,
+    q1_ptr,
+    k1_ptr,
+    g1_ptr,
+    beta1_ptr,
+    q2_ptr,
+    k2_ptr,
+    g2_ptr,
+    beta2_ptr,
+    v_ptr,
+    bank_ptr,
+    weight_ptr,
+    o_ptr,
+    B: tl.constexpr,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    P: tl.constexpr,
+    WRITERS: tl.constexpr,
+    READERS: tl.constexpr,
+    DELTA: tl.constexpr,
+    BEFORE_NORM: tl.constexpr,
+    WEIGHT_WRITES: tl.constexpr,
+    WEIGHT_READS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Program (token, value head, block of V)."""
+    num_blocks: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+    program = tl.program_id(0)
+    head = program // num_blocks % HV
+    token = (program // (num_blocks * HV)).to(tl.int64)
+    column = program % num_blocks * BLOCK_V + tl.arange(0, BLOCK_V)
+    own = (token * HV + head) * V + column
+    slot = tl.load(slot_ptr + token)
+    if slot < 0:
+        tl.store(o_ptr + own, tl.zeros([BLOCK_V], o_ptr.dtype.element_ty), mask=column < V)
+        return
+
+    channel = tl.arange(0, BLOCK_K)
+    cell = channel[:, None] * V + column
+    inside = (channel < K)[:, None] & (column < V)
+    b_v = tl.load(v_ptr + own, mask=column < V, other=0.0).to(tl.float32)
+    # The first bank's state of this head; the next bank's lies HV states further.
+    state_ptr = states_ptr + (slot * B * HV + head) * K * V
+    b_q, b_k, decay, beta = _load_token(q1_ptr, k1_ptr, g1_ptr, beta1_ptr, token, head, H, HV, K, DELTA, BLOCK_K)
+    b_o = _write_and_read(
+        state_ptr, cell, inside, b_q, b_k, decay, beta, b_v, 1.0, 1.0, K, DELTA, WRITES=True, BEFORE_NORM=False
+    )
+    if P > 0:
+        b_q, b_k, decay, beta = _load_token(q2_ptr, k2_ptr, g2_ptr, beta2_ptr, token, head, H, HV, K, DELTA, BLOCK_K)
+    for pick in tl.static_range(P):
+        bank = 1 + tl.load(bank_ptr + token * P + pick)
+        weight = tl.load(weight_ptr + token * P + pick).to(tl.float32)
+        b_picked = _write_and_read(
+            state_ptr + bank * HV * K * V,
+            cell,
+            inside,
+            b_q,
+            b_k,
+            decay,
+            beta,
+            b_v,
+            weight if WEIGHT_WRITES else 1.0,
+            weight if WEIGHT_READS else 1.0,
+            K,
+            DELTA,
+            WRITES=pick < WRITERS,
+            BEFORE_NORM=BEFORE_NORM,
+        )
+        if pick < READERS:
+            b_o += b_picked
+    tl.store(o_ptr + own, b_o.to(o_ptr.dtype.element_ty), mask=column < V)
+
+
+def _blocks(key_dim: int, value_dim: int) -> dict:
+    block_k = triton.next_power_of_2(key_dim)
+    return {"BLOCK_K": block_k, "BLOCK_V": min(triton.next_power_of_2(value_dim), max(16, 4096 // block_k))}
+
+
+@torch.library.custom_op("megatron_sse::decode", mutates_args=("states_XBHKV",))
+def _decode(
+    states_XBHKV: Tensor,
+    slot_T: Tensor,
+    shared: list[Tensor],
+    sparse: list[Tensor],
+    v_THV: Tensor,
+    bank_TP: Tensor | None,
+    weight_TP: Tensor | None,
+    num_writers: int,
+    num_readers: int,
+    before_norm: bool,
+    weight_writes: bool,
+    weight_reads: bool,
+) -> Tensor:
+    """shared, sparse: q, k, g and, for the delta rule, beta; sparse is empty where there are no partitions."""
+    _, num_banks, num_value_heads, key_dim, value_dim = states_XBHKV.shape
+    blocks = _blocks(key_dim, value_dim)
+    o_THV = torch.empty_like(v_THV)
+    delta = len(shared) == 4
+    # A pointer that is never read stands where nothing is.
+    unread = [] if delta else [shared[2]]
+    decode_kernel[(o_THV.shape[0] * num_value_heads * triton.cdiv(value_dim, blocks["BLOCK_V"]),)](
+        states_XBHKV,
+        slot_T,
+        *shared,
+        *unread,
+        *(sparse or shared),
+        *unread,
+        v_THV,
+        slot_T if bank_TP is None else bank_TP,
+        shared[2] if weight_TP is None else weight_TP,
+        o_THV,
+        B=num_banks,
+        H=shared[0].shape[1],
+        HV=num_value_heads,
+        K=key_dim,
+        V=value_dim,
+        P=0 if bank_TP is None else bank_TP.shape[1],
+        WRITERS=num_writers,
+        READERS=num_readers,
+        DELTA=delta,
+        BEFORE_NORM=before_norm,
+        WEIGHT_WRITES=weight_writes,
+        WEIGHT_READS=weight_reads,
+        **blocks,
+        **OPTIONS,
+    )
+    return o_THV
+
+
+@_decode.register_fake
+def _(states_XBHKV, slot_T, shared, sparse, v_THV, *unused):
+    return torch.empty_like(v_THV)
+
+
+def decode_step(
+    states_XBHKV: Tensor,
+    slot_T: Tensor,
+    shared: BankInputs,
+    sparse: BankInputs | None,
+    v_THV: Tensor,
+    routes: Routes | None,
+    before_norm: bool,
+    weight_writes: bool,
+    weight_reads: bool,
+) -> Tensor:
+    """As kernels.decode.decode_step; the states are fp32 and contiguous."""
+    assert states_XBHKV.is_contiguous()
+
+    def tensors(bank: BankInputs | None) -> list[Tensor]:
+        if bank is None:
+            return []
+        return [x.contiguous() for x in (bank.q_THK, bank.k_THK, bank.g, bank.beta_TH) if x is not None]
+
+    bank_TP, weight_TP, counts = None, None, (0, 0)
+    if routes is not None:
+        bank_TP, weight_TP = routes.bank_TP.contiguous(), routes.weight_TP.contiguous()
+        counts = routes.num_writers, routes.num_readers
+    switches = before_norm, weight_writes, weight_reads
+    arguments = tensors(shared), tensors(sparse), v_THV.contiguous(), bank_TP, weight_TP, *counts, *switches
+    return _decode(states_XBHKV, slot_T.contiguous(), *arguments)
+
+
+def compile_cases() -> list[tuple[triton.JITFunction, dict, dict, dict]]:
+    """Kernel, signature, constants and options of all that is launched at common sizes."""
+    cases = []
+    for dtype in ("*bf16", "*fp32"):
+        signature = {"states_ptr": "*fp32", "slot_ptr": "*i64"}
+        for kind in (1, 2):
+            signature |= {f"q{kind}_ptr": dtype, f"k{kind}_ptr": dtype, f"g{kind}_ptr": "*fp32"}
+            signature |= {f"beta{kind}_ptr": "*fp32"}
+        signature |= {"v_ptr": dtype, "bank_ptr": "*i64", "weight_ptr": "*fp32", "o_ptr": dtype}
+        for dim in (64, 128, 256):
+            for delta in (False, True):
+                constants = {"B": 5, "H": 16, "HV": 16, "K": dim, "V": dim, "P": 2, "WRITERS": 1, "READERS": 2}
+                constants |= {"DELTA": delta, "BEFORE_NORM": False, "WEIGHT_WRITES": True, "WEIGHT_READS": True}
+                cases.append((decode_kernel, signature, constants | _blocks(dim, dim), OPTIONS))
+    return cases
