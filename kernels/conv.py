@@ -3,6 +3,8 @@
 from torch import Tensor
 from torch.nn.functional import pad
 
+from megatron_sse.kernels.backend import use_triton
+
 
 def short_convolution(x_TC: Tensor, weight_CW: Tensor, position_T: Tensor) -> Tensor:
     """y[t] = sum_w weight[:, W - 1 - w] x[t - w] over the W last tokens of t's own document.
@@ -12,6 +14,10 @@ def short_convolution(x_TC: Tensor, weight_CW: Tensor, position_T: Tensor) -> Te
         weight_CW: the last column multiplies the token itself.
         position_T: int64, each token's position in its document.
     """
+    if use_triton(x_TC):
+        from megatron_sse.kernels.triton.conv import short_convolution as run
+
+        return run(x_TC, weight_CW, position_T)
     width = weight_CW.shape[-1]
     y_TC = x_TC * weight_CW[:, -1]
     for back in range(1, width):

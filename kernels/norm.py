@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm, silu
 
+from megatron_sse.kernels.backend import use_triton
+
 
 def gated_norm(
     o_THV: Tensor, picked_TPHV: Tensor | None, weight_V: Tensor, gate_THV: Tensor | None, eps: float
@@ -20,7 +22,7 @@ def gated_norm(
     Returns:
         [T, H, V] in the gate's dtype, in o's where there is no gate.
     """
-    if o_THV.is_cuda:
+    if use_triton(o_THV):
         from megatron_sse.kernels.triton.norm import gated_norm as run
 
         return run(o_THV, picked_TPHV, weight_V, gate_THV, eps)

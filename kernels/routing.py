@@ -5,6 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_sse.kernels.backend import use_triton
+from megatron_sse.kernels.segments import Segments
+
 
 @dataclass(frozen=True)
 class Routes:
@@ -50,11 +53,27 @@ def route(prob_TN: Tensor, num_writers: int, num_readers: int, bank_TP: Tensor |
         num_writers, num_readers: partitions written and read per token, at most N.
         bank_TP: picks to use in place of the top ones (replayed routing).
     """
-    if bank_TP is None:
+    if bank_TP is None and use_triton(prob_TN):
+        from megatron_sse.kernels.triton.routing import top_banks
+
+        bank_TP = top_banks(prob_TN.detach(), max(num_writers, num_readers))
+    elif bank_TP is None:
         # A stable sort, not topk: topk leaves the order of equal values open.
         ranked_TN = prob_TN.detach().sort(dim=-1, descending=True, stable=True).indices
         bank_TP = ranked_TN[:, : max(num_writers, num_readers)]
     return Routes(prob_TN, bank_TP, prob_TN.gather(-1, bank_TP), num_writers, num_readers)
+
+
+def join_segments(bank_TP: Tensor, document_T: Tensor, documents: Segments, num_partitions: int) -> Segments:
+    """Segments of all banks: the documents' shared banks, then their partitions.
+
+    Rows 0 .. T - 1 are the tokens as the shared bank sees them, row T + t * P + p is token t's pick p.
+    """
+    num_tokens, num_documents = bank_TP.shape[0], documents.num_segments
+    order, offsets = sort_by_segment(bank_TP, document_T, num_documents, num_partitions)
+    row_R = torch.cat((torch.arange(num_tokens, device=order.device), num_tokens + order))
+    edges = documents.edges and documents.edges.of_banks(num_documents, num_partitions)
+    return Segments(torch.cat((documents.offsets_S1, num_tokens + offsets[1:])), row_R, edges)
 
 
 def sort_by_segment(
@@ -69,6 +88,10 @@ def sort_by_segment(
     Returns:
         order [T * P], the pick at each sorted position, and offsets [documents * partitions + 1] of the segments.
     """
+    if use_triton(bank_TP):
+        from megatron_sse.kernels.triton.routing import sort_by_segment as sort
+
+        return sort(bank_TP, document_T, num_documents, num_partitions)
     segment = (document_T[:, None] * num_partitions + bank_TP).flatten()
     sorted_segment, order = segment.sort(stable=True)
     edges = torch.arange(num_documents * num_partitions + 1, device=segment.device)

@@ -7,6 +7,7 @@ per key channel for GLA and a matrix for the delta rule. The same pair describes
 import torch
 from torch import Tensor
 
+from megatron_sse.kernels.backend import use_triton
 from megatron_sse.kernels.segments import Edges, Pieces
 
 
@@ -44,7 +45,7 @@ def _run(
     Args:
         reverse: the transposed transitions, from the last piece of each segment to the first.
     """
-    if increment_G.is_cuda:
+    if use_triton(increment_G):
         from megatron_sse.kernels.triton.scan import run_scan
 
         return run_scan(transition_G, increment_G, initial_S, pieces, reverse)

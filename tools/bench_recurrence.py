@@ -67,7 +67,7 @@ class Problem:
 
     def chunked(self, form: str) -> Tensor:
         packing = (self.offsets_D1, self.document_T)
-        return sse_attention(self.shared, self.sparse, self.v_THV, self.routes(), *packing, form=form)[0]
+        return sse_attention(self.shared, self.sparse, self.v_THV, self.routes(), *packing, form=form).o_THV
 
     def oracle(self) -> Tensor:
         return reference_sse(self.shared, self.sparse, self.v_THV, self.routes(), self.offsets_D1)[0]

@@ -33,6 +33,13 @@ class Rows:
     pieces: Pieces
     chunk_M: Tensor
 
+    @property
+    def tables(self) -> tuple[Tensor, ...]:
+        """What the operators take, behind their other inputs."""
+        chunks, pieces = self.chunks, self.pieces
+        spans = (chunks.start_G, chunks.end_G, pieces.start_G, pieces.end_G)
+        return self.row_R, self.token_R, *spans, self.chunk_M
+
 
 def make_rows(segments: Segments, num_tokens: int, num_picks: int, chunks_per_piece: int) -> Rows:
     """Rows of `segments` (row_T None: the shared bank alone, in order)."""

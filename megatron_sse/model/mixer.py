@@ -13,11 +13,11 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
 from torch import Tensor
-from torch.nn.functional import rms_norm, silu
+from torch.nn.functional import silu
 
 from megatron_sse.config import SSEConfig
 from megatron_sse.config.schema import Recurrence
-from megatron_sse.kernels import BankInputs, Edges, short_convolution, sse_attention
+from megatron_sse.kernels import BankInputs, BankOutputs, Edges, gated_norm, short_convolution, sse_attention
 from megatron_sse.model.backend import Backend
 from megatron_sse.model.features import constant_decay, delta_decay, gate_decay, map_key, map_query
 from megatron_sse.model.metrics import LayerMetrics
@@ -147,7 +147,7 @@ class SSEMixer(MegatronModule):
         layout = packed_seq_params
         shared, sparse, v_THV = self._bank_inputs(hidden_states, layout)
         routes, balance_loss = self.router(hidden_states, layout) if self.num_partitions else (None, None)
-        o_THV, final_DBHKV = sse_attention(
+        banks = sse_attention(
             shared,
             sparse,
             v_THV,
@@ -160,13 +160,13 @@ class SSEMixer(MegatronModule):
             weight_reads=self.settings.weight_reads,
             edges=self._edges(layout),
         )
-        out = self._project_out(o_THV, hidden_states, layout)
+        out = self._project_out(banks, hidden_states, layout)
         if balance_loss is not None and layout.layer_loss_scale is not None:
             scale = (self.settings.balance_loss * layout.layer_loss_scale).to(balance_loss)
             out = AttachLoss.apply(out, balance_loss, scale)
         # Recomputed layers run forward twice: once without gradients, which is not counted.
         if self.training and torch.is_grad_enabled():
-            self.metrics.add(shared.g, routes, balance_loss, final_DBHKV)
+            self.metrics.add(shared.g, routes, balance_loss, banks.final_DBHKV)
         return out, None
 
     def _bank_inputs(self, hidden_LBd: Tensor, layout: TokenLayout) -> tuple[BankInputs, BankInputs | None, Tensor]:
@@ -224,15 +224,15 @@ class SSEMixer(MegatronModule):
             return None
         return Edges(edges.entry_FB, edges.continues_FB, edges.exit_FB, edges.carries_FB, self.exchange)
 
-    def _project_out(self, o_THV: Tensor, hidden_LBd: Tensor, layout: TokenLayout) -> Tensor:
-        """Per-head RMSNorm, output gate, projection."""
+    def _project_out(self, banks: BankOutputs, hidden_LBd: Tensor, layout: TokenLayout) -> Tensor:
+        """Sum over banks, per-head RMSNorm, output gate, projection."""
         # Each tensor rank sees its own heads: the gradient of the weight they share is summed here.
         weight_V = sum_gradient(self.norm_weight, self.tp_group)
-        dtype = torch.promote_types(o_THV.dtype, torch.float32)
-        o_THV = rms_norm(o_THV.to(dtype), weight_V.shape, weight_V.to(dtype), self.config.layernorm_epsilon)
+        gate_THV = None
         if self.settings.output_gate:
-            gate_THV = _flatten(self.output_gate(hidden_LBd)).view_as(o_THV)
-            o_THV = o_THV * silu(gate_THV.to(dtype))
+            gate_THV = _flatten(self.output_gate(hidden_LBd)).view_as(banks.shared_THV)
+        eps = self.config.layernorm_epsilon
+        o_THV = gated_norm(banks.shared_THV, banks.picked_TPHV, weight_V, gate_THV, eps)
         o_LBV = o_THV.flatten(1).unflatten(0, (layout.batch_size, layout.length)).transpose(0, 1)
         return self.out_proj(o_LBV.to(hidden_LBd.dtype))[0]
 

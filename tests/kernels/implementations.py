@@ -14,7 +14,8 @@ FORMS = ("varlen", "mask")
 def attention(form: str) -> Callable[..., tuple[Tensor, Tensor]]:
     def function(inputs: Inputs, routes: Routes | None, **options) -> tuple[Tensor, Tensor]:
         packing = (inputs.offsets_D1, inputs.document_T)
-        return sse_attention(inputs.shared, inputs.sparse, inputs.v_THV, routes, *packing, form=form, **options)
+        out = sse_attention(inputs.shared, inputs.sparse, inputs.v_THV, routes, *packing, form=form, **options)
+        return out.o_THV, out.final_DBHKV
 
     return function
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_sse.kernels import chunks, gdn, gla, routing, scan, sse
+from megatron_sse.kernels import banks, chunks, gdn, gla, routing, scan
 from tests.kernels.cases import Case, errors, make_inputs, outputs_and_gradients
 from tests.kernels.implementations import FORMS, attention, oracle
 
@@ -38,10 +38,8 @@ def decay_what_is_written_at_once(patch: Patch) -> None:
 
 
 def ignore_the_write_weights(patch: Patch) -> None:
-    attend = sse._Picks.of
-    patch.setattr(
-        sse._Picks, "of", staticmethod(lambda routes, v, writes, reads, **x: attend(routes, v, False, reads, **x))
-    )
+    of = banks.Picks.of
+    patch.setattr(banks.Picks, "of", lambda routes, dtype, writes, *reads: of(routes, dtype, False, *reads))
 
 
 def ignore_the_last_chunk_in_the_final_state(patch: Patch) -> None:

@@ -1,0 +1,117 @@
+"""SSE attention on the Triton kernels: local operators of a recurrence, and between them the scan over pieces."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_sse.kernels.banks import BankInputs, BankOutputs, Picks, by_document, by_segment
+from megatron_sse.kernels.routing import join_segments
+from megatron_sse.kernels.scan import scan_spans, scan_states
+from megatron_sse.kernels.segments import Segments
+from megatron_sse.kernels.triton import gdn, gla
+from megatron_sse.kernels.triton.rows import choose_chunks_per_piece, make_rows
+
+
+class Operators(NamedTuple):
+    """A recurrence over rows, piece by piece. All take the inputs, T and, but for the first, what was prepared.
+
+    prepare: what needs no state.
+    summarize: what each piece does to the state that enters it, transition and increment.
+    attend: the outputs [R, HV, V], from the entering states.
+    summarize_backward: gradients of the entering states from the pieces' own outputs.
+    attend_backward: gradients of q, k, g, (beta,) v, write and read by row, from the entering states and the whole
+        gradients of the leaving ones; together they say all that the transition's gradient would.
+    """
+
+    prepare: Callable
+    summarize: Callable
+    attend: Callable
+    summarize_backward: Callable
+    attend_backward: Callable
+
+
+GLA = Operators(gla.gla_prepare, gla.gla_summarize, gla.gla_attend, gla.gla_summarize_backward, gla.gla_attend_backward)
+GDN = Operators(gdn.gdn_prepare, gdn.gdn_summarize, gdn.gdn_attend, gdn.gdn_summarize_backward, gdn.gdn_attend_backward)
+
+
+def attend_banks(
+    shared: BankInputs,
+    sparse: BankInputs | None,
+    v_THV: Tensor,
+    picks: Picks | None,
+    documents: Segments,
+    document_T: Tensor,
+    initial_DBHKV: Tensor | None,
+) -> BankOutputs:
+    """What kernels.sse.sse_attention computes; q and k of the delta rule come normalised.
+
+    picks: all partitions where the form is mask.
+    """
+    num_tokens, num_heads = v_THV.shape[:2]
+    segments, num_picks = documents, 0
+    scales = [v_THV.new_ones(num_tokens, dtype=torch.float32)] * 3
+    if picks is not None:
+        num_picks = picks.bank_TP.shape[1]
+        segments = join_segments(picks.bank_TP, document_T, documents, picks.num_partitions)
+        of_picks = (picks.writes, picks.write_scale, picks.read_scale)
+        scales = [torch.cat((ones, x.flatten())) for ones, x in zip(scales, of_picks, strict=True)]
+    key_dim, value_dim = shared.q_THK.shape[-1], v_THV.shape[-1]
+    blocks = num_heads * max(1, key_dim // 64) * max(1, value_dim // 64)
+    chunks_per_piece = choose_chunks_per_piece(num_tokens * (1 + num_picks), blocks)
+    rows = make_rows(segments, num_tokens, num_picks, chunks_per_piece)
+
+    initial = None if initial_DBHKV is None else by_segment(initial_DBHKV)
+    operators = GLA if shared.beta_TH is None else GDN
+    banks = [x for bank in (shared, sparse or shared) for x in bank if x is not None]
+    o_RHV, final = _Recurrence.apply(operators, rows, segments.edges, initial, *banks, v_THV, *scales)
+    picked_TPHV = o_RHV[num_tokens:].unflatten(0, (num_tokens, num_picks)) if num_picks else None
+    return BankOutputs(o_RHV[:num_tokens], picked_TPHV, by_document(final, documents.num_segments))
+
+
+class _Recurrence(torch.autograd.Function):
+    """Outputs by row and final states by segment."""
+
+    @staticmethod
+    def forward(ctx, operators, rows, edges, initial_SHKV, *tensors):
+        inputs = [*(x.contiguous() for x in tensors), *rows.tables]
+        prepared = operators.prepare(inputs, rows.num_tokens)
+        transition, increment = operators.summarize(inputs, rows.num_tokens, prepared)
+        # The scan, with the hand-off between ranks, keeps its own graph: of few states, one per piece.
+        with torch.enable_grad():
+            increment.requires_grad_()
+            initial = None if initial_SHKV is None else initial_SHKV.detach().requires_grad_()
+            if edges is None:
+                entering, final = scan_states(transition, increment, rows.pieces, initial)
+            else:
+                entering, final = scan_spans(transition, increment, rows.pieces, edges)
+        ctx.save_for_backward(*inputs)
+        ctx.operators, ctx.rows, ctx.scan = operators, rows, (increment, initial, entering, final)
+        return operators.attend(inputs, rows.num_tokens, prepared, entering.detach()), final.detach()
+
+    @staticmethod
+    def backward(ctx, grad_o_RHV, grad_final):
+        operators, num_tokens = ctx.operators, ctx.rows.num_tokens
+        increment, initial, entering, final = ctx.scan
+        inputs = list(ctx.saved_tensors)
+        # Computed again, not kept: as large as the queries.
+        prepared = operators.prepare(inputs, num_tokens)
+        grad_o_RHV = grad_o_RHV.contiguous()
+        grad_entering = operators.summarize_backward(inputs, num_tokens, prepared, grad_o_RHV)
+        leaves = (increment,) if initial is None else (increment, initial)
+        grad_leaving, *grad_initial = torch.autograd.grad((entering, final), leaves, (grad_entering, grad_final))
+        *grads, grad_write, grad_read = operators.attend_backward(
+            inputs, num_tokens, prepared, entering.detach(), grad_o_RHV, grad_leaving
+        )
+        shared, sparse = zip(*(_by_token(grad, num_tokens) for grad in grads), strict=True)
+        grad_v = shared[-1] if sparse[-1] is None else shared[-1] + sparse[-1]
+        banks = (*shared[:-1], *sparse[:-1])
+        return None, None, None, *(grad_initial or (None,)), *banks, grad_v, None, grad_write, grad_read
+
+
+def _by_token(grad_R: Tensor, num_tokens: int) -> tuple[Tensor, Tensor | None]:
+    """Gradients of tokens by the shared bank's rows and, summed, by the picks' rows."""
+    if grad_R.shape[0] == num_tokens:
+        return grad_R, None
+    return grad_R[:num_tokens], grad_R[num_tokens:].unflatten(0, (num_tokens, -1)).sum(1)
