@@ -1,0 +1,140 @@
+"""A checkpoint's model weights as whole tensors, one at a time, without process groups.
+
+Training loads what is written here, and what training saves at any layout is read here. Names are those of the model's
+sharded state dict.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.default_planner import (
+    DefaultSavePlanner,
+    create_default_global_save_plan,
+    create_default_local_save_plan,
+)
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.utils import _create_file_view
+
+from megatron_sse import __version__
+from megatron_sse.checkpoint.index import IndexRefusedError, read_index
+from megatron_sse.checkpoint.manifest import Manifest, ManifestError, describe_files, find_damage, read_manifest
+from megatron_sse.config import RunConfig
+from megatron_sse.errors import UserError
+
+# The settings of the run that the weights belong to, in every checkpoint.
+CONFIG_FILE = "config.yaml"
+# Names of the optimizer's state start with this.
+OPTIMIZER = "optimizer."
+# Bytes of tensors that are held at once while a checkpoint is written, and the size of its files.
+FILE_BYTES = 1 << 29
+
+
+class Weights(Protocol):
+    """Named whole tensors, each loaded when it is asked for."""
+
+    def keys(self) -> Iterable[str]: ...
+
+    def shape(self, name: str) -> torch.Size: ...
+
+    def get(self, name: str) -> Tensor: ...
+
+
+class CheckpointWeights:
+    """The model weights of a checkpoint folder."""
+
+    def __init__(self, folder: Path, index: Metadata):
+        self.folder = folder
+        self._places = index.storage_data
+        self._tensors = {
+            name: entry
+            for name, entry in index.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata) and not name.startswith(OPTIMIZER)
+        }
+
+    def keys(self) -> Iterable[str]:
+        return self._tensors.keys()
+
+    def shape(self, name: str) -> torch.Size:
+        return self._tensors[name].size
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].properties.dtype
+
+    def get(self, name: str) -> Tensor:
+        """The whole tensor, put together from the parts that the ranks saved. Raises UserError."""
+        entry = self._tensors[name]
+        whole = torch.empty(entry.size, dtype=entry.properties.dtype)
+        for chunk in entry.chunks:
+            part = self._read(MetadataIndex(name, chunk.offsets))
+            if part.shape != chunk.sizes or part.dtype != whole.dtype:
+                raise UserError(f"{self.folder}: {name} is damaged: its file holds another tensor")
+            whole[tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))] = part
+        return whole
+
+    def _read(self, index: MetadataIndex) -> Tensor:
+        place = self._places[index]
+        path = self.folder / place.relative_path
+        if path.parent != self.folder:
+            raise UserError(f"{self.folder}: {index.fqn} points out of the folder, to {place.relative_path}")
+        try:
+            with path.open("rb") as file:
+                view = _create_file_view(file, place.offset, place.length)
+                return torch.load(view, map_location="cpu", weights_only=True)
+        # What torch.load raises for a damaged file depends on the place of the damage.
+        except Exception as error:
+            raise UserError(f"{path}: {index.fqn} cannot be read ({type(error).__name__})") from None
+
+
+def read_weights(folder: Path) -> CheckpointWeights:
+    """The model weights of a checkpoint folder, its hashes checked. Raises UserError."""
+    try:
+        manifest = read_manifest(folder)
+        damage = find_damage(folder, manifest, manifest.files, hashes=True)
+        if damage:
+            raise UserError(damage[0])
+        return CheckpointWeights(folder, read_index(folder))
+    except (ManifestError, IndexRefusedError) as error:
+        raise UserError(str(error)) from None
+
+
+def write_weights(folder: Path, config: RunConfig, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write a checkpoint that holds model weights only into a folder; other files in there become part of it.
+
+    tensors: names as in the model's sharded state dict, and whole tensors. They are taken one after the other, and not
+    more than FILE_BYTES of them (or one larger tensor) are held at a time. Raises OSError.
+    """
+    writer = FileSystemWriter(folder)
+    planner = DefaultSavePlanner()
+    index, results = Metadata({}), []
+    for number, group in enumerate(_groups(tensors)):
+        planner.set_up_planner(group, is_coordinator=True)
+        [plan], described = create_default_global_save_plan([create_default_local_save_plan(group, True)])
+        # Files are named after the rank that writes them: each group takes the place of a rank.
+        plan = writer.prepare_global_plan([plan] * (number + 1))[number]
+        results.append(writer.write_data(plan, planner).wait())
+        index.state_dict_metadata |= described.state_dict_metadata
+    writer.finish(index, results)
+    torch.save({"step": 0, "consumed_samples": 0}, folder / "common.pt")
+    (folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
+    (folder / "metadata.json").write_text(json.dumps(asdict(CheckpointingConfig("torch_dist"))))
+    versions = {"megatron_sse": __version__, "torch": torch.__version__}
+    Manifest(0, 0, False, {"world": 1}, versions, describe_files(folder, {})).write(folder)
+
+
+def _groups(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    group: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if group and size + tensor.nbytes > FILE_BYTES:
+            yield group
+            group, size = {}, 0
+        group[name] = tensor.detach().contiguous()
+        size += tensor.nbytes
+    yield group
