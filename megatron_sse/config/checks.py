@@ -131,6 +131,10 @@ def _softmax_layers(config: RunConfig) -> Found:
         yield "model.softmax.num_kv_heads", softmax.num_kv_heads, f"a multiple or divisor of parallel.tensor {tensor}"
     if softmax.rotary_base and softmax.head_dim % 2:
         yield "model.softmax.head_dim", softmax.head_dim, "an even number, or model.softmax.rotary_base 0"
+    scaling = softmax.rotary_scaling
+    if scaling is not None and scaling.low_turns >= scaling.high_turns:
+        allowed = f"less than model.softmax.rotary_scaling.high_turns {scaling.high_turns}"
+        yield "model.softmax.rotary_scaling.low_turns", scaling.low_turns, allowed
 
 
 def _sizes(config: RunConfig) -> Found:

@@ -26,8 +26,9 @@ def count_parameters(model: ModelConfig) -> dict[str, int]:
 
 def _softmax_mixer(model: ModelConfig) -> int:
     softmax = model.softmax
-    heads = 2 * softmax.num_heads + 2 * softmax.num_kv_heads
-    return model.hidden_size * softmax.head_dim * heads + (2 * softmax.head_dim if softmax.qk_norm else 0)
+    queries, keys = softmax.num_heads * softmax.head_dim, softmax.num_kv_heads * softmax.head_dim
+    count = model.hidden_size * (2 * queries + 2 * keys)
+    return count + softmax.qk_norm * 2 * softmax.head_dim + softmax.qkv_bias * (queries + 2 * keys)
 
 
 def _sse_mixer(model: ModelConfig, kind: str) -> int:

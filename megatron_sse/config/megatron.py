@@ -28,6 +28,7 @@ _OURS = {
     "kv_channels": "model.softmax.head_dim",
     "window_size": "model.softmax.window",
     "qk_layernorm": "model.softmax.qk_norm",
+    "add_qkv_bias": "model.softmax.qkv_bias",
     "layernorm_epsilon": "model.norm_epsilon",
     "init_method_std": "model.init_std",
     "linear_conv_kernel_dim": "model.sse.short_convolution",
@@ -58,7 +59,6 @@ _OURS = {
 _FIXED = {
     "activation_func",
     "add_bias_linear",
-    "add_qkv_bias",
     "batch_p2p_comm",
     "calculate_per_token_loss",
     "gated_linear_unit",
@@ -105,6 +105,7 @@ def transformer_settings(config: RunConfig) -> dict[str, Any]:
         num_query_groups=model.softmax.num_kv_heads or num_heads,
         kv_channels=model.softmax.head_dim or model.sse.head_dim,
         qk_layernorm=model.softmax.qk_norm,
+        add_qkv_bias=model.softmax.qkv_bias,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_epsilon,
         gated_linear_unit=True,

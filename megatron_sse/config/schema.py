@@ -75,6 +75,16 @@ class SSEConfig(Section):
         return self.key_map or ("softmax" if recurrence == "gla" else "silu")
 
 
+class RotaryScaling(Section):
+    """Rotary frequencies of models whose context was extended: all divided by `factor`, or, where the length that the
+    model was made for is given, those alone that turn few times in it (Llama 3)."""
+
+    factor: Annotated[float, Field(ge=1)]
+    original_length: Count | None = None
+    low_turns: Positive = 1.0
+    high_turns: Positive = 4.0
+
+
 class SoftmaxConfig(Section):
     """Settings of softmax layers."""
 
@@ -83,7 +93,9 @@ class SoftmaxConfig(Section):
     num_kv_heads: Count = DERIVED
     window: Count | None = None
     rotary_base: NonNegative = 10000.0
+    rotary_scaling: RotaryScaling | None = None
     qk_norm: bool = False
+    qkv_bias: bool = False
 
     @model_validator(mode="after")
     def _derive(self) -> "SoftmaxConfig":

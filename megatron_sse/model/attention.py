@@ -1,6 +1,7 @@
 """Softmax attention layers of hybrids: Megatron-Core's SelfAttention around a core that knows about documents."""
 
 import copy
+import math
 
 import torch
 from megatron.core.extensions import transformer_engine as te
@@ -12,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_sse.config.schema import RotaryScaling
 from megatron_sse.parallel.layout import TokenLayout
 from megatron_sse.parallel.routes import reroute
 from megatron_sse.parallel.zigzag import ZigzagLayout
@@ -33,11 +35,12 @@ class SoftmaxAttention(SelfAttention):
         window: int | None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        rotary_scaling: RotaryScaling | None = None,
     ):
         config = copy.copy(config)
         config.window_size = None if window is None else (window - 1, 0)
         super().__init__(config, submodules, layer_number, AttnMaskType.causal, cp_comm_type, pg_collection)
-        self.rotary_base = rotary_base
+        self.rotary_base, self.rotary_scaling = rotary_base, rotary_scaling
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None, packed_seq_params: TokenLayout, **unused
@@ -64,10 +67,25 @@ class SoftmaxAttention(SelfAttention):
 
     def _rotary_angles(self, position_BL: Tensor) -> Tensor:
         """Angles [L, B, 1, head dim], fp32."""
-        head_dim = self.hidden_size_per_attention_head
-        exponent = torch.arange(0, head_dim, 2, device=position_BL.device, dtype=torch.float32) / head_dim
-        angles = position_BL.t()[:, :, None, None] * self.rotary_base**-exponent
+        frequencies = rotary_frequencies(
+            self.hidden_size_per_attention_head, self.rotary_base, self.rotary_scaling, position_BL.device
+        )
+        angles = position_BL.t()[:, :, None, None] * frequencies
         return torch.cat((angles, angles), dim=-1)
+
+
+def rotary_frequencies(
+    head_dim: int, base: float, scaling: RotaryScaling | None = None, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Radians per token, fp32 [head_dim / 2]."""
+    frequencies = base ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    if scaling is None:
+        return frequencies
+    if scaling.original_length is None:
+        return frequencies / scaling.factor
+    turns = scaling.original_length / (2 * math.pi) * frequencies
+    kept = ((turns - scaling.low_turns) / (scaling.high_turns - scaling.low_turns)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
 class TorchAttention(torch.nn.Module):

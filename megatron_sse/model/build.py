@@ -132,7 +132,11 @@ def layer_spec(kind: str, model: ModelConfig, backend: Backend, hand_off: HandOf
 def _softmax_spec(model: ModelConfig, backend: Backend) -> ModuleSpec:
     return ModuleSpec(
         module=SoftmaxAttention,
-        params={"rotary_base": model.softmax.rotary_base, "window": model.softmax.window},
+        params={
+            "rotary_base": model.softmax.rotary_base,
+            "rotary_scaling": model.softmax.rotary_scaling,
+            "window": model.softmax.window,
+        },
         submodules=SelfAttentionSubmodules(
             linear_qkv=backend.column_parallel_linear,
             core_attention=backend.core_attention,

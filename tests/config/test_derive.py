@@ -17,6 +17,7 @@ MODELS = [
     "",
     "model.sse.recurrence=gdn model.sse.num_value_heads=4",
     "model.layers=[sse,gla,gdn,2*gla,softmax] model.softmax.qk_norm=true model.softmax.num_kv_heads=2",
+    "model.softmax.qkv_bias=true model.softmax.num_kv_heads=1",
     "model.sse.key_map=one_minus_decay model.sse.short_convolution=4 model.softmax.head_dim=24",
     "model.sse.decay=none model.sse.output_gate=false model.tie_embeddings=true model.sse.value_head_dim=16",
     "model.sse.num_partitions=0 model.sse.short_convolution=4 model.ffn_hidden_size=100",

@@ -254,6 +254,11 @@ WRONG_OVERRIDES = {
     "allowed 0.0 while parallel.context is above 1",
     "parallel.context=2 model.transformer.softmax_type=learnable": "model.transformer.softmax_type: got 'learnable', "
     "allowed vanilla while parallel.context is above 1",
+    "model.transformer.add_qkv_bias=true": "model.transformer.add_qkv_bias: got true, "
+    "allowed nothing: use model.softmax.qkv_bias",
+    "model.softmax.rotary_scaling.factor=0.5": "model.softmax.rotary_scaling.factor: got 0.5, allowed at least 1.0",
+    "model.softmax.rotary_scaling.factor=8 model.softmax.rotary_scaling.low_turns=4": "model.softmax.rotary_scaling."
+    "low_turns: got 4.0, allowed less than model.softmax.rotary_scaling.high_turns 4.0",
     "data.corpus=python_stdlib model.vocab_size=256": "model.vocab_size: got 256, allowed 257 "
     "(256 byte values and the end of a document) with data.corpus",
 }
