@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from megatron_sse.kernels.banks import BankInputs
 from megatron_sse.kernels.gdn import l2_normalize
 from megatron_sse.kernels.routing import Routes
-from megatron_sse.kernels.sse import BankInputs
 
 
 def decode_step(

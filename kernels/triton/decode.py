@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_sse.kernels.banks import BankInputs
 from megatron_sse.kernels.routing import Routes
-from megatron_sse.kernels.sse import BankInputs
 
 OPTIONS = {"num_warps": 4}
 
