@@ -132,29 +132,16 @@ def decode_kernel(
     # The first bank's state of this head; the next bank's lies HV states further.
     state_ptr = states_ptr + (slot * B * HV + head) * K * V
     b_q, b_k, decay, beta = _load_token(q1_ptr, k1_ptr, g1_ptr, beta1_ptr, token, head, H, HV, K, DELTA, BLOCK_K)
-    b_o = _write_and_read(
-        state_ptr, cell, inside, b_q, b_k, decay, beta, b_v, 1.0, 1.0, K, DELTA, WRITES=True, BEFORE_NORM=False
-    )
+    b_o = _write_and_read(state_ptr, cell, inside, b_q, b_k, decay, beta, b_v, 1.0, 1.0, K, DELTA, True, False)
     if P > 0:
         b_q, b_k, decay, beta = _load_token(q2_ptr, k2_ptr, g2_ptr, beta2_ptr, token, head, H, HV, K, DELTA, BLOCK_K)
     for pick in tl.static_range(P):
-        bank = 1 + tl.load(bank_ptr + token * P + pick)
+        picked_ptr = state_ptr + (1 + tl.load(bank_ptr + token * P + pick)) * HV * K * V
         weight = tl.load(weight_ptr + token * P + pick).to(tl.float32)
+        write = weight if WEIGHT_WRITES else 1.0
+        read = weight if WEIGHT_READS else 1.0
         b_picked = _write_and_read(
-            state_ptr + bank * HV * K * V,
-            cell,
-            inside,
-            b_q,
-            b_k,
-            decay,
-            beta,
-            b_v,
-            weight if WEIGHT_WRITES else 1.0,
-            weight if WEIGHT_READS else 1.0,
-            K,
-            DELTA,
-            WRITES=pick < WRITERS,
-            BEFORE_NORM=BEFORE_NORM,
+            picked_ptr, cell, inside, b_q, b_k, decay, beta, b_v, write, read, K, DELTA, pick < WRITERS, BEFORE_NORM
         )
         if pick < READERS:
             b_o += b_picked

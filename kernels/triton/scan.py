@@ -66,6 +66,29 @@ def scan_decay_kernel(
 
 
 @triton.jit
+def _begin(
+    initial_ptr,
+    to_ptr,
+    column,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+):
+    """Write columns of the state that enters a segment."""
+    for row_start in range(0, KEY_DIM, BLOCK_K):
+        row = row_start + tl.arange(0, BLOCK_K)
+        cell = row[:, None] * VALUE_DIM + column
+        inside = (row < KEY_DIM)[:, None] & (column < VALUE_DIM)
+        if HAS_INITIAL:
+            b_state = tl.load(initial_ptr + cell, mask=inside, other=0.0)
+        else:
+            b_state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+        tl.store(to_ptr + cell, b_state, mask=inside)
+
+
+@triton.jit
 def scan_matrix_kernel(
     transition_ptr,
     increment_ptr,
@@ -101,16 +124,7 @@ def scan_matrix_kernel(
         to_ptr = entering_ptr + (start * num_heads + head) * size
     else:
         to_ptr = final_ptr + own
-    for row_start in range(0, KEY_DIM, BLOCK_K):
-        row = row_start + key
-        cell = row[:, None] * VALUE_DIM + column
-        inside = (row < KEY_DIM)[:, None] & (column < VALUE_DIM)
-        if HAS_INITIAL:
-            b_state = tl.load(initial_ptr + own + cell, mask=inside, other=0.0)
-        else:
-            b_state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-        tl.store(to_ptr + cell, b_state, mask=inside)
-
+    _begin(initial_ptr + own, to_ptr, column, KEY_DIM, VALUE_DIM, BLOCK_K, BLOCK_V, HAS_INITIAL)
     # Not pipelined: a step reads what the one before it stored.
     for i in tl.range(0, count, num_stages=1):
         # What other threads of this program stored is read next.
