@@ -6,42 +6,67 @@ Every operator takes the same inputs first (R rows, T tokens, H key heads, HV va
     writes_R, write_R, read_R: fp32, by row; they multiply the log decays, what is written, and the outputs.
     row_R, token_R: int32; chunk_start_G, chunk_end_G, piece_start_M, piece_end_M, chunk_M: int64; see rows.Rows.
     num_tokens: chunks and pieces that start at this position or later belong to partitions.
-States and their gradients are fp32; q, k, v, outputs and what passes between kernels have v's dtype.
+All are contiguous. States and their gradients are fp32; q, k, v, outputs and what passes between kernels have v's dtype.
 """
+
+import math
 
 import torch
 import triton
 from torch import Tensor
 
+from megatron_sse.kernels.triton.gla_backward import gla_inter_kernel, gla_states_kernel, gla_values_kernel
 from megatron_sse.kernels.triton.gla_forward import gla_output_kernel, gla_prepare_kernel, gla_summarize_kernel
+from megatron_sse.kernels.triton.gla_intra import gla_intra_kernel
+from megatron_sse.kernels.triton.gla_steep import gla_steep_scores_kernel
 from megatron_sse.kernels.triton.rows import CHUNK_SIZE
 
 # Per kernel: the largest blocks of K and V (None: all of it), warps and stages, for 16-bit inputs and for fp32.
 _TILES = {
-    gla_summarize_kernel: ((64, 128, 4, 2), (64, 64, 4, 2)),
+    gla_summarize_kernel: ((64, 128, 8, 2), (64, 64, 8, 1)),
     gla_prepare_kernel: ((64, None, 4, 1), (32, None, 4, 1)),
+    gla_steep_scores_kernel: ((32, None, 8, 1), (32, None, 8, 1)),
     gla_output_kernel: ((None, 64, 4, 2), (None, 32, 4, 1)),
+    gla_states_kernel: ((64, 128, 4, 2), (64, 64, 8, 1)),
+    gla_inter_kernel: ((64, None, 8, 2), (32, None, 8, 1)),
+    gla_values_kernel: ((None, 64, 4, 2), (None, 32, 8, 1)),
+    gla_intra_kernel: ((64, None, 8, 1), (32, None, 8, 1)),
 }
+# Kernels whose programs walk over all blocks of K themselves.
+_WITH_ALL_BLOCKS = (gla_prepare_kernel, gla_steep_scores_kernel)
+# Kernels that exist twice, and the constant that tells them apart.
+_VARIANTS = {gla_summarize_kernel: "REVERSE", gla_intra_kernel: "STEEP"}
 # Sums of log decays above minus this many may be exponentiated with either sign: fp16 overflows, fp32 loses digits.
 _MILD = {torch.bfloat16: 40.0, torch.float16: 6.0, torch.float32: 8.0}
-_INT32 = ("row_ptr", "token_ptr")
-_INT64 = ("chunk_start_ptr", "chunk_end_ptr", "piece_start_ptr", "piece_end_ptr", "chunk_ptr")
-_FLOAT32 = ("g1_ptr", "g2_ptr", "writes_ptr", "write_ptr", "read_ptr", "factor_ptr", "transition_ptr", "state_ptr")
-_FLOAT32 += ("entering_ptr", "decay_ptr")
+_POINTERS = {
+    "*i32": ("row", "token", "steep"),
+    "*i64": ("chunk_start", "chunk_end", "piece_start", "piece_end", "chunk"),
+    "*fp32": (
+        *("g1", "g2", "grad_g", "writes", "write", "read", "factor", "decay", "through"),
+        *("transition", "state", "entering", "grad_leaving", "read_partial", "write_partial"),
+    ),
+}
 
 
-def _configure(kernel, key_dim: int, value_dim: int, dtype: torch.dtype, reverse: bool = False) -> tuple[dict, dict]:
+def _configure(
+    kernel, key_dim: int, value_dim: int, groups: int, dtype: torch.dtype, variant: bool
+) -> tuple[dict, dict]:
     """A kernel's constants, and its warps and stages."""
     block_k, block_v, num_warps, num_stages = _TILES[kernel][dtype == torch.float32]
     constants = {
-        "SCALE": key_dim**-0.5 if reverse or kernel is not gla_summarize_kernel else 1.0,
+        # Queries are scaled, keys are not.
+        "SCALE": 1.0 if kernel is gla_summarize_kernel and not variant else key_dim**-0.5,
         "K": key_dim,
         "V": value_dim,
+        "GROUPS": groups,
         "BLOCK_K": _block(key_dim, block_k),
         "BLOCK_V": _block(value_dim, block_v),
         "CHUNK": CHUNK_SIZE,
         "MILD": _MILD[dtype],
-        "REVERSE": reverse,
+        "REVERSE": variant,
+        "STEEP": variant,
+        # Three products of tf32 are as exact as fp32 and run on tensor cores; plain fp32 spills kilobytes.
+        "PRECISION": "tf32x3" if dtype == torch.float32 else "ieee",
     }
     used = {name: value for name, value in constants.items() if name in kernel.arg_names}
     return used, {"num_warps": num_warps, "num_stages": num_stages}
@@ -55,124 +80,182 @@ def _block(dim: int, largest: int | None) -> int:
 def compile_cases() -> list[tuple]:
     """What is compiled ahead: (kernel, signature, constants, options), as the operators launch them."""
     cases = []
-    for dtype, name in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
+    types = {f"{name}_ptr": kind for kind, names in _POINTERS.items() for name in names}
+    for dtype, inputs in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
         for dim in (64, 128, 256):
             for kernel in _TILES:
-                for reverse in (False, True) if kernel is gla_summarize_kernel else (False,):
-                    constants, options = _configure(kernel, dim, dim, dtype, reverse)
-                    signature = {x: _type(x, constants, name) for x in kernel.arg_names}
+                for variant in (False, True) if kernel in _VARIANTS else (False,):
+                    constants, options = _configure(kernel, dim, dim, 1, dtype, variant)
+                    types_of_rest = {name: "constexpr" if name in constants else "i32" for name in kernel.arg_names}
+                    signature = {
+                        name: types.get(name, inputs) if name.endswith("_ptr") else types_of_rest[name]
+                        for name in kernel.arg_names
+                    }
                     cases.append((kernel, signature, constants, options))
     return cases
 
 
-def _type(argument: str, constants: dict, inputs: str) -> str:
-    if argument in constants:
-        return "constexpr"
-    if not argument.endswith("_ptr"):
-        return "i32"
-    known = dict.fromkeys(_INT32, "*i32") | dict.fromkeys(_INT64, "*i64") | dict.fromkeys(_FLOAT32, "*fp32")
-    return known.get(argument, inputs)
+def _configure_for(kernel, x: dict, variant: bool = False) -> tuple[dict, dict]:
+    num_heads, key_dim = x["q1"].shape[1:]
+    num_value_heads, value_dim = x["v"].shape[1:]
+    return _configure(kernel, key_dim, value_dim, num_value_heads // num_heads, x["v"].dtype, variant)
 
 
-@torch.library.custom_op("megatron_sse::gla_summarize", mutates_args=())
-def gla_summarize(
-    q1: Tensor,
-    k1: Tensor,
-    g1: Tensor,
-    q2: Tensor,
-    k2: Tensor,
-    g2: Tensor,
-    v: Tensor,
-    writes_R: Tensor,
-    write_R: Tensor,
-    read_R: Tensor,
-    row_R: Tensor,
-    token_R: Tensor,
-    chunk_start_G: Tensor,
-    chunk_end_G: Tensor,
-    piece_start_M: Tensor,
-    piece_end_M: Tensor,
-    chunk_M: Tensor,
-    num_tokens: int,
-) -> tuple[Tensor, Tensor]:
+def _count_blocks(constants: dict) -> int:
+    """How many programs share a head's state: blocks of K times blocks of V."""
+    return math.prod(triton.cdiv(constants[dim], constants[f"BLOCK_{dim}"]) for dim in "KV" if dim in constants)
+
+
+def _launch(kernel, places: int, x: dict[str, Tensor | int], variant: bool = False) -> None:
+    """Launch over `places` (chunks or pieces) times blocks, and heads; arguments are taken from `x` by name."""
+    constants, options = _configure_for(kernel, x, variant)
+    blocks = 1 if kernel in _WITH_ALL_BLOCKS else _count_blocks(constants)
+    heads = {"num_heads": x["q1"].shape[1], "num_value_heads": x["v"].shape[1]}
+    x = x | heads
+    arguments = {name: x[name.removesuffix("_ptr")] for name in kernel.arg_names if name not in constants}
+    num_heads = max(count for name, count in heads.items() if name in arguments)
+    kernel[places * blocks, num_heads](**arguments, **constants, **options)
+
+
+_INPUTS = (
+    *("q1", "k1", "g1", "q2", "k2", "g2", "v", "writes", "write", "read", "row", "token"),
+    *("chunk_start", "chunk_end", "piece_start", "piece_end", "chunk", "num_tokens"),
+)
+_SCHEMA = ", ".join(f"Tensor {name}" for name in _INPUTS[:-1]) + ", SymInt num_tokens"
+
+
+def _named(inputs: tuple) -> dict[str, Tensor | int]:
+    return dict(zip(_INPUTS, inputs, strict=True))
+
+
+def _empty_states(x: dict) -> Tensor:
+    """fp32 [M, HV, K, V]."""
+    shape = (x["piece_start"].shape[0], x["v"].shape[1], x["q1"].shape[2], x["v"].shape[2])
+    return x["v"].new_empty(shape, dtype=torch.float32)
+
+
+def _empty_summary(*inputs) -> tuple[Tensor, Tensor]:
+    increment = _empty_states(_named(inputs))
+    return increment.new_empty(*increment.shape[:-1], 1), increment
+
+
+@torch.library.custom_op("megatron_sse::gla_summarize", mutates_args=(), schema=f"({_SCHEMA}) -> (Tensor, Tensor)")
+def gla_summarize(*inputs):
     """What each piece does to the state that enters it: transition [M, HV, K, 1] and increment [M, HV, K, V]."""
-    num_pieces, num_heads, key_dim = piece_start_M.shape[0], *k1.shape[1:]
-    num_value_heads, value_dim = v.shape[1:]
-    transition = v.new_empty(num_pieces, num_value_heads, key_dim, 1, dtype=torch.float32)
-    increment = v.new_empty(num_pieces, num_value_heads, key_dim, value_dim, dtype=torch.float32)
-    constants, options = _configure(gla_summarize_kernel, key_dim, value_dim, v.dtype)
-    blocks = triton.cdiv(key_dim, constants["BLOCK_K"]) * triton.cdiv(value_dim, constants["BLOCK_V"])
-    tables = (row_R, token_R, piece_start_M, piece_end_M)
-    gla_summarize_kernel[num_pieces * blocks, num_value_heads](
-        *(k1, k2, g1, g2, v, writes_R, write_R, *tables, transition, increment),
-        *(num_tokens, num_heads, num_value_heads),
-        **constants,
-        **options,
-    )
+    x = _named(inputs)
+    transition, increment = _empty_summary(*inputs)
+    x |= {"x1": x["k1"], "x2": x["k2"], "y": x["v"], "factor": x["write"], "transition": transition, "state": increment}
+    _launch(gla_summarize_kernel, len(increment), x)
     return transition, increment
 
 
-@gla_summarize.register_fake
-def _(q1, k1, g1, q2, k2, g2, v, writes_R, write_R, read_R, row_R, token_R, *tables):
-    num_pieces, num_value_heads, value_dim, key_dim = tables[2].shape[0], *v.shape[1:], k1.shape[2]
-    transition = v.new_empty(num_pieces, num_value_heads, key_dim, 1, dtype=torch.float32)
-    return transition, v.new_empty(num_pieces, num_value_heads, key_dim, value_dim, dtype=torch.float32)
+gla_summarize.register_fake(_empty_summary)
 
 
-@torch.library.custom_op("megatron_sse::gla_attend", mutates_args=())
-def gla_attend(
-    q1: Tensor,
-    k1: Tensor,
-    g1: Tensor,
-    q2: Tensor,
-    k2: Tensor,
-    g2: Tensor,
-    v: Tensor,
-    writes_R: Tensor,
-    write_R: Tensor,
-    read_R: Tensor,
-    row_R: Tensor,
-    token_R: Tensor,
-    chunk_start_G: Tensor,
-    chunk_end_G: Tensor,
-    piece_start_M: Tensor,
-    piece_end_M: Tensor,
-    chunk_M: Tensor,
-    num_tokens: int,
-    entering_M: Tensor,
-) -> Tensor:
+@torch.library.custom_op(
+    "megatron_sse::gla_summarize_backward", mutates_args=(), schema=f"({_SCHEMA}, Tensor grad_o) -> Tensor"
+)
+def gla_summarize_backward(*inputs):
+    """Gradient [M, HV, K, V] of the states that enter the pieces, from grad_o [R, HV, V] of each piece alone."""
+    *inputs, grad_o = inputs
+    x = _named(inputs)
+    grad_entering = _empty_states(x)
+    x |= {"x1": x["q1"], "x2": x["q2"], "y": grad_o.contiguous(), "factor": x["read"]}
+    x |= {"transition": grad_entering, "state": grad_entering}
+    _launch(gla_summarize_kernel, len(grad_entering), x, variant=True)
+    return grad_entering
+
+
+gla_summarize_backward.register_fake(lambda *inputs: _empty_states(_named(inputs[:-1])))
+
+
+@torch.library.custom_op("megatron_sse::gla_attend", mutates_args=(), schema=f"({_SCHEMA}, Tensor entering) -> Tensor")
+def gla_attend(*inputs):
     """Outputs [R, HV, V] by row, given the states [M, HV, K, V] that enter the pieces."""
-    banks = (q1, k1, g1, q2, k2, g2)
-    query, key, scores, decay = _prepare(banks, v, writes_R, row_R, token_R, chunk_start_G, chunk_end_G, num_tokens)
-    num_value_heads, value_dim = v.shape[1:]
-    o = v.new_empty(row_R.shape[0], num_value_heads, value_dim)
-    constants, options = _configure(gla_output_kernel, q1.shape[2], value_dim, v.dtype)
-    tables = (row_R, token_R, piece_start_M, piece_end_M, chunk_M)
-    grid = (piece_start_M.shape[0] * triton.cdiv(value_dim, constants["BLOCK_V"]), num_value_heads)
-    gla_output_kernel[grid](
-        *(query, key, scores, decay, v, write_R, read_R, *tables, entering_M.contiguous(), o),
-        *(q1.shape[1], num_value_heads),
-        **constants,
-        **options,
-    )
+    *inputs, entering = inputs
+    x = _prepare(_named(inputs))
+    o = _empty_rows(x, x["v"])
+    _launch(gla_output_kernel, len(entering), x | {"entering": entering.contiguous(), "o": o})
     return o
 
 
 @gla_attend.register_fake
-def _(q1, k1, g1, q2, k2, g2, v, writes_R, *rest):
-    return v.new_empty(writes_R.shape[0], *v.shape[1:])
+def _(*inputs):
+    x = _named(inputs[:-1])
+    return _empty_rows(x, x["v"])
 
 
-def _prepare(banks, v, writes_R, row_R, token_R, chunk_start_G, chunk_end_G, num_tokens):
-    """Decayed queries and keys [R, H, K] and scores [R, H, C] by position, in v's dtype; decays [G, H, K] of chunks."""
-    num_heads, key_dim = banks[0].shape[1:]
-    num_rows, num_chunks = row_R.shape[0], chunk_start_G.shape[0]
-    query, key = (v.new_empty(num_rows, num_heads, key_dim) for _ in range(2))
-    scores = v.new_empty(num_rows, num_heads, CHUNK_SIZE)
-    decay = v.new_empty(num_chunks, num_heads, key_dim, dtype=torch.float32)
-    constants, options = _configure(gla_prepare_kernel, key_dim, v.shape[2], v.dtype)
-    tables = (row_R, token_R, chunk_start_G, chunk_end_G)
-    gla_prepare_kernel[num_chunks, num_heads](
-        *(*banks, writes_R, *tables, query, key, scores, decay), num_tokens, num_heads, **constants, **options
-    )
-    return query, key, scores, decay
+def _empty_rows(x: dict, like: Tensor) -> Tensor:
+    """[R, ...] for a [T, ...]."""
+    return like.new_empty(x["row"].shape[0], *like.shape[1:])
+
+
+def _prepare(x: dict) -> dict:
+    """Adds decayed queries and keys [R, H, K] and scores [R, H, C] by position, the chunks' decays [G, H, K] and
+    whether they are steep, int32 [G, H]."""
+    num_rows, num_chunks = x["row"].shape[0], x["chunk_start"].shape[0]
+    num_heads, key_dim = x["q1"].shape[1:]
+    new_empty = x["v"].new_empty
+    x = x | {
+        "query": new_empty(num_rows, num_heads, key_dim),
+        "key": new_empty(num_rows, num_heads, key_dim),
+        "scores": new_empty(num_rows, num_heads, CHUNK_SIZE),
+        "decay": new_empty(num_chunks, num_heads, key_dim, dtype=torch.float32),
+        "steep": new_empty(num_chunks, num_heads, dtype=torch.int32),
+    }
+    _launch(gla_prepare_kernel, num_chunks, x)
+    _launch(gla_steep_scores_kernel, num_chunks, x)
+    return x
+
+
+@torch.library.custom_op(
+    "megatron_sse::gla_attend_backward",
+    mutates_args=(),
+    schema=f"({_SCHEMA}, Tensor entering, Tensor grad_o, Tensor grad_leaving)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def gla_attend_backward(*inputs):
+    """Gradients by row: q, k, g [R, H, K], v [R, HV, V], write, read [R].
+
+    Given the states [M, HV, K, V] that enter the pieces, grad_o [R, HV, V] and the whole gradient of the states that
+    leave the pieces [M, HV, K, V].
+    """
+    *inputs, entering, grad_o, grad_leaving = inputs
+    x = _prepare(_named(inputs))
+    x |= {"entering": entering.contiguous(), "grad_o": grad_o.contiguous(), "grad_leaving": grad_leaving.contiguous()}
+    grads = dict(zip(("grad_q", "grad_k", "grad_g", "grad_v"), _empty_gradients(*inputs), strict=True))
+    num_pieces, num_chunks, num_rows = len(entering), x["chunk_start"].shape[0], x["row"].shape[0]
+    num_value_heads, value_dim, key_dim = *x["v"].shape[1:], x["q1"].shape[2]
+    new_empty = x["v"].new_empty
+
+    write_partial = new_empty(num_rows, num_value_heads, _count_blocks(_configure_for(gla_values_kernel, x)[0]), dtype=torch.float32)
+    _launch(gla_values_kernel, num_pieces, x | grads | {"write_partial": write_partial})
+
+    x["chunk_states"] = new_empty(num_chunks, num_value_heads, key_dim, value_dim)
+    _launch(gla_states_kernel, num_pieces, x)
+    del x["key"]
+
+    read_partial = new_empty(num_rows, num_value_heads, _count_blocks(_configure_for(gla_inter_kernel, x)[0]), dtype=torch.float32)
+    inner = {
+        "grad_query": new_empty(num_rows, num_value_heads, key_dim),
+        "grad_key": new_empty(num_rows, num_value_heads, key_dim),
+        "grad_scores": new_empty(num_rows, num_value_heads, CHUNK_SIZE),
+        "through": new_empty(num_chunks, num_value_heads, key_dim, dtype=torch.float32),
+    }
+    _launch(gla_inter_kernel, num_pieces, x | inner | {"read_partial": read_partial})
+    del x["query"], x["scores"], x["chunk_states"]
+
+    for steep in (False, True):
+        _launch(gla_intra_kernel, num_chunks, x | inner | grads, variant=steep)
+    return *grads.values(), write_partial.sum((1, 2)), read_partial.sum((1, 2))
+
+
+def _empty_gradients(*inputs) -> tuple[Tensor, ...]:
+    x = _named(inputs)
+    return tuple(_empty_rows(x, x[name]) for name in ("q1", "k1", "g1", "v"))
+
+
+@gla_attend_backward.register_fake
+def _(*inputs):
+    x = _named(inputs[:-3])
+    return *_empty_gradients(*inputs[:-3]), torch.empty_like(x["write"]), torch.empty_like(x["read"])

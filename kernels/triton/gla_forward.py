@@ -11,7 +11,6 @@ import triton.language as tl
 from megatron_sse.kernels.triton.gla_tiles import (
     load_log_decays,
     load_rows,
-    pairs_across,
     pairs_inside,
     state_offsets,
     store_rows,
@@ -45,6 +44,7 @@ def gla_summarize_kernel(
     BLOCK_V: tl.constexpr,
     CHUNK: tl.constexpr,
     REVERSE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """State <- exp(sum g) state + decayed x^T (factor y), from zero over a piece's chunks; a tile of one head's state.
 
@@ -90,7 +90,7 @@ def gla_summarize_kernel(
         b_sum += b_total
         b_y = (b_y.to(tl.float32) * factor_C[:, None]).to(y_ptr.dtype.element_ty)
         b_x = b_x.to(y_ptr.dtype.element_ty)
-        b_state = tl.dot(tl.trans(b_x), b_y, b_state * tl.exp(b_total)[:, None], input_precision="ieee")
+        b_state = tl.dot(tl.trans(b_x), b_y, b_state * tl.exp(b_total)[:, None], input_precision=PRECISION)
 
     offset_KV, mask_KV = state_offsets(piece, head, num_value_heads, dim_K, dim_V, K, V)
     tl.store(state_ptr + offset_KV, b_state, mask=mask_KV)
@@ -116,6 +116,7 @@ def gla_prepare_kernel(
     key_ptr,
     scores_ptr,
     decay_ptr,
+    steep_ptr,
     num_tokens,
     num_heads,
     SCALE: tl.constexpr,
@@ -123,8 +124,10 @@ def gla_prepare_kernel(
     BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr,
     MILD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """A chunk of one key head: decayed queries, keys [.., H, K] and scores [.., H, C] by position; its decay [G, H, K]."""
+    """A chunk of one key head: decayed queries and keys [.., H, K] and scores [.., H, C] by position, its decay
+    [G, H, K], and whether it is steep [G, H]: it forgets more than exp(-MILD), and its scores are not valid."""
     chunk, head = tl.program_id(0), tl.program_id(1)
     start, end = tl.load(chunk_start_ptr + chunk), tl.load(chunk_end_ptr + chunk)
     if end <= start:
@@ -136,55 +139,30 @@ def gla_prepare_kernel(
     valid_C = position_C < end
     token_C = tl.load(token_ptr + position_C, mask=valid_C, other=0)
 
+    dtype = query_ptr.dtype.element_ty
     b_scores = tl.zeros([CHUNK, CHUNK], tl.float32)
+    lowest = 0.0
     for first in range(0, K, BLOCK_K):
         dim_K = first + tl.arange(0, BLOCK_K)
-        b_q = load_rows(q_ptr, token_C, valid_C, head, num_heads, dim_K, K).to(tl.float32) * SCALE
-        b_k = load_rows(k_ptr, token_C, valid_C, head, num_heads, dim_K, K).to(tl.float32)
-        b_g = load_log_decays(g_ptr, writes_ptr, row_ptr, token_ptr, position_C, end, head, num_heads, dim_K, K)
         b_next = load_log_decays(g_ptr, writes_ptr, row_ptr, token_ptr, position_C + 1, end, head, num_heads, dim_K, K)
-        b_sum = sum_from_start(b_g, CHUNK)
-        store_rows(query_ptr, position_C, valid_C, head, num_heads, dim_K, K, b_q * tl.exp(b_sum))
+        b_k = load_rows(k_ptr, token_C, valid_C, head, num_heads, dim_K, K).to(tl.float32)
         b_key = b_k * tl.exp(sum_to_end(b_next, CHUNK))
         store_rows(key_ptr, position_C, valid_C, head, num_heads, dim_K, K, b_key)
-        offset_K = (chunk.to(tl.int64) * num_heads + head) * K + dim_K
-        tl.store(decay_ptr + offset_K, tl.exp(tl.sum(b_g, 0)), mask=dim_K < K)
-        if tl.min(b_sum) > -MILD:
-            b_block = _product(b_q * tl.exp(b_sum), b_k * tl.exp(-b_sum), query_ptr.dtype.element_ty)
-            b_scores += tl.where(pairs_inside(CHUNK, CHUNK), b_block, 0.0)
-        else:
-            b_scores += _scores_of_any_decay(b_q, b_k, b_g, b_next, query_ptr.dtype.element_ty, MILD, CHUNK)
+
+        b_g = load_log_decays(g_ptr, writes_ptr, row_ptr, token_ptr, position_C, end, head, num_heads, dim_K, K)
+        b_sum = sum_from_start(b_g, CHUNK)
+        b_q = load_rows(q_ptr, token_C, valid_C, head, num_heads, dim_K, K).to(tl.float32) * SCALE
+        b_query = (b_q * tl.exp(b_sum)).to(dtype)
+        store_rows(query_ptr, position_C, valid_C, head, num_heads, dim_K, K, b_query)
+        total_K = tl.sum(b_g, 0)
+        tl.store(decay_ptr + (chunk.to(tl.int64) * num_heads + head) * K + dim_K, tl.exp(total_K), mask=dim_K < K)
+        lowest = tl.minimum(lowest, tl.min(total_K, 0))
+
+        b_grown = (b_k * tl.exp(tl.minimum(-b_sum, MILD))).to(dtype)
+        b_scores = tl.dot(b_query, tl.trans(b_grown), b_scores, input_precision=PRECISION)
+    b_scores = tl.where(pairs_inside(CHUNK, CHUNK), b_scores, 0.0)
     store_rows(scores_ptr, position_C, valid_C, head, num_heads, tl.arange(0, CHUNK), CHUNK, b_scores)
-
-
-@triton.jit
-def _product(b_q, b_k, dtype: tl.constexpr):
-    return tl.dot(b_q.to(dtype), tl.trans(b_k.to(dtype)), input_precision="ieee")
-
-
-@triton.jit
-def _scores_of_any_decay(b_q, b_k, b_g, b_next, dtype: tl.constexpr, MILD: tl.constexpr, C: tl.constexpr):
-    """Scores [C, C]: blocks joined in pairs, q decayed from the border between them and k to it; down to blocks of 16
-    rows, or further where one of them forgets more than exp(-MILD)."""
-    b_scores = _scores_across(b_q, b_k, b_g, b_next, dtype, C, 32) + _scores_across(
-        b_q, b_k, b_g, b_next, dtype, C, 16
-    )
-    b_sum = sum_from_start(b_g, 16)
-    if tl.min(b_sum) > -MILD:
-        b_block = _product(b_q * tl.exp(b_sum), b_k * tl.exp(-b_sum), dtype)
-        b_scores += tl.where(pairs_inside(C, 16), b_block, 0.0)
-    else:
-        for level in tl.static_range(4):
-            b_scores += _scores_across(b_q, b_k, b_g, b_next, dtype, C, 8 >> level)
-        b_scores += tl.where(pairs_inside(C, 1), tl.sum(b_q * b_k, 1)[:, None], 0.0)
-    return b_scores
-
-
-@triton.jit
-def _scores_across(b_q, b_k, b_g, b_next, dtype: tl.constexpr, C: tl.constexpr, HALF: tl.constexpr):
-    """Scores of the rows in the later half of each block of 2 HALF rows with those in the earlier half."""
-    b_late, b_early = b_q * tl.exp(sum_from_start(b_g, HALF)), b_k * tl.exp(sum_to_end(b_next, HALF))
-    return tl.where(pairs_across(C, HALF), _product(b_late, b_early, dtype), 0.0)
+    tl.store(steep_ptr + chunk * num_heads + head, (lowest < -MILD).to(tl.int32))
 
 
 @triton.jit
@@ -210,6 +188,7 @@ def gla_output_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
     CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Outputs of a piece's rows, by row: read (decayed q state + scores (write v)); all K, a block of V."""
     blocks_v: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
@@ -239,7 +218,7 @@ def gla_output_kernel(
         b_decay = tl.load(decay_ptr + offset_K, mask=dim_K < K, other=0.0)
 
         b_v = (b_v.to(tl.float32) * write_C[:, None]).to(dtype)
-        b_o = tl.dot(b_query, b_state.to(dtype), input_precision="ieee")
-        b_o = tl.dot(b_scores, b_v, b_o, input_precision="ieee")
+        b_o = tl.dot(b_query, b_state.to(dtype), input_precision=PRECISION)
+        b_o = tl.dot(b_scores, b_v, b_o, input_precision=PRECISION)
         store_rows(o_ptr, row_C, valid_C, head, num_value_heads, dim_V, V, b_o * read_C[:, None])
-        b_state = tl.dot(tl.trans(b_key), b_v, b_state * b_decay[:, None], input_precision="ieee")
+        b_state = tl.dot(tl.trans(b_key), b_v, b_state * b_decay[:, None], input_precision=PRECISION)
