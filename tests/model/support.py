@@ -1,6 +1,6 @@
 """Small models and inputs for the tests of the model room."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,6 +87,22 @@ def draw_weights(module: torch.nn.Module, groups: ProcessGroupCollection) -> Non
                 shape[parameter.partition_dim] *= groups.tp.size()
             whole = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") * 0.3
             parameter.copy_(own_part(whole, parameter, groups.tp.rank(), groups.tp.size()))
+
+
+class Tensors:
+    """Tensors by name, as conversions read them."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]):
+        self.tensors = tensors
+
+    def keys(self) -> Iterable[str]:
+        return self.tensors.keys()
+
+    def shape(self, name: str) -> torch.Size:
+        return self.tensors[name].shape
+
+    def get(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
 
 
 def rms_error(ours: torch.Tensor, reference: torch.Tensor) -> float:

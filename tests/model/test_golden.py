@@ -11,10 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from megatron_sse.config import SSEConfig
-from megatron_sse.convert.hf_sse import mixer_from_hf, model_from_hf
+from megatron_sse.convert.layout import SSE_NAMES, mixer_links, model_links
+from megatron_sse.convert.links import to_ours
 from megatron_sse.model import build_model
 from megatron_sse.parallel.layout import TokenLayout
-from tests.model.support import cpu, make_mixer, rms_error, run_config
+from tests.model.support import HIDDEN, Tensors, cpu, make_mixer, rms_error, run_config
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 # The router's probabilities were rounded to fp32 in the golden data.
@@ -40,8 +41,9 @@ def test_layer(name: str, form: str, groups: ProcessGroupCollection) -> None:
         form=form,
     )
     mixer = make_mixer(groups, settings, recurrence)
-    weights = mixer_from_hf(_with_prefix(tensors, "param."), settings)
-    gradients = mixer_from_hf(_with_prefix(tensors, "grad."), settings)
+    links = list(mixer_links(settings, HIDDEN, recurrence, settings.num_partitions))
+    weights = dict(to_ours(links, Tensors(_with_prefix(tensors, "param."))))
+    gradients = dict(to_ours(links, Tensors(_with_prefix(tensors, "grad."))))
     parameters = dict(mixer.named_parameters())
     assert parameters.keys() == weights.keys()
     with torch.no_grad():
@@ -78,7 +80,8 @@ def test_model(groups: ProcessGroupCollection) -> None:
     }
     config = run_config(model, sequence_length=160)
     (chunk,) = build_model(config, groups, cpu())
-    weights = model_from_hf(load_file(GOLDEN / "hf_sse_gla" / "model.safetensors"), config.model.sse, 2)
+    theirs = Tensors(load_file(GOLDEN / "hf_sse_gla" / "model.safetensors"))
+    weights = dict(to_ours(model_links(config.model, SSE_NAMES), theirs))
     parameters = dict(chunk.named_parameters())
     assert parameters.keys() == weights.keys()
     with torch.no_grad():
