@@ -85,6 +85,7 @@ def _plan(kernel: Kernel, dims: Dims) -> tuple[dict, dict]:
         "BV": min(value_block, 64 if half else 32),
         "SCALE": dims.key_dim**-0.5,
         "PRECISION": "tf32x3" if half else "ieee",
+        "KEY_BLOCKS": triton.cdiv(dims.key_dim, 64),
         "STORE": False,
         "C": CHUNK_SIZE,
     }
@@ -98,6 +99,7 @@ PER_CHUNK = (
     gdn_forward.gdn_prepare_kernel,
     gdn_backward.gdn_scores_backward_kernel,
     gdn_backward.gdn_keys_backward_kernel,
+    gdn_backward.gdn_gates_backward_kernel,
 )
 PER_PIECE = (
     gdn_forward.gdn_summarize_kernel,
@@ -118,16 +120,19 @@ def _launch(kernel: Kernel, inputs: GdnInputs, num_tokens: int, store: bool = Fa
     named = {name.rpartition("_")[0] + "_ptr": x.contiguous() for name, x in (inputs._asdict() | tensors).items()}
     sizes = {"num_tokens": num_tokens, "num_rows": inputs.row_R.shape[0]}
     # A pointer that this variant does not touch is given any tensor.
-    arguments = {name: named.get(name, inputs.v_THV) for name in kernel.arg_names if name.endswith("_ptr")}
-    num_programs = dims.num_value_heads
-    if kernel in PER_CHUNK:
-        num_programs *= inputs.chunk_start_G.shape[0]
-    else:
+    named = {name: named.get(name, inputs.v_THV) for name in kernel.arg_names if name.endswith("_ptr")}
+    named |= {name: size for name, size in sizes.items() if name in kernel.arg_names}
+    blocks = 1
+    if kernel is gdn_backward.gdn_keys_backward_kernel:
+        blocks = triton.cdiv(dims.key_dim, constants["BK"])
+    if kernel in PER_PIECE:
         blocks = triton.cdiv(dims.value_dim, constants["BV"])
-        blocks += triton.cdiv(dims.key_dim, constants["BV"]) if kernel is gdn_forward.gdn_summarize_kernel else 0
-        num_programs *= inputs.piece_start_M.shape[0] * blocks
+    if kernel is gdn_forward.gdn_summarize_kernel:
+        blocks += triton.cdiv(dims.key_dim, constants["BV"])
+    spans = inputs.piece_start_M if kernel in PER_PIECE else inputs.chunk_start_G
+    num_programs = spans.shape[0] * dims.num_value_heads * blocks
     if num_programs:
-        kernel[(num_programs,)](**arguments, **sizes, **constants, **options)
+        kernel[(num_programs,)](**named, **constants, **options)
 
 
 @torch.library.custom_op("megatron_sse::gdn_prepare", mutates_args=())
@@ -228,6 +233,8 @@ def gdn_attend_backward(
     gates_4HR = tensors["gates_4HR"]
     tensors |= {"grad_scores_HRC": x.empty_rows(CHUNK_SIZE), "grad_met_HRC": x.empty_rows(CHUNK_SIZE)}
     tensors["grad_gates_2HR"] = gates_4HR.new_empty(2, *gates_4HR.shape[1:])
+    key_blocks = _plan(gdn_backward.gdn_gates_backward_kernel, dims)[0]["KEY_BLOCKS"]
+    tensors["sums_B5HR"] = gates_4HR.new_empty(key_blocks, 5, *gates_4HR.shape[1:])
     rows = x.row_R.shape[0]
     gradients = {"grad_q_RHK": x.q1_THK.new_empty(rows, dims.num_value_heads, dims.key_dim)}
     gradients["grad_k_RHK"] = x.k1_THK.new_empty(gradients["grad_q_RHK"].shape)
@@ -236,6 +243,7 @@ def gdn_attend_backward(
         gradients[f"grad_{name}_RH"] = gates_4HR.new_empty(rows, dims.num_value_heads)
     _launch(gdn_backward.gdn_scores_backward_kernel, x, num_tokens, **tensors, **gradients)
     _launch(gdn_backward.gdn_keys_backward_kernel, x, num_tokens, **tensors, **gradients)
+    _launch(gdn_backward.gdn_gates_backward_kernel, x, num_tokens, **tensors, **gradients)
 
     grad_q, grad_k, grad_v, grad_g, grad_beta, grad_write, grad_read = gradients.values()
     grad_q, grad_k = (_sum_groups(grad, dims.num_heads) for grad in (grad_q, grad_k))

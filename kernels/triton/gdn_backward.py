@@ -9,7 +9,14 @@ so that of beta k k^T P is -dx d^T below the diagonal.
 import triton
 import triton.language as tl
 
-from megatron_sse.kernels.triton.gdn_forward import load_gates, load_rows, load_tile, pair_decay, store_tile
+from megatron_sse.kernels.triton.gdn_forward import (
+    load_gate,
+    load_rows,
+    load_tile,
+    pair_decay,
+    store_gate,
+    store_tile,
+)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_rows"])
@@ -53,44 +60,45 @@ def gdn_states_backward_kernel(
     dtype = inverse_ptr.dtype.element_ty
     if start >= num_tokens:
         q1_ptr, k1_ptr = q2_ptr, k2_ptr
-    key, column, matrix = tl.arange(0, BK), block * BV + tl.arange(0, BV), (piece * HV + head).to(tl.int64)
+    within, key, column = tl.arange(0, C), tl.arange(0, BK), block * BV + tl.arange(0, BV)
+    state = (piece * HV + head).to(tl.int64) * K * V
     if STORE:
-        grad_state = load_tile(grad_leaving_ptr, matrix * K + key, key < K, column, V)
+        grad_state = load_tile(grad_leaving_ptr + state, key, key < K, column, V)
     else:
         grad_state = tl.zeros((BK, BV), dtype=tl.float32)
     num_chunks = tl.maximum(end - start + C - 1, 0) // C
     first_chunk = tl.load(chunk_ptr + piece).to(tl.int64)
     for done in range(0, num_chunks):
         first = start + (num_chunks - 1 - done) * C
-        place = first + tl.arange(0, C)
+        place = first + within
         valid = place < end
         row, token = load_rows(row_ptr, token_ptr, place, valid)
-        tile_row = head.to(tl.int64) * num_rows + place
+        sorted_row = head.to(tl.int64) * num_rows + first
         key_row = token * H + head // (HV // H)
         k = load_tile(k1_ptr, key_row, valid, key, K).to(dtype)
-        to_end = load_gates(gates_ptr, 3, head, place, valid, num_rows, HV)
+        to_end = load_gate(gates_ptr, 3, head, first, within, valid, num_rows, HV)
         grad_d = to_end[:, None] * tl.dot(k, grad_state.to(dtype), input_precision="ieee")
         grad_o = load_tile(grad_o_ptr, row * HV + head, valid, column, V).to(tl.float32)
         grad_o *= tl.load(read_ptr + row, mask=valid, other=0.0)[:, None]
-        scores = load_tile(scores_ptr, tile_row, valid, tl.arange(0, C), C)
+        scores = load_tile(scores_ptr + sorted_row * C, within, valid, within, C)
         grad_d = tl.dot(tl.trans(scores), grad_o.to(dtype), grad_d, input_precision="ieee")
-        inverse = load_tile(inverse_ptr, tile_row, valid, tl.arange(0, C), C)
+        inverse = load_tile(inverse_ptr + sorted_row * C, within, valid, within, C)
         grad_change = tl.dot(tl.trans(inverse), grad_d.to(dtype), input_precision="ieee")
         if STORE:
-            state_row = ((first_chunk + num_chunks - 1 - done) * HV + head) * K + key
-            store_tile(grad_states_ptr, state_row, key < K, column, grad_state, V)
-            store_tile(grad_change_ptr, tile_row, valid, column, grad_change, V)
+            state = ((first_chunk + num_chunks - 1 - done) * HV + head) * K * V
+            store_tile(grad_states_ptr + state, key, key < K, column, grad_state, V)
+            store_tile(grad_change_ptr + sorted_row * V, within, valid, column, grad_change, V)
 
-        beta = load_gates(gates_ptr, 1, head, place, valid, num_rows, HV)
-        from_start = load_gates(gates_ptr, 2, head, place, valid, num_rows, HV)
-        grad_state *= load_gates(gates_ptr, 2, head, tl.minimum(first + C, end) - 1, True, num_rows, HV)
+        beta = load_gate(gates_ptr, 1, head, first, within, valid, num_rows, HV)
+        from_start = load_gate(gates_ptr, 2, head, first, within, valid, num_rows, HV)
+        grad_state *= load_gate(gates_ptr, 2, head, tl.minimum(first + C, end), -1, True, num_rows, HV)
         q = load_tile(q1_ptr, key_row, valid, key, K).to(dtype)
         grad_o = ((SCALE * from_start)[:, None] * grad_o).to(dtype)
         grad_state = tl.dot(tl.trans(q), grad_o, grad_state, input_precision="ieee")
         grad_change = (-(beta * from_start)[:, None] * grad_change).to(dtype)
         grad_state = tl.dot(tl.trans(k), grad_change, grad_state, input_precision="ieee")
     if not STORE:
-        store_tile(grad_entering_ptr, matrix * K + key, key < K, column, grad_state, V)
+        store_tile(grad_entering_ptr + state, key, key < K, column, grad_state, V)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_rows"])
@@ -134,22 +142,23 @@ def gdn_scores_backward_kernel(
     dtype = d_ptr.dtype.element_ty
     if start >= num_tokens:
         k1_ptr = k2_ptr
-    place = start + tl.arange(0, C)
+    within = tl.arange(0, C)
+    place = start + within
     valid = place < end
     row, token = load_rows(row_ptr, token_ptr, place, valid)
-    tile_row = head.to(tl.int64) * num_rows + place
+    sorted_row = head.to(tl.int64) * num_rows + start
     write = tl.load(write_ptr + row, mask=valid, other=0.0)
-    beta = load_gates(gates_ptr, 1, head, place, valid, num_rows, HV)
+    beta = load_gate(gates_ptr, 1, head, start, within, valid, num_rows, HV)
 
     grad_scores = tl.zeros((C, C), dtype=tl.float32)
     grad_met = tl.zeros((C, C), dtype=tl.float32)
     grad_written = tl.zeros((C,), dtype=tl.float32)
     for first in tl.range(0, V, BV):
         column = first + tl.arange(0, BV)
-        d = load_tile(d_ptr, tile_row, valid, column, V)
+        d = load_tile(d_ptr + sorted_row * V, within, valid, column, V)
         grad_o = load_tile(grad_o_ptr, row * HV + head, valid, column, V).to(dtype)
         grad_scores = tl.dot(grad_o, tl.trans(d), grad_scores, input_precision="ieee")
-        grad_change = load_tile(grad_change_ptr, tile_row, valid, column, V)
+        grad_change = load_tile(grad_change_ptr + sorted_row * V, within, valid, column, V)
         grad_met = tl.dot(grad_change, tl.trans(d), grad_met, input_precision="ieee")
         grad_change = grad_change.to(tl.float32)
         v = load_tile(v_ptr, token * HV + head, valid, column, V).to(tl.float32)
@@ -163,23 +172,22 @@ def gdn_scores_backward_kernel(
         k = load_tile(k1_ptr, token * H + head // (HV // H), valid, first + tl.arange(0, BK), K).to(dtype)
         met = tl.dot(k, tl.trans(k), met, input_precision="ieee")
 
-    t, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    decay = pair_decay(load_gates(gates_ptr, 0, head, place, valid, num_rows, HV), C)
-    scores = load_tile(scores_ptr, tile_row, valid, tl.arange(0, C), C).to(tl.float32)
+    t, s = within[:, None], within[None, :]
+    decay = pair_decay(load_gate(gates_ptr, 0, head, start, within, valid, num_rows, HV), C)
+    scores = load_tile(scores_ptr + sorted_row * C, within, valid, within, C).to(tl.float32)
     read = tl.load(read_ptr + row, mask=valid, other=0.0)
     through_decay = tl.where(t > s, read[:, None] * grad_scores * scores, 0.0)
-    store_tile(grad_scores_ptr, tile_row, valid, tl.arange(0, C), SCALE * grad_scores * decay, C)
+    store_tile(grad_scores_ptr + sorted_row * C, within, valid, within, SCALE * grad_scores * decay, C)
     grad_met = tl.where(t > s, -grad_met * decay, 0.0)
-    store_tile(grad_met_ptr, tile_row, valid, tl.arange(0, C), beta[:, None] * grad_met, C)
+    store_tile(grad_met_ptr + sorted_row * C, within, valid, within, beta[:, None] * grad_met, C)
     grad_beta = write * grad_written + tl.sum(grad_met * met, axis=1)
     through_decay += beta[:, None] * grad_met * met
 
-    # g_j stands between all pairs s < j <= t.
+    # g_j stands between the pairs s < j <= t.
     before = tl.cumsum(through_decay, axis=1) - through_decay
     grad_g = tl.sum(tl.where(t >= s, before, 0.0), axis=0)
-    grad_gates_ptr += head.to(tl.int64) * num_rows + place
-    tl.store(grad_gates_ptr, grad_g, mask=valid)
-    tl.store(grad_gates_ptr + HV * num_rows.to(tl.int64), grad_beta, mask=valid)
+    store_gate(grad_gates_ptr, 0, head, start, within, valid, grad_g, num_rows, HV)
+    store_gate(grad_gates_ptr, 1, head, start, within, valid, grad_beta, num_rows, HV)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_rows"])
@@ -188,7 +196,6 @@ def gdn_keys_backward_kernel(
     k1_ptr,
     q2_ptr,
     k2_ptr,
-    writes_ptr,
     read_ptr,
     row_ptr,
     token_ptr,
@@ -202,12 +209,9 @@ def gdn_keys_backward_kernel(
     grad_change_ptr,
     grad_scores_ptr,
     grad_met_ptr,
-    grad_gates_ptr,
+    sums_ptr,
     grad_q_ptr,
     grad_k_ptr,
-    grad_g_ptr,
-    grad_beta_ptr,
-    grad_read_ptr,
     num_tokens,
     num_rows,
     H: tl.constexpr,
@@ -219,76 +223,120 @@ def gdn_keys_backward_kernel(
     SCALE: tl.constexpr,
     C: tl.constexpr,
 ):
-    """Of a chunk and a value head: the gradients of q, k, g, beta and read."""
-    chunk, head = (tl.program_id(0) // HV).to(tl.int64), tl.program_id(0) % HV
+    """Of a chunk, a value head and a block of keys: the gradients of q and k, and per row the block's share of q dq and
+    k dk by the way the state took: sums of what entered (0, 1) and of what leaves (2), q dq in all (3), S dS (4)."""
+    blocks: tl.constexpr = (K + BK - 1) // BK
+    block, head = tl.program_id(0) % blocks, tl.program_id(0) // blocks % HV
+    chunk = (tl.program_id(0) // (blocks * HV)).to(tl.int64)
     start, end = tl.load(chunk_start_ptr + chunk), tl.load(chunk_end_ptr + chunk)
     if start >= end:
         return
     dtype = d_ptr.dtype.element_ty
     if start >= num_tokens:
         q1_ptr, k1_ptr = q2_ptr, k2_ptr
-    place = start + tl.arange(0, C)
+    within = tl.arange(0, C)
+    place = start + within
     valid = place < end
     row, token = load_rows(row_ptr, token_ptr, place, valid)
-    tile_row = head.to(tl.int64) * num_rows + place
+    sorted_row = head.to(tl.int64) * num_rows + start
+    key_row = token * H + head // (HV // H)
+    key = block * BK + tl.arange(0, BK)
+    matrix = (chunk * HV + head) * K * V
+    sums_ptr += block.to(tl.int64) * 5 * HV * num_rows
+    from_start = load_gate(gates_ptr, 2, head, start, within, valid, num_rows, HV)
     read = tl.load(read_ptr + row, mask=valid, other=0.0)
-    beta = load_gates(gates_ptr, 1, head, place, valid, num_rows, HV)
-    from_start = load_gates(gates_ptr, 2, head, place, valid, num_rows, HV)
-    to_end = load_gates(gates_ptr, 3, head, place, valid, num_rows, HV)
 
-    # Per row: sums of q dq and k dk, by the way the state took.
+    grad_q = tl.zeros((C, BK), dtype=tl.float32)
+    for first in tl.range(0, V, BV):
+        column = first + tl.arange(0, BV)
+        state = load_tile(states_ptr + matrix, key, key < K, column, V)
+        grad_o = load_tile(grad_o_ptr, row * HV + head, valid, column, V).to(dtype)
+        grad_q = tl.dot(grad_o, tl.trans(state), grad_q, input_precision="ieee")
+    grad_q *= (SCALE * from_start)[:, None]
+    q = load_tile(q1_ptr, key_row, valid, key, K).to(tl.float32)
+    store_gate(sums_ptr, 0, head, start, within, valid, tl.sum(q * grad_q, axis=1), num_rows, HV)
+    k = load_tile(k1_ptr, key_row, valid, key, K).to(dtype)
+    grad_scores = load_tile(grad_scores_ptr + sorted_row * C, within, valid, within, C)
+    grad_q = tl.dot(grad_scores, k, grad_q, input_precision="ieee")
+    store_gate(sums_ptr, 3, head, start, within, valid, tl.sum(q * grad_q, axis=1), num_rows, HV)
+    store_tile(grad_q_ptr, row * HV + head, valid, key, read[:, None] * grad_q, K)
+
+    grad_recall = tl.zeros((C, BK), dtype=tl.float32)
+    grad_k = tl.zeros((C, BK), dtype=tl.float32)
+    grad_decay = tl.zeros((BK,), dtype=tl.float32)
+    for first in tl.range(0, V, BV):
+        column = first + tl.arange(0, BV)
+        state = load_tile(states_ptr + matrix, key, key < K, column, V)
+        grad_change = load_tile(grad_change_ptr + sorted_row * V, within, valid, column, V)
+        grad_recall = tl.dot(grad_change, tl.trans(state), grad_recall, input_precision="ieee")
+        grad_state = load_tile(grad_states_ptr + matrix, key, key < K, column, V)
+        d = load_tile(d_ptr + sorted_row * V, within, valid, column, V)
+        grad_k = tl.dot(d, tl.trans(grad_state), grad_k, input_precision="ieee")
+        grad_decay += tl.sum(state.to(tl.float32) * grad_state.to(tl.float32), axis=1)
+    grad_decay = tl.where(within == 0, tl.sum(grad_decay, axis=0), 0.0)
+    store_gate(sums_ptr, 4, head, start, within, valid, grad_decay, num_rows, HV)
+    grad_recall *= from_start[:, None]
+    k_entering = tl.sum(k.to(tl.float32) * grad_recall, axis=1)
+    store_gate(sums_ptr, 1, head, start, within, valid, k_entering, num_rows, HV)
+    grad_k *= load_gate(gates_ptr, 3, head, start, within, valid, num_rows, HV)[:, None]
+    k_leaving = tl.sum(k.to(tl.float32) * grad_k, axis=1)
+    store_gate(sums_ptr, 2, head, start, within, valid, k_leaving, num_rows, HV)
+
+    grad_k -= load_gate(gates_ptr, 1, head, start, within, valid, num_rows, HV)[:, None] * grad_recall
+    grad_k = tl.dot(tl.trans(grad_scores), (read[:, None] * q).to(dtype), grad_k, input_precision="ieee")
+    grad_met = load_tile(grad_met_ptr + sorted_row * C, within, valid, within, C)
+    grad_k = tl.dot(grad_met, k, grad_k, input_precision="ieee")
+    grad_k = tl.dot(tl.trans(grad_met), k, grad_k, input_precision="ieee")
+    store_tile(grad_k_ptr, row * HV + head, valid, key, grad_k, K)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def gdn_gates_backward_kernel(
+    writes_ptr,
+    read_ptr,
+    row_ptr,
+    chunk_start_ptr,
+    chunk_end_ptr,
+    gates_ptr,
+    grad_gates_ptr,
+    sums_ptr,
+    grad_g_ptr,
+    grad_beta_ptr,
+    grad_read_ptr,
+    num_rows,
+    HV: tl.constexpr,
+    KEY_BLOCKS: tl.constexpr,
+    C: tl.constexpr,
+):
+    """Of a chunk and a value head: the gradients of g, beta and read."""
+    chunk, head = tl.program_id(0) // HV, tl.program_id(0) % HV
+    start, end = tl.load(chunk_start_ptr + chunk), tl.load(chunk_end_ptr + chunk)
+    if start >= end:
+        return
+    within = tl.arange(0, C)
+    valid = start + within < end
+    row = tl.load(row_ptr + start + within, mask=valid, other=0).to(tl.int64)
     q_entering = tl.zeros((C,), dtype=tl.float32)
     k_entering = tl.zeros((C,), dtype=tl.float32)
     k_leaving = tl.zeros((C,), dtype=tl.float32)
     grad_read = tl.zeros((C,), dtype=tl.float32)
-    grad_decay = tl.zeros((BK,), dtype=tl.float32)
-    for first in tl.range(0, K, BK):
-        key = first + tl.arange(0, BK)
-        state_row = (chunk * HV + head) * K + key
-        grad_q = tl.zeros((C, BK), dtype=tl.float32)
-        grad_recall = tl.zeros((C, BK), dtype=tl.float32)
-        grad_k = tl.zeros((C, BK), dtype=tl.float32)
-        for first_value in tl.range(0, V, BV):
-            column = first_value + tl.arange(0, BV)
-            state = load_tile(states_ptr, state_row, key < K, column, V)
-            grad_o = load_tile(grad_o_ptr, row * HV + head, valid, column, V).to(dtype)
-            grad_q = tl.dot(grad_o, tl.trans(state), grad_q, input_precision="ieee")
-            grad_change = load_tile(grad_change_ptr, tile_row, valid, column, V)
-            grad_recall = tl.dot(grad_change, tl.trans(state), grad_recall, input_precision="ieee")
-            grad_state = load_tile(grad_states_ptr, state_row, key < K, column, V)
-            d = load_tile(d_ptr, tile_row, valid, column, V)
-            grad_k = tl.dot(d, tl.trans(grad_state), grad_k, input_precision="ieee")
-            grad_decay += tl.sum(state.to(tl.float32) * grad_state.to(tl.float32), axis=1)
-        key_row = token * H + head // (HV // H)
-        q = load_tile(q1_ptr, key_row, valid, key, K)
-        k = load_tile(k1_ptr, key_row, valid, key, K)
-        grad_q *= (SCALE * from_start)[:, None]
-        grad_recall *= from_start[:, None]
-        grad_k *= to_end[:, None]
-        q_entering += tl.sum(q.to(tl.float32) * grad_q, axis=1)
-        k_entering += tl.sum(k.to(tl.float32) * grad_recall, axis=1)
-        k_leaving += tl.sum(k.to(tl.float32) * grad_k, axis=1)
-
-        grad_scores = load_tile(grad_scores_ptr, tile_row, valid, tl.arange(0, C), C)
-        grad_q = tl.dot(grad_scores, k.to(dtype), grad_q, input_precision="ieee")
-        grad_read += tl.sum(q.to(tl.float32) * grad_q, axis=1)
-        store_tile(grad_q_ptr, row * HV + head, valid, key, read[:, None] * grad_q, K)
-        grad_k -= beta[:, None] * grad_recall
-        q_read = (read[:, None] * q.to(tl.float32)).to(dtype)
-        grad_k = tl.dot(tl.trans(grad_scores), q_read, grad_k, input_precision="ieee")
-        grad_met = load_tile(grad_met_ptr, tile_row, valid, tl.arange(0, C), C)
-        grad_k = tl.dot(grad_met, k.to(dtype), grad_k, input_precision="ieee")
-        grad_k = tl.dot(tl.trans(grad_met), k.to(dtype), grad_k, input_precision="ieee")
-        store_tile(grad_k_ptr, row * HV + head, valid, key, grad_k, K)
-
-    decay = load_gates(gates_ptr, 2, head, end - 1, True, num_rows, HV)
+    grad_decay = tl.zeros((C,), dtype=tl.float32)
+    for _ in tl.static_range(KEY_BLOCKS):
+        q_entering += load_gate(sums_ptr, 0, head, start, within, valid, num_rows, HV)
+        k_entering += load_gate(sums_ptr, 1, head, start, within, valid, num_rows, HV)
+        k_leaving += load_gate(sums_ptr, 2, head, start, within, valid, num_rows, HV)
+        grad_read += load_gate(sums_ptr, 3, head, start, within, valid, num_rows, HV)
+        grad_decay += load_gate(sums_ptr, 4, head, start, within, valid, num_rows, HV)
+        sums_ptr += 5 * HV * num_rows.to(tl.int64)
+    beta = load_gate(gates_ptr, 1, head, start, within, valid, num_rows, HV)
+    decay = load_gate(gates_ptr, 2, head, end, -1, True, num_rows, HV)
+    read = tl.load(read_ptr + row, mask=valid, other=0.0)
     writes = tl.load(writes_ptr + row, mask=valid, other=0.0)
-    grad_gates_ptr += head.to(tl.int64) * num_rows + place
-    pairs_g = tl.load(grad_gates_ptr, mask=valid, other=0.0)
-    pairs_beta = tl.load(grad_gates_ptr + HV * num_rows.to(tl.int64), mask=valid, other=0.0)
-    # g_j decays what entered for all t >= j, what the rows s < j hand on, and the state as a whole.
+    # g_j decays what entered for all t >= j, what the rows s < j hand on, the state as a whole, and pairs s < j <= t.
     grad_g = tl.cumsum(read * q_entering - beta * k_entering, axis=0, reverse=True)
     grad_g += tl.cumsum(k_leaving, axis=0) - k_leaving + decay * tl.sum(grad_decay, axis=0)
-    tl.store(grad_g_ptr + row * HV + head, writes * (pairs_g + grad_g), mask=valid)
-    tl.store(grad_beta_ptr + row * HV + head, writes * (pairs_beta - k_entering), mask=valid)
+    grad_g += load_gate(grad_gates_ptr, 0, head, start, within, valid, num_rows, HV)
+    grad_beta = load_gate(grad_gates_ptr, 1, head, start, within, valid, num_rows, HV) - k_entering
+    tl.store(grad_g_ptr + row * HV + head, writes * grad_g, mask=valid)
+    tl.store(grad_beta_ptr + row * HV + head, writes * grad_beta, mask=valid)
     tl.store(grad_read_ptr + row * HV + head, grad_read, mask=valid)

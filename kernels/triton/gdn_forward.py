@@ -19,23 +19,41 @@ def load_rows(row_ptr, token_ptr, place, valid):
 
 
 @triton.jit
+def tile_mask(valid, column, SIZE: tl.constexpr):
+    """Valid rows, columns below SIZE; the columns need no test where whole blocks of them fill SIZE."""
+    if SIZE // column.shape[0] * column.shape[0] == SIZE:
+        return valid[:, None]
+    else:
+        return valid[:, None] & (column < SIZE)[None, :]
+
+
+@triton.jit
 def load_tile(ptr, index, valid, column, SIZE: tl.constexpr):
     """Columns `column` of the rows `index` of a matrix of SIZE columns, zero where there are none."""
-    mask = valid[:, None] & (column < SIZE)[None, :]
-    return tl.load(ptr + index[:, None] * SIZE + column[None, :], mask=mask, other=0.0)
+    mask = tile_mask(valid, column, SIZE)
+    return tl.load(ptr + (index[:, None] * SIZE + column[None, :]), mask=mask, other=0.0)
 
 
 @triton.jit
 def store_tile(ptr, index, valid, column, x, SIZE: tl.constexpr):
-    mask = valid[:, None] & (column < SIZE)[None, :]
-    tl.store(ptr + index[:, None] * SIZE + column[None, :], x.to(ptr.dtype.element_ty), mask=mask)
+    mask = tile_mask(valid, column, SIZE)
+    tl.store(ptr + (index[:, None] * SIZE + column[None, :]), x.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def load_gates(gates_ptr, which: tl.constexpr, head, place, valid, num_rows, HV: tl.constexpr):
-    """g (0), beta (1), the decay from the chunk's start (2) or to its end (3) of a head at the positions `place`."""
-    base = gates_ptr + (which * HV + head).to(tl.int64) * num_rows
-    return tl.load(base + place, mask=valid, other=0.0)
+def load_gate(gates_ptr, which: tl.constexpr, head, first, row, valid, num_rows, HV: tl.constexpr):
+    """Of [.., HV, R]: vector `which` of a head at the positions first + row.
+
+    Of `gates`: g (0), beta (1), the decay from the chunk's start (2) and to its end (3).
+    """
+    base = gates_ptr + ((which * HV + head).to(tl.int64) * num_rows + first)
+    return tl.load(base + row, mask=valid, other=0.0)
+
+
+@triton.jit
+def store_gate(gates_ptr, which: tl.constexpr, head, first, row, valid, x, num_rows, HV: tl.constexpr):
+    base = gates_ptr + ((which * HV + head).to(tl.int64) * num_rows + first)
+    tl.store(base + row, x, mask=valid)
 
 
 @triton.jit
@@ -128,21 +146,21 @@ def gdn_prepare_kernel(
     dtype = inverse_ptr.dtype.element_ty
     if start >= num_tokens:
         q1_ptr, k1_ptr, g1_ptr, beta1_ptr = q2_ptr, k2_ptr, g2_ptr, beta2_ptr
-    place = start + tl.arange(0, C)
+    within = tl.arange(0, C)
+    place = start + within
     valid = place < end
     row, token = load_rows(row_ptr, token_ptr, place, valid)
     writes = tl.load(writes_ptr + row, mask=valid, other=0.0)
     g = tl.load(g1_ptr + token * HV + head, mask=valid, other=0.0) * writes
     beta = tl.load(beta1_ptr + token * HV + head, mask=valid, other=0.0) * writes
 
-    t, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    t, s = within[:, None], within[None, :]
     to_end = tl.exp(tl.sum(tl.where(t > s, g[:, None], 0.0), axis=0))
-    gates_ptr += head.to(tl.int64) * num_rows + place
-    gate_stride = HV * num_rows.to(tl.int64)
-    tl.store(gates_ptr, g, mask=valid)
-    tl.store(gates_ptr + gate_stride, beta, mask=valid)
-    tl.store(gates_ptr + 2 * gate_stride, tl.exp(tl.cumsum(g, axis=0)), mask=valid)
-    tl.store(gates_ptr + 3 * gate_stride, to_end, mask=valid)
+    from_start = tl.exp(tl.cumsum(g, axis=0))
+    store_gate(gates_ptr, 0, head, start, within, valid, g, num_rows, HV)
+    store_gate(gates_ptr, 1, head, start, within, valid, beta, num_rows, HV)
+    store_gate(gates_ptr, 2, head, start, within, valid, from_start, num_rows, HV)
+    store_gate(gates_ptr, 3, head, start, within, valid, to_end, num_rows, HV)
 
     met = tl.zeros((C, C), dtype=tl.float32)
     scores = tl.zeros((C, C), dtype=tl.float32)
@@ -154,10 +172,10 @@ def gdn_prepare_kernel(
         met = tl.dot(k, tl.trans(k), met, input_precision="ieee")
         scores = tl.dot(q, tl.trans(k), scores, input_precision="ieee")
     decay = pair_decay(g, C)
-    tile_row = head.to(tl.int64) * num_rows + place
-    store_tile(scores_ptr, tile_row, valid, tl.arange(0, C), scores * decay * SCALE, C)
+    tile = (head.to(tl.int64) * num_rows + start) * C
+    store_tile(scores_ptr + tile, within, valid, within, scores * decay * SCALE, C)
     inverse = invert_64(tl.where(t > s, beta[:, None] * met * decay, 0.0), PRECISION)
-    store_tile(inverse_ptr, tile_row, valid, tl.arange(0, C), inverse, C)
+    store_tile(inverse_ptr + tile, within, valid, within, inverse, C)
 
 
 @triton.jit
@@ -210,28 +228,28 @@ def gdn_summarize_kernel(
     if start >= num_tokens:
         k1_ptr = k2_ptr
     is_increment = block < value_blocks
-    key, matrix = tl.arange(0, BK), (piece * HV + head).to(tl.int64)
+    within, key, matrix = tl.arange(0, C), tl.arange(0, BK), (piece * HV + head).to(tl.int64)
     column = (block if is_increment else block - value_blocks) * BV + tl.arange(0, BV)
     state = tl.where((key[:, None] == column[None, :]) & (block >= value_blocks), 1.0, 0.0)
     for first in range(start, end, C):
-        place = first + tl.arange(0, C)
+        place = first + within
         valid = place < end
         row, token = load_rows(row_ptr, token_ptr, place, valid)
-        tile_row = head.to(tl.int64) * num_rows + place
+        sorted_row = head.to(tl.int64) * num_rows + first
         k = load_tile(k1_ptr, token * H + head // (HV // H), valid, key, K).to(dtype)
-        inverse = load_tile(inverse_ptr, tile_row, valid, tl.arange(0, C), C)
-        beta = load_gates(gates_ptr, 1, head, place, valid, num_rows, HV)
-        from_start = load_gates(gates_ptr, 2, head, place, valid, num_rows, HV)
-        to_end = load_gates(gates_ptr, 3, head, place, valid, num_rows, HV)
-        decay = load_gates(gates_ptr, 2, head, tl.minimum(first + C, end) - 1, True, num_rows, HV)
+        inverse = load_tile(inverse_ptr + sorted_row * C, within, valid, within, C)
+        beta = load_gate(gates_ptr, 1, head, first, within, valid, num_rows, HV)
+        from_start = load_gate(gates_ptr, 2, head, first, within, valid, num_rows, HV)
+        to_end = load_gate(gates_ptr, 3, head, first, within, valid, num_rows, HV)
+        decay = load_gate(gates_ptr, 2, head, tl.minimum(first + C, end), -1, True, num_rows, HV)
         v = load_tile(v_ptr, token * HV + head, valid & is_increment, column, V).to(tl.float32)
         v *= tl.load(write_ptr + row, mask=valid, other=0.0)[:, None]
         d = write_chunk(state, k, v, inverse, beta, from_start)
         state = hand_on(state, k, d, to_end, decay)
     if is_increment:
-        store_tile(increment_ptr, matrix * K + key, key < K, column, state, V)
+        store_tile(increment_ptr + matrix * K * V, key, key < K, column, state, V)
     else:
-        store_tile(transition_ptr, matrix * K + key, key < K, column, state, K)
+        store_tile(transition_ptr + matrix * K * K, key, key < K, column, state, K)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_rows"])
@@ -278,31 +296,31 @@ def gdn_attend_kernel(
     dtype = inverse_ptr.dtype.element_ty
     if start >= num_tokens:
         q1_ptr, k1_ptr = q2_ptr, k2_ptr
-    key, column = tl.arange(0, BK), block * BV + tl.arange(0, BV)
-    state = load_tile(entering_ptr, (piece * HV + head).to(tl.int64) * K + key, key < K, column, V)
+    within, key, column = tl.arange(0, C), tl.arange(0, BK), block * BV + tl.arange(0, BV)
+    state = load_tile(entering_ptr + (piece * HV + head).to(tl.int64) * K * V, key, key < K, column, V)
     chunk = tl.load(chunk_ptr + piece).to(tl.int64)
     for first in range(start, end, C):
-        place = first + tl.arange(0, C)
+        place = first + within
         valid = place < end
         row, token = load_rows(row_ptr, token_ptr, place, valid)
-        tile_row = head.to(tl.int64) * num_rows + place
+        sorted_row = head.to(tl.int64) * num_rows + first
         key_row = token * H + head // (HV // H)
         k = load_tile(k1_ptr, key_row, valid, key, K).to(dtype)
-        inverse = load_tile(inverse_ptr, tile_row, valid, tl.arange(0, C), C)
-        beta = load_gates(gates_ptr, 1, head, place, valid, num_rows, HV)
-        from_start = load_gates(gates_ptr, 2, head, place, valid, num_rows, HV)
-        to_end = load_gates(gates_ptr, 3, head, place, valid, num_rows, HV)
-        decay = load_gates(gates_ptr, 2, head, tl.minimum(first + C, end) - 1, True, num_rows, HV)
+        inverse = load_tile(inverse_ptr + sorted_row * C, within, valid, within, C)
+        beta = load_gate(gates_ptr, 1, head, first, within, valid, num_rows, HV)
+        from_start = load_gate(gates_ptr, 2, head, first, within, valid, num_rows, HV)
+        to_end = load_gate(gates_ptr, 3, head, first, within, valid, num_rows, HV)
+        decay = load_gate(gates_ptr, 2, head, tl.minimum(first + C, end), -1, True, num_rows, HV)
         v = load_tile(v_ptr, token * HV + head, valid, column, V).to(tl.float32)
         v *= tl.load(write_ptr + row, mask=valid, other=0.0)[:, None]
         d = write_chunk(state, k, v, inverse, beta, from_start)
         if STORE:
-            store_tile(states_ptr, (chunk * HV + head) * K + key, key < K, column, state, V)
-            store_tile(d_ptr, tile_row, valid, column, d, V)
+            store_tile(states_ptr + (chunk * HV + head) * K * V, key, key < K, column, state, V)
+            store_tile(d_ptr + sorted_row * V, within, valid, column, d, V)
             chunk += 1
         else:
             q = load_tile(q1_ptr, key_row, valid, key, K).to(dtype)
-            scores = load_tile(scores_ptr, tile_row, valid, tl.arange(0, C), C)
+            scores = load_tile(scores_ptr + sorted_row * C, within, valid, within, C)
             o = (SCALE * from_start)[:, None] * tl.dot(q, state.to(dtype), input_precision="ieee")
             o = tl.dot(scores, d.to(dtype), o, input_precision="ieee")
             o *= tl.load(read_ptr + row, mask=valid, other=0.0)[:, None]
