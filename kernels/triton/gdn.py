@@ -85,6 +85,7 @@ def _plan(kernel: Kernel, dims: Dims) -> tuple[dict, dict]:
         "BV": min(value_block, 64 if half else 32),
         "SCALE": dims.key_dim**-0.5,
         "PRECISION": "tf32x3" if half else "ieee",
+        "BH": triton.next_power_of_2(dims.num_value_heads),
         "KEY_BLOCKS": triton.cdiv(dims.key_dim, 64),
         "STORE": False,
         "C": CHUNK_SIZE,
@@ -96,6 +97,7 @@ def _plan(kernel: Kernel, dims: Dims) -> tuple[dict, dict]:
 
 
 PER_CHUNK = (
+    gdn_forward.gdn_gates_kernel,
     gdn_forward.gdn_prepare_kernel,
     gdn_backward.gdn_scores_backward_kernel,
     gdn_backward.gdn_keys_backward_kernel,
@@ -130,7 +132,8 @@ def _launch(kernel: Kernel, inputs: GdnInputs, num_tokens: int, store: bool = Fa
     if kernel is gdn_forward.gdn_summarize_kernel:
         blocks += triton.cdiv(dims.key_dim, constants["BV"])
     spans = inputs.piece_start_M if kernel in PER_PIECE else inputs.chunk_start_G
-    num_programs = spans.shape[0] * dims.num_value_heads * blocks
+    heads = 1 if kernel is gdn_forward.gdn_gates_kernel else dims.num_value_heads
+    num_programs = spans.shape[0] * heads * blocks
     if num_programs:
         kernel[(num_programs,)](**named, **constants, **options)
 
@@ -141,6 +144,7 @@ def gdn_prepare(inputs: Sequence[Tensor], num_tokens: int) -> tuple[Tensor, Tens
     x = GdnInputs(*inputs)
     inverse_HRC, scores_HRC, gates_4HR = gdn_prepare_fake(inputs, num_tokens)
     prepared = {"inverse_HRC": inverse_HRC, "scores_HRC": scores_HRC, "gates_4HR": gates_4HR}
+    _launch(gdn_forward.gdn_gates_kernel, x, num_tokens, **prepared)
     _launch(gdn_forward.gdn_prepare_kernel, x, num_tokens, **prepared)
     return inverse_HRC, scores_HRC, gates_4HR
 

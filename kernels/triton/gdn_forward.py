@@ -111,13 +111,9 @@ def invert_64(lower, PRECISION: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_rows"])
-def gdn_prepare_kernel(
-    q1_ptr,
-    k1_ptr,
+def gdn_gates_kernel(
     g1_ptr,
     beta1_ptr,
-    q2_ptr,
-    k2_ptr,
     g2_ptr,
     beta2_ptr,
     writes_ptr,
@@ -125,9 +121,51 @@ def gdn_prepare_kernel(
     token_ptr,
     chunk_start_ptr,
     chunk_end_ptr,
+    gates_ptr,
+    num_tokens,
+    num_rows,
+    HV: tl.constexpr,
+    BH: tl.constexpr,
+    C: tl.constexpr,
+):
+    """A chunk's gates, in sorted order: see load_gate."""
+    start, end = tl.load(chunk_start_ptr + tl.program_id(0)), tl.load(chunk_end_ptr + tl.program_id(0))
+    if start >= end:
+        return
+    if start >= num_tokens:
+        g1_ptr, beta1_ptr = g2_ptr, beta2_ptr
+    place, head = start + tl.arange(0, C), tl.arange(0, BH)
+    row, token = load_rows(row_ptr, token_ptr, place, place < end)
+    writes = tl.load(writes_ptr + row, mask=place < end, other=0.0)[:, None]
+    g = load_tile(g1_ptr, token, place < end, head, HV) * writes
+    beta = load_tile(beta1_ptr, token, place < end, head, HV) * writes
+    # To the chunk's end: sums of the rows after each one, so a row further.
+    row, token = load_rows(row_ptr, token_ptr, place + 1, place + 1 < end)
+    writes = tl.load(writes_ptr + row, mask=place + 1 < end, other=0.0)[:, None]
+    later_g = load_tile(g1_ptr, token, place + 1 < end, head, HV) * writes
+    from_start, to_end = tl.exp(tl.cumsum(g, axis=0)), tl.exp(tl.cumsum(later_g, axis=0, reverse=True))
+
+    matrix = num_rows.to(tl.int64) * HV
+    offset = head.to(tl.int64)[None, :] * num_rows + place[:, None]
+    mask = (place < end)[:, None] & (head < HV)[None, :]
+    tl.store(gates_ptr + offset, g, mask=mask)
+    tl.store(gates_ptr + matrix + offset, beta, mask=mask)
+    tl.store(gates_ptr + 2 * matrix + offset, from_start, mask=mask)
+    tl.store(gates_ptr + 3 * matrix + offset, to_end, mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_rows"])
+def gdn_prepare_kernel(
+    q1_ptr,
+    k1_ptr,
+    q2_ptr,
+    k2_ptr,
+    token_ptr,
+    chunk_start_ptr,
+    chunk_end_ptr,
+    gates_ptr,
     inverse_ptr,
     scores_ptr,
-    gates_ptr,
     num_tokens,
     num_rows,
     H: tl.constexpr,
@@ -138,44 +176,32 @@ def gdn_prepare_kernel(
     PRECISION: tl.constexpr,
     C: tl.constexpr,
 ):
-    """What of a chunk and a value head needs no state: the inverse, the scores and the gates."""
+    """The inverse and the scores of a chunk and a value head."""
     chunk, head = tl.program_id(0) // HV, tl.program_id(0) % HV
     start, end = tl.load(chunk_start_ptr + chunk), tl.load(chunk_end_ptr + chunk)
     if start >= end:
         return
     dtype = inverse_ptr.dtype.element_ty
     if start >= num_tokens:
-        q1_ptr, k1_ptr, g1_ptr, beta1_ptr = q2_ptr, k2_ptr, g2_ptr, beta2_ptr
+        q1_ptr, k1_ptr = q2_ptr, k2_ptr
     within = tl.arange(0, C)
-    place = start + within
-    valid = place < end
-    row, token = load_rows(row_ptr, token_ptr, place, valid)
-    writes = tl.load(writes_ptr + row, mask=valid, other=0.0)
-    g = tl.load(g1_ptr + token * HV + head, mask=valid, other=0.0) * writes
-    beta = tl.load(beta1_ptr + token * HV + head, mask=valid, other=0.0) * writes
-
-    t, s = within[:, None], within[None, :]
-    to_end = tl.exp(tl.sum(tl.where(t > s, g[:, None], 0.0), axis=0))
-    from_start = tl.exp(tl.cumsum(g, axis=0))
-    store_gate(gates_ptr, 0, head, start, within, valid, g, num_rows, HV)
-    store_gate(gates_ptr, 1, head, start, within, valid, beta, num_rows, HV)
-    store_gate(gates_ptr, 2, head, start, within, valid, from_start, num_rows, HV)
-    store_gate(gates_ptr, 3, head, start, within, valid, to_end, num_rows, HV)
-
+    valid = start + within < end
+    token = tl.load(token_ptr + start + within, mask=valid, other=0).to(tl.int64)
+    key_row = token * H + head // (HV // H)
     met = tl.zeros((C, C), dtype=tl.float32)
     scores = tl.zeros((C, C), dtype=tl.float32)
-    key_row = token * H + head // (HV // H)
-    for first in tl.static_range(0, K, BK):
+    for first in tl.range(0, K, BK):
         column = first + tl.arange(0, BK)
         q = load_tile(q1_ptr, key_row, valid, column, K).to(dtype)
         k = load_tile(k1_ptr, key_row, valid, column, K).to(dtype)
         met = tl.dot(k, tl.trans(k), met, input_precision="ieee")
         scores = tl.dot(q, tl.trans(k), scores, input_precision="ieee")
-    decay = pair_decay(g, C)
+    decay = pair_decay(load_gate(gates_ptr, 0, head, start, within, valid, num_rows, HV), C)
     tile = (head.to(tl.int64) * num_rows + start) * C
     store_tile(scores_ptr + tile, within, valid, within, scores * decay * SCALE, C)
-    inverse = invert_64(tl.where(t > s, beta[:, None] * met * decay, 0.0), PRECISION)
-    store_tile(inverse_ptr + tile, within, valid, within, inverse, C)
+    beta = load_gate(gates_ptr, 1, head, start, within, valid, num_rows, HV)
+    lower = tl.where(within[:, None] > within[None, :], beta[:, None] * met * decay, 0.0)
+    store_tile(inverse_ptr + tile, within, valid, within, invert_64(lower, PRECISION), C)
 
 
 @triton.jit
