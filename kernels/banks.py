@@ -23,6 +23,12 @@ class BankInputs:
     g: Tensor
     beta_TH: Tensor | None = None
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Those that there are."""
+        inputs = (self.q_THK, self.k_THK, self.g)
+        return inputs if self.beta_TH is None else (*inputs, self.beta_TH)
+
     def expand_heads(self, num_heads: int) -> "BankInputs":
         """Repeat each key head for its group of value heads."""
         repeats = num_heads // self.q_THK.shape[1]
@@ -36,8 +42,7 @@ class BankInputs:
         return replace(self, q_THK=l2_normalize(self.q_THK), k_THK=l2_normalize(self.k_THK))
 
     def map(self, function) -> "BankInputs":
-        beta = None if self.beta_TH is None else function(self.beta_TH)
-        return BankInputs(function(self.q_THK), function(self.k_THK), function(self.g), beta)
+        return BankInputs(*(function(x) for x in self.tensors))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Compiles every Triton kernel for GPUs that need not be there, and tabulates registers, spills and shared memory.
 
-    python -m megatron_sse.tools.compile_kernels [--arch 80,90,100] [--dtype bf16,fp32] [--dim 64,128,256] [--output X.md]
+    python -m megatron_sse.tools.compile_kernels [--arch 80,90,100] [--dtype bf16,fp32] [--dim 64,128,256] [--output X]
 """
 
 import argparse

@@ -15,9 +15,9 @@ from megatron_sse.kernels.triton.rows import choose_chunks_per_piece, make_rows
 
 
 class Operators(NamedTuple):
-    """A recurrence over rows, piece by piece. All take the inputs, T and, but for the first, what was prepared.
+    """A recurrence over rows, piece by piece.
 
-    prepare: what needs no state.
+    prepare: from the inputs and T to the arguments that all others take first.
     summarize: what each piece does to the state that enters it, transition and increment.
     attend: the outputs [R, HV, V], from the entering states.
     summarize_backward: gradients of the entering states from the pieces' own outputs.
@@ -32,8 +32,16 @@ class Operators(NamedTuple):
     attend_backward: Callable
 
 
-GLA = Operators(gla.gla_prepare, gla.gla_summarize, gla.gla_attend, gla.gla_summarize_backward, gla.gla_attend_backward)
-GDN = Operators(gdn.gdn_prepare, gdn.gdn_summarize, gdn.gdn_attend, gdn.gdn_summarize_backward, gdn.gdn_attend_backward)
+def _gla_arguments(inputs: list[Tensor], num_tokens: int) -> tuple:
+    return *inputs, num_tokens
+
+
+def _gdn_arguments(inputs: list[Tensor], num_tokens: int) -> tuple:
+    return inputs, num_tokens, gdn.gdn_prepare(inputs, num_tokens)
+
+
+GLA = Operators(_gla_arguments, gla.gla_summarize, gla.gla_attend, gla.gla_summarize_backward, gla.gla_attend_backward)
+GDN = Operators(_gdn_arguments, gdn.gdn_summarize, gdn.gdn_attend, gdn.gdn_summarize_backward, gdn.gdn_attend_backward)
 
 
 def attend_banks(
@@ -64,7 +72,7 @@ def attend_banks(
 
     initial = None if initial_DBHKV is None else by_segment(initial_DBHKV)
     operators = GLA if shared.beta_TH is None else GDN
-    banks = [x for bank in (shared, sparse or shared) for x in bank if x is not None]
+    banks = (*shared.tensors, *(sparse or shared).tensors)
     o_RHV, final = _Recurrence.apply(operators, rows, segments.edges, initial, *banks, v_THV, *scales)
     picked_TPHV = o_RHV[num_tokens:].unflatten(0, (num_tokens, num_picks)) if num_picks else None
     return BankOutputs(o_RHV[:num_tokens], picked_TPHV, by_document(final, documents.num_segments))
@@ -76,8 +84,8 @@ class _Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, operators, rows, edges, initial_SHKV, *tensors):
         inputs = [*(x.contiguous() for x in tensors), *rows.tables]
-        prepared = operators.prepare(inputs, rows.num_tokens)
-        transition, increment = operators.summarize(inputs, rows.num_tokens, prepared)
+        arguments = operators.prepare(inputs, rows.num_tokens)
+        transition, increment = operators.summarize(*arguments)
         # The scan, with the hand-off between ranks, keeps its own graph: of few states, one per piece.
         with torch.enable_grad():
             increment.requires_grad_()
@@ -88,21 +96,21 @@ class _Recurrence(torch.autograd.Function):
                 entering, final = scan_spans(transition, increment, rows.pieces, edges)
         ctx.save_for_backward(*inputs)
         ctx.operators, ctx.rows, ctx.scan = operators, rows, (increment, initial, entering, final)
-        return operators.attend(inputs, rows.num_tokens, prepared, entering.detach()), final.detach()
+        return operators.attend(*arguments, entering.detach()), final.detach()
 
     @staticmethod
     def backward(ctx, grad_o_RHV, grad_final):
         operators, num_tokens = ctx.operators, ctx.rows.num_tokens
         increment, initial, entering, final = ctx.scan
         inputs = list(ctx.saved_tensors)
-        # Computed again, not kept: as large as the queries.
-        prepared = operators.prepare(inputs, num_tokens)
+        # Prepared again, not kept: as large as the queries.
+        arguments = operators.prepare(inputs, num_tokens)
         grad_o_RHV = grad_o_RHV.contiguous()
-        grad_entering = operators.summarize_backward(inputs, num_tokens, prepared, grad_o_RHV)
+        grad_entering = operators.summarize_backward(*arguments, grad_o_RHV)
         leaves = (increment,) if initial is None else (increment, initial)
         grad_leaving, *grad_initial = torch.autograd.grad((entering, final), leaves, (grad_entering, grad_final))
         *grads, grad_write, grad_read = operators.attend_backward(
-            inputs, num_tokens, prepared, entering.detach(), grad_o_RHV, grad_leaving
+            *arguments, entering.detach(), grad_o_RHV, grad_leaving
         )
         shared, sparse = zip(*(_by_token(grad, num_tokens) for grad in grads), strict=True)
         grad_v = shared[-1] if sparse[-1] is None else shared[-1] + sparse[-1]

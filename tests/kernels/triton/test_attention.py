@@ -1,0 +1,126 @@
+"""The whole attention on the Triton kernels against the oracle: outputs, final states, the gradient of every input."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_sse.kernels import Edges, decode, norm, routing, scan, sse
+from megatron_sse.kernels.scan import apply_transition
+from megatron_sse.kernels.triton import attention as triton_attention
+from tests.kernels.cases import Case, Inputs, errors, make_inputs, outputs_and_gradients
+from tests.kernels.implementations import attention, oracle
+
+LENGTHS = (1, 70, 3)
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def small_pieces_on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes what a GPU would get; pieces are so short that segments have several."""
+    for module in (decode, norm, routing, scan, sse):
+        monkeypatch.setattr(module, "use_triton", lambda x: x.dtype != torch.float64, raising=False)
+    monkeypatch.setattr(triton_attention, "choose_chunks_per_piece", lambda num_rows, programs: 1)
+
+
+BASE = Case(lengths=LENGTHS, key_dim=16, value_dim=16)
+CASES = [
+    BASE,
+    replace(BASE, num_partitions=5, num_writers=3, num_readers=3, key_dim=12, value_dim=24, initial=True),
+    replace(BASE, num_partitions=5, num_writers=1, num_readers=2, num_value_heads=4, routing="gaps"),
+    replace(BASE, num_partitions=3, num_writers=2, num_readers=1, weight_writes=False, routing="ties"),
+    replace(BASE, routing="one", decay="underflow", initial=True),
+    replace(BASE, decay="one", weight_reads=False),
+    replace(BASE, num_partitions=0, initial=True),
+]
+CASES += [replace(case, recurrence="gdn") for case in CASES]
+CASES.append(replace(BASE, recurrence="gdn", beta_max=2.0, initial=True))
+# Mask form: all partitions are picks, through the same kernels.
+FORMS = [("varlen", case) for case in CASES] + [("mask", case) for case in CASES if case.num_partitions == 3]
+
+
+def fp32(inputs: Inputs) -> Inputs:
+    return inputs.map(lambda x: x.float())
+
+
+@pytest.mark.parametrize(("form", "case"), FORMS, ids=str)
+def test_matches_the_oracle(form: str, case: Case) -> None:
+    expected = outputs_and_gradients(oracle, case, make_inputs(case))
+    actual = outputs_and_gradients(attention(form), case, fp32(make_inputs(case)))
+    worst = {name: error for name, error in errors(actual, expected).items() if not error < TOLERANCE}
+    assert not worst
+
+
+class Spans:
+    """One document of three spans that see each other's states through `exchange` alone."""
+
+    lengths = (70, 64, 20)
+
+    def __init__(self, inputs: Inputs) -> None:
+        sizes = torch.tensor(self.lengths)
+        offsets, document = sizes.cumsum(0), torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+        self.inputs = replace(inputs, offsets_D1=torch.nn.functional.pad(offsets, (1, 0)), document_T=document)
+        self.span_F1 = torch.arange(len(sizes))[:, None]
+
+    def attend(self, inputs: Inputs, routes: routing.Routes | None, initial_DBHKV: None, **options):
+        goes_on = self.span_F1 > 0
+        edges = Edges(self.span_F1, goes_on, self.span_F1, goes_on, self.exchange)
+        out = attention("varlen")(self.inputs, routes, edges=edges, **options)
+        return out[0], out[1][-1:]
+
+    @staticmethod
+    def exchange(transition_F: Tensor, state_F: Tensor) -> Tensor:
+        entering = [torch.zeros_like(state_F[0])]
+        for transition, state in zip(transition_F[:-1], state_F[:-1], strict=True):
+            entering.append(apply_transition(transition, entering[-1]) + state)
+        return torch.stack(entering)
+
+
+@pytest.mark.parametrize("recurrence", ["gla", "gdn"])
+def test_states_from_elsewhere(recurrence: str) -> None:
+    case = replace(BASE, recurrence=recurrence, lengths=(sum(Spans.lengths),), num_writers=2, num_readers=2)
+    expected = outputs_and_gradients(oracle, case, make_inputs(case))
+    inputs = fp32(make_inputs(case))
+    actual = outputs_and_gradients(Spans(inputs).attend, case, inputs)
+    worst = {name: error for name, error in errors(actual, expected).items() if not error < TOLERANCE}
+    assert not worst
+
+
+@pytest.mark.parametrize("recurrence", ["gla", "gdn"])
+def test_bf16(recurrence: str) -> None:
+    """Inputs, products and what passes between kernels in bf16; gates, states and router in fp32."""
+    case = replace(BASE, recurrence=recurrence, num_writers=2, num_readers=2)
+    rounded = make_inputs(case).map(lambda x: x.bfloat16().double())
+    expected = outputs_and_gradients(oracle, case, rounded)
+    mixed = fp32(rounded)
+    for x in (mixed.shared.q_THK, mixed.shared.k_THK, mixed.sparse.q_THK, mixed.sparse.k_THK, mixed.v_THV):
+        x.data = x.data.bfloat16()
+    actual = outputs_and_gradients(attention("varlen"), case, mixed)
+    print(errors(actual, expected))
+    worst = {name: error for name, error in errors(actual, expected).items() if not error < 2**-7}
+    assert not worst
+
+
+def read_rows_for_tokens(patch: pytest.MonkeyPatch) -> None:
+    """As if picks were numbered by partition first."""
+    rows, num_tokens = triton_attention.make_rows, sum(LENGTHS)
+    patch.setattr(triton_attention, "make_rows", lambda *args: replace(r := rows(*args), token_R=r.row_R % num_tokens))
+
+
+def forget_the_leaving_gradient(patch: pytest.MonkeyPatch) -> None:
+    for name in ("GLA", "GDN"):
+        operators = getattr(triton_attention, name)
+        backward = operators.attend_backward
+        wrong = operators._replace(attend_backward=lambda *args, f=backward: f(*args[:-1], torch.zeros_like(args[-1])))
+        patch.setattr(triton_attention, name, wrong)
+
+
+@pytest.mark.parametrize("recurrence", ["gla", "gdn"])
+@pytest.mark.parametrize("mutate", [read_rows_for_tokens, forget_the_leaving_gradient])
+def test_a_seeded_bug_is_seen(mutate, recurrence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replace(BASE, recurrence=recurrence, num_readers=2)
+    expected = outputs_and_gradients(oracle, case, make_inputs(case))
+    mutate(monkeypatch)
+    actual = outputs_and_gradients(attention("varlen"), case, fp32(make_inputs(case)))
+    assert max(errors(actual, expected).values()) > 1e-2
