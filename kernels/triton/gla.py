@@ -228,14 +228,18 @@ def gla_attend_backward(*inputs):
     num_value_heads, value_dim, key_dim = *x["v"].shape[1:], x["q1"].shape[2]
     new_empty = x["v"].new_empty
 
-    write_partial = new_empty(num_rows, num_value_heads, _count_blocks(_configure_for(gla_values_kernel, x)[0]), dtype=torch.float32)
+    write_partial = new_empty(
+        num_rows, num_value_heads, _count_blocks(_configure_for(gla_values_kernel, x)[0]), dtype=torch.float32
+    )
     _launch(gla_values_kernel, num_pieces, x | grads | {"write_partial": write_partial})
 
     x["chunk_states"] = new_empty(num_chunks, num_value_heads, key_dim, value_dim)
     _launch(gla_states_kernel, num_pieces, x)
     del x["key"]
 
-    read_partial = new_empty(num_rows, num_value_heads, _count_blocks(_configure_for(gla_inter_kernel, x)[0]), dtype=torch.float32)
+    read_partial = new_empty(
+        num_rows, num_value_heads, _count_blocks(_configure_for(gla_inter_kernel, x)[0]), dtype=torch.float32
+    )
     inner = {
         "grad_query": new_empty(num_rows, num_value_heads, key_dim),
         "grad_key": new_empty(num_rows, num_value_heads, key_dim),

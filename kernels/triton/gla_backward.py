@@ -11,15 +11,7 @@ state to the rows after it, from the rows before it to the leaving state, and fr
 import triton
 import triton.language as tl
 
-from megatron_sse.kernels.triton.gla_tiles import (
-    load_log_decays,
-    load_rows,
-    pairs_inside,
-    state_offsets,
-    store_rows,
-    sum_from_start,
-    sum_to_end,
-)
+from megatron_sse.kernels.triton.gla_tiles import load_rows, pairs_inside, state_offsets, store_rows
 
 
 @triton.jit

@@ -64,7 +64,7 @@ def gla_summarize_kernel(
         x_ptr, g_ptr = x2_ptr, g2_ptr
 
     b_state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-    b_sum = tl.zeros([BLOCK_K], tl.float32)
+    total_K = tl.zeros([BLOCK_K], tl.float32)
     num_chunks = ((end - start + CHUNK - 1) // CHUNK).to(tl.int32)
     for i in range(0, num_chunks):
         chunk_start = start + (num_chunks - 1 - i if REVERSE else i) * CHUNK
@@ -87,7 +87,7 @@ def gla_summarize_kernel(
             )
             b_x = b_x * tl.exp(sum_to_end(b_next, CHUNK))
         b_total = tl.sum(b_g, 0)
-        b_sum += b_total
+        total_K += b_total
         b_y = (b_y.to(tl.float32) * factor_C[:, None]).to(y_ptr.dtype.element_ty)
         b_x = b_x.to(y_ptr.dtype.element_ty)
         b_state = tl.dot(tl.trans(b_x), b_y, b_state * tl.exp(b_total)[:, None], input_precision=PRECISION)
@@ -96,7 +96,7 @@ def gla_summarize_kernel(
     tl.store(state_ptr + offset_KV, b_state, mask=mask_KV)
     if not REVERSE:
         offset_K = (piece.to(tl.int64) * num_value_heads + head) * K + dim_K
-        tl.store(transition_ptr + offset_K, tl.exp(b_sum), mask=(dim_K < K) & (block % blocks_v == 0))
+        tl.store(transition_ptr + offset_K, tl.exp(total_K), mask=(dim_K < K) & (block % blocks_v == 0))
 
 
 @triton.jit
@@ -141,7 +141,7 @@ def gla_prepare_kernel(
 
     dtype = query_ptr.dtype.element_ty
     b_scores = tl.zeros([CHUNK, CHUNK], tl.float32)
-    lowest = 0.0
+    lowest_K = tl.zeros([BLOCK_K], tl.float32)
     for first in range(0, K, BLOCK_K):
         dim_K = first + tl.arange(0, BLOCK_K)
         b_next = load_log_decays(g_ptr, writes_ptr, row_ptr, token_ptr, position_C + 1, end, head, num_heads, dim_K, K)
@@ -156,13 +156,13 @@ def gla_prepare_kernel(
         store_rows(query_ptr, position_C, valid_C, head, num_heads, dim_K, K, b_query)
         total_K = tl.sum(b_g, 0)
         tl.store(decay_ptr + (chunk.to(tl.int64) * num_heads + head) * K + dim_K, tl.exp(total_K), mask=dim_K < K)
-        lowest = tl.minimum(lowest, tl.min(total_K, 0))
+        lowest_K = tl.minimum(lowest_K, total_K)
 
         b_grown = (b_k * tl.exp(tl.minimum(-b_sum, MILD))).to(dtype)
         b_scores = tl.dot(b_query, tl.trans(b_grown), b_scores, input_precision=PRECISION)
     b_scores = tl.where(pairs_inside(CHUNK, CHUNK), b_scores, 0.0)
     store_rows(scores_ptr, position_C, valid_C, head, num_heads, tl.arange(0, CHUNK), CHUNK, b_scores)
-    tl.store(steep_ptr + chunk * num_heads + head, (lowest < -MILD).to(tl.int32))
+    tl.store(steep_ptr + chunk * num_heads + head, (tl.min(lowest_K, 0) < -MILD).to(tl.int32))
 
 
 @triton.jit
