@@ -84,7 +84,6 @@ def _plan(kernel: Kernel, dims: Dims) -> tuple[dict, dict]:
         "BK": key_block,
         "BV": min(value_block, 64 if half else 32),
         "SCALE": dims.key_dim**-0.5,
-        "PRECISION": "tf32x3" if half else "ieee",
         "BH": triton.next_power_of_2(dims.num_value_heads),
         "KEY_BLOCKS": triton.cdiv(dims.key_dim, 64),
         "STORE": False,

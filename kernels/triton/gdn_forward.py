@@ -65,49 +65,40 @@ def pair_decay(g, C: tl.constexpr):
 
 
 @triton.jit
-def split_lower(x, N: tl.constexpr):
-    """The blocks [N, N] of a lower block triangular [2 N, 2 N]: early, below, late."""
-    blocks = tl.permute(tl.reshape(x, (2, N, 2, N)), (1, 3, 2, 0))
-    top, bottom = tl.split(blocks)
+def split_lower(x, B: tl.constexpr, N: tl.constexpr):
+    """B lower block triangular [2 N, 2 N]: their diagonal blocks [2 B, N, N], and [B, N, N] below the diagonals."""
+    top, bottom = tl.split(tl.permute(tl.reshape(x, (B, 2, N, 2, N)), (0, 2, 4, 3, 1)))
     early, _ = tl.split(top)
     below, late = tl.split(bottom)
-    return early, below, late
+    return tl.reshape(tl.permute(tl.join(early, late), (0, 3, 1, 2)), (2 * B, N, N)), below
 
 
 @triton.jit
-def join_lower(early, below, late, N: tl.constexpr):
-    top, bottom = tl.join(early, tl.zeros_like(early)), tl.join(below, late)
-    return tl.reshape(tl.permute(tl.join(top, bottom), (3, 0, 2, 1)), (2 * N, 2 * N))
+def join_lower(diagonal, below, B: tl.constexpr, N: tl.constexpr):
+    """The inverses [B, 2 N, 2 N] of what split_lower took apart, from those of the diagonal blocks."""
+    early, late = tl.split(tl.permute(tl.reshape(diagonal, (B, 2, N, N)), (0, 2, 3, 1)))
+    if B == 1:
+        early, below, late = tl.reshape(early, (N, N)), tl.reshape(below, (N, N)), tl.reshape(late, (N, N))
+    below = -tl.dot(late, tl.dot(below, early, input_precision="ieee"), input_precision="ieee")
+    rows = tl.join(tl.join(early, tl.zeros_like(early)), tl.join(below, late))
+    return tl.reshape(tl.permute(tl.reshape(rows, (B, N, N, 2, 2)), (0, 4, 1, 3, 2)), (B, 2 * N, 2 * N))
 
 
 @triton.jit
-def invert_16(lower, PRECISION: tl.constexpr):
-    """(1 + lower)^-1 of strictly lower [16, 16]: blocks of 1, 2, 4, 8 joined, in place in the whole matrix."""
-    t, s = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
-    inverse = tl.where(t == s, 1.0, tl.where(t // 2 == s // 2, -lower, 0.0))
+def invert_64(lower):
+    """(1 + lower)^-1 of strictly lower [64, 64]: blocks of 1, 2, .. 32 are inverted and joined; stable, unlike powers.
+
+    Up to 16 rows within whole [16, 16] matrices, four at once.
+    """
+    halves, below_32 = split_lower(tl.reshape(lower, (1, 64, 64)), 1, 32)
+    quarters, below_16 = split_lower(halves, 2, 16)
+    t, s = tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
+    inverse = tl.where(t == s, 1.0, tl.where(t // 2 == s // 2, -quarters, 0.0))
     for half in tl.static_range(1, 4):
-        below = tl.where((t >> half != s >> half) & (t >> (half + 1) == s >> (half + 1)), lower, 0.0)
-        inverse -= tl.dot(inverse, tl.dot(below, inverse, input_precision=PRECISION), input_precision=PRECISION)
-    return inverse
-
-
-@triton.jit
-def join_inverse(early, below, late, N: tl.constexpr, PRECISION: tl.constexpr):
-    """The inverse of [[1 / early, 0], [below, 1 / late]]."""
-    below = -tl.dot(late, tl.dot(below, early, input_precision=PRECISION), input_precision=PRECISION)
-    return join_lower(early, below, late, N)
-
-
-@triton.jit
-def invert_32(lower, PRECISION: tl.constexpr):
-    early, below, late = split_lower(lower, 16)
-    return join_inverse(invert_16(early, PRECISION), below, invert_16(late, PRECISION), 16, PRECISION)
-
-
-@triton.jit
-def invert_64(lower, PRECISION: tl.constexpr):
-    early, below, late = split_lower(lower, 32)
-    return join_inverse(invert_32(early, PRECISION), below, invert_32(late, PRECISION), 32, PRECISION)
+        below = tl.where((t >> half != s >> half) & (t >> (half + 1) == s >> (half + 1)), quarters, 0.0)
+        inverse -= tl.dot(inverse, tl.dot(below, inverse, input_precision="ieee"), input_precision="ieee")
+    inverse = join_lower(join_lower(inverse, below_16, 2, 16), below_32, 1, 32)
+    return tl.reshape(inverse, (64, 64))
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_rows"])
@@ -173,7 +164,6 @@ def gdn_prepare_kernel(
     K: tl.constexpr,
     BK: tl.constexpr,
     SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
     C: tl.constexpr,
 ):
     """The inverse and the scores of a chunk and a value head."""
@@ -201,7 +191,7 @@ def gdn_prepare_kernel(
     store_tile(scores_ptr + tile, within, valid, within, scores * decay * SCALE, C)
     beta = load_gate(gates_ptr, 1, head, start, within, valid, num_rows, HV)
     lower = tl.where(within[:, None] > within[None, :], beta[:, None] * met * decay, 0.0)
-    store_tile(inverse_ptr + tile, within, valid, within, invert_64(lower, PRECISION), C)
+    store_tile(inverse_ptr + tile, within, valid, within, invert_64(lower), C)
 
 
 @triton.jit
