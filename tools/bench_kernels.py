@@ -1,0 +1,225 @@
+"""Time and peak memory of SSE attention on a GPU, beside other implementations, in one run.
+
+    python -m megatron_sse.tools.bench_kernels [--fla DIR] [--shapes 16x128,8x256] [--tokens 4096,...] [--output X.md]
+
+--fla: a checkout of flash-linear-attention with the SSE authors' layers (its pull request 882); without one, only an
+installed flash-linear-attention's kernels for one state are measured. A result that is wrong is not timed.
+"""
+
+import argparse
+import importlib.util
+import math
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import logsigmoid, scaled_dot_product_attention
+
+from megatron_sse.kernels import BankInputs, route, sse_attention
+from megatron_sse.tools.bench_recurrence import commit
+
+# Largest RMS error against fp64, relative, of a bf16 result that is still timed.
+TOLERANCE = 2e-2
+CHECKED_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One sequence of `tokens`; N partitions, as many writers as readers."""
+
+    tokens: int
+    heads: int
+    dim: int
+    partitions: int
+    picks: int
+    recurrence: str
+
+
+class Problem:
+    """Random bf16 inputs of a layer's attention, gates and router fp32; `leaves` take gradients."""
+
+    def __init__(self, shape: Shape, device: str, dtype: torch.dtype = torch.bfloat16) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+        self.shape, self.leaves, is_gla = shape, [], shape.recurrence == "gla"
+        size = (shape.tokens, shape.heads, shape.dim)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, device=device, generator=generator)
+
+        def leaf(x: Tensor, dtype: torch.dtype = dtype) -> Tensor:
+            self.leaves.append(x.to(dtype).requires_grad_())
+            return self.leaves[-1]
+
+        def bank() -> BankInputs:
+            q, k = leaf(normal(*size)), leaf(normal(*size).softmax(-1))
+            gates = torch.promote_types(dtype, torch.float32)
+            g = leaf(logsigmoid(normal(*(size if is_gla else size[:2]))) / 16, gates)
+            return BankInputs(q, k, g, None if is_gla else leaf(normal(*size[:2]).sigmoid(), gates))
+
+        self.shared, self.sparse, self.v_THV = bank(), bank(), leaf(normal(*size))
+        self.logit_TN = leaf(normal(shape.tokens, shape.partitions), torch.promote_types(dtype, torch.float32))
+        self.grad_o = normal(*size).to(dtype)
+        self.offsets_D1 = torch.tensor([0, shape.tokens], device=device)
+        self.document_T = torch.zeros(shape.tokens, dtype=torch.int64, device=device)
+
+    def ours(self, form: str) -> Tensor:
+        routes = route(self.logit_TN.softmax(-1), self.shape.picks, self.shape.picks)
+        packing = (self.offsets_D1, self.document_T)
+        return sse_attention(self.shared, self.sparse, self.v_THV, routes, *packing, form=form).o_THV
+
+    def authors(self, layer: torch.nn.Module) -> Tensor:
+        """The attention of the authors' layer alone: no projections."""
+        gates = [self.shared.g, self.sparse.g]
+        if self.shared.beta_TH is not None:
+            gates += [self.shared.beta_TH, self.sparse.beta_TH]
+        inputs = (self.shared.q_THK, self.sparse.q_THK, self.shared.k_THK, self.sparse.k_THK, self.v_THV, *gates)
+        return layer.sse_linear_attention_varlen(*(x[None] for x in (*inputs, self.logit_TN)))[0][0]
+
+    def one_state(self, function: Callable) -> Tensor:
+        """The shared bank alone: the unit in which the work of SSE is counted."""
+        bank = self.shared
+        arguments = [x[None] for x in (bank.q_THK, bank.k_THK, self.v_THV, bank.g)]
+        if bank.beta_TH is not None:
+            return function(*arguments, beta=bank.beta_TH[None], use_qk_l2norm_in_kernel=True)[0][0]
+        return function(*arguments)[0][0]
+
+    def softmax(self, backend: SDPBackend) -> Tensor:
+        q, k, v = (x.transpose(0, 1)[None] for x in (self.shared.q_THK, self.shared.k_THK, self.v_THV))
+        with sdpa_kernel(backend):
+            return scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1)
+
+
+def contenders(shape: Shape, device: str) -> dict[str, Callable[[Problem], Tensor]]:
+    """What can be measured here, by name."""
+    found: dict[str, Callable[[Problem], Tensor]] = {
+        f"ours, {form}": partial(Problem.ours, form=form) for form in ("varlen", "mask")
+    }
+    if device != "cuda":
+        return found
+    if importlib.util.find_spec("fla") is not None:
+        module, name = {
+            "gla": ("fla.ops.gla", "chunk_gla"),
+            "gdn": ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
+        }[shape.recurrence]
+        function = getattr(importlib.import_module(module), name)
+        found[f"fla {name}, one state"] = partial(Problem.one_state, function=function)
+        found |= _authors(shape)
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+        found[f"softmax, {backend.name.split('_')[0].lower()}"] = partial(Problem.softmax, backend=backend)
+    return found
+
+
+def _authors(shape: Shape) -> dict[str, Callable[[Problem], Tensor]]:
+    try:
+        layers = importlib.import_module("fla.layers.sse")
+    except ImportError:
+        return {}
+    layer = {"gla": layers.SSEGLA, "gdn": layers.SSEGDN}[shape.recurrence](
+        hidden_size=shape.heads * shape.dim,
+        head_dim=shape.dim,
+        num_heads=shape.heads,
+        num_sparse_partition=shape.partitions,
+        num_writer=shape.picks,
+        num_reader=shape.picks,
+    )
+    return {"authors, varlen": partial(Problem.authors, layer=layer.cuda().bfloat16())}
+
+
+def error_of(form: str, shape: Shape, device: str) -> float:
+    """RMS error of the output and of every gradient against fp64 on the same inputs, the worst of them."""
+    short = Shape(min(shape.tokens, CHECKED_TOKENS), *list(vars(shape).values())[1:])
+    problem, exact = Problem(short, device), Problem(short, device, torch.float64)
+    for rounded, x in zip(problem.leaves, exact.leaves, strict=True):
+        x.data = rounded.data.double()
+    results = []
+    for each in (problem, exact):
+        o = each.ours(form)
+        results.append((o, *torch.autograd.grad(o, each.leaves, problem.grad_o.to(o.dtype))))
+    errors = [(a.double() - b).norm() / b.norm() for a, b in zip(*results, strict=True)]
+    return max(x.item() for x in errors)
+
+
+def measure(run: Callable[[Problem], Tensor], problem: Problem, backward: bool) -> tuple[list[float], float]:
+    """Median, p10 and p90 of the time in ms, and the peak memory in GiB on top of the inputs."""
+    from triton.testing import do_bench
+
+    def step() -> None:
+        with torch.set_grad_enabled(backward):
+            o = run(problem)
+        if backward:
+            torch.autograd.grad(o, problem.leaves, problem.grad_o, allow_unused=True)
+
+    step()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+    return do_bench(step, warmup=50, rep=400, quantiles=[0.5, 0.1, 0.9]), peak
+
+
+def rows_of(shape: Shape, device: str) -> list[str]:
+    """A table row per contender and pass; ratios are to one state of flash-linear-attention."""
+    for form in ("varlen", "mask"):
+        error = error_of(form, shape, device)
+        if not error < TOLERANCE:
+            return [f"| {shape} | ours, {form} | not timed: error {error:.1e}, allowed {TOLERANCE:.0e} |||||"]
+    rows = []
+    problem = Problem(shape, device)
+    for backward in (False, True):
+        unit = math.nan
+        timed = {}
+        for name, run in contenders(shape, device).items():
+            if device != "cuda":
+                timed[name] = "| not timed: no GPU ||||"
+                continue
+            try:
+                (median, p10, p90), peak = measure(run, problem, backward)
+            except (RuntimeError, AssertionError, TypeError) as error:
+                timed[name] = f"| failed: {str(error).splitlines()[0][:80]} ||||"
+                continue
+            unit = median if "one state" in name else unit
+            timed[name] = (median, p10, p90, peak)
+        for name, x in timed.items():
+            cells = x
+            if not isinstance(x, str):
+                cells = f"| {x[0]:.3f} | {x[1]:.3f} | {x[2]:.3f} | {x[0] / unit:.2f} | {x[3]:.2f} |"
+            sizes = f"{shape.recurrence} H{shape.heads} D{shape.dim} n{shape.partitions}k{shape.picks} {shape.tokens:,}"
+            rows.append(f"| {sizes} | {'forward + backward' if backward else 'forward'} | {name} {cells}")
+            print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fla", type=Path)
+    parser.add_argument("--recurrences", default="gla,gdn")
+    parser.add_argument("--shapes", default="16x128,8x256", help="heads x dim")
+    parser.add_argument("--tokens", default="4096,16384,65536,131072")
+    parser.add_argument("--banks", default="4x1,4x2,16x1,16x2", help="partitions x picks")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    if options.fla is not None:
+        sys.path.insert(0, str(options.fla))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = torch.cuda.get_device_name() if device == "cuda" else "no GPU"
+    lines = [f"commit {commit()}, torch {torch.__version__}, python {platform.python_version()}, {name}", ""]
+    lines += ["| sizes | pass | what | ms | p10 | p90 | per state | GiB |", "|---|---|---|---|---|---|---|---|"]
+    print("\n".join(lines), flush=True)
+    for recurrence in options.recurrences.split(","):
+        for heads, dim in (map(int, x.split("x")) for x in options.shapes.split(",")):
+            for partitions, picks in (map(int, x.split("x")) for x in options.banks.split(",")):
+                for tokens in map(int, options.tokens.split(",")):
+                    lines += rows_of(Shape(tokens, heads, dim, partitions, picks, recurrence), device)
+    if options.output is not None:
+        options.output.write_text("# SSE attention on a GPU\n\n" + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
