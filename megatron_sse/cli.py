@@ -6,11 +6,12 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 from megatron_sse import __version__
 from megatron_sse.config import RunConfig, ignored_settings, load_config
 from megatron_sse.config.derive import describe_run
-from megatron_sse.errors import UserError
+from megatron_sse.errors import SharedUserError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.job(options, rank)
     except UserError as error:
-        print(f"{f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
+        if not (rank and isinstance(error, SharedUserError)):
+            print(f"{f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
         return USER_ERROR_EXIT
     except KeyboardInterrupt:
         return INTERRUPT_EXIT
@@ -63,13 +65,38 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     check.add_argument("--layouts", metavar="LIST", help="names of layouts, separated by commas; default all")
     check.add_argument("--tolerance", metavar="X", type=float, help="largest error allowed, of every tensor")
     check.add_argument("--json", metavar="FILE", type=Path, help="file to write all numbers to")
+    _add_conversions(jobs)
     options, rest = parser.parse_known_args(arguments)
     # argparse takes no settings after an option.
     unknown = [argument for argument in rest if argument.startswith("-")]
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    options.overrides += rest
+    if unknown or (rest and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
+    if rest:
+        options.overrides += rest
     return options
+
+
+def _add_conversions(jobs: Any) -> None:
+    convert = jobs.add_parser(
+        "convert",
+        help="convert models from and to Hugging Face folders",
+        description="Convert a model into a new folder, and compare the logits of both. Exit status 1 where they "
+        "differ. docs/convert.md explains the kinds of folders.",
+    )
+    convert.set_defaults(job=_convert)
+    convert.add_argument("source", metavar="SRC", help="Hugging Face folder, checkpoint of ours, or run folder")
+    convert.add_argument("target", metavar="DST", help="folder to make")
+    convert.add_argument("overrides", metavar="model.sse.key=value", nargs="*", help="with --pattern: SSE settings")
+    convert.add_argument("--to", metavar="KIND", help="ours, hf, sse, llama, qwen2, qwen3, mistral; default ours or hf")
+    convert.add_argument("--pattern", metavar="LAYERS", help='make SSE layers of softmax layers: "5*sse, softmax"')
+    convert.add_argument("--tolerance", metavar="X", type=float, help="largest difference allowed; default 1e-4")
+    score = jobs.add_parser("score", help="logits of a model", description="Write a model's logits for given tokens.")
+    score.set_defaults(job=_score)
+    score.add_argument("--checkpoint", metavar="DIR", required=True, help="checkpoint of ours or Hugging Face folder")
+    score.add_argument("--input", metavar="FILE", required=True, help="safetensors with input_ids [B, L]")
+    score.add_argument(
+        "--output", metavar="FILE", required=True, help="safetensors to write, logits [B, L, vocabulary]"
+    )
 
 
 def _train(options: argparse.Namespace, rank: int) -> int:
@@ -96,6 +123,20 @@ def _check_parallel(options: argparse.Namespace, rank: int) -> int:
     # Like an interrupt, so that the processes that it started end with it.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     return check_parallel(config, names, options.as_is, options.tolerance, options.json)
+
+
+def _convert(options: argparse.Namespace, rank: int) -> int:
+    from megatron_sse.convert import convert
+    from megatron_sse.convert.command import TOLERANCE
+
+    tolerance = TOLERANCE if options.tolerance is None else options.tolerance
+    return convert(options.source, options.target, options.to, options.pattern, options.overrides, tolerance)
+
+
+def _score(options: argparse.Namespace, rank: int) -> int:
+    from megatron_sse.convert import score
+
+    return score(options.checkpoint, options.input, options.output)
 
 
 def prepare_data(config: RunConfig) -> None:

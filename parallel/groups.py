@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 from megatron_sse.parallel.device import Device
 
 
-def init_process_group(device: Device, timeout_minutes: int = 30) -> None:
+def init_process_group(device: Device, timeout_minutes: float = 30) -> None:
     """Join the processes that torchrun started (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); alone without them."""
     timeout = timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ:
@@ -21,7 +21,7 @@ def init_process_group(device: Device, timeout_minutes: int = 30) -> None:
 
 
 def init_groups(
-    tensor: int = 1, pipeline: int = 1, virtual_pipeline: int = 1, context: int = 1, timeout_minutes: int = 30
+    tensor: int = 1, pipeline: int = 1, virtual_pipeline: int = 1, context: int = 1, timeout_minutes: float = 30
 ) -> ProcessGroupCollection:
     """Split all processes into groups; neighbouring ranks share a tensor group, data parallelism takes what is left.
 

@@ -43,6 +43,8 @@ def _find(config: RunConfig) -> Iterator[str]:
         yield from _changed(config.parallel, "parallel", ["context_per_node"], reason)
     if model.transformer.get("cp_comm_type") is not None and attention_kind(config) is None:
         yield "model.transformer.cp_comm_type is ignored: only bf16 softmax layers with parallel.context above 1 use it"
+    if config.checkpoint.interval == 0:
+        yield from _changed(config.checkpoint, "checkpoint", ["asynchronous"], "checkpoint.interval is 0")
     if config.data.validation is None:
         yield from _changed(training, "training", _VALIDATION_SETTINGS, "data.validation is null")
     if optimizer.warmup_steps > training.steps:

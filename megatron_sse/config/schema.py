@@ -172,6 +172,7 @@ class ParallelConfig(Section):
     context_per_node: Count = 1
     data: Count | None = None
     distributed_optimizer: bool = False
+    timeout_minutes: Positive = 30.0
 
     @property
     def replica_size(self) -> int:
@@ -214,6 +215,12 @@ class OptimizerConfig(Section):
 
 class CheckpointConfig(Section):
     resume: str = "auto"
+    load_weights: str | None = None
+    interval: Size0 = 0
+    keep_last: Count | None = None
+    asynchronous: bool = True
+    verify: Literal["hashes", "sizes"] = "hashes"
+    stop_after_minutes: Positive | None = None
 
 
 class MonitorConfig(Section):

@@ -1,9 +1,11 @@
 """A whole training run: from the settings to the last checkpoint."""
 
 import logging
+import math
 import os
 import signal
 import time
+import traceback
 from pathlib import Path
 from types import FrameType
 
@@ -12,14 +14,19 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+from megatron_sse.checkpoint.folders import check_writable, checkpoint_folder, find_checkpoints, find_weights
+from megatron_sse.checkpoint.load import load_checkpoint, load_weights
+from megatron_sse.checkpoint.save import SaveError, Saver
+from megatron_sse.checkpoint.verify import first_whole
 from megatron_sse.config import RunConfig
 from megatron_sse.data import build_data_iterators
 from megatron_sse.data.iterators import ValidationFactory
+from megatron_sse.errors import SharedUserError, UserError
 from megatron_sse.model import build_model
 from megatron_sse.monitor import Monitor
 from megatron_sse.parallel.device import Device, setup_device
 from megatron_sse.parallel.groups import init_groups, init_process_group
-from megatron_sse.training.checkpoint import checkpoint_folder, find_checkpoint, load_checkpoint, save_checkpoint
+from megatron_sse.training.faults import is_lost_peer, leave_for_peers, name_lost_peers
 from megatron_sse.training.optimizer import build_optimizer, set_learning_rate
 from megatron_sse.training.schedule import learning_rate
 from megatron_sse.training.step import StepResult, Trainer, wrap_model
@@ -34,11 +41,15 @@ class NonFiniteError(Exception):
 
 
 class Signals:
-    """SIGTERM asks for an end after the running step; SIGINT ends the run at once."""
+    """SIGTERM, or the time being up, asks for an end after the running step; SIGINT ends the run at once.
 
-    def __init__(self) -> None:
+    minutes: after which the time is up, from now on.
+    """
+
+    def __init__(self, minutes: float | None = None) -> None:
         self.terminate = False
         self.interrupt = False
+        self.end = math.inf if minutes is None else time.monotonic() + 60 * minutes
         signal.signal(signal.SIGTERM, self._on_terminate)
         signal.signal(signal.SIGINT, self._on_interrupt)
 
@@ -49,37 +60,63 @@ class Signals:
         self.interrupt = True
         raise KeyboardInterrupt
 
-    def any_terminates(self, device: Device) -> bool:
-        """Whether some rank was asked to end; the same answer on all ranks."""
-        asked = torch.tensor([self.terminate], dtype=torch.int, device=device.type)
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return bool(asked.item())
+    def share(self, device: Device, writing: bool) -> tuple[str | None, bool]:
+        """Why to end, if so, and whether a checkpoint is being `writing` written; over all ranks, the same on all."""
+        mine = [self.terminate, time.monotonic() >= self.end, writing]
+        flags = torch.tensor(mine, dtype=torch.int, device=device.type)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        terminate, time_is_up, any_writes = flags.tolist()
+        reason = "SIGTERM" if terminate else "checkpoint.stop_after_minutes" if time_is_up else None
+        return reason, bool(any_writes)
 
 
 def train(config: RunConfig) -> int:
     """Run the training that `config` describes in this process and its peers; returns the exit code.
 
-    0: all steps done, or SIGTERM and saved; 1: too many steps were not finite; 130: SIGINT, nothing saved. Raises
-    UserError, before any process group exists, where there is nothing to resume from.
+    0: all steps done, or ended by SIGTERM or the time, and saved; 1: too many steps were not finite, the last
+    checkpoint could not be saved, or another process was lost; 130: SIGINT, nothing saved. Raises UserError, before
+    any process group exists where it can be known by then, where there is nothing to resume from.
     """
-    resume = find_checkpoint(config)
-    signals = Signals()
+    candidates, weights = find_checkpoints(config), find_weights(config)
+    check_writable(checkpoint_folder(config))
+    signals = Signals(config.checkpoint.stop_after_minutes)
+    run = None
     try:
         device = setup_device(int(os.environ.get("LOCAL_RANK", 0)))
-        init_process_group(device)
         parallel = config.parallel
-        groups = init_groups(parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, parallel.context)
-        Run(config, groups, device, resume).run(signals)
-    except NonFiniteError as error:
-        logger.error("%s", error)
-        return 1
-    # When a peer was interrupted first, the collective that waits for it fails with an error of its own.
-    except (KeyboardInterrupt, RuntimeError):
-        if not signals.interrupt:
-            raise
+        init_process_group(device, parallel.timeout_minutes)
+        sizes = (parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, parallel.context)
+        groups = init_groups(*sizes, timeout_minutes=parallel.timeout_minutes)
+        hashes = config.checkpoint.verify == "hashes"
+        resume = first_whole(candidates, hashes)
+        if resume is None:
+            weights = first_whole([] if weights is None else [weights], hashes)
+        run = Run(config, groups, device, resume, weights)
+        run.run(signals)
+    except (NonFiniteError, SaveError) as error:
         if dist.get_rank() == 0:
-            logger.error("interrupted; nothing saved since the last checkpoint")
-        return EXIT_INTERRUPTED
+            logger.error("%s", error)
+        return 1
+    except SharedUserError:
+        raise
+    except UserError as error:
+        leave_for_peers(error)
+        raise
+    except (KeyboardInterrupt, Exception) as error:
+        # When a peer was interrupted first, the collective that waits for it fails with an error of its own.
+        if signals.interrupt:
+            if dist.get_rank() == 0:
+                logger.error("interrupted; nothing saved since the last checkpoint")
+            return EXIT_INTERRUPTED
+        if is_lost_peer(error):
+            logger.error("%s", name_lost_peers(error))
+            return 1
+        traceback.print_exception(error)
+        leave_for_peers(error)
+        return 1
+    finally:
+        if run is not None:
+            run.saver.abandon()
     dist.destroy_process_group()
     return 0
 
@@ -87,26 +124,40 @@ def train(config: RunConfig) -> int:
 class Run:
     """The parts of a run on this rank, and its place in it."""
 
-    def __init__(self, config: RunConfig, groups: ProcessGroupCollection, device: Device, resume: Path | None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        groups: ProcessGroupCollection,
+        device: Device,
+        resume: Path | None,
+        weights: Path | None = None,
+    ) -> None:
         self.config, self.groups, self.device = config, groups, device
         chunks = wrap_model(config, build_model(config, groups, device), groups)
         self.trainer = Trainer(config, groups, chunks, build_optimizer(config, chunks, groups))
         self.first_step, self.consumed_samples = 1, 0
         if resume is not None:
-            steps, self.consumed_samples = load_checkpoint(resume, chunks, self.trainer.optimizer, groups)
+            steps, self.consumed_samples = load_checkpoint(resume, config, chunks, self.trainer.optimizer, groups)
             self.first_step = steps + 1
             logger.info("resumed from %s: %d steps done", resume, steps)
+        elif weights is not None:
+            load_weights(weights, config, chunks, self.trainer.optimizer, groups)
+            logger.info("starting from the weights of %s", weights)
+        self.saver = Saver(config, chunks, self.trainer.optimizer, groups)
         self.skipped_in_a_row = 0
         self.monitor = Monitor(config, groups, chunks, device)
 
     def run(self, signals: Signals) -> None:
-        """Train to the last step or to SIGTERM, validate on the way, save at the end."""
-        training = self.config.training
+        """Train to the last step or to SIGTERM, validate and save on the way, save at the end.
+
+        Raises SaveError where the last checkpoint could not be saved; of those before it the log tells.
+        """
+        training, checkpoint = self.config.training, self.config.checkpoint
         batches, make_validation = build_data_iterators(
             self.config, self.groups, self.consumed_samples, self.device.type
         )
         step = self.first_step - 1
-        while step < training.steps and not signals.any_terminates(self.device):
+        while step < training.steps and not self._is_over(signals):
             step += 1
             started = time.perf_counter()
             set_learning_rate(self.trainer.optimizer, rate := self.learning_rate(step))
@@ -117,18 +168,46 @@ class Run:
             due = training.validation_interval and step % training.validation_interval == 0
             if make_validation is not None and (due or step == training.steps):
                 self._validate(step, make_validation)
-        if step >= self.first_step:
-            save_checkpoint(
-                checkpoint_folder(self.config),
-                step,
-                self.consumed_samples,
-                self.trainer.chunks,
-                self.trainer.optimizer,
-                self.groups,
-            )
-        elif step >= training.steps and dist.get_rank() == 0:
+            if checkpoint.interval and step % checkpoint.interval == 0 and step < training.steps:
+                self._save(step, checkpoint.asynchronous)
+        self._finish_save()
+        if step >= self.first_step and self.saver.newest != step:
+            self.saver.start(step, self.consumed_samples, background=False)
+            self.saver.finish()
+        elif step < self.first_step and step >= training.steps and dist.get_rank() == 0:
             logger.warning("nothing to do: %d of %d steps were done before", step, training.steps)
         self.monitor.close()
+
+    def _is_over(self, signals: Signals) -> bool:
+        reason, any_writes = signals.share(self.device, self.saver.is_writing())
+        if not any_writes:
+            self._finish_save()
+        if reason is not None and dist.get_rank() == 0:
+            logger.info("ending the run: %s", reason)
+        return reason is not None
+
+    def _save(self, step: int, background: bool) -> None:
+        if self.saver.is_under_way:
+            logger.info("waiting for the checkpoint before this one; checkpoint.interval is shorter than its writing")
+        self._finish_save()
+        try:
+            self.saver.start(step, self.consumed_samples, background)
+        except SaveError as error:
+            self._report_unsaved(error)
+        if not background:
+            self._finish_save()
+
+    def _finish_save(self) -> None:
+        try:
+            if self.saver.is_under_way:
+                self.saver.finish()
+        except SaveError as error:
+            self._report_unsaved(error)
+
+    def _report_unsaved(self, error: SaveError) -> None:
+        # The next save may find room again; the last one has to.
+        if dist.get_rank() == 0:
+            logger.error("%s; training goes on", error)
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of a step of this run."""

@@ -80,7 +80,7 @@ def test_sigint_exits_130_and_saves_nothing(tmp_path: Path) -> None:
     code, log = finish(process)
     assert code == 130
     assert "interrupted" in log and "Traceback" not in log
-    assert not (tmp_path / "run/checkpoints").exists()
+    assert list((tmp_path / "run/checkpoints").iterdir()) == []
 
 
 def terminated_on_one_rank(folder: Path) -> list[str]:

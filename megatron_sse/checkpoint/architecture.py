@@ -1,0 +1,98 @@
+"""Whether a checkpoint is of the model that a run describes, and where not, how they differ."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import yaml
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch.distributed.checkpoint.metadata import Metadata
+
+from megatron_sse.checkpoint.index import tensors_of
+from megatron_sse.checkpoint.state import MASTER, OPTIMIZER
+from megatron_sse.config import RunConfig
+from megatron_sse.config.checks import show
+from megatron_sse.errors import SharedUserError
+
+CONFIG = "config.yaml"
+_MAX_LINES = 20
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def check_architecture(path: Path, config: RunConfig, state: dict[str, Any], index: Metadata) -> None:
+    """Compare what this run wants to load with what there is; all ranks together.
+
+    state: the tensors that this rank wants. Raises SharedUserError with a table: the settings of the model that differ,
+    then the tensors.
+    """
+    wanted, padded = _wanted(state)
+    there = {key: tuple(entry.size) for key, entry in tensors_of(index).items()}
+    if not any(key.startswith(OPTIMIZER) and not key.startswith(MASTER) for key in wanted):
+        there = {key: shape for key, shape in there.items() if not key.startswith(OPTIMIZER) or key in wanted}
+    model_keys = [key for key in _flatten(config.model_dump(mode="json")) if key.startswith("model.")]
+    settings = changed_settings(path, config, model_keys)
+    same_vocabulary = not any(line.startswith("model.vocab_size:") for line in settings)
+    tensors = []
+    for key in sorted(wanted.keys() | there.keys()):
+        # A weight's fp32 copy may be taken for the weight itself, or not be needed beside it.
+        if key not in wanted and (key.startswith(MASTER) or MASTER + key in wanted):
+            continue
+        if wanted.get(key) == there.get(key):
+            continue
+        # Rows that pad the vocabulary may be more or fewer.
+        if key in padded and key in there and same_vocabulary and wanted[key][1:] == there[key][1:]:
+            continue
+        tensors.append(f"{key}: {_show(there.get(key))} in the checkpoint, {_show(wanted.get(key))} in this run")
+    # Another vocabulary may be padded to the same shapes.
+    if tensors or not same_vocabulary:
+        lines = settings + tensors
+        if len(lines) > _MAX_LINES:
+            lines = [*lines[:_MAX_LINES], f"and {len(lines) - _MAX_LINES} more"]
+        table = "".join(f"\n  {line}" for line in lines)
+        raise SharedUserError(f"{path}: got a checkpoint of another architecture than that of this run{table}")
+
+
+def changed_settings(path: Path, config: RunConfig, keys: Iterable[str]) -> list[str]:
+    """Which of these settings are others in the checkpoint's YAML than in this run, one line for each."""
+    try:
+        saved = _flatten(yaml.safe_load((path / CONFIG).read_text()))
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        return []
+    now = _flatten(config.model_dump(mode="json"))
+    return [
+        f"{key}: {show(saved[key])} in the checkpoint, {show(now[key])} in this run"
+        for key in keys
+        if key in saved and key in now and saved[key] != now[key]
+    ]
+
+
+def _wanted(state: dict[str, Any]) -> tuple[Shapes, set[str]]:
+    """Shapes of the whole tensors that all ranks want, by key; and the keys of those that are padded."""
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(
+        every, [(tensor.key, tensor.global_shape, tensor.allow_shape_mismatch) for tensor in _tensors(state)]
+    )
+    described = [tensor for tensors in every for tensor in tensors]
+    return {key: tuple(shape) for key, shape, _ in described}, {key for key, _, padded in described if padded}
+
+
+def _tensors(state: dict[str, Any]) -> Iterator[ShardedTensor]:
+    for entry in nested_values(state):
+        if isinstance(entry, ShardedTensor):
+            yield entry
+        else:
+            yield from nested_values({"parts": entry.build()})
+
+
+def _flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in section.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _show(shape: tuple[int, ...] | None) -> str:
+    return "not" if shape is None else " x ".join(map(str, shape)) or "one number"

@@ -1,0 +1,66 @@
+"""torch's index of a checkpoint (.metadata): which tensors there are, and where; a pickle, read here with care."""
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+INDEX = ".metadata"
+
+# All that an index of tensors is made of. None of these does anything but hold values.
+_DTYPES = "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 int64 int32 int16 int8 uint8 bool"
+_ALLOWED = {
+    "torch": {"Size", *_DTYPES.split()},
+    "torch.serialization": {"_get_layout"},
+    "collections": {"OrderedDict"},
+    "torch.distributed.checkpoint.metadata": {
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
+}
+
+
+class IndexRefusedError(Exception):
+    """An index that asks for more than the values of an index, or is none. One line, with the file."""
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name in _ALLOWED.get(module, ()):
+            return super().find_class(module, name)
+        raise IndexRefusedError(f"it asks for {module}.{name}, which no index of tensors needs")
+
+
+def read_index(folder: Path) -> Metadata:
+    """The index of a checkpoint, without running anything that a pickle may ask for.
+
+    Raises IndexRefusedError, also where it lists pickled objects: torch would unpickle those without a check.
+    """
+    path = folder / INDEX
+    try:
+        index = _Unpickler(io.BytesIO(path.read_bytes())).load()
+    except IndexRefusedError as refused:
+        raise IndexRefusedError(f"{path}: refused, {refused}") from None
+    except Exception as error:
+        raise IndexRefusedError(f"{path}: cannot be read ({' '.join(repr(error).split())})") from None
+    if not isinstance(index, Metadata):
+        raise IndexRefusedError(f"{path}: refused, it is no index of tensors")
+    objects = sorted(index.state_dict_metadata.keys() - tensors_of(index).keys())
+    if objects:
+        raise IndexRefusedError(f"{path}: refused, it lists pickled objects ({objects[0]})")
+    return index
+
+
+def tensors_of(index: Metadata) -> dict[str, TensorStorageMetadata]:
+    """The tensors that an index lists, by key."""
+    described = index.state_dict_metadata
+    return {key: entry for key, entry in described.items() if isinstance(entry, TensorStorageMetadata)}

@@ -1,0 +1,113 @@
+"""Loading: from a checkpoint that has been found whole, at any layout, with either optimizer, in either precision."""
+
+import logging
+from collections.abc import Container
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+
+from megatron_sse.checkpoint.architecture import changed_settings, check_architecture
+from megatron_sse.checkpoint.index import read_index
+from megatron_sse.checkpoint.state import (
+    MASTER,
+    MOMENTS,
+    OPTIMIZER,
+    Entry,
+    model_state,
+    optimizer_state,
+    set_num_steps,
+)
+from megatron_sse.checkpoint.verify import first_line
+from megatron_sse.config import RunConfig
+from megatron_sse.errors import SharedUserError
+
+logger = logging.getLogger(__name__)
+
+# The order of samples and what they are follow from these.
+_DATA_SETTINGS = ("training.seed", "data.train", "data.sequence_length", "data.reset_at_documents")
+
+
+def load_checkpoint(
+    path: Path,
+    config: RunConfig,
+    chunks: list[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    groups: ProcessGroupCollection,
+) -> tuple[int, int]:
+    """Load model and optimizer; returns the steps done and samples consumed. Every rank calls it.
+
+    path: a checkpoint that verify.py has found whole. Raises SharedUserError, with a table, for another architecture.
+    """
+    index = read_index(path)
+    if not any(key.startswith(OPTIMIZER) for key in index.state_dict_metadata):
+        raise SharedUserError(
+            f"checkpoint.resume: got {path}, which has weights alone, allowed a run's checkpoint; to start from its "
+            f"weights give it as checkpoint.load_weights"
+        )
+    common = _load(path, config, chunks, optimizer, groups, index, ("master", *MOMENTS))
+    set_num_steps(optimizer, common["optimizer_step"])
+    if dist.get_rank() == 0:
+        for line in changed_settings(path, config, _DATA_SETTINGS):
+            logger.warning("%s: the order of samples changes", line)
+    return common["step"], common["consumed_samples"]
+
+
+def load_weights(
+    path: Path,
+    config: RunConfig,
+    chunks: list[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    groups: ProcessGroupCollection,
+) -> None:
+    """Load the weights alone, for a run that starts from them; as load_checkpoint."""
+    _load(path, config, chunks, optimizer, groups, read_index(path), ("master",))
+
+
+def _load(
+    path: Path,
+    config: RunConfig,
+    chunks: list[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    groups: ProcessGroupCollection,
+    index: Metadata,
+    names: tuple[str, ...],
+) -> dict[str, Any]:
+    stored = index.state_dict_metadata
+    model = model_state(chunks, groups)
+    # A checkpoint of an fp32 run has no fp32 copies: its weights are that.
+    state: dict[str, Any] = {
+        "optimizer": {
+            number: replace(piece, key=piece.key.removeprefix(MASTER)) if piece.key not in stored else piece
+            for number, piece in optimizer_state(model, optimizer, names).items()
+        }
+    }
+    for name, entries in model.items():
+        state[name] = {local: _best_source(entry, stored) for local, entry in entries.items()}
+    check_architecture(path, config, state, index)
+    try:
+        loaded = dist_checkpointing.load(state, str(path), validate_access_integrity=False)
+    except CheckpointException as error:
+        # Gathered over the ranks: all of them have it.
+        causes = {f"rank {rank}: {first_line(cause)}" for rank, (cause, _) in error.failures.items()}
+        raise SharedUserError(f"{path}: cannot be loaded ({'; '.join(sorted(causes))})") from None
+    for stage, chunk in enumerate(chunks):
+        # Only what Transformer Engine keeps for fp8 may be missing.
+        missing, unexpected = chunk.module.load_state_dict(loaded[f"model{stage}"], strict=False)
+        assert not unexpected and all(key.endswith("_extra_state") for key in missing), (missing, unexpected)
+    return loaded
+
+
+def _best_source(entry: Entry, stored: Container[str]) -> Entry:
+    """An fp32 weight's own tensor, or its fp32 copy in a checkpoint of a bf16 run."""
+    if entry.data.dtype == torch.float32 and MASTER + entry.key in stored:
+        return replace(entry, key=MASTER + entry.key)
+    return entry

@@ -1,0 +1,202 @@
+"""Saving: planned by all ranks together, written by each in the background, made a checkpoint by rank 0."""
+
+import logging
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import megatron.core
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_sse import __version__
+from megatron_sse.checkpoint.architecture import CONFIG
+from megatron_sse.checkpoint.durable import fsync
+from megatron_sse.checkpoint.folders import checkpoint_folder, make_partial, partial_folder, promote, prune, step_folder
+from megatron_sse.checkpoint.manifest import FileEntry, Manifest, describe_files
+from megatron_sse.checkpoint.shards import ShardWriter, Staging
+from megatron_sse.checkpoint.state import get_num_steps, is_distributed, model_state, optimizer_state
+from megatron_sse.config import RunConfig
+
+logger = logging.getLogger(__name__)
+
+TOKENS = "tokens.json"
+
+
+class SaveError(Exception):
+    """A checkpoint was not saved, on any rank; those before it are as they were. One line, with the file."""
+
+
+@dataclass
+class _Save:
+    """A save under way."""
+
+    step: int
+    consumed_samples: int
+    common: dict[str, Any]
+    shards: ShardWriter
+    started: float
+    blocked: float
+
+
+class Saver:
+    """Saves a run's state. Every rank has one and calls its methods in the same order.
+
+    config, chunks, optimizer, groups: the run's. Not more than one save is under way.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        chunks: list[DistributedDataParallel],
+        optimizer: MegatronOptimizer,
+        groups: ProcessGroupCollection,
+    ):
+        self.config, self.chunks, self.optimizer, self.groups = config, chunks, optimizer, groups
+        self.folder = checkpoint_folder(config)
+        self.newest: int | None = None
+        self._save: _Save | None = None
+        self._staging: Staging = {}
+        self._checked = False
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a save was started and not finished; the same on every rank."""
+        return self._save is not None
+
+    def is_writing(self) -> bool:
+        """Whether this rank still writes its file."""
+        return self._save is not None and not self._save.shards.is_done()
+
+    def start(self, step: int, consumed_samples: int, background: bool) -> None:
+        """Begin to save the state after `step` steps. Raises SaveError, on every rank.
+
+        background: the state is copied, and training may go on while the copy is written; else it may not change
+        before finish() returns.
+        """
+        assert self._save is None
+        started = time.perf_counter()
+        _agree(self._make_folder(step))
+        model = model_state(self.chunks, self.groups)
+        common = {"step": step, "consumed_samples": consumed_samples, "optimizer_step": get_num_steps(self.optimizer)}
+        # The ranks' parts are checked to be a whole once: they do not change.
+        parts, _ = save_preprocess(
+            {**model, "optimizer": optimizer_state(model, self.optimizer)}, validate_access_integrity=not self._checked
+        )
+        self._checked = True
+        shards = ShardWriter(parts, partial_folder(self.folder, step))
+        if background:
+            shards.stage(self._staging)
+            shards.start()
+        else:
+            shards.write()
+        now = time.perf_counter()
+        self._save = _Save(step, consumed_samples, common, shards, now, now - started)
+
+    def finish(self) -> None:
+        """Wait until the save is written, and make it a checkpoint. Raises SaveError, on every rank."""
+        save, self._save = self._save, None
+        assert save is not None
+        begun = time.perf_counter()
+        save.shards.wait()
+        written = (save.shards.results, save.shards.entries, save.shards.error)
+        gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(written, gathered)
+        _agree(None if gathered is None else self._complete(save, gathered))
+        self.newest = save.step
+        now = time.perf_counter()
+        if dist.get_rank() == 0:
+            blocked, total = save.blocked + now - begun, save.blocked + now - save.started
+            path = step_folder(self.folder, save.step)
+            logger.info("checkpoint saved: %s (%.1f s, training stood still for %.1f s)", path, total, blocked)
+            self._prune(path)
+
+    def abandon(self) -> None:
+        """Drop a save under way, on this rank alone, so that the process can end."""
+        if self._save is not None:
+            self._save.shards.abandon()
+
+    def _make_folder(self, step: int) -> str | None:
+        if dist.get_rank() != 0:
+            return None
+        try:
+            make_partial(self.folder, step)
+        except OSError as error:
+            return describe(error)
+        return None
+
+    def _complete(self, save: _Save, gathered: list[Any]) -> str | None:
+        """On rank 0: all files but those of the ranks, then the final name. Returns what went wrong."""
+        partial = partial_folder(self.folder, save.step)
+        failed = next((f"{error} (rank {rank})" for rank, (_, _, error) in enumerate(gathered) if error), None)
+        if failed is None:
+            try:
+                save.shards.finish_index([results for results, _, _ in gathered])
+                TorchCommonSaveStrategy("torch", 1).save_common(save.common, partial)
+                save_config(CheckpointingConfig("torch_dist", 1), str(partial))
+                self._write_config(partial)
+                known = {name: entry for _, entries, _ in gathered for name, entry in entries.items()}
+                self._manifest(save, describe_files(partial, known)).write(partial)
+                promote(self.folder, save.step)
+            # torch.save makes a RuntimeError of it.
+            except (OSError, RuntimeError) as error:
+                failed = describe(error)
+        if failed is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        return failed
+
+    def _write_config(self, folder: Path) -> None:
+        (folder / CONFIG).write_text(self.config.to_yaml())
+        # What the tokens mean, where the token file says it.
+        tokens = Path(self.config.data.train + ".json")
+        if tokens.is_file():
+            shutil.copyfile(tokens, folder / TOKENS)
+        for path in folder.iterdir():
+            fsync(path)
+
+    def _manifest(self, save: _Save, files: dict[str, FileEntry]) -> Manifest:
+        parallel, groups = self.config.parallel, self.groups
+        layout = {
+            "world": dist.get_world_size(),
+            "tensor": parallel.tensor,
+            "pipeline": parallel.pipeline,
+            "virtual_pipeline": parallel.virtual_pipeline,
+            "context": parallel.context,
+            "data": groups.dp.size(),
+            "distributed_optimizer": is_distributed(self.optimizer),
+        }
+        versions = {"megatron_sse": __version__, "torch": torch.__version__, "megatron_core": megatron.core.__version__}
+        return Manifest(save.step, save.consumed_samples, True, layout, versions, files)
+
+    def _prune(self, saved: Path) -> None:
+        keep_last = self.config.checkpoint.keep_last
+        if keep_last is None:
+            return
+        try:
+            prune(self.folder, keep_last, saved)
+        except OSError as error:
+            logger.warning("old checkpoints were not deleted: %s", describe(error))
+
+
+def describe(error: Exception) -> str:
+    """An error of the file system in one line, with the file."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
+def _agree(failed: str | None) -> None:
+    """Raise SaveError on every rank where one rank has failed."""
+    every: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, failed)
+    first = next((text for text in every if text is not None), None)
+    if first is not None:
+        raise SaveError(f"checkpoint not saved: {first}; earlier checkpoints are as they were")

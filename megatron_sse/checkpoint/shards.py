@@ -1,0 +1,139 @@
+"""Writes this rank's tensors to its file of a checkpoint in torch's distributed format, now or in the background."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter, SavePlan
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+
+from megatron_sse.checkpoint.durable import HashedFile, hashed_file
+from megatron_sse.checkpoint.manifest import FileEntry
+
+# Copies of the tensors in memory that the background thread may read while training changes the originals.
+Staging = dict[MetadataIndex, Tensor]
+
+_SECONDS_TO_STOP = 60.0
+
+
+class _Planner(MCoreSavePlanner):
+    """Hands out the staged copy of a tensor where there is one."""
+
+    def __init__(self) -> None:
+        super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False)
+        self.staged: Staging = {}
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        staged = self.staged.get(write_item.index)
+        return super().resolve_data(write_item) if staged is None else staged
+
+
+class _HashingFileSystem(FileSystem):
+    """Hashes what is written, and waits until it is on the disk."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, FileEntry] = {}
+        self.stop = False
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+        assert mode == "wb"
+        stream: HashedFile
+        with hashed_file(Path(path), lambda: self.stop) as stream:
+            yield stream
+        self.entries[Path(path).name] = FileEntry(stream.size, stream.digest.hexdigest())
+
+
+class _Writer(FileSystemWriter):
+    def __init__(self, folder: Path):
+        # The file system below does the waiting for the disk.
+        super().__init__(folder, sync_files=False)
+        self.fs: _HashingFileSystem = _HashingFileSystem()
+
+    def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
+        """Megatron-Core's hook at the end of planning."""
+        self.plan = plan
+
+
+class ShardWriter:
+    """Plans the files of a checkpoint over all ranks, then writes this rank's.
+
+    Collective over all ranks, in the main thread. index: of the whole checkpoint, on rank 0; index.storage_data has to
+    be filled in from the results of all ranks.
+    """
+
+    def __init__(self, state: dict[str, Any], folder: Path):
+        self.planner = _Planner()
+        self.writer = _Writer(folder)
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(state, keep_only_main_replica=True)
+        planned = save_state_dict_async_plan(mcore_to_pyt_state_dict(by_key), self.writer, planner=self.planner)
+        self.index: Metadata | None = planned[0][1]
+        self.results: list[WriteResult] = []
+        self.error: str | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def entries(self) -> dict[str, FileEntry]:
+        """The files written so far."""
+        return self.writer.fs.entries
+
+    def stage(self, staging: Staging) -> None:
+        """Copy all tensors to `staging` in host memory, whose buffers are used again from one save to the next."""
+        for item in self.writer.plan.items:
+            tensor = self.planner.resolve_data(item)
+            buffer = staging.get(item.index)
+            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
+                staging[item.index] = buffer
+            buffer.copy_(tensor, non_blocking=True)
+            self.planner.staged[item.index] = buffer
+        torch.cuda.synchronize()
+
+    def start(self) -> None:
+        """Write in the background. The thread ends with the process, so nothing outlives a run that fails."""
+        self._thread = threading.Thread(target=self.write, daemon=True)
+        self._thread.start()
+
+    def write(self) -> None:
+        """Write this rank's file, if it has anything to write; what went wrong stands in `error`."""
+        if not self.writer.plan.items:
+            return
+        try:
+            self.results = self.writer.write_data(self.writer.plan, self.planner).value()
+        except OSError as error:
+            self.error = f"{error.filename or self.writer.path}: {error.strerror}"
+        except Exception as error:
+            self.error = f"{self.writer.path}: {error!r}"
+
+    def is_done(self) -> bool:
+        """Whether the background thread has ended."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Wait for the background thread."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def abandon(self) -> None:
+        """Stop writing. A thread in the middle of torch's writer would take the ending process down with an abort."""
+        self.writer.fs.stop = True
+        if self._thread is not None:
+            self._thread.join(_SECONDS_TO_STOP)
+
+    def finish_index(self, results: list[list[WriteResult]]) -> None:
+        """On rank 0: write the index of all ranks' tensors."""
+        assert self.index is not None
+        self.writer.finish(self.index, results)

@@ -1,0 +1,81 @@
+"""What a process says when others are gone: which ones, and what it was waiting for."""
+
+import re
+import time
+import traceback
+from datetime import timedelta
+from types import TracebackType
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup, distributed_c10d
+
+# The others that lost a peer say so within this time of each other; one that does not is gone itself.
+SECONDS_TO_ANSWER = 3.0
+_LOST = re.compile("gloo|NCCL|Connection (closed|reset)|[Tt]imed out|Broken pipe")
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another process ended or stopped."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and bool(_LOST.search(str(error))))
+
+
+def leave_for_peers(error: BaseException) -> None:
+    """Leave a line for the others, who lose contact once this process has ended."""
+    _leave(f"{type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def name_lost_peers(error: BaseException) -> str:
+    """One line: the rank, what it was waiting for, and which other processes failed first or do not answer."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    _leave("")
+    end = time.monotonic() + SECONDS_TO_ANSWER
+    failed, silent = [], []
+    for other in range(world_size):
+        if other == rank:
+            continue
+        said = _find(other, end - time.monotonic())
+        if said is None:
+            silent.append(str(other))
+        elif said:
+            failed.append(f"rank {other} failed: {said}")
+    causes = failed or ([f"no answer from rank {', '.join(silent)}"] if silent else ["contact was lost"])
+    reason = "timed out" if re.search("[Tt]imed out|[Tt]imeout", str(error)) else "lost its peers"
+    return f"rank {rank}: {_describe_wait(error.__traceback__)} {reason}; {'; '.join(causes)}"
+
+
+def _describe_wait(trace: TracebackType | None) -> str:
+    """The collective that failed and its group, from the innermost frame that knows one."""
+    call, group = "a collective", None
+    for frame, _ in traceback.walk_tb(trace):
+        values = frame.f_locals
+        known = next((values[name] for name in ("group", "pg", "process_group", "pp_group") if name in values), None)
+        if isinstance(known, ProcessGroup):
+            group = known
+        if frame.f_globals.get("__name__") == distributed_c10d.__name__ and not frame.f_code.co_name.startswith("_"):
+            if frame.f_code.co_name != "wrapper":
+                call = frame.f_code.co_name
+    if group is None:
+        return f"{call} of all ranks" if call != "a collective" else call
+    ranks = ", ".join(map(str, dist.get_process_group_ranks(group)))
+    return f"{call} of {group.group_desc} (ranks {ranks})"
+
+
+def _leave(text: str) -> None:
+    try:
+        distributed_c10d._get_default_store().set(_key(dist.get_rank()), f"!{text}")
+    # The store may be gone with the process that kept it.
+    except (RuntimeError, ValueError):
+        pass
+
+
+def _find(rank: int, seconds: float) -> str | None:
+    try:
+        store = distributed_c10d._get_default_store()
+        store.wait([_key(rank)], timedelta(seconds=max(seconds, 0.01)))
+        return store.get(_key(rank)).decode()[1:]
+    except (RuntimeError, ValueError):
+        return None
+
+
+def _key(rank: int) -> str:
+    return f"megatron_sse/failed/{rank}"
