@@ -52,8 +52,16 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     """
     values, places = _read_file(Path(path))
     for override in overrides or []:
-        _apply_override(values, places, override)
+        apply_override(values, places, override)
     places.setdefault("", f"{path}:1")
+    return make_config(values, places)
+
+
+def make_config(values: dict[str, Any], places: dict[str, str]) -> RunConfig:
+    """Settings of the sections in `values`. Raises UserError.
+
+    places: where dotted keys stand, or sections; "" for all others.
+    """
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
@@ -79,7 +87,8 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return values, places
 
 
-def _apply_override(values: dict[str, Any], places: dict[str, str], override: str) -> None:
+def apply_override(values: dict[str, Any], places: dict[str, str], override: str) -> None:
+    """Put `section.key=value` over the sections in `values`. Raises UserError."""
     match = _OVERRIDE.fullmatch(override)
     if match is None:
         raise UserError(f"{COMMAND_LINE}: got {show(override)}, allowed section.key=value")

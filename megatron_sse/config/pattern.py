@@ -1,6 +1,7 @@
 """Layer patterns: `5*sse, softmax`."""
 
 import re
+from itertools import groupby
 from typing import Final
 
 LAYER_KINDS: Final = ("sse", "gla", "gdn", "softmax")
@@ -28,3 +29,10 @@ def expand_pattern(pattern: str | list[str]) -> list[str]:
     if not kinds:
         raise ValueError("got an empty pattern, allowed entries such as softmax or 5*sse")
     return kinds
+
+
+def shorten_pattern(kinds: list[str]) -> str:
+    """The shortest pattern that expands and repeats to these layer kinds."""
+    period = next(n for n in range(1, len(kinds) + 1) if len(kinds) % n == 0 and kinds == kinds[:n] * (len(kinds) // n))
+    runs = [(kind, len(list(run))) for kind, run in groupby(kinds[:period])]
+    return ", ".join(kind if count == 1 else f"{count}*{kind}" for kind, count in runs)

@@ -39,8 +39,11 @@ from megatron_sse.parallel.sharding import ContextShard
 logger = logging.getLogger(__name__)
 
 
-def build_model(config: RunConfig, groups: ProcessGroupCollection, device: Device) -> list[GPTModel]:
-    """This rank's model chunks, one per virtual pipeline stage, with weights that depend on the seed alone."""
+def build_model(config: RunConfig, groups: ProcessGroupCollection, device: Device, draw: bool = True) -> list[GPTModel]:
+    """This rank's model chunks, one per virtual pipeline stage, with weights that depend on the seed alone.
+
+    draw: False leaves the weights unset, for a caller that has others.
+    """
     backend = attend_over_context(choose_backend(device), config)
     hand_off = make_hand_off(config, groups)
     transformer = transformer_config(config, backend)
@@ -52,7 +55,8 @@ def build_model(config: RunConfig, groups: ProcessGroupCollection, device: Devic
             chunk = _build_chunk(
                 config.model, transformer, backend, hand_off, groups, stage if num_chunks > 1 else None
             )
-            initialize_weights(chunk, groups, config.training.seed)
+            if draw:
+                initialize_weights(chunk, groups, config.training.seed)
             chunks.append(chunk)
     return chunks
 

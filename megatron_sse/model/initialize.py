@@ -7,7 +7,7 @@ and each rank keeps its part. Any tensor, pipeline and data parallelism starts f
 import hashlib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,12 +23,21 @@ def initialize_weights(chunk: GPTModel, groups: ProcessGroupCollection, seed: in
     """Draw all parameters of a model chunk in place."""
     with torch.no_grad():
         for name, parameter in chunk.named_parameters():
-            name = global_name(name, chunk)
-            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-            generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:7], "little"))
-            whole = torch.empty(_whole_shape(parameter, groups), dtype=torch.float32, device=parameter.device)
-            _draw_for(name, chunk)(whole, generator)
+            name, shape = global_name(name, chunk), _whole_shape(parameter, groups)
+            std, num_layers = chunk.config.init_method_std, chunk.config.num_layers
+            whole = draw_whole(name, shape, seed, std, num_layers, parameter.device)
             parameter.copy_(own_part(whole, parameter, groups.tp.rank(), groups.tp.size()))
+
+
+def draw_whole(
+    name: str, shape: Sequence[int], seed: int, std: float, num_layers: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """A whole initial weight, fp32. name: in the whole model; std, num_layers: of the model."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
+    whole = torch.empty(shape, dtype=torch.float32, device=device)
+    _draw_for(name, std, num_layers)(whole, generator)
+    return whole
 
 
 def global_name(name: str, chunk: GPTModel) -> str:
@@ -60,8 +69,7 @@ def _whole_shape(parameter: Any, groups: ProcessGroupCollection) -> list[int]:
     return shape
 
 
-def _draw_for(name: str, chunk: GPTModel) -> Draw:
-    config = chunk.config
+def _draw_for(name: str, std: float, num_layers: int) -> Draw:
     leaf = name.rsplit(".", 1)[-1]
     if leaf in _SPECIAL:
         return _SPECIAL[leaf]
@@ -69,10 +77,9 @@ def _draw_for(name: str, chunk: GPTModel) -> Draw:
         return lambda whole, generator: whole.zero_()
     if "norm" in name.rsplit(".", 2)[-2] or leaf in ("norm_weight", "layer_norm_weight"):
         return lambda whole, generator: whole.fill_(1)
-    std = config.init_method_std
     if any(part in name for part in (".out_proj.", ".linear_proj.", ".linear_fc2.")):
         # Megatron-Core's scaling of what is added to the residual stream.
-        std /= math.sqrt(2 * config.num_layers)
+        std /= math.sqrt(2 * num_layers)
     return lambda whole, generator: whole.normal_(0, std, generator=generator)
 
 

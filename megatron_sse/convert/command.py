@@ -1,0 +1,198 @@
+"""`megatron-sse convert`: from Hugging Face folders to checkpoints of ours and back."""
+
+import logging
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_sse.checkpoint.durable import fsync
+from megatron_sse.checkpoint.weights import write_weights
+from megatron_sse.config import RunConfig
+from megatron_sse.convert.dense_settings import FAMILIES
+from megatron_sse.convert.export import hf_settings, keep_from_source, write_beside
+from megatron_sse.convert.folder import write_json, write_tensors
+from megatron_sse.convert.layout import DENSE_NAMES, SSE_NAMES, model_links
+from megatron_sse.convert.links import to_ours, to_theirs
+from megatron_sse.convert.logits import check_can_compute, compute_logits
+from megatron_sse.convert.model import HF, KINDS, OURS, Model, open_model
+from megatron_sse.convert.upcycle import (
+    Recipe,
+    read_part,
+    unused_names,
+    upcycle_config,
+    upcycle_recipes,
+    upcycle_tensors,
+)
+from megatron_sse.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+REPORT = "conversion.json"
+TOLERANCE = 1e-4
+# Sequences and tokens in each that logits are compared on.
+_COMPARED = (2, 128)
+
+
+def convert(
+    source: str,
+    target: str,
+    to: str | None = None,
+    pattern: str | None = None,
+    overrides: Iterable[str] = (),
+    tolerance: float = TOLERANCE,
+) -> int:
+    """Convert the model in the folder `source` into the new folder `target`, and compare both.
+
+    Args:
+        to: one of KINDS; None: from ours to hf, from all others to ours.
+        pattern: layers of the model to make of a softmax model; overrides: its settings, model.sse.key=value.
+        tolerance: largest difference of the logits, root mean square, relative to those of the source.
+
+    Returns:
+        the exit status: 0, or 1 where the two models differ. Raises UserError.
+    """
+    model = open_model("SRC", source)
+    kind = to or (HF if model.kind == OURS else OURS)
+    _check_request(model, kind, pattern, list(overrides))
+    folder = Path(target)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"DST: got {target}, which exists, allowed a new folder")
+    check_can_compute(model)
+    if pattern is not None:
+        return _upcycle(model, folder, pattern, list(overrides))
+    if kind == OURS:
+        _to_ours(model, folder)
+    else:
+        _to_theirs(model, folder, kind)
+    result = open_model("DST", target)
+    check_can_compute(result)
+    return 0 if _compare(model, result, tolerance) else 1
+
+
+def _check_request(model: Model, kind: str, pattern: str | None, overrides: list[str]) -> None:
+    if kind not in KINDS:
+        raise UserError(f"--to: got {kind}, allowed {', '.join(KINDS)}")
+    if (model.kind == OURS) == (kind == OURS):
+        allowed = OURS if model.kind != OURS else ", ".join(other for other in KINDS if other != OURS)
+        raise UserError(f"--to: got {kind}, allowed {allowed}: {model.folder} is of kind {model.kind}")
+    if pattern is None and overrides:
+        raise UserError(f"command line: got {overrides[0]}, allowed with --pattern only")
+    if pattern is not None and kind != OURS:
+        raise UserError(f"--pattern: got a conversion to {kind}, allowed to {OURS}")
+
+
+def _to_ours(model: Model, folder: Path) -> None:
+    sources = {link.ours: [part.name for part in link.theirs] for link in model.links}
+    with _new_folder(folder) as partial:
+        keep_from_source(model.folder, partial)
+        _write_report(partial, model, OURS, sources)
+        write_weights(partial, model.config, to_ours(model.links, model.weights))
+    logger.info("%d tensors of %s (%s) are %d in %s", _num_parts(model), model.folder, model.kind, len(sources), folder)
+
+
+def _to_theirs(model: Model, folder: Path, kind: str) -> None:
+    settings = hf_settings(model.config, kind)
+    links = model_links(model.config.model, DENSE_NAMES if kind in FAMILIES else SSE_NAMES)
+    sources = {part.name: [link.ours] for link in links for part in link.theirs}
+    with _new_folder(folder) as partial:
+        write_tensors(partial, to_theirs(links, model.weights))
+        write_beside(model.folder, partial, settings, kind, _main_dtype(model.config))
+        _write_report(partial, model, kind, sources)
+    logger.info("%d tensors of %s are %d in %s (%s)", len(links), model.folder, len(sources), folder, kind)
+
+
+def _upcycle(model: Model, folder: Path, pattern: str, overrides: list[str]) -> int:
+    config = upcycle_config(model, pattern, overrides)
+    recipes = upcycle_recipes(model, config)
+    unused = unused_names(model, recipes)
+    with _new_folder(folder) as partial:
+        keep_from_source(model.folder, partial)
+        _write_report(partial, model, OURS, {recipe.link.ours: list(recipe.sources) for recipe in recipes}, unused)
+        write_weights(partial, config, upcycle_tensors(model, config, recipes))
+    parts = [source for recipe in recipes for source in recipe.sources]
+    drawn, zeros = sum(source.startswith("drawn") for source in parts), parts.count("zeros")
+    taken = len(parts) - drawn - zeros
+    logger.info("layers: %s", pattern)
+    logger.info("%d parts of tensors from the source, %d zeros, %d drawn; %s lists all", taken, zeros, drawn, REPORT)
+    if unused:
+        logger.warning("%d tensors of the source are not used, the first is %s", len(unused), unused[0])
+    result = open_model("DST", folder)
+    differing = _find_changed(model, result, recipes)
+    relative, largest = _difference(model, result)
+    logger.info("logits differ by %.1e (largest %.1e): SSE layers are new and have to be trained", relative, largest)
+    if differing:
+        logger.error("%d parts are not those of the source, the first is %s", len(differing), differing[0])
+        return 1
+    logger.info("read back: all %d parts from the source are bitwise the same", taken)
+    return 0
+
+
+def _find_changed(model: Model, result: Model, recipes: list[Recipe]) -> list[str]:
+    """What was to go over and is not in the result as it was."""
+    there = set(model.weights.keys())
+    changed = []
+    for link in (recipe.link for recipe in recipes):
+        for part, tensor in zip(link.theirs, link.split(result.weights.get(link.ours)), strict=True):
+            if part.name in there and not torch.equal(tensor, read_part(model, part)):
+                changed.append(part.name)
+    return changed
+
+
+def _compare(model: Model, result: Model, tolerance: float) -> bool:
+    """Whether both models give the same logits."""
+    relative, largest = _difference(model, result)
+    same = relative <= tolerance
+    verdict = "the same" if same else "NOT THE SAME"
+    line = f"logits differ by {relative:.1e} (root mean square, relative; largest {largest:.1e}), allowed {tolerance:g}"
+    logger.log(logging.INFO if same else logging.ERROR, "%s: %s", line, verdict)
+    return same
+
+
+def _difference(model: Model, result: Model) -> tuple[float, float]:
+    """Of the logits on random tokens: the relative root mean square, and the largest."""
+    num_sequences, length = _COMPARED
+    length = min(length, model.config.data.sequence_length)
+    generator = torch.Generator().manual_seed(0)
+    tokens_BL = torch.randint(model.config.model.vocab_size, (num_sequences, length), generator=generator)
+    before: Tensor = compute_logits(model, tokens_BL)
+    change = compute_logits(result, tokens_BL) - before
+    return (change.norm() / before.norm().clamp(min=1e-30)).item(), change.abs().max().item()
+
+
+def _num_parts(model: Model) -> int:
+    return sum(len(link.theirs) for link in model.links)
+
+
+def _main_dtype(config: RunConfig) -> torch.dtype:
+    return torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+
+
+def _write_report(
+    folder: Path, model: Model, kind: str, sources: dict[str, list[str]], unused: Iterable[str] = ()
+) -> None:
+    """What every tensor was made of."""
+    report = {"source": str(model.folder), "from": model.kind, "to": kind, "tensors": sources, "unused": list(unused)}
+    write_json(folder / REPORT, report)
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write to that gets its name at the end. Raises UserError where it cannot be written."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        for path in partial.iterdir():
+            fsync(path)
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    except OSError as error:
+        raise UserError(f"DST: {folder} cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,96 @@
+"""What stands beside the weights in a Hugging Face folder: config.json, the modeling file, the tokenizer."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_sse.config import RunConfig
+from megatron_sse.convert import hf_files
+from megatron_sse.convert.dense_settings import FAMILIES, model_to_dense
+from megatron_sse.convert.folder import CONFIG, read_json, write_json
+from megatron_sse.convert.logits import network_settings
+from megatron_sse.convert.model import HF, HF_MODEL_TYPE
+from megatron_sse.convert.sse_settings import model_to_sse
+
+# Of the folder that a checkpoint of ours was converted from, kept in it for the way back.
+SOURCE_CONFIG = "hf_config.json"
+_KEPT_SETTINGS = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
+_KEPT_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+_MODELING_FILES = ("modeling_megatron_sse.py", "network_megatron_sse.py")
+
+
+def keep_from_source(source: Path, target: Path) -> None:
+    """Copy tokenizer and config.json of a Hugging Face folder into a checkpoint of ours. Raises OSError."""
+    shutil.copyfile(source / CONFIG, target / SOURCE_CONFIG)
+    _copy_tokenizer(source, target)
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    for name in _KEPT_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def hf_settings(config: RunConfig, kind: str) -> dict[str, Any]:
+    """config.json of a kind of folder. Raises UserError for what it cannot hold."""
+    model, length = config.model, config.data.sequence_length
+    if kind == HF:
+        return _own_settings(config)
+    if kind in FAMILIES:
+        return model_to_dense(model, kind, length)
+    return model_to_sse(model) | {"max_position_embeddings": length}
+
+
+def _own_settings(config: RunConfig) -> dict[str, Any]:
+    model, module = config.model, _MODELING_FILES[0].removesuffix(".py")
+    heads = model.softmax if "softmax" in model.layer_kinds() else None
+    return {
+        "architectures": ["MegatronSSEForCausalLM"],
+        "model_type": HF_MODEL_TYPE,
+        "auto_map": {
+            "AutoConfig": f"{module}.MegatronSSEConfig",
+            "AutoModelForCausalLM": f"{module}.MegatronSSEForCausalLM",
+        },
+        # Other tools look for these by their usual names.
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": heads.num_heads if heads else model.sse.num_heads,
+        "num_key_value_heads": heads.num_kv_heads if heads else model.sse.num_value_heads,
+        "head_dim": heads.head_dim if heads else model.sse.head_dim,
+        "max_position_embeddings": config.data.sequence_length,
+        "initializer_range": model.init_std,
+        "tie_word_embeddings": model.tie_embeddings,
+        "use_cache": True,
+        "model": network_settings(config),
+    }
+
+
+def write_beside(source: Path, target: Path, settings: dict[str, Any], kind: str, dtype: torch.dtype) -> None:
+    """Write config.json, and what else belongs into a folder of this kind.
+
+    source: the checkpoint of ours that is converted. dtype: of most weights. Raises OSError.
+    """
+    kept: dict[str, Any] = {}
+    if (source / SOURCE_CONFIG).is_file():
+        before = read_json(source / SOURCE_CONFIG)
+        kept = {name: before[name] for name in _KEPT_SETTINGS if name in before}
+    name = str(dtype).removeprefix("torch.")
+    write_json(target / CONFIG, settings | kept | {"dtype": name, "torch_dtype": name})
+    _copy_tokenizer(source, target)
+    if kind == HF:
+        for file in _MODELING_FILES:
+            shutil.copyfile(Path(hf_files.__file__).with_name(file), target / file)

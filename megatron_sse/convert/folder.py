@@ -1,0 +1,149 @@
+"""Hugging Face model folders: config.json and safetensors files, read and written a part at a time."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_sse.convert.installed import require
+from megatron_sse.errors import UserError
+
+CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+# Bytes of tensors that are held at once while a folder is written, and the size of its files.
+FILE_BYTES = 1 << 29
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+class HFWeights:
+    """The tensors of a folder's safetensors files. Raises UserError for files that are missing or damaged."""
+
+    def __init__(self, folder: Path):
+        require("safetensors", str(folder))
+        self.folder = folder
+        self._files: dict[str, Path] = {}
+        self._headers: dict[str, tuple[torch.Size, torch.dtype]] = {}
+        listed = self._listed()
+        for path in sorted(set(listed.values())):
+            for name, (shape, dtype) in _read_header(path).items():
+                self._files[name], self._headers[name] = path, (shape, dtype)
+        for name, path in listed.items():
+            if name and self._files.get(name) != path:
+                raise UserError(f"{folder / INDEX}: says that {path.name} holds {name}, which it does not")
+
+    def _listed(self) -> dict[str, Path]:
+        """The file of every tensor by the index; without an index the only file, under an empty name."""
+        index = self.folder / INDEX
+        if not index.is_file():
+            if not (self.folder / SINGLE).is_file():
+                raise UserError(f"{self.folder}: no {SINGLE} and no {INDEX}; other formats of weights are not read")
+            return {"": self.folder / SINGLE}
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(Path(str(f)).name == f for f in weight_map.values()):
+            raise UserError(f"{index}: its weight_map does not name files of the folder")
+        return {name: self.folder / file for name, file in weight_map.items()}
+
+    def keys(self) -> Iterable[str]:
+        return self._headers.keys()
+
+    def shape(self, name: str) -> torch.Size:
+        return self._headers[name][0]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._headers[name][1]
+
+    def get(self, name: str) -> Tensor:
+        from safetensors import safe_open
+
+        # Opened anew each time: pages of a file that stays open count as memory of the process.
+        with safe_open(self._files[name], "pt") as file:
+            return file.get_tensor(name).clone()
+
+
+def _read_header(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    if not path.is_file():
+        raise UserError(f"{path}: not found; {INDEX} names it")
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            header = {name: (torch.Size(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as safetensors ({' '.join(str(error).split())})") from None
+    for name, (_, dtype) in header.items():
+        if dtype not in _DTYPES:
+            raise UserError(f"{path}: {name} has type {dtype}, allowed {', '.join(_DTYPES)}")
+    return {name: (shape, _DTYPES[dtype]) for name, (shape, dtype) in header.items()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises UserError."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return values
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write safetensors files of not more than FILE_BYTES each, or one larger tensor, and their index.
+
+    Raises OSError.
+    """
+    require("safetensors", str(folder))
+    files: list[tuple[Path, list[str]]] = []
+    size = 0
+    for group in _groups(tensors):
+        path = folder / f"part-{len(files)}.safetensors"
+        _save(group, path)
+        files.append((path, list(group)))
+        size += sum(tensor.nbytes for tensor in group.values())
+    if len(files) == 1:
+        files[0][0].rename(folder / SINGLE)
+        return
+    weight_map = {}
+    for number, (path, names) in enumerate(files, 1):
+        final = path.with_name(f"model-{number:05d}-of-{len(files):05d}.safetensors")
+        path.rename(final)
+        weight_map |= dict.fromkeys(names, final.name)
+    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+
+
+def _save(group: dict[str, Tensor], path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(group, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+
+
+def _groups(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    group: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if group and size + tensor.nbytes > FILE_BYTES:
+            yield group
+            group, size = {}, 0
+        # Parts of one tensor would be taken for shared memory.
+        group[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
+        size += tensor.nbytes
+    yield group

@@ -1,0 +1,63 @@
+"""Tiny random models in Hugging Face folders, and what is compared of them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 99,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def make_dense(folder: Path, model_type: str, **settings: Any) -> Path:
+    """A random model of a family, in several files; its weights are large enough for each to matter."""
+    config = transformers.AutoConfig.for_model(model_type, **(SIZES | settings))
+    network = transformers.AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            drawn = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.2 * drawn if "norm" in name else 0.2 * drawn)
+    network.save_pretrained(folder, max_shard_size="20KB")
+    return folder
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder's safetensors files."""
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def assert_same_tensors(folder: Path, other: Path) -> None:
+    """Bitwise the same tensors under the same names."""
+    first, second = read_tensors(folder), read_tensors(other)
+    assert first.keys() == second.keys() and first
+    for name, tensor in first.items():
+        assert tensor.dtype == second[name].dtype and torch.equal(tensor, second[name]), name
+
+
+def logits_by_transformers(folder: Path, tokens_BL: torch.Tensor) -> torch.Tensor:
+    network = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True)
+    with torch.no_grad():
+        return network.eval()(tokens_BL).logits
+
+
+def random_tokens(vocab_size: int = SIZES["vocab_size"], length: int = 100) -> torch.Tensor:
+    return torch.randint(vocab_size, (2, length), generator=torch.Generator().manual_seed(3))
