@@ -21,7 +21,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, a, u, initial_S, pieces):
-        y, final_S = _run(a, u, initial_S, pieces, reverse=False)
+        y, final_S = scan_pieces(a, u, initial_S, pieces, reverse=False)
         ctx.save_for_backward(a, y)
         ctx.pieces = pieces
         return y, final_S
@@ -30,20 +30,21 @@ class _Scan(torch.autograd.Function):
     def backward(ctx, grad_y, grad_final_S):
         a, y = ctx.saved_tensors
         # The same recurrence, from the segments' ends to their starts.
-        grad_u, grad_initial_S = _run(a, grad_y, grad_final_S, ctx.pieces, reverse=True)
+        grad_u, grad_initial_S = scan_pieces(a, grad_y, grad_final_S, ctx.pieces, reverse=True)
         grad_a = None
         if ctx.needs_input_grad[0]:
             grad_a = grad_u @ y.transpose(-1, -2) if a.shape[-1] > 1 else (grad_u * y).sum(-1, keepdim=True)
         return grad_a, grad_u, grad_initial_S if ctx.needs_input_grad[2] else None, None
 
 
-def _run(
+def scan_pieces(
     transition_G: Tensor, increment_G: Tensor, initial_S: Tensor | None, pieces: Pieces, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """The states that enter the pieces and those that leave the segments.
+    """The states that enter the pieces and those that leave the segments, as scan_states but without gradients.
 
     Args:
-        reverse: the transposed transitions, from the last piece of each segment to the first.
+        reverse: the transposed transitions, from the last piece of each segment to the first: given the gradients of
+            what the forward scan returns, those of the increments and of the initial states.
     """
     if use_triton(increment_G):
         from megatron_sse.kernels.triton.scan import run_scan

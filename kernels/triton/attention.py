@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_sse.kernels.banks import BankInputs, BankOutputs, Picks, by_document, by_segment
 from megatron_sse.kernels.routing import join_segments
-from megatron_sse.kernels.scan import scan_spans, scan_states
+from megatron_sse.kernels.scan import scan_pieces, scan_spans
 from megatron_sse.kernels.segments import Segments
 from megatron_sse.kernels.triton import gdn, gla
 from megatron_sse.kernels.triton.rows import choose_chunks_per_piece, make_rows
@@ -86,36 +86,38 @@ class _Recurrence(torch.autograd.Function):
         inputs = [*(x.contiguous() for x in tensors), *rows.tables]
         arguments = operators.prepare(inputs, rows.num_tokens)
         transition, increment = operators.summarize(*arguments)
-        # The scan, with the hand-off between ranks, keeps its own graph: of few states, one per piece.
-        with torch.enable_grad():
-            increment.requires_grad_()
-            initial = None if initial_SHKV is None else initial_SHKV.detach().requires_grad_()
-            if edges is None:
-                entering, final = scan_states(transition, increment, rows.pieces, initial)
-            else:
-                entering, final = scan_spans(transition, increment, rows.pieces, edges)
-        ctx.save_for_backward(*inputs)
-        ctx.operators, ctx.rows, ctx.scan = operators, rows, (increment, initial, entering, final)
-        return operators.attend(*arguments, entering.detach()), final.detach()
+        ctx.handed_on = None
+        if edges is None:
+            entering, final = scan_pieces(transition, increment, initial_SHKV, rows.pieces, reverse=False)
+        else:
+            # What other ranks do to the states has a graph of its own.
+            with torch.enable_grad():
+                graph = scan_spans(transition, increment.requires_grad_(), rows.pieces, edges)
+            ctx.handed_on = increment, graph
+            entering, final = (x.detach() for x in graph)
+        ctx.save_for_backward(transition, entering, *inputs)
+        ctx.operators, ctx.rows, ctx.has_initial = operators, rows, initial_SHKV is not None
+        return operators.attend(*arguments, entering), final
 
     @staticmethod
     def backward(ctx, grad_o_RHV, grad_final):
         operators, num_tokens = ctx.operators, ctx.rows.num_tokens
-        increment, initial, entering, final = ctx.scan
-        inputs = list(ctx.saved_tensors)
+        transition, entering, *inputs = ctx.saved_tensors
         # Prepared again, not kept: as large as the queries.
         arguments = operators.prepare(inputs, num_tokens)
         grad_o_RHV = grad_o_RHV.contiguous()
         grad_entering = operators.summarize_backward(*arguments, grad_o_RHV)
-        leaves = (increment,) if initial is None else (increment, initial)
-        grad_leaving, *grad_initial = torch.autograd.grad((entering, final), leaves, (grad_entering, grad_final))
-        *grads, grad_write, grad_read = operators.attend_backward(
-            *arguments, entering.detach(), grad_o_RHV, grad_leaving
-        )
+        if ctx.handed_on is None:
+            pieces = ctx.rows.pieces
+            grad_leaving, grad_initial = scan_pieces(transition, grad_entering, grad_final, pieces, reverse=True)
+        else:
+            increment, graph = ctx.handed_on
+            (grad_leaving,), grad_initial = torch.autograd.grad(graph, increment, (grad_entering, grad_final)), None
+        *grads, grad_write, grad_read = operators.attend_backward(*arguments, entering, grad_o_RHV, grad_leaving)
         shared, sparse = zip(*(_by_token(grad, num_tokens) for grad in grads), strict=True)
         grad_v = shared[-1] if sparse[-1] is None else shared[-1] + sparse[-1]
         banks = (*shared[:-1], *sparse[:-1])
-        return None, None, None, *(grad_initial or (None,)), *banks, grad_v, None, grad_write, grad_read
+        return None, None, None, grad_initial if ctx.has_initial else None, *banks, grad_v, None, grad_write, grad_read
 
 
 def _by_token(grad_R: Tensor, num_tokens: int) -> tuple[Tensor, Tensor | None]:

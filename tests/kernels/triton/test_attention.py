@@ -102,6 +102,26 @@ def test_bf16(recurrence: str) -> None:
     assert not worst
 
 
+@pytest.mark.parametrize("recurrence", ["gla", "gdn"])
+def test_compiled_as_one_graph(recurrence: str) -> None:
+    case = Case(recurrence=recurrence, lengths=(30, 3), key_dim=16, value_dim=16, num_partitions=2)
+    inputs = fp32(make_inputs(case))
+    compiled = torch.compile(attention("varlen"), backend="aot_eager", fullgraph=True)
+    actual = outputs_and_gradients(compiled, case, inputs)
+    expected = outputs_and_gradients(attention("varlen"), case, inputs)
+    assert all(torch.equal(actual[name], x) for name, x in expected.items())
+
+
+@pytest.mark.parametrize("recurrence", ["gla", "gdn"])
+def test_shapes_are_known_without_data(recurrence: str) -> None:
+    case = replace(BASE, recurrence=recurrence, num_writers=2, num_readers=2, num_value_heads=4)
+    inputs = fp32(make_inputs(case))
+    expected = outputs_and_gradients(attention("varlen"), case, inputs)
+    actual = outputs_and_gradients(attention("varlen"), case, inputs.to("meta"))
+    for name, x in expected.items():
+        assert (actual[name].shape, actual[name].dtype) == (x.shape, x.dtype), name
+
+
 def read_rows_for_tokens(patch: pytest.MonkeyPatch) -> None:
     """As if picks were numbered by partition first."""
     rows, num_tokens = triton_attention.make_rows, sum(LENGTHS)
