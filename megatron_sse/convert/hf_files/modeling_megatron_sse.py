@@ -15,8 +15,8 @@ class MegatronSSEConfig(PretrainedConfig):
     model_type = "megatron_sse"
     keys_to_ignore_at_inference = ["past_key_values"]
 
-    def __init__(self, model: dict[str, Any] | None = None, **kwargs: Any):
-        self.model = model
+    def __init__(self, model: dict[str, Any] | None = None, use_cache: bool = True, **kwargs: Any):
+        self.model, self.use_cache = model, use_cache
         super().__init__(**kwargs)
 
 
@@ -25,7 +25,7 @@ class MegatronSSEForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}
     # Decays are exponentials of exponentials of these; the router picks in fp32.
-    _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "e_proj"]
+    _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "attn.e_proj"]
     _no_split_modules = ["Block"]
     _is_stateful = True
 

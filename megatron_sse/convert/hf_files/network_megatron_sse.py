@@ -234,10 +234,8 @@ class SSEMixer(nn.Module):
         real = torch.ones(x_BLd.shape[:2], device=x_BLd.device) if real_BL is None else real_BL.float()
         writes = write_scale = read_scale = real[:, :, None]
         if self.num_partitions:
-            picked_writes, picked_write_scale, picked_read_scale = self._picks(x_BLd)
-            writes = torch.cat((writes, picked_writes * writes), dim=-1)
-            write_scale = torch.cat((write_scale, picked_write_scale), dim=-1)
-            read_scale = torch.cat((read_scale, picked_read_scale), dim=-1)
+            picks = self._picks(x_BLd)
+            writes, write_scale, read_scale = (torch.cat((writes, picked * writes), dim=-1) for picked in picks)
         expanded = [self._side_by_side(parts) for parts in zip(*banks, strict=True)]
         writes, write_scale, read_scale = (x[..., None, None] for x in (writes, write_scale, read_scale))
         q, k, g, beta, v = expanded

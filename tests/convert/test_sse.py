@@ -1,0 +1,200 @@
+"""SSE models: the authors' layout both ways, and exports with a modeling file of their own."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from megatron_sse.checkpoint.weights import write_weights
+from megatron_sse.convert import convert
+from megatron_sse.convert.layout import SSE_NAMES, model_links
+from megatron_sse.convert.logits import compute_logits
+from megatron_sse.convert.model import make_run_config, open_model
+from megatron_sse.convert.sse_settings import model_from_sse, model_to_sse
+from megatron_sse.errors import UserError
+from tests.convert.support import assert_same_tensors, logits_by_transformers, random_tokens
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "hf_sse_gla"
+BASE: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "ffn_hidden_size": 48,
+    "vocab_size": 99,
+    "layers": "sse",
+    "norm_epsilon": 1e-6,
+}
+SSE: dict[str, Any] = {"num_heads": 2, "head_dim": 8}
+SOFTMAX: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2}
+
+
+def model(layers: str = "sse", sse: dict[str, Any] | None = None, **others: Any) -> dict[str, Any]:
+    return BASE | {"layers": layers, "sse": SSE | (sse or {})} | others
+
+
+# What the authors' code has.
+THEIRS = {
+    "gla": model(sse={"value_head_dim": 12}),
+    "gdn": model(sse={"recurrence": "gdn", "gate": "reference", "num_value_heads": 4, "negative_eigenvalues": True}),
+    "hybrid": model("sse, softmax", {"num_writers": 2, "num_readers": 2}, softmax=SOFTMAX | {"window": 16}),
+    "conv, tied": model(sse={"short_convolution": 4, "output_gate": False}, tie_embeddings=True),
+    "gdn hybrid, conv, bias": model(
+        "softmax, sse",
+        {"recurrence": "gdn", "gate": "reference", "short_convolution": 3},
+        softmax=SOFTMAX | {"qkv_bias": True, "rotary_base": 500.0},
+    ),
+    "mask": model(sse={"form": "mask", "num_writers": 2, "num_readers": 1}),
+}
+# What it does not have.
+OURS = {
+    "gdn, post_norm": model(sse={"recurrence": "gdn", "num_writers": 2, "num_readers": 1}),
+    "all kinds": model("sse, gla, gdn, softmax", num_layers=4, softmax=SOFTMAX | {"qk_norm": True, "head_dim": 12}),
+    "top k": model(sse={"key_map": "topk_softmax", "key_topk": 3, "query_map": "softmax", "decay_low_rank": 5}),
+    "hgrn2": model(sse={"key_map": "one_minus_decay", "num_value_heads": 4, "short_convolution": 4}),
+    "retnet": model(sse={"decay": "constant", "num_partitions": 0, "key_map": "silu"}),
+    "no decay": model("gla", {"decay": "none"}),
+    "no weights": model(sse={"weight_writes": False, "weight_reads": False, "num_writers": 3}),
+    "scaled rotary": model(
+        "softmax, sse", softmax=SOFTMAX | {"rotary_scaling": {"factor": 8.0, "original_length": 32}}
+    ),
+    "softmax alone, no rotary": model("softmax", softmax=SOFTMAX | {"rotary_base": 0.0}),
+}
+
+
+def make_ours(folder: Path, section: dict[str, Any], precision: str = "fp32") -> Path:
+    """A checkpoint of a random model whose weights are large enough for each to matter."""
+    config = make_run_config(section, 256, precision, "test")
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    for link in model_links(config.model, SSE_NAMES):
+        drawn = torch.randn(link.shape(), generator=generator)
+        if "router" in link.ours:
+            drawn = 5 * drawn
+        tensor = 1 + 0.2 * drawn if "norm" in link.ours else 0.3 * drawn
+        tensors[link.ours] = tensor if precision == "fp32" else tensor.bfloat16()
+    folder.mkdir()
+    write_weights(folder, config, tensors.items())
+    return folder
+
+
+def assert_same_weights(folder: Path, other: Path) -> None:
+    first, second = open_model("", folder), open_model("", other)
+    assert first.config.model == second.config.model
+    vocabulary = first.config.model.vocab_size
+    for name in first.weights.keys():
+        # Rows that pad the vocabulary are written as zeros.
+        rows = slice(vocabulary if name in PADDED else None)
+        assert torch.equal(first.weights.get(name)[rows], second.weights.get(name)[rows]), name
+    assert set(first.weights.keys()) == set(second.weights.keys())
+
+
+PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
+
+
+def test_golden_model(tmp_path: Path) -> None:
+    assert convert(str(GOLDEN), str(tmp_path / "ours")) == 0
+    assert convert(str(tmp_path / "ours"), str(tmp_path / "back"), to="sse") == 0
+    assert convert(str(tmp_path / "ours"), str(tmp_path / "hf")) == 0
+    expected = load_file(GOLDEN / "expected.safetensors")
+    for folder in ("ours", "back", "hf"):
+        logits = compute_logits(open_model("", tmp_path / folder), expected["input_ids"])
+        assert (logits - expected["logits"]).abs().max() < 1e-4 * expected["logits"].abs().max()
+    (tmp_path / "golden").mkdir()
+    save_file(load_file(GOLDEN / "model.safetensors"), tmp_path / "golden/model.safetensors")
+    assert_same_tensors(tmp_path / "golden", tmp_path / "back")
+    settings = [json.loads((folder / "config.json").read_text()) for folder in (GOLDEN, tmp_path / "back")]
+    assert model_from_sse(settings[0], "") == model_from_sse(settings[1], "")
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_the_authors_layout_both_ways(tmp_path: Path, name: str) -> None:
+    ours = make_ours(tmp_path / "ours", THEIRS[name])
+    assert convert(str(ours), str(tmp_path / "sse"), to="sse") == 0
+    assert convert(str(tmp_path / "sse"), str(tmp_path / "back")) == 0
+    assert_same_weights(ours, tmp_path / "back")
+    config = open_model("", ours).config
+    theirs = json.loads((tmp_path / "sse/config.json").read_text())
+    assert {key: theirs[key] for key in model_to_sse(config.model)} == model_to_sse(config.model)
+
+
+@pytest.mark.parametrize("name", THEIRS | OURS)
+def test_an_export_computes_what_we_do(tmp_path: Path, name: str) -> None:
+    ours = make_ours(tmp_path / "ours", (THEIRS | OURS)[name])
+    assert convert(str(ours), str(tmp_path / "hf")) == 0
+    tokens_BL = random_tokens()
+    expected = compute_logits(open_model("", ours), tokens_BL)
+    logits = logits_by_transformers(tmp_path / "hf", tokens_BL)
+    assert expected.std() > 0.3
+    assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert convert(str(tmp_path / "hf"), str(tmp_path / "back")) == 0
+    assert_same_weights(ours, tmp_path / "back")
+
+
+def generate_by_ours(folder: Path, tokens_BL: torch.Tensor, num_new: int) -> torch.Tensor:
+    """Greedy tokens, from all logits anew for each."""
+    opened = open_model("", folder)
+    for _ in range(num_new):
+        logits = compute_logits(opened, tokens_BL)
+        tokens_BL = torch.cat((tokens_BL, logits[:, -1:].argmax(-1)), dim=1)
+    return tokens_BL
+
+
+@pytest.mark.parametrize("name", ["gdn hybrid, conv, bias", "all kinds", "hybrid"])
+def test_an_export_generates_what_we_do(tmp_path: Path, name: str) -> None:
+    ours = make_ours(tmp_path / "ours", (THEIRS | OURS)[name])
+    assert convert(str(ours), str(tmp_path / "hf")) == 0
+    network = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    tokens_BL = random_tokens(length=20)
+    settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    generated = network.generate(tokens_BL, **settings)
+    assert torch.equal(generated, generate_by_ours(ours, tokens_BL, 12))
+    assert len(generated[:, 20:].unique()) > 4
+    # Shorter prompts beside longer ones, padded on the left, give what they give alone.
+    real_BL = torch.ones_like(tokens_BL)
+    real_BL[0, :7] = 0
+    padded = network.generate(tokens_BL.where(real_BL.bool(), 0), attention_mask=real_BL, **settings)
+    alone = network.generate(tokens_BL[:1, 7:], **settings)
+    assert torch.equal(padded[:1, 7:], alone) and torch.equal(padded[1:], generated[1:])
+    beams = network.generate(tokens_BL, num_beams=2, **settings)
+    assert torch.equal(beams, network.generate(tokens_BL, num_beams=2, use_cache=False, **settings))
+
+
+def test_an_export_in_half_precision(tmp_path: Path) -> None:
+    section = OURS["gdn, post_norm"]
+    ours = make_ours(tmp_path / "ours", section, precision="bf16")
+    assert convert(str(ours), str(tmp_path / "hf")) == 0
+    network = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True, dtype="auto")
+    assert network.dtype == torch.bfloat16
+    layer = network.model.layers[0]
+    assert layer.attn.A_log.dtype == layer.attn.e_proj.weight.dtype == torch.float32
+    assert layer.mlp.gate_proj.weight.dtype == torch.bfloat16
+    tokens_BL = random_tokens()
+    expected = compute_logits(open_model("", ours), tokens_BL)
+    with torch.no_grad():
+        error = (network(tokens_BL).logits.float() - expected).norm() / expected.norm()
+    assert error < 0.1
+    loss = network(tokens_BL, labels=tokens_BL).loss
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gdn, post_norm", "model.sse.num_readers: got 1, allowed in the layout of the SSE authors' code: as many as"),
+        ("all kinds", "model.layers: got gdn, gla, softmax, sse, allowed"),
+        (
+            "top k",
+            "model.sse.query_map: got softmax, allowed in the layout of the SSE authors' code: silu; use --to hf",
+        ),
+        ("scaled rotary", "model.softmax.rotary_scaling: got a section, allowed"),
+    ],
+)
+def test_what_the_authors_code_lacks_is_refused_by_name(tmp_path: Path, name: str, message: str) -> None:
+    ours = make_ours(tmp_path / "ours", OURS[name])
+    with pytest.raises(UserError) as error:
+        convert(str(ours), str(tmp_path / "sse"), to="sse")
+    assert str(error.value).startswith(message)
