@@ -1,0 +1,129 @@
+"""On a GPU: the kernels as they are compiled there. Run by name: TRITON_INTERPRET=0 pytest THIS_FILE
+
+compute-sanitizer --tool memcheck (racecheck) python -m pytest THIS_FILE -k small looks for stray accesses.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.cases import Case, Inputs, errors, make_inputs, outputs_and_gradients
+from tests.kernels.implementations import attention, oracle
+from tests.kernels.triton.rounding import errors_of_bf16
+
+SMALL = Case(lengths=(1, 130, 3), key_dim=16, value_dim=16, num_partitions=3, num_writers=2, num_readers=2)
+LONG = replace(SMALL, lengths=(700, 3, 1500), num_partitions=5)
+DIMS = ((64, 64), (128, 128), (96, 192), (256, 256))
+every_recurrence = pytest.mark.parametrize("recurrence", ["gla", "gdn"])
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_device() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("warn")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def on_gpu(case: Case) -> Inputs:
+    return make_inputs(case).map(lambda x: x.float()).to("cuda")
+
+
+@every_recurrence
+@pytest.mark.parametrize("form", ["varlen", "mask"])
+def test_small_fp32(form: str, recurrence: str) -> None:
+    case = replace(SMALL, recurrence=recurrence, num_value_heads=4, decay="underflow", initial=True)
+    expected = outputs_and_gradients(oracle, case, make_inputs(case))
+    actual = {name: x.cpu() for name, x in outputs_and_gradients(attention(form), case, on_gpu(case)).items()}
+    worst = {name: error for name, error in errors(actual, expected).items() if not error < 1e-5}
+    assert not worst
+
+
+@every_recurrence
+@pytest.mark.parametrize(("key_dim", "value_dim"), DIMS)
+def test_bf16_costs_at_most_twice_what_it_costs_plain_torch(key_dim: int, value_dim: int, recurrence: str) -> None:
+    case = replace(LONG, recurrence=recurrence, key_dim=key_dim, value_dim=value_dim)
+    worse = {name: pair for name, pair in errors_of_bf16(case, "cuda").items() if not pair[0] < 2 * pair[1]}
+    assert not worse
+
+
+@every_recurrence
+def test_does_not_wait_for_the_device(recurrence: str) -> None:
+    case = replace(SMALL, recurrence=recurrence)
+    inputs = on_gpu(case)
+    outputs_and_gradients(attention("varlen"), case, inputs)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    step(case, inputs)
+
+
+def step(case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
+    """Output and gradients, without random numbers or copies from the host."""
+    from tests.kernels.cases import run
+
+    o_THV, final = run(attention("varlen"), case, inputs)
+    return o_THV, *torch.autograd.grad(o_THV.square().sum() + final.sum(), list(inputs.leaves().values()))
+
+
+@every_recurrence
+def test_forward_and_backward_in_one_cuda_graph(recurrence: str) -> None:
+    case = replace(LONG, recurrence=recurrence)
+    inputs = on_gpu(case)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step(case, inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(case, inputs)
+    # Other numbers, so other picks and segments, through the same launches.
+    other = make_inputs(case, seed=1)
+    for leaf, x in zip(inputs.leaves().values(), other.leaves().values(), strict=True):
+        leaf.data.copy_(x.data)
+    graph.replay()
+    for actual, expected in zip(captured, step(case, inputs), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@every_recurrence
+def test_twice_the_same_bits(recurrence: str) -> None:
+    case = replace(LONG, recurrence=recurrence)
+    inputs = on_gpu(case)
+    assert all(torch.equal(a, b) for a, b in zip(step(case, inputs), step(case, inputs), strict=True))
+
+
+@every_recurrence
+def test_offsets_beyond_32_bits(recurrence: str) -> None:
+    """140,000 tokens and their picks of 32 heads with 256 values: 2^31 elements are passed; the ends are compared."""
+    lengths = (200, 139_600, 200)
+    case = replace(SMALL, recurrence=recurrence, lengths=lengths, num_heads=32, num_value_heads=32)
+    case = replace(case, key_dim=16, value_dim=256, num_writers=1, num_readers=1)
+    torch.manual_seed(0)
+    last = replace(case, lengths=(200,))
+    inputs = on_gpu(last)
+    long = _padded(inputs, sum(lengths) - 200)
+    with torch.no_grad():
+        expected = outputs(last, inputs)
+        actual = outputs(case, replace(long, offsets_D1=_offsets(lengths), document_T=_documents(lengths)))
+    assert actual.numel() * 2 > 2**31
+    assert (actual[-200:] - expected).norm() < 1e-5 * expected.norm()
+
+
+def outputs(case: Case, inputs: Inputs) -> Tensor:
+    from tests.kernels.cases import run
+
+    return run(attention("varlen"), case, inputs)[0]
+
+
+def _offsets(lengths: tuple[int, ...]) -> Tensor:
+    return torch.nn.functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).cuda()
+
+
+def _documents(lengths: tuple[int, ...]) -> Tensor:
+    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).cuda()
+
+
+def _padded(inputs: Inputs, rows: int) -> Inputs:
+    """The inputs behind `rows` rows of their own first row."""
+    return inputs.map(lambda x: torch.cat((x[:1].expand(rows, *x.shape[1:]), x)))
