@@ -36,5 +36,6 @@ def choose_backend(device: Device) -> Backend:
         backend = Backend(ColumnParallelLinear, RowParallelLinear, RMSNorm, TorchAttention, fuse)
         reason = "plain torch (no GPU)" if device.type != "cuda" else "plain torch (Transformer Engine not installed)"
     apex = "NVIDIA Apex, fused" if fuse else "separate (NVIDIA Apex not installed or no GPU)"
-    logger.info("linear layers, norms, attention: %s; weight gradient accumulation: %s", reason, apex)
+    kernels = "Triton" if device.type == "cuda" else "torch, slow (no GPU)"
+    logger.info("SSE layers: %s; linear layers, norms, attention: %s; weight gradients: %s", kernels, reason, apex)
     return backend
