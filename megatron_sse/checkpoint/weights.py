@@ -13,7 +13,6 @@ from typing import Protocol
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.default_planner import (
     DefaultSavePlanner,
     create_default_global_save_plan,
@@ -25,6 +24,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from megatron_sse import __version__
 from megatron_sse.checkpoint.index import IndexRefusedError, read_index
 from megatron_sse.checkpoint.manifest import Manifest, ManifestError, describe_files, find_damage, read_manifest
+from megatron_sse.checkpoint.shards import HashingWriter
 from megatron_sse.config import RunConfig
 from megatron_sse.errors import UserError
 
@@ -110,7 +110,7 @@ def write_weights(folder: Path, config: RunConfig, tensors: Iterable[tuple[str, 
     tensors: names as in the model's sharded state dict, and whole tensors. They are taken one after the other, and not
     more than FILE_BYTES of them (or one larger tensor) are held at a time. Raises OSError.
     """
-    writer = FileSystemWriter(folder)
+    writer = HashingWriter(folder)
     planner = DefaultSavePlanner()
     index, results = Metadata({}), []
     for number, group in enumerate(_groups(tensors)):
@@ -125,7 +125,7 @@ def write_weights(folder: Path, config: RunConfig, tensors: Iterable[tuple[str, 
     (folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
     (folder / "metadata.json").write_text(json.dumps(asdict(CheckpointingConfig("torch_dist"))))
     versions = {"megatron_sse": __version__, "torch": torch.__version__}
-    Manifest(0, 0, False, {"world": 1}, versions, describe_files(folder, {})).write(folder)
+    Manifest(0, 0, False, {"world": 1}, versions, describe_files(folder, writer.fs.entries)).write(folder)
 
 
 def _groups(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:

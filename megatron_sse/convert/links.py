@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from megatron_sse.checkpoint.weights import Weights
 from megatron_sse.errors import UserError
 
-_MAX_LINES = 20
+_MAX_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -87,20 +87,20 @@ def to_theirs(links: Iterable[Link], source: Weights) -> Iterator[tuple[str, Ten
 def check_shapes(
     expected: dict[str, tuple[int, ...]], found: Weights, where: str, unused: Callable[[str], Any]
 ) -> None:
-    """Raise UserError, with a table, unless the names and shapes are those expected.
+    """Raise UserError unless the names and shapes are those expected.
 
     unused: whether a name that is found and not expected may be left out.
     """
     there = {name: tuple(found.shape(name)) for name in found.keys() if name in expected or not unused(name)}
     lines = [
-        f"{name}: {_show(there.get(name))} found, {_show(expected.get(name))} expected"
+        f"{name} ({_show(there.get(name))} found, {_show(expected.get(name))} expected)"
         for name in sorted(expected.keys() | there.keys())
         if there.get(name) != expected.get(name)
     ]
     if lines:
-        more = [f"and {len(lines) - _MAX_LINES} more"] if len(lines) > _MAX_LINES else []
-        table = "".join(f"\n  {line}" for line in lines[:_MAX_LINES] + more)
-        raise UserError(f"{where}: got tensors that are not those of the model in its settings{table}")
+        more = [f"and {len(lines) - _MAX_NAMED} more"] if len(lines) > _MAX_NAMED else []
+        named = ", ".join(lines[:_MAX_NAMED] + more)
+        raise UserError(f"{where}: got tensors that are not those of the model in its settings: {named}")
 
 
 def _show(shape: tuple[int, ...] | None) -> str:
