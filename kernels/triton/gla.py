@@ -6,7 +6,8 @@ Every operator takes the same inputs first (R rows, T tokens, H key heads, HV va
     writes_R, write_R, read_R: fp32, by row; they multiply the log decays, what is written, and the outputs.
     row_R, token_R: int32; chunk_start_G, chunk_end_G, piece_start_M, piece_end_M, chunk_M: int64; see rows.Rows.
     num_tokens: chunks and pieces that start at this position or later belong to partitions.
-All are contiguous. States and their gradients are fp32; q, k, v, outputs and what passes between kernels have v's dtype.
+All are contiguous. States and their gradients are fp32; q, k, v and outputs have one dtype, as has what passes between
+kernels.
 """
 
 import math
@@ -21,17 +22,20 @@ from megatron_sse.kernels.triton.gla_intra import gla_intra_kernel
 from megatron_sse.kernels.triton.gla_steep import gla_steep_scores_kernel
 from megatron_sse.kernels.triton.rows import CHUNK_SIZE
 
-# Per kernel: the largest blocks of K and V (None: all of it), warps and stages, for 16-bit inputs and for fp32.
+# Per kernel: the largest blocks of K and V (None: all of it), warps, stages and a limit on registers (None: as many as
+# it likes), for 16-bit inputs up to a dim of 128, for 16-bit inputs beyond, and for fp32. Without spills where the dims
+# are at most 128 in 16 bits; 112 KiB of shared memory at most, so that two programs of 4 warps fit on a Hopper core.
 _TILES = {
-    gla_summarize_kernel: ((64, 128, 8, 2), (64, 64, 8, 1)),
-    gla_prepare_kernel: ((64, None, 4, 1), (32, None, 4, 1)),
-    gla_steep_scores_kernel: ((32, None, 8, 1), (32, None, 8, 1)),
-    gla_output_kernel: ((None, 64, 4, 2), (None, 32, 4, 1)),
-    gla_states_kernel: ((64, 128, 4, 2), (64, 64, 8, 1)),
-    gla_inter_kernel: ((64, None, 8, 2), (32, None, 8, 1)),
-    gla_values_kernel: ((None, 64, 4, 2), (None, 32, 8, 1)),
-    gla_intra_kernel: ((64, None, 8, 1), (32, None, 8, 1)),
+    gla_summarize_kernel: ((64, 128, 16, 3, None), (64, 128, 16, 3, None), (64, 64, 8, 1, None)),
+    gla_prepare_kernel: ((64, None, 8, 1, 128), (64, None, 8, 1, 128), (32, None, 4, 1, None)),
+    gla_steep_scores_kernel: ((32, None, 8, 1, None), (32, None, 8, 1, None), (16, None, 8, 1, None)),
+    gla_output_kernel: ((None, 64, 4, 3, None), (None, 64, 8, 1, None), (None, 32, 4, 1, None)),
+    gla_states_kernel: ((64, 128, 8, 3, None), (64, 128, 8, 3, None), (64, 64, 8, 1, None)),
+    gla_inter_kernel: ((64, None, 8, 3, None), (64, None, 8, 1, None), (32, None, 8, 1, None)),
+    gla_values_kernel: ((None, 64, 4, 3, None), (None, 64, 8, 1, None), (None, 32, 4, 1, None)),
+    gla_intra_kernel: ((64, None, 16, 1, None), (64, None, 16, 1, None), (32, None, 8, 1, None)),
 }
+_STEEP_TILES = {gla_intra_kernel: ((16, None, 8, 1, None), (16, None, 8, 1, None), (16, None, 8, 1, None))}
 # Kernels whose programs walk over all blocks of K themselves.
 _WITH_ALL_BLOCKS = (gla_prepare_kernel, gla_steep_scores_kernel)
 # Kernels that exist twice, and the constant that tells them apart.
@@ -52,7 +56,9 @@ def _configure(
     kernel, key_dim: int, value_dim: int, groups: int, dtype: torch.dtype, variant: bool
 ) -> tuple[dict, dict]:
     """A kernel's constants, and its warps and stages."""
-    block_k, block_v, num_warps, num_stages = _TILES[kernel][dtype == torch.float32]
+    column = 2 if dtype == torch.float32 else int(max(key_dim, value_dim) > 128)
+    tiles = _STEEP_TILES[kernel] if variant and kernel in _STEEP_TILES else _TILES[kernel]
+    block_k, block_v, num_warps, num_stages, max_registers = tiles[column]
     constants = {
         # Queries are scaled, keys are not.
         "SCALE": 1.0 if kernel is gla_summarize_kernel and not variant else key_dim**-0.5,
@@ -69,7 +75,8 @@ def _configure(
         "PRECISION": "tf32x3" if dtype == torch.float32 else "ieee",
     }
     used = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    return used, {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    return used, options if max_registers is None else options | {"maxnreg": max_registers}
 
 
 def _block(dim: int, largest: int | None) -> int:

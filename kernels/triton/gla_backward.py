@@ -1,9 +1,9 @@
 """Gated linear attention backward. Tiles: C rows of a chunk, K key dims, V value dims.
 
-With S the state that enters a chunk, dS the gradient of the one that leaves it, and q, k decayed to the chunk's borders:
-dq = do S^T, dk = v dS^T, dv = k dS + scores^T do, and the gradient of the scores is do v^T. `states` leaves every S;
-`inter` walks backwards with a block of rows of dS, `values` with a block of its columns; `intra` adds what passes inside
-the chunk, chunk by chunk, and sums the gradients of the log decays.
+With S the state that enters a chunk, dS the gradient of the one that leaves it, and q, k decayed to the chunk's
+borders: dq = do S^T, dk = v dS^T, dv = k dS + scores^T do, and the gradient of the scores is do v^T. `states` leaves
+every S; `inter` walks backwards with a block of rows of dS, `values` with a block of its columns; `intra` adds what
+passes inside the chunk, chunk by chunk, and sums the gradients of the log decays.
 A log decay's gradient is the sum of all that crosses it: from before it to after it inside the chunk, from the entering
 state to the rows after it, from the rows before it to the leaving state, and from the one state to the other.
 """
@@ -96,10 +96,11 @@ def gla_inter_kernel(
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Backwards over a piece with a block of K, all V: gradients of the decayed queries and keys [.., HV, K] by position,
-    what passes through each chunk [G, HV, K], parts of read's gradient [R, HV, blocks of K] by row; the first block also
-    leaves the gradient of the scores [.., HV, C] by position.
+    """Backwards over a piece with a block of K, all V.
 
+    Leaves the gradients of the decayed queries and keys [.., HV, K] by position, what passes through each chunk
+    [G, HV, K], parts of read's gradient [R, HV, blocks of K] by row; the first block also leaves the gradient of the
+    scores [.., HV, C] by position.
     The state's gradient is held with V first: its transpose never enters a product.
     """
     blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K

@@ -65,6 +65,7 @@ def gla_summarize_kernel(
 
     b_state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     total_K = tl.zeros([BLOCK_K], tl.float32)
+    dtype = y_ptr.dtype.element_ty
     num_chunks = ((end - start + CHUNK - 1) // CHUNK).to(tl.int32)
     for i in range(0, num_chunks):
         chunk_start = start + (num_chunks - 1 - i if REVERSE else i) * CHUNK
@@ -74,23 +75,23 @@ def gla_summarize_kernel(
         row_C = tl.load(row_ptr + position_C, mask=valid_C, other=0)
         token_C = tl.load(token_ptr + position_C, mask=valid_C, other=0)
         factor_C = tl.load(factor_ptr + row_C, mask=valid_C, other=0.0)
-        b_x = load_rows(x_ptr, token_C, valid_C, key_head, num_heads, dim_K, K).to(tl.float32) * SCALE
-        b_y = load_rows(y_ptr, row_C if REVERSE else token_C, valid_C, head, num_value_heads, dim_V, V)
         b_g = load_log_decays(
             g_ptr, writes_ptr, row_ptr, token_ptr, position_C, chunk_end, key_head, num_heads, dim_K, K
         )
+        total = tl.sum(b_g, 0)
+        total_K += total
         if REVERSE:
-            b_x = b_x * tl.exp(sum_from_start(b_g, CHUNK))
+            b_sum = sum_from_start(b_g, CHUNK)
         else:
             b_next = load_log_decays(
                 g_ptr, writes_ptr, row_ptr, token_ptr, position_C + 1, chunk_end, key_head, num_heads, dim_K, K
             )
-            b_x = b_x * tl.exp(sum_to_end(b_next, CHUNK))
-        b_total = tl.sum(b_g, 0)
-        total_K += b_total
-        b_y = (b_y.to(tl.float32) * factor_C[:, None]).to(y_ptr.dtype.element_ty)
-        b_x = b_x.to(y_ptr.dtype.element_ty)
-        b_state = tl.dot(tl.trans(b_x), b_y, b_state * tl.exp(b_total)[:, None], input_precision=PRECISION)
+            b_sum = sum_to_end(b_next, CHUNK)
+        b_x = load_rows(x_ptr, token_C, valid_C, key_head, num_heads, dim_K, K)
+        b_x = (b_x.to(tl.float32) * tl.exp(b_sum) * SCALE).to(dtype)
+        b_y = load_rows(y_ptr, row_C if REVERSE else token_C, valid_C, head, num_value_heads, dim_V, V)
+        b_y = (b_y.to(tl.float32) * factor_C[:, None]).to(dtype)
+        b_state = tl.dot(tl.trans(b_x), b_y, b_state * tl.exp(total)[:, None], input_precision=PRECISION)
 
     offset_KV, mask_KV = state_offsets(piece, head, num_value_heads, dim_K, dim_V, K, V)
     tl.store(state_ptr + offset_KV, b_state, mask=mask_KV)
