@@ -57,9 +57,7 @@ class _HashingFileSystem(FileSystem):
         self.entries[Path(path).name] = FileEntry(stream.size, stream.digest.hexdigest())
 
 
-class HashingWriter(FileSystemWriter):
-    """Writes files as hashed_file does; their entries for the manifest are in fs.entries."""
-
+class _Writer(FileSystemWriter):
     def __init__(self, folder: Path):
         # The file system below does the waiting for the disk.
         super().__init__(folder, sync_files=False)
@@ -79,7 +77,7 @@ class ShardWriter:
 
     def __init__(self, state: dict[str, Any], folder: Path):
         self.planner = _Planner()
-        self.writer = HashingWriter(folder)
+        self.writer = _Writer(folder)
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(state, keep_only_main_replica=True)
         planned = save_state_dict_async_plan(mcore_to_pyt_state_dict(by_key), self.writer, planner=self.planner)
         self.index: Metadata | None = planned[0][1]

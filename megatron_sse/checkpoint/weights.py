@@ -4,27 +4,38 @@ Training loads what is written here, and what training saves at any layout is re
 sharded state dict.
 """
 
+import io
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Any, Protocol, cast
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.default_planner import (
     DefaultSavePlanner,
     create_default_global_save_plan,
     create_default_local_save_plan,
 )
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_sse import __version__
+from megatron_sse.checkpoint.durable import HashedFile, hashed_file
 from megatron_sse.checkpoint.index import IndexRefusedError, read_index
-from megatron_sse.checkpoint.manifest import Manifest, ManifestError, describe_files, find_damage, read_manifest
-from megatron_sse.checkpoint.shards import HashingWriter
+from megatron_sse.checkpoint.manifest import (
+    FileEntry,
+    Manifest,
+    ManifestError,
+    describe_files,
+    find_damage,
+    read_manifest,
+)
 from megatron_sse.config import RunConfig
 from megatron_sse.errors import UserError
 
@@ -32,8 +43,8 @@ from megatron_sse.errors import UserError
 CONFIG_FILE = "config.yaml"
 # Names of the optimizer's state start with this.
 OPTIMIZER = "optimizer."
-# Bytes of tensors that are held at once while a checkpoint is written, and the size of its files.
-FILE_BYTES = 1 << 29
+# Largest size of a file, unless one tensor has more.
+FILE_BYTES = 1 << 32
 
 
 class Weights(Protocol):
@@ -85,7 +96,7 @@ class CheckpointWeights:
             raise UserError(f"{self.folder}: {index.fqn} points out of the folder, to {place.relative_path}")
         try:
             with path.open("rb") as file:
-                view = _create_file_view(file, place.offset, place.length)
+                view = cast(IO[bytes], _create_file_view(file, place.offset, place.length))
                 return torch.load(view, map_location="cpu", weights_only=True)
         # What torch.load raises for a damaged file depends on the place of the damage.
         except Exception as error:
@@ -107,34 +118,70 @@ def read_weights(folder: Path) -> CheckpointWeights:
 def write_weights(folder: Path, config: RunConfig, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Write a checkpoint that holds model weights only into a folder; other files in there become part of it.
 
-    tensors: names as in the model's sharded state dict, and whole tensors. They are taken one after the other, and not
-    more than FILE_BYTES of them (or one larger tensor) are held at a time. Raises OSError.
+    tensors: names as in the model's sharded state dict, and whole tensors; taken and written one after the other.
+    Raises OSError.
     """
-    writer = HashingWriter(folder)
-    planner = DefaultSavePlanner()
+    planner, writer, files = DefaultSavePlanner(), FileSystemWriter(folder, sync_files=False), _FileByFile()
+    writer.fs = files
     index, results = Metadata({}), []
-    for number, group in enumerate(_groups(tensors)):
-        planner.set_up_planner(group, is_coordinator=True)
-        [plan], described = create_default_global_save_plan([create_default_local_save_plan(group, True)])
-        # Files are named after the rank that writes them: each group takes the place of a rank.
-        plan = writer.prepare_global_plan([plan] * (number + 1))[number]
-        results.append(writer.write_data(plan, planner).wait())
-        index.state_dict_metadata |= described.state_dict_metadata
-    writer.finish(index, results)
+    with files:
+        number, size = 0, 0
+        for name, tensor in tensors:
+            if size and size + tensor.nbytes > FILE_BYTES:
+                number, size = number + 1, 0
+            size += tensor.nbytes
+            state = {name: tensor.detach().contiguous()}
+            planner.set_up_planner(state, is_coordinator=True)
+            [plan], described = create_default_global_save_plan([create_default_local_save_plan(state, True)])
+            # Files are named after the rank that writes them.
+            plan = writer.prepare_global_plan([plan] * (number + 1))[number]
+            results.append(writer.write_data(plan, planner).wait())
+            index.state_dict_metadata |= described.state_dict_metadata
+    with files:
+        writer.finish(index, results)
     torch.save({"step": 0, "consumed_samples": 0}, folder / "common.pt")
     (folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
     (folder / "metadata.json").write_text(json.dumps(asdict(CheckpointingConfig("torch_dist"))))
     versions = {"megatron_sse": __version__, "torch": torch.__version__}
-    Manifest(0, 0, False, {"world": 1}, versions, describe_files(folder, writer.fs.entries)).write(folder)
+    Manifest(0, 0, False, {"world": 1}, versions, describe_files(folder, files.entries)).write(folder)
 
 
-def _groups(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    group: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in tensors:
-        if group and size + tensor.nbytes > FILE_BYTES:
-            yield group
-            group, size = {}, 0
-        group[name] = tensor.detach().contiguous()
-        size += tensor.nbytes
-    yield group
+class _FileByFile(FileSystem):
+    """Keeps a file open, for more than one call that writes to it, until another one is written or the block ends."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, FileEntry] = {}
+        self._path: Path | None = None
+
+    def __enter__(self) -> None:
+        self._open = ExitStack()
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.close()
+        if self._path is not None:
+            self.entries[self._path.name] = FileEntry(self._stream.size, self._stream.digest.hexdigest())
+            self._path = None
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+        if Path(path) != self._path:
+            self.__exit__()
+            self._path = Path(path)
+            self._stream: HashedFile = self._open.enter_context(hashed_file(self._path, lambda: False))
+        yield _Rest(self._stream)
+
+
+class _Rest(io.RawIOBase):
+    """The rest of a file; closing it leaves the file open."""
+
+    def __init__(self, file: HashedFile):
+        self.file = file
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        return self.file.write(data)
+
+    def tell(self) -> int:
+        return self.file.tell()

@@ -1,7 +1,7 @@
 """Hugging Face model folders: config.json and safetensors files, read and written a part at a time."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from megatron_sse.convert.installed import require
 from megatron_sse.errors import UserError
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
-# Bytes of tensors that are held at once while a folder is written, and the size of its files.
-FILE_BYTES = 1 << 29
+FILE_BYTES = 1 << 32
+# Room for the header of a file, and the number of tensors that always fits.
+_HEADER_BYTES, _MAX_TENSORS = 1 << 16, 250
 
 _DTYPES = {
     "F64": torch.float64,
@@ -21,6 +22,7 @@ _DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class HFWeights:
@@ -105,45 +107,52 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Write safetensors files of not more than FILE_BYTES each, or one larger tensor, and their index.
 
-    Raises OSError.
+    The tensors are taken and written one after the other. Raises OSError.
     """
-    require("safetensors", str(folder))
-    files: list[tuple[Path, list[str]]] = []
-    size = 0
-    for group in _groups(tensors):
-        path = folder / f"part-{len(files)}.safetensors"
-        _save(group, path)
-        files.append((path, list(group)))
-        size += sum(tensor.nbytes for tensor in group.values())
+    files: list[_File] = []
+    for name, tensor in tensors:
+        if not files or files[-1].is_full(tensor.nbytes):
+            if files:
+                files[-1].close()
+            files.append(_File(folder / f"part-{len(files)}.safetensors"))
+        files[-1].add(name, tensor)
+    files[-1].close()
     if len(files) == 1:
-        files[0][0].rename(folder / SINGLE)
+        files[0].path.rename(folder / SINGLE)
         return
-    weight_map = {}
-    for number, (path, names) in enumerate(files, 1):
-        final = path.with_name(f"model-{number:05d}-of-{len(files):05d}.safetensors")
-        path.rename(final)
-        weight_map |= dict.fromkeys(names, final.name)
+    weight_map: dict[str, str] = {}
+    for number, file in enumerate(files, 1):
+        final = folder / f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        file.path.rename(final)
+        weight_map |= dict.fromkeys(file.header, final.name)
+    size = sum(file.size for file in files)
     write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
-def _save(group: dict[str, Tensor], path: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+class _File:
+    """A safetensors file, its tensors written one after the other and its header, which comes first, at the end."""
 
-    try:
-        save_file(group, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error
+    def __init__(self, path: Path):
+        self.path, self.size = path, 0
+        self.header: dict[str, dict[str, Any]] = {}
+        self._file = path.open("wb")
+        self._file.seek(_HEADER_BYTES)
 
+    def is_full(self, size: int) -> bool:
+        """Whether `size` bytes more belong into another file."""
+        return bool(self.header) and (self.size + size > FILE_BYTES or len(self.header) == _MAX_TENSORS)
 
-def _groups(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    group: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in tensors:
-        if group and size + tensor.nbytes > FILE_BYTES:
-            yield group
-            group, size = {}, 0
-        # Parts of one tensor would be taken for shared memory.
-        group[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
-        size += tensor.nbytes
-    yield group
+    def add(self, name: str, tensor: Tensor) -> None:
+        begin, self.size = self.size, self.size + tensor.nbytes
+        dtype = _NAMES[tensor.dtype]
+        self.header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [begin, self.size]}
+        self._file.write(tensor.detach().contiguous().view(torch.uint8).numpy().data)
+
+    def close(self) -> None:
+        text = json.dumps({"__metadata__": {"format": "pt"}, **self.header}, separators=(",", ":")).encode()
+        # Blanks at the end are part of the format.
+        text = text.ljust(_HEADER_BYTES - 8)
+        assert len(text) == _HEADER_BYTES - 8
+        self._file.seek(0)
+        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file.close()

@@ -52,7 +52,7 @@ def layer_links(model: ModelConfig, names: Names, number: int, kind: str) -> Ite
     if kind == "softmax":
         yield from softmax_links(model.softmax, hidden, *mixer)
     else:
-        recurrence = model.sse.recurrence if kind == "sse" else kind
+        recurrence: Recurrence = model.sse.recurrence if kind == "sse" else "gdn" if kind == "gdn" else "gla"
         num_partitions = model.sse.num_partitions if kind == "sse" else 0
         yield from mixer_links(model.sse, hidden, recurrence, num_partitions, *mixer)
     yield same(f"{ours}pre_mlp_layernorm.weight", f"{theirs}{names.mlp_norm}.weight", hidden)

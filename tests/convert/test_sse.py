@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from megatron_sse.checkpoint.weights import write_weights
-from megatron_sse.convert import convert
+from megatron_sse.convert import convert, folder
 from megatron_sse.convert.layout import SSE_NAMES, model_links
 from megatron_sse.convert.logits import compute_logits
 from megatron_sse.convert.model import make_run_config, open_model
@@ -64,7 +64,7 @@ OURS = {
 }
 
 
-def make_ours(folder: Path, section: dict[str, Any], precision: str = "fp32") -> Path:
+def make_ours(target: Path, section: dict[str, Any], precision: str = "fp32") -> Path:
     """A checkpoint of a random model whose weights are large enough for each to matter."""
     config = make_run_config(section, 256, precision, "test")
     generator = torch.Generator().manual_seed(1)
@@ -75,13 +75,13 @@ def make_ours(folder: Path, section: dict[str, Any], precision: str = "fp32") ->
             drawn = 5 * drawn
         tensor = 1 + 0.2 * drawn if "norm" in link.ours else 0.3 * drawn
         tensors[link.ours] = tensor if precision == "fp32" else tensor.bfloat16()
-    folder.mkdir()
-    write_weights(folder, config, tensors.items())
-    return folder
+    target.mkdir()
+    write_weights(target, config, tensors.items())
+    return target
 
 
-def assert_same_weights(folder: Path, other: Path) -> None:
-    first, second = open_model("", folder), open_model("", other)
+def assert_same_weights(ours: Path, other: Path) -> None:
+    first, second = open_model("", ours), open_model("", other)
     assert first.config.model == second.config.model
     vocabulary = first.config.model.vocab_size
     for name in first.weights.keys():
@@ -99,13 +99,13 @@ def test_golden_model(tmp_path: Path) -> None:
     assert convert(str(tmp_path / "ours"), str(tmp_path / "back"), to="sse") == 0
     assert convert(str(tmp_path / "ours"), str(tmp_path / "hf")) == 0
     expected = load_file(GOLDEN / "expected.safetensors")
-    for folder in ("ours", "back", "hf"):
-        logits = compute_logits(open_model("", tmp_path / folder), expected["input_ids"])
+    for name in ("ours", "back", "hf"):
+        logits = compute_logits(open_model("", tmp_path / name), expected["input_ids"])
         assert (logits - expected["logits"]).abs().max() < 1e-4 * expected["logits"].abs().max()
     (tmp_path / "golden").mkdir()
     save_file(load_file(GOLDEN / "model.safetensors"), tmp_path / "golden/model.safetensors")
     assert_same_tensors(tmp_path / "golden", tmp_path / "back")
-    settings = [json.loads((folder / "config.json").read_text()) for folder in (GOLDEN, tmp_path / "back")]
+    settings = [json.loads((path / "config.json").read_text()) for path in (GOLDEN, tmp_path / "back")]
     assert model_from_sse(settings[0], "") == model_from_sse(settings[1], "")
 
 
@@ -133,9 +133,20 @@ def test_an_export_computes_what_we_do(tmp_path: Path, name: str) -> None:
     assert_same_weights(ours, tmp_path / "back")
 
 
-def generate_by_ours(folder: Path, tokens_BL: torch.Tensor, num_new: int) -> torch.Tensor:
+def test_an_export_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder, "FILE_BYTES", 20_000)
+    ours = make_ours(tmp_path / "ours", THEIRS["hybrid"])
+    assert convert(str(ours), str(tmp_path / "hf")) == 0
+    names = sorted(path.name for path in (tmp_path / "hf").glob("*.safetensors"))
+    assert names[0] == "model-00001-of-00005.safetensors" and len(names) == 5
+    tokens_BL = random_tokens()
+    error = logits_by_transformers(tmp_path / "hf", tokens_BL) - compute_logits(open_model("", ours), tokens_BL)
+    assert error.abs().max() < 1e-4
+
+
+def generate_by_ours(ours: Path, tokens_BL: torch.Tensor, num_new: int) -> torch.Tensor:
     """Greedy tokens, from all logits anew for each."""
-    opened = open_model("", folder)
+    opened = open_model("", ours)
     for _ in range(num_new):
         logits = compute_logits(opened, tokens_BL)
         tokens_BL = torch.cat((tokens_BL, logits[:, -1:].argmax(-1)), dim=1)

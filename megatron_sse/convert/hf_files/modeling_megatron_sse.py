@@ -15,7 +15,7 @@ class MegatronSSEConfig(PretrainedConfig):
     model_type = "megatron_sse"
     keys_to_ignore_at_inference = ["past_key_values"]
 
-    def __init__(self, model: dict[str, Any] | None = None, use_cache: bool = True, **kwargs: Any):
+    def __init__(self, model: Any = None, use_cache: bool = True, **kwargs: Any):
         self.model, self.use_cache = model, use_cache
         super().__init__(**kwargs)
 
@@ -76,9 +76,9 @@ class MegatronSSEForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)  # type: ignore[arg-type]
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self,
         input_ids: Tensor,
         past_key_values: State | None = None,

@@ -256,7 +256,7 @@ class SSEMixer(nn.Module):
             o, state = gdn(normalize(q), normalize(k), v * write_scale, g, beta, state)
         return (o * read_scale).sum(2), state
 
-    def _side_by_side(self, parts: tuple) -> Tensor | None:
+    def _side_by_side(self, parts: tuple) -> Any:
         """The shared bank's tensor, then the sparse banks' one for each partition: a new dim after L."""
         if parts[0] is None:
             return None
