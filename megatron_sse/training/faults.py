@@ -3,14 +3,13 @@
 import re
 import time
 import traceback
-from datetime import timedelta
 from types import TracebackType
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup, distributed_c10d
 
 # The others that lost a peer say so within this time of each other; one that does not is gone itself.
-SECONDS_TO_ANSWER = 3.0
+SECONDS_TO_ANSWER = 2.0
 _LOST = re.compile("gloo|NCCL|Connection (closed|reset)|[Tt]imed out|Broken pipe")
 
 
@@ -33,7 +32,8 @@ def name_lost_peers(error: BaseException) -> str:
     for other in range(world_size):
         if other == rank:
             continue
-        said = _find(other, end - time.monotonic())
+        while (said := _find(other)) is None and time.monotonic() < end:
+            time.sleep(0.05)
         if said is None:
             silent.append(str(other))
         elif said:
@@ -45,7 +45,7 @@ def name_lost_peers(error: BaseException) -> str:
 
 def _describe_wait(trace: TracebackType | None) -> str:
     """The collective that failed and its group, from the innermost frame that knows one."""
-    call, group = "a collective", None
+    call, group = "a wait", None
     for frame, _ in traceback.walk_tb(trace):
         values = frame.f_locals
         known = next((values[name] for name in ("group", "pg", "process_group", "pp_group") if name in values), None)
@@ -55,9 +55,10 @@ def _describe_wait(trace: TracebackType | None) -> str:
             if frame.f_code.co_name != "wrapper":
                 call = frame.f_code.co_name
     if group is None:
-        return f"{call} of all ranks" if call != "a collective" else call
+        return call
+    name = "the group of all processes" if group.group_desc == "default_pg" else group.group_desc
     ranks = ", ".join(map(str, dist.get_process_group_ranks(group)))
-    return f"{call} of {group.group_desc} (ranks {ranks})"
+    return f"{call} in {name} (ranks {ranks})"
 
 
 def _leave(text: str) -> None:
@@ -68,11 +69,10 @@ def _leave(text: str) -> None:
         pass
 
 
-def _find(rank: int, seconds: float) -> str | None:
+def _find(rank: int) -> str | None:
     try:
         store = distributed_c10d._get_default_store()
-        store.wait([_key(rank)], timedelta(seconds=max(seconds, 0.01)))
-        return store.get(_key(rank)).decode()[1:]
+        return store.get(_key(rank)).decode()[1:] if store.check([_key(rank)]) else None
     except (RuntimeError, ValueError):
         return None
 

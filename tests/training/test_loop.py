@@ -1,9 +1,7 @@
-"""Whole runs: SIGTERM saves and exits 0, the next run goes on, SIGINT exits 130, settings of the end are kept."""
+"""Whole runs: where they end, what they save on the way, and validation."""
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,74 +11,6 @@ from megatron_sse.parallel.groups import destroy_groups
 from megatron_sse.training.loop import Run, Signals
 from tests.training.support import small_run, start
 from tests.workers import run_workers
-
-PROGRAM = """
-import logging, sys
-from megatron_sse.config import load_config
-from megatron_sse.training import train
-logging.basicConfig(level=logging.WARNING)
-logging.getLogger("megatron_sse").setLevel(logging.INFO)
-sys.exit(train(load_config(sys.argv[1], [])))
-"""
-
-
-def launch(config_file: Path) -> subprocess.Popen[str]:
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    environment["OMP_NUM_THREADS"] = "1"
-    command = [sys.executable, "-c", PROGRAM, str(config_file)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-def run_until(process: subprocess.Popen[str], text: str) -> list[str]:
-    """Lines of the log up to the first that holds `text`."""
-    assert process.stderr is not None
-    lines: list[str] = []
-    for line in process.stderr:
-        lines.append(line)
-        if text in line:
-            return lines
-    raise AssertionError(f"no {text!r} in the log:\n{''.join(lines)}")
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    _, rest = process.communicate(timeout=120)
-    return process.returncode, rest
-
-
-def write_config(folder: Path, **sections: dict[str, Any]) -> Path:
-    path = folder / "run.yaml"
-    path.write_text(small_run(folder, **sections).to_yaml())
-    return path
-
-
-def test_sigterm_saves_and_exits_0_and_the_next_run_goes_on(tmp_path: Path) -> None:
-    endless = write_config(tmp_path, training={"steps": 100_000, "global_batch_size": 4, "precision": "fp32"})
-    process = launch(endless)
-    run_until(process, "step 3/")
-    process.send_signal(signal.SIGTERM)
-    code, log = finish(process)
-    assert code == 0, log
-    checkpoint = (tmp_path / "run/checkpoints/latest").read_text().strip()
-    steps = int(checkpoint.removeprefix("iter_"))
-    assert steps >= 3
-    total = {"steps": steps + 2, "global_batch_size": 4, "precision": "fp32"}
-    process = launch(write_config(tmp_path, training=total))
-    code, log = finish(process)
-    assert code == 0, log
-    assert f"{steps} steps done" in log and f"step {steps + 1}/" in log and f"step {steps}/" not in log
-    assert (tmp_path / "run/checkpoints/latest").read_text().strip() == f"iter_{steps + 2:07d}"
-    unexpected = [line for line in log.splitlines() if not line.startswith("INFO:megatron_sse.")]
-    assert unexpected == []
-
-
-def test_sigint_exits_130_and_saves_nothing(tmp_path: Path) -> None:
-    process = launch(write_config(tmp_path, training={"steps": 100_000, "global_batch_size": 4, "precision": "fp32"}))
-    run_until(process, "step 2/")
-    process.send_signal(signal.SIGINT)
-    code, log = finish(process)
-    assert code == 130
-    assert "interrupted" in log and "Traceback" not in log
-    assert list((tmp_path / "run/checkpoints").iterdir()) == []
 
 
 def terminated_on_one_rank(folder: Path) -> list[str]:
@@ -105,6 +35,42 @@ def terminated_on_one_rank(folder: Path) -> list[str]:
 def test_sigterm_on_one_rank_ends_all_after_the_same_step(tmp_path: Path) -> None:
     small_run(tmp_path)
     assert run_workers(2, terminated_on_one_rank, tmp_path) == [["iter_0000003", "latest"]] * 2
+
+
+def saved_on_the_way(folder: Path, asynchronous: bool, steps_until_end: int) -> tuple[list[str], list[int]]:
+    """The checkpoints that a run leaves whose time is up in step `steps_until_end`, and the steps it saved."""
+    training = {"steps": 9, "global_batch_size": 2, "precision": "fp32"}
+    checkpoint = {"interval": 2, "keep_last": 2, "asynchronous": asynchronous}
+    run = start(small_run(folder, training=training, checkpoint=checkpoint))
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    signals = Signals(minutes=1000.0)
+    take_step, save, saved = run.trainer.train_step, run.saver.start, []
+
+    def step_that_takes_long(batches: Any) -> Any:
+        if run.consumed_samples == 2 * (steps_until_end - 1) and os.environ["RANK"] == "0":
+            signals.end = 0.0
+        return take_step(batches)
+
+    def save_and_note(step: int, consumed_samples: int, background: bool) -> None:
+        saved.append(step)
+        save(step, consumed_samples, background)
+
+    run.trainer.train_step = step_that_takes_long  # type: ignore[method-assign]
+    run.saver.start = save_and_note  # type: ignore[method-assign]
+    run.run(signals)
+    signal.signal(signal.SIGTERM, handlers[0])
+    signal.signal(signal.SIGINT, handlers[1])
+    return sorted(path.name for path in (folder / "run/checkpoints").iterdir()), saved
+
+
+@pytest.mark.parametrize(("asynchronous", "end", "saved"), [(True, 7, [2, 4, 6, 7]), (False, 6, [2, 4, 6])])
+def test_interval_keep_last_and_the_end_of_the_time(
+    tmp_path: Path, asynchronous: bool, end: int, saved: list[int]
+) -> None:
+    small_run(tmp_path)
+    for names, steps in run_workers(2, saved_on_the_way, tmp_path, asynchronous, end):
+        assert steps == saved
+        assert names == [*(f"iter_{step:07d}" for step in saved[-2:]), "latest"]
 
 
 def validation_losses(folder: Path, sections: dict[str, Any]) -> list[tuple[int, float]]:

@@ -1,0 +1,157 @@
+"""Whole runs of the command line in processes of their own, with a fault injected into one of them."""
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+# Where the fault happens: in a step, or while the second checkpoint is written, in the background or not.
+STEP, SAVE = "step", "save"
+FAULTY_STEP, FAULTY_SAVE = 3, 2
+SECONDS_TO_END = 120
+
+
+def send(number: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+def fail() -> None:
+    raise ValueError("injected")
+
+
+ACTS: dict[str, Callable[[], None]] = {
+    "kill": send(signal.SIGKILL),
+    "terminate": send(signal.SIGTERM),
+    "stop": send(signal.SIGSTOP),
+    "raise": fail,
+    "abort": send(signal.SIGABRT),
+    "interrupt": send(signal.SIGINT),
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens (a name in ACTS, or the number of an error of the system), where, and on which ranks."""
+
+    act: str | int
+    point: str
+    ranks: tuple[int, ...] = (1,)
+
+    def happen(self) -> None:
+        if isinstance(self.act, int):
+            raise OSError(self.act, os.strerror(self.act))
+        ACTS[self.act]()
+
+
+@dataclass
+class Processes:
+    """The processes of one run. Their output goes to one file, in the order in which it is written."""
+
+    config: Path
+    fault: Fault | None
+    world_size: int = 2
+    running: list[BaseProcess] = field(default_factory=list)
+
+    def start(self) -> "Processes":
+        # All imports are made once, in the process that the others are forked from.
+        context = get_context("forkserver")
+        context.set_forkserver_preload(["megatron_sse.training.loop", "megatron_sse.cli", __name__])
+        port = _free_port()
+        for rank in range(self.world_size):
+            args = (rank, self.world_size, port, str(self.config), self.fault, str(self.log))
+            self.running.append(context.Process(target=run_rank, args=args))
+        for process in self.running:
+            process.start()
+        return self
+
+    @property
+    def log(self) -> Path:
+        return self.config.with_suffix(".log")
+
+    def end(self, stopped: tuple[int, ...] = ()) -> tuple[list[int | None], str]:
+        """Exit codes (-9: killed) and output, once all have ended; those in `stopped` are killed, the others have to
+        end by themselves."""
+        for rank, process in enumerate(self.running):
+            if rank not in stopped:
+                process.join(SECONDS_TO_END)
+        hanging = [rank for rank, process in enumerate(self.running) if process.is_alive() and rank not in stopped]
+        for process in self.running:
+            process.kill()
+            process.join()
+        output = self.log.read_text()
+        assert hanging == [], output
+        return [process.exitcode for process in self.running], output
+
+
+def run_rank(rank: int, world_size: int, port: int, config: str, fault: Fault | None, log: str) -> None:
+    """One process of a run, as torchrun starts it."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    import torch
+
+    from megatron_sse.cli import main
+
+    torch.set_num_threads(1)
+    if fault is not None and rank in fault.ranks:
+        _inject(fault)
+    sys.exit(main(["train", config]))
+
+
+def _inject(fault: Fault) -> None:
+    from megatron_sse.checkpoint import durable
+    from megatron_sse.training.step import Trainer
+
+    calls = 0
+
+    def count(limit: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == limit:
+            fault.happen()
+
+    if fault.point == STEP:
+        take_step = Trainer.train_step
+
+        def train_step(self: Trainer, batches: Any) -> Any:
+            count(FAULTY_STEP)
+            return take_step(self, batches)
+
+        Trainer.train_step = train_step  # type: ignore[method-assign]
+        return
+
+    class Faulty(durable.HashedFile):
+        def __init__(self, path: Path, is_stopped: Callable[[], bool]):
+            super().__init__(path, is_stopped)
+            self.is_shard = path.suffix == ".distcp"
+            self.writes = 0
+            # torch's writer does not hand on an exception from below it.
+            if self.is_shard and fault.act == "raise":
+                count(FAULTY_SAVE)
+
+        def write(self, data: Any) -> int:
+            self.writes += 1
+            # In the middle of the file.
+            if self.is_shard and self.writes == 10 and fault.act != "raise":
+                try:
+                    count(FAULTY_SAVE)
+                except OSError as error:
+                    self.error = error
+            return super().write(data)
+
+    durable.HashedFile = Faulty  # type: ignore[misc]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,129 @@
+"""Processes that die, stop, fail or are told to end, during a step and during a save (F1 to F6, F14, F15)."""
+
+import errno
+import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sse.checkpoint.folders import find_all_damage
+from tests.checkpoint.processes import SAVE, STEP, Fault, Processes
+from tests.training.support import small_run
+
+TRAINING = {"steps": 6, "global_batch_size": 2, "precision": "fp32"}
+PARALLEL = {"distributed_optimizer": True}
+
+
+def write_run(folder: Path, **sections: dict[str, Any]) -> Path:
+    """The YAML file of a run on two ranks, each of which writes a part of its checkpoints, after steps 2, 4 and 6."""
+    sections = {"training": TRAINING, "parallel": PARALLEL, "checkpoint": {"interval": 2}} | sections
+    path = folder / "run.yaml"
+    path.write_text(small_run(folder, **sections).to_yaml())
+    return path
+
+
+def newest(folder: Path) -> str:
+    """The checkpoint that `latest` names, which is whole, and so are all others; there is nothing else."""
+    checkpoints = folder / "run/checkpoints"
+    for path in checkpoints.glob("iter_*"):
+        assert find_all_damage(path, hashes=True) == []
+    return (checkpoints / "latest").read_text().strip()
+
+
+LOST = r"rank 0: .* in .+ \(ranks 0, 1\) lost its peers; no answer from rank 1"
+INTERRUPTED = "interrupted; nothing saved since the last checkpoint"
+
+# Fault: exit codes, what the output says, the newest checkpoint afterwards.
+FAULTS: dict[str, tuple[Fault, tuple[int, int], str, str]] = {
+    "F1 killed in a step": (Fault("kill", STEP), (1, -9), LOST, "iter_0000002"),
+    "F1 killed in a save": (Fault("kill", SAVE), (1, -9), LOST, "iter_0000002"),
+    "F2 terminated in a step": (Fault("terminate", STEP), (0, 0), "ending the run: SIGTERM", "iter_0000003"),
+    "F2 terminated in a save": (Fault("terminate", SAVE), (0, 0), "ending the run: SIGTERM", r"iter_000000[45]"),
+    "F4 exception in a step": (Fault("raise", STEP), (1, 1), "rank 1 failed: ValueError: injected", "iter_0000002"),
+    "F4 exception in a save": (
+        Fault("raise", SAVE),
+        (0, 0),
+        r"E checkpoint not saved: .*ValueError\('injected'\) \(rank 1\); .*; training goes on",
+        "iter_0000006",
+    ),
+    "F5 aborted in a step": (Fault("abort", STEP), (1, -6), LOST, "iter_0000002"),
+    "F5 aborted in a save": (Fault("abort", SAVE), (1, -6), LOST, "iter_0000002"),
+    "F6 interrupted in a step": (Fault("interrupt", STEP, (0, 1)), (130, 130), INTERRUPTED, "iter_0000002"),
+    "F6 interrupted in a save": (Fault("interrupt", SAVE, (0, 1)), (130, 130), INTERRUPTED, "iter_0000002"),
+    "F14 no space": (
+        Fault(errno.ENOSPC, SAVE),
+        (0, 0),
+        r"E checkpoint not saved: .*__1_0.distcp: No space left on device \(rank 1\); .*; training goes on",
+        "iter_0000006",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_nothing_hangs_and_nothing_good_is_lost(name: str, tmp_path: Path) -> None:
+    fault, codes, message, latest = FAULTS[name]
+    # In a step: the checkpoint before it is finished.
+    config = write_run(tmp_path, checkpoint={"interval": 2, "asynchronous": fault.point == SAVE})
+    ended, output = Processes(config, fault).start().end()
+    assert ended == list(codes), output
+    assert re.search(message, output), output
+    assert re.fullmatch(latest, newest(tmp_path)), output
+    assert output.count("Traceback") == (fault == Fault("raise", STEP)), output
+    if fault == Fault("raise", STEP):
+        assert output.index("ValueError: injected") < output.index("rank 1 failed: ValueError: injected")
+    if fault.act == "terminate":
+        steps = re.findall(r"step (\d)/6", output)
+        assert newest(tmp_path) == f"iter_{int(steps[-1]):07d}"
+        _, output = Processes(config, None).start().end()
+        assert f"{steps[-1]} steps done" in output and f"step {int(steps[-1]) + 1}/6" in output
+
+
+def test_a_stopped_process_is_named_with_its_group(tmp_path: Path) -> None:
+    """F3, in a step and in a save, at the same time."""
+    runs = []
+    for point in (STEP, SAVE):
+        (tmp_path / point).mkdir()
+        saving = {"interval": 2, "asynchronous": point == SAVE}
+        config = write_run(tmp_path / point, parallel=PARALLEL | {"timeout_minutes": 0.1}, checkpoint=saving)
+        runs.append(Processes(config, Fault("stop", point)).start())
+    # All are ended before anything is asserted: a stopped process would stay.
+    ended = [run.end(stopped=(1,)) for run in runs]
+    for point, (codes, output) in zip((STEP, SAVE), ended, strict=True):
+        assert codes == [1, -signal.SIGKILL], output
+        assert re.search(r"rank 0: .* in .+ \(ranks 0, 1\) timed out; no answer from rank 1", output), output
+        assert newest(tmp_path / point) == "iter_0000002" and "Traceback" not in output
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of one MiB, with room for one checkpoint, in the place of the run's folder."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("mounting a small disk is not permitted")
+    yield tmp_path
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk(small_disk: Path) -> None:
+    """F14: every save after the first fails, the run goes on to its end, and ends with an error."""
+    codes, output = Processes(write_run(small_disk), None).start().end()
+    assert codes == [1, 1], output
+    assert len(re.findall("E checkpoint not saved: .*: No space left on device", output)) == 2, output
+    assert "step 6/6" in output and "Traceback" not in output
+    assert newest(small_disk) == "iter_0000002"
+
+
+def test_a_folder_that_becomes_read_only(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """F15: at the start it is an error before anything is computed, later the checkpoints there are stay."""
+    run = Processes(write_run(small_disk, training=TRAINING | {"steps": 2}), None).start()
+    assert run.end()[0] == [0, 0]
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk / "run")], check=True)
+    codes, output = Processes(write_run(small_disk), None, world_size=1).start().end()
+    assert codes == [2]
+    assert re.search("monitor.folder: got .*, allowed a folder that can be written to .Read-only file system.", output)
+    assert newest(small_disk) == "iter_0000002"
