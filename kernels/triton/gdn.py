@@ -72,27 +72,40 @@ class Dims:
     dtype: torch.dtype
 
 
-def _plan(kernel: Kernel, dims: Dims) -> tuple[dict, dict]:
-    """What a kernel is compiled with: its constants and its options."""
+def _plan(kernel: Kernel, dims: Dims, arch: int) -> tuple[dict, dict]:
+    """What a kernel is compiled with: its constants and its options.
+
+    In fp32 products run without tensor cores and hold whole operands in registers: small blocks, many warps. Before
+    Hopper tensor cores read registers too, and shared memory is too small for two stages of 256 keys.
+    """
+    half, hopper = dims.dtype != torch.float32, arch >= 90
     key_block, value_block = (max(16, triton.next_power_of_2(x)) for x in (dims.key_dim, dims.value_dim))
-    half = dims.dtype != torch.float32
+    key_part, value_part = (64, 64 if hopper or kernel in PER_CHUNK else 32) if half else (16, 16)
     constants = {
         "H": dims.num_heads,
         "HV": dims.num_value_heads,
+        "BH": triton.next_power_of_2(dims.num_value_heads),
         "K": dims.key_dim,
         "V": dims.value_dim,
-        "BK": key_block,
-        "BV": min(value_block, 64 if half else 32),
+        "BK": key_block if kernel in PER_PIECE else min(key_block, key_part),
+        "BV": min(value_block, value_part),
+        "KEY_BLOCKS": triton.cdiv(dims.key_dim, min(key_block, key_part)),
         "SCALE": dims.key_dim**-0.5,
-        "BH": triton.next_power_of_2(dims.num_value_heads),
-        "KEY_BLOCKS": triton.cdiv(dims.key_dim, 64),
         "STORE": False,
         "C": CHUNK_SIZE,
     }
-    options = {"num_warps": 4, "num_stages": 2}
-    if kernel in PER_CHUNK:
-        constants["BK"] = min(key_block, 64)
+    options = {"num_warps": 4 if half else 8, "num_stages": 2 if half else 1}
+    if kernel in PER_PIECE and key_block == 256:
+        options = {"num_warps": 2 * options["num_warps"], "num_stages": options["num_stages"] if hopper else 1}
     return {name: x for name, x in constants.items() if name in kernel.arg_names}, options
+
+
+def _architecture(device: torch.device) -> int:
+    """90 for Hopper, .. ; as Hopper in Triton's interpreter."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 PER_CHUNK = (
@@ -115,7 +128,7 @@ def _launch(kernel: Kernel, inputs: GdnInputs, num_tokens: int, store: bool = Fa
     `tensors`, like the inputs, are named as the kernel's pointers are, with their dims at the end.
     """
     dims = inputs.dims
-    constants, options = _plan(kernel, dims)
+    constants, options = _plan(kernel, dims, _architecture(inputs.v_THV.device))
     if "STORE" in constants:
         constants["STORE"] = store
     named = {name.rpartition("_")[0] + "_ptr": x.contiguous() for name, x in (inputs._asdict() | tensors).items()}
@@ -236,8 +249,8 @@ def gdn_attend_backward(
     gates_4HR = tensors["gates_4HR"]
     tensors |= {"grad_scores_HRC": x.empty_rows(CHUNK_SIZE), "grad_met_HRC": x.empty_rows(CHUNK_SIZE)}
     tensors["grad_gates_2HR"] = gates_4HR.new_empty(2, *gates_4HR.shape[1:])
-    key_blocks = _plan(gdn_backward.gdn_gates_backward_kernel, dims)[0]["KEY_BLOCKS"]
-    tensors["sums_B5HR"] = gates_4HR.new_empty(key_blocks, 5, *gates_4HR.shape[1:])
+    plan, _ = _plan(gdn_backward.gdn_gates_backward_kernel, dims, _architecture(x.v_THV.device))
+    tensors["sums_B5HR"] = gates_4HR.new_empty(plan["KEY_BLOCKS"], 5, *gates_4HR.shape[1:])
     rows = x.row_R.shape[0]
     gradients = {"grad_q_RHK": x.q1_THK.new_empty(rows, dims.num_value_heads, dims.key_dim)}
     gradients["grad_k_RHK"] = x.k1_THK.new_empty(gradients["grad_q_RHK"].shape)
@@ -266,13 +279,13 @@ def _sum_groups(x_RHK: Tensor, num_heads: int) -> Tensor:
     return x_RHK if x_RHK.shape[1] == num_heads else x_RHK.unflatten(1, (num_heads, -1)).sum(2)
 
 
-def compile_cases() -> list[tuple[Kernel, dict[str, str], dict, dict]]:
-    """Kernel, signature, constants and options, at the head dims and dtypes that are shipped."""
+def compile_cases(arch: int = 90) -> list[tuple[Kernel, dict[str, str], dict, dict]]:
+    """Kernel, signature, constants and options for an architecture, at the head dims and dtypes that are shipped."""
     cases = []
     for dtype in (torch.bfloat16, torch.float32):
         for dim in (64, 128, 256):
             for kernel in PER_CHUNK + PER_PIECE:
-                constants, options = _plan(kernel, Dims(8, 8, dim, dim, dtype))
+                constants, options = _plan(kernel, Dims(8, 8, dim, dim, dtype), arch)
                 for store in (False, True) if "STORE" in constants else (None,):
                     variant = constants if store is None else constants | {"STORE": store}
                     cases.append((kernel, _signature(kernel, constants, dtype), variant, options))

@@ -273,6 +273,7 @@ def gdn_keys_backward_kernel(
         d = load_tile(d_ptr + sorted_row * V, within, valid, column, V)
         grad_k = tl.dot(d, tl.trans(grad_state), grad_k, input_precision="ieee")
         grad_decay += tl.sum(state.to(tl.float32) * grad_state.to(tl.float32), axis=1)
+    k = load_tile(k1_ptr, key_row, valid, key, K).to(dtype)
     grad_decay = tl.where(within == 0, tl.sum(grad_decay, axis=0), 0.0)
     store_gate(sums_ptr, 4, head, start, within, valid, grad_decay, num_rows, HV)
     grad_recall *= from_start[:, None]
@@ -283,6 +284,8 @@ def gdn_keys_backward_kernel(
     store_gate(sums_ptr, 2, head, start, within, valid, k_leaving, num_rows, HV)
 
     grad_k -= load_gate(gates_ptr, 1, head, start, within, valid, num_rows, HV)[:, None] * grad_recall
+    q = load_tile(q1_ptr, key_row, valid, key, K).to(tl.float32)
+    grad_scores = load_tile(grad_scores_ptr + sorted_row * C, within, valid, within, C)
     grad_k = tl.dot(tl.trans(grad_scores), (read[:, None] * q).to(dtype), grad_k, input_precision="ieee")
     grad_met = load_tile(grad_met_ptr + sorted_row * C, within, valid, within, C)
     grad_k = tl.dot(grad_met, k, grad_k, input_precision="ieee")
