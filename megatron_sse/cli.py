@@ -66,6 +66,15 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     check.add_argument("--tolerance", metavar="X", type=float, help="largest error allowed, of every tensor")
     check.add_argument("--json", metavar="FILE", type=Path, help="file to write all numbers to")
     _add_conversions(jobs)
+    look = jobs.add_parser(
+        "inspect",
+        help="show what is in a checkpoint",
+        description="Show a checkpoint's tensors, layout, sizes and hashes. Exit status 1 where a file is damaged.",
+    )
+    look.set_defaults(job=_inspect)
+    look.add_argument("checkpoint", metavar="DIR", help="a checkpoint, a folder of checkpoints or a run folder")
+    look.add_argument("--tensors", action="store_true", help="list every tensor")
+    look.add_argument("--sizes", action="store_true", help="check sizes, and hashes of files below 1 MiB only")
     options, rest = parser.parse_known_args(arguments)
     # argparse takes no settings after an option.
     unknown = [argument for argument in rest if argument.startswith("-")]
@@ -137,6 +146,12 @@ def _score(options: argparse.Namespace, rank: int) -> int:
     from megatron_sse.convert import score
 
     return score(options.checkpoint, options.input, options.output)
+
+
+def _inspect(options: argparse.Namespace, rank: int) -> int:
+    from megatron_sse.checkpoint.inspect import inspect
+
+    return inspect(options.checkpoint, options.tensors, hashes=not options.sizes)
 
 
 def prepare_data(config: RunConfig) -> None:
