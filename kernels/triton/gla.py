@@ -10,6 +10,7 @@ All are contiguous. States and their gradients are fp32; q, k, v and outputs hav
 kernels.
 """
 
+import functools
 import math
 
 import torch
@@ -35,6 +36,14 @@ _TILES = {
     gla_values_kernel: ((None, 64, 4, 3, None), (None, 64, 8, 1, None), (None, 32, 4, 1, None)),
     gla_intra_kernel: ((64, None, 16, 1, None), (64, None, 16, 1, None), (32, None, 8, 1, None)),
 }
+# What differs before Hopper, whose products take their operands from registers.
+_AMPERE_TILES = {
+    gla_summarize_kernel: ((32, 128, 8, 3, None), (32, 128, 8, 3, None)),
+    gla_output_kernel: ((None, 32, 4, 3, None), (None, 32, 8, 1, None)),
+    gla_inter_kernel: ((16, None, 8, 3, None), (16, None, 8, 1, None)),
+    gla_values_kernel: ((None, 32, 4, 3, None), (None, 32, 8, 1, None)),
+    gla_intra_kernel: ((32, None, 8, 1, None), (32, None, 8, 1, None)),
+}
 _STEEP_TILES = {gla_intra_kernel: ((16, None, 8, 1, None), (16, None, 8, 1, None), (16, None, 8, 1, None))}
 # Kernels whose programs walk over all blocks of K themselves.
 _WITH_ALL_BLOCKS = (gla_prepare_kernel, gla_steep_scores_kernel)
@@ -52,12 +61,17 @@ _POINTERS = {
 }
 
 
+@functools.cache
 def _configure(
-    kernel, key_dim: int, value_dim: int, groups: int, dtype: torch.dtype, variant: bool
+    kernel, key_dim: int, value_dim: int, groups: int, dtype: torch.dtype, variant: bool, arch: int
 ) -> tuple[dict, dict]:
-    """A kernel's constants, and its warps and stages."""
+    """A kernel's constants, and its warps and stages, on a GPU of compute capability `arch` (90: Hopper)."""
     column = 2 if dtype == torch.float32 else int(max(key_dim, value_dim) > 128)
-    tiles = _STEEP_TILES[kernel] if variant and kernel in _STEEP_TILES else _TILES[kernel]
+    tiles = _TILES[kernel]
+    if variant and kernel in _STEEP_TILES:
+        tiles = _STEEP_TILES[kernel]
+    elif arch < 90 and kernel in _AMPERE_TILES and column < 2:
+        tiles = _AMPERE_TILES[kernel]
     block_k, block_v, num_warps, num_stages, max_registers = tiles[column]
     constants = {
         # Queries are scaled, keys are not.
@@ -84,7 +98,7 @@ def _block(dim: int, largest: int | None) -> int:
     return block if largest is None else min(block, largest)
 
 
-def compile_cases() -> list[tuple]:
+def compile_cases(arch: int = 90) -> list[tuple]:
     """What is compiled ahead: (kernel, signature, constants, options), as the operators launch them."""
     cases = []
     types = {f"{name}_ptr": kind for kind, names in _POINTERS.items() for name in names}
@@ -92,7 +106,7 @@ def compile_cases() -> list[tuple]:
         for dim in (64, 128, 256):
             for kernel in _TILES:
                 for variant in (False, True) if kernel in _VARIANTS else (False,):
-                    constants, options = _configure(kernel, dim, dim, 1, dtype, variant)
+                    constants, options = _configure(kernel, dim, dim, 1, dtype, variant, arch)
                     types_of_rest = {name: "constexpr" if name in constants else "i32" for name in kernel.arg_names}
                     signature = {
                         name: types.get(name, inputs) if name.endswith("_ptr") else types_of_rest[name]
@@ -105,7 +119,16 @@ def compile_cases() -> list[tuple]:
 def _configure_for(kernel, x: dict, variant: bool = False) -> tuple[dict, dict]:
     num_heads, key_dim = x["q1"].shape[1:]
     num_value_heads, value_dim = x["v"].shape[1:]
-    return _configure(kernel, key_dim, value_dim, num_value_heads // num_heads, x["v"].dtype, variant)
+    groups = num_value_heads // num_heads
+    return _configure(kernel, key_dim, value_dim, groups, x["v"].dtype, variant, _arch(x["v"].device))
+
+
+@functools.cache
+def _arch(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def _count_blocks(constants: dict) -> int:
@@ -270,3 +293,33 @@ def _empty_gradients(*inputs) -> tuple[Tensor, ...]:
 def _(*inputs):
     x = _named(inputs[:-3])
     return *_empty_gradients(*inputs[:-3]), torch.empty_like(x["write"]), torch.empty_like(x["read"])
+
+
+def count_work(
+    num_rows: int, num_heads: int, num_value_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype
+) -> dict[str, tuple[int, int]]:
+    """Bytes (each tensor once) and FLOPs of products, per kernel, of forward and backward over full chunks.
+
+    States of pieces are left out: one in chunks_per_piece. With K = V = 128, as many value heads as key heads and bf16,
+    a chunk's head moves 240 KB forward and 616 KB backward.
+    """
+    size, rows = dtype.itemsize, num_rows
+    chunks = -(-rows // CHUNK_SIZE)
+    keys, values = rows * num_heads * key_dim * size, rows * num_value_heads * value_dim * size
+    gates, scores = rows * num_heads * key_dim * 4, rows * num_heads * CHUNK_SIZE * size
+    inner_keys, inner_scores = (x * num_value_heads // num_heads for x in (keys, scores))
+    states = chunks * num_value_heads * key_dim * value_dim * size
+    with_state = 2 * rows * num_value_heads * key_dim * value_dim
+    with_keys, with_values = (2 * rows * CHUNK_SIZE * x for x in (num_heads * key_dim, num_value_heads * value_dim))
+    prepare = 4 * keys + gates + scores, with_keys
+    return {
+        "summarize": (keys + gates + values, with_state),
+        "prepare": prepare,
+        "output": (2 * keys + scores + 2 * values, 2 * with_state + with_values),
+        "summarize_backward": (keys + gates + values, with_state),
+        "prepare_backward": prepare,
+        "values": (2 * keys + scores + 3 * values, 2 * with_state + with_values),
+        "states": (keys + values + states, with_state),
+        "inter": (keys + scores + 2 * values + states + 2 * inner_keys + inner_scores, 3 * with_state + with_values),
+        "intra": (4 * keys + 2 * gates + 2 * inner_keys + inner_scores, 2 * with_keys),
+    }

@@ -19,7 +19,7 @@ from megatron_sse.kernels.triton.gla_tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def gla_summarize_kernel(
     x1_ptr,
     x2_ptr,
@@ -100,7 +100,7 @@ def gla_summarize_kernel(
         tl.store(transition_ptr + offset_K, tl.exp(total_K), mask=(dim_K < K) & (block % blocks_v == 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def gla_prepare_kernel(
     q1_ptr,
     k1_ptr,

@@ -14,7 +14,7 @@ from megatron_sse.kernels.triton.gla_tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def gla_intra_kernel(
     q1_ptr,
     k1_ptr,
