@@ -89,8 +89,9 @@ def test_the_next_losses_are_the_same(at: str, saved: tuple[Path, list[float]]) 
             assert losses[name] == pytest.approx(expected, rel=1e-5), f"saved at {name}, loaded at {at}"
 
 
-def test_one_process_loads_all(saved: tuple[Path, list[float]]) -> None:
+def test_one_process_loads_and_is_loaded(saved: tuple[Path, list[float]]) -> None:
     folder, expected = saved
-    [losses] = run_workers(1, load_at, folder, {}, [*SAVED, "one"])
+    [losses] = run_workers(1, load_at, folder, {}, ["tp2_pp2", "tp2_cp2"])
+    losses |= run_workers(2, load_at, folder, LOADED["dp2"][1], ["one"])[0]
     for name, values in losses.items():
         assert values == pytest.approx(expected, rel=1e-5), name

@@ -1,0 +1,162 @@
+"""What a checkpoint costs: how long training stands still for it, and the share of hashing, for a model on one process.
+
+Only shares are of use: times on a CPU and its disk say nothing of other machines.
+"""
+
+import argparse
+import platform
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+from megatron_sse.checkpoint import durable
+from megatron_sse.checkpoint.folders import step_folder
+from megatron_sse.checkpoint.load import load_checkpoint
+from megatron_sse.checkpoint.save import Saver
+from megatron_sse.checkpoint.state import held_by
+from megatron_sse.checkpoint.verify import first_whole
+from megatron_sse.config import RunConfig
+from megatron_sse.model import build_model
+from megatron_sse.parallel.device import setup_device
+from megatron_sse.parallel.groups import init_groups, init_process_group
+from megatron_sse.training.optimizer import build_optimizer
+from megatron_sse.training.step import wrap_model
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--vocabulary", type=int, default=32768)
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--folder", type=Path, help="on the disk to measure; default the system's for temporary files")
+    return parser.parse_args()
+
+
+def run_config(args: argparse.Namespace, folder: Path) -> RunConfig:
+    sections = {
+        "model": {
+            "num_layers": args.layers,
+            "hidden_size": args.hidden,
+            "vocab_size": args.vocabulary,
+            "layers": "5*sse, softmax",
+            "sse": {"num_heads": 8, "head_dim": args.hidden // 8},
+            "softmax": {"num_heads": 8},
+        },
+        "data": {"train": "none", "sequence_length": 128},
+        "training": {"steps": 1, "global_batch_size": 1, "precision": "fp32"},
+        "optimizer": {"learning_rate": 1e-3},
+        "monitor": {"folder": str(folder)},
+    }
+    return RunConfig.model_validate(sections)
+
+
+class Bench:
+    """A model with its optimizer, filled with random numbers."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        device = setup_device(0)
+        init_process_group(device)
+        self.config, self.groups = run_config(args, folder), init_groups()
+        self.chunks = wrap_model(self.config, build_model(self.config, self.groups, device), self.groups)
+        self.optimizer = build_optimizer(self.config, self.chunks, self.groups)
+        self.num_parameters = sum(parameter.numel() for parameter in self.chunks[0].parameters())
+        for held in held_by(self.optimizer):
+            for tensor in held.tensors.values():
+                tensor.normal_()
+        self.saver = Saver(self.config, self.chunks, self.optimizer, self.groups)
+        self.checkpoint = step_folder(self.saver.folder, 1)
+
+    def save(self) -> float:
+        """Seconds that a save takes during which training waits."""
+        begun = time.perf_counter()
+        self.saver.start(1, 1, background=False)
+        self.saver.finish()
+        return time.perf_counter() - begun
+
+    def save_without_hashes(self) -> float:
+        with patch.object(durable.hashlib, "sha256", NoHash):
+            return self.save()
+
+    def save_in_background(self) -> float:
+        """Seconds that training waits for a save that is written while it goes on."""
+        begun = time.perf_counter()
+        self.saver.start(1, 1, background=True)
+        seconds = time.perf_counter() - begun
+        while self.saver.is_writing():
+            time.sleep(0.01)
+        begun = time.perf_counter()
+        self.saver.finish()
+        return seconds + time.perf_counter() - begun
+
+    def verify(self) -> float:
+        begun = time.perf_counter()
+        assert first_whole([self.checkpoint], hashes=True) == self.checkpoint
+        return time.perf_counter() - begun
+
+    def load(self) -> float:
+        begun = time.perf_counter()
+        load_checkpoint(self.checkpoint, self.config, self.chunks, self.optimizer, self.groups)
+        return time.perf_counter() - begun
+
+
+class NoHash:
+    """In the place of SHA-256."""
+
+    def update(self, data: object) -> None:
+        pass
+
+    def hexdigest(self) -> str:
+        return "0" * 64
+
+
+def main() -> None:
+    args = parse_arguments()
+    torch.set_num_threads(1)
+    folder = Path(tempfile.mkdtemp(dir=args.folder))
+    try:
+        bench = Bench(args, folder)
+        measured: dict[str, Callable[[], float]] = {
+            "save, training waits": bench.save,
+            "save, training waits, no hashes": bench.save_without_hashes,
+            "save, training goes on": bench.save_in_background,
+            "verify": bench.verify,
+            "load": bench.load,
+        }
+        times: dict[str, list[float]] = {name: [] for name in measured}
+        # One after the other and not in blocks, since the disk's speed changes; the first round warms up.
+        for repeat in range(args.repeats + 1):
+            # Saves without hashes leave none to verify: the order matters.
+            for name in sorted(measured, key=lambda name: "no hashes" not in name):
+                seconds = measured[name]()
+                if repeat:
+                    times[name].append(seconds)
+        report(args, bench, times)
+    finally:
+        shutil.rmtree(folder)
+
+
+def report(args: argparse.Namespace, bench: Bench, times: dict[str, list[float]]) -> None:
+    """Print a table of shares of the save during which training waits."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    size = sum(path.stat().st_size for path in bench.checkpoint.iterdir())
+    model = f"{bench.num_parameters / 1e6:.0f} M parameters, fp32, {size / 2**30:.2f} GiB"
+    versions = f"torch {torch.__version__}, python {platform.python_version()}"
+    print(f"Commit {commit}, {versions}; {model}; one thread, {args.repeats} repeats\n")
+    print("| what | share: median (p10, p90) |\n|---|---|")
+    whole = statistics.median(times["save, training waits"])
+    for name, seconds in times.items():
+        low, middle, high = np.quantile(seconds, (0.1, 0.5, 0.9)) / whole
+        print(f"| {name} | {middle:.1%} ({low:.1%}, {high:.1%}) |")
+
+
+if __name__ == "__main__":
+    main()
