@@ -12,10 +12,11 @@ from megatron_sse.kernels.scan import scan_states
 from megatron_sse.kernels.segments import Segments
 from megatron_sse.kernels.triton import gdn
 from megatron_sse.kernels.triton.rows import Rows, make_rows
-from tests.kernels.cases import UNEVEN, Case, Inputs, errors, make_inputs, outputs_and_gradients
+from tests.kernels.cases import UNEVEN, Case, Inputs, errors, make_inputs, outputs_and_gradients, rms
 from tests.kernels.implementations import oracle
 
 CHUNKS_PER_PIECE = 2
+TOLERANCE = 1e-5
 
 
 class _Attend(torch.autograd.Function):
@@ -42,10 +43,8 @@ class _Attend(torch.autograd.Function):
         grad_states = gdn.gdn_summarize_backward(*arguments, grad_o), grad_final
         grad_leaving, grad_initial = torch.autograd.grad(states, leaves, grad_states)
         *by_row, grad_write, grad_read = gdn.gdn_attend_backward(*arguments, entering, grad_o, grad_leaving)
-        shared, sparse = ([x[:, 0] for x in by_row], [x[:, 1:].sum(1) for x in by_row])
-        by_row = [x.unflatten(0, (-1, 1)) for x in by_row]
-        shared = [x[: rows.num_tokens].flatten(0, 1) for x in by_row]
-        sparse = [x[rows.num_tokens :].view(rows.num_tokens, -1, *x.shape[2:]).sum(1) for x in by_row]
+        shared = [x[: rows.num_tokens] for x in by_row]
+        sparse = [x[rows.num_tokens :].view(rows.num_tokens, -1, *x.shape[1:]).sum(1) for x in by_row]
         grads = *shared[:4], *sparse[:4], shared[4] + sparse[4]
         return None, None, grad_initial, grad_write, grad_read, *grads
 
@@ -90,19 +89,68 @@ def expected(case: Case) -> dict[str, Tensor]:
 
 
 CASES = [
-    case(lengths=(150, 1, 64), num_partitions=5, num_writers=2, num_readers=3, initial=True),
+    case(lengths=(66, 1), num_partitions=5, num_writers=2, num_readers=3, initial=True),
     case(lengths=(1, 1, 1), initial=True, beta_max=2.0),
-    case(lengths=(70, 3), value_dim=32, num_heads=2, num_value_heads=4, num_readers=2),
-    case(lengths=(70, 3), key_dim=24, value_dim=40, num_value_heads=2, beta_max=2.0, initial=True),
+    case(lengths=(66,), value_dim=32, num_heads=2, num_value_heads=4, num_partitions=0),
+    case(lengths=(20, 3), key_dim=24, value_dim=72, num_value_heads=2, num_partitions=1, beta_max=2.0, initial=True),
+    case(lengths=(66,), key_dim=144, value_dim=8, num_partitions=0),
     case(lengths=UNEVEN, num_partitions=0, initial=True),
     case(lengths=(300,), num_partitions=0, num_value_heads=2, decay="one", beta_max=2.0),
     case(lengths=(150, 3), decay="underflow", num_writers=2, routing="gaps", initial=True),
-    case(lengths=(150, 3), routing="one", weight_writes=False, weight_reads=False, decay="one"),
+    case(lengths=(70, 3), routing="one", weight_writes=False, weight_reads=False, decay="one"),
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_the_oracle(case: Case) -> None:
     actual = outputs_and_gradients(kernels, case, make_inputs(case).map(lambda x: x.float()))
-    worst = {name: error for name, error in errors(actual, expected(case)).items() if not error < 1e-5}
+    worst = {name: error for name, error in errors(actual, expected(case)).items() if not error < TOLERANCE}
     assert not worst
+
+
+def test_a_step_that_forgets_everything_has_no_gradient_of_its_decay() -> None:
+    """Exactly none: large log decays come from large parameters, which would multiply any rounding."""
+    case_ = case(lengths=(150,), num_partitions=0, decay="underflow", initial=True)
+    inputs = make_inputs(case_).map(lambda x: x.float())
+    gradient = outputs_and_gradients(kernels, case_, inputs)["d shared.g"]
+    forgets = inputs.shared.g == -2000
+    assert forgets.any() and (gradient[forgets] == 0).all() and (gradient[~forgets] != 0).any()
+
+
+def test_the_inverse_of_repeated_keys_with_negative_eigenvalues() -> None:
+    """Beta 2 on one key over and over: (1 + L)^-1 stays small, powers of L reach 1e17."""
+    num_tokens, tables = 64, torch.tensor([0])
+    key = torch.nn.functional.normalize(torch.ones(num_tokens, 1, 16), dim=-1)
+    zeros, twos, ones = torch.zeros(num_tokens, 1), torch.full((num_tokens, 1), 2.0), torch.ones(num_tokens)
+    bank, rows = (key, key, zeros, twos), torch.arange(num_tokens, dtype=torch.int32)
+    end = tables + num_tokens
+    inputs = [*bank, *bank, key, ones, ones, ones, rows, rows, tables, end, tables, end, tables]
+    inverse, _, _ = gdn.gdn_prepare(inputs, num_tokens)
+    expected = torch.linalg.inv(torch.eye(num_tokens) + 2 * torch.ones(num_tokens, num_tokens).tril(-1).double())
+    assert rms(inverse[0] - expected) < 1e-5 * rms(expected)
+
+
+def forget_a_gate_between_pieces(patch: pytest.MonkeyPatch) -> None:
+    summarize = gdn.gdn_summarize
+    patch.setattr(gdn, "gdn_summarize", lambda *args: (torch.ones_like(summarize(*args)[0]), summarize(*args)[1]))
+
+
+def swap_write_and_read(patch: pytest.MonkeyPatch) -> None:
+    fields = list(gdn.GdnInputs._fields)
+    write, read = fields.index("write_R"), fields.index("read_R")
+    fields[write], fields[read] = fields[read], fields[write]
+    swapped = type("Swapped", (gdn.GdnInputs,), {"_asdict": lambda self: dict(zip(fields, self, strict=True))})
+    patch.setattr(gdn, "GdnInputs", swapped)
+
+
+def drop_the_leaving_gradient(patch: pytest.MonkeyPatch) -> None:
+    backward = gdn.gdn_attend_backward
+    patch.setattr(gdn, "gdn_attend_backward", lambda *args: backward(*args[:-1], torch.zeros_like(args[-1])))
+
+
+@pytest.mark.parametrize("mutate", [forget_a_gate_between_pieces, swap_write_and_read, drop_the_leaving_gradient])
+def test_a_seeded_bug_is_seen(mutate, monkeypatch: pytest.MonkeyPatch) -> None:
+    case_ = case(lengths=(135,), num_partitions=2, num_writers=1, num_readers=2)
+    mutate(monkeypatch)
+    actual = outputs_and_gradients(kernels, case_, make_inputs(case_).map(lambda x: x.float()))
+    assert max(errors(actual, expected(case_)).values()) > 1e-3
