@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
+from megatron_sse.checkpoint.save import TOKENS
 from megatron_sse.config import RunConfig
 from megatron_sse.convert import hf_files
+from megatron_sse.convert.byte_tokenizer import write_byte_tokenizer
 from megatron_sse.convert.dense_settings import FAMILIES, model_to_dense
 from megatron_sse.convert.folder import CONFIG, read_json, write_json
 from megatron_sse.convert.logits import network_settings
@@ -88,9 +90,11 @@ def write_beside(source: Path, target: Path, settings: dict[str, Any], kind: str
     if (source / SOURCE_CONFIG).is_file():
         before = read_json(source / SOURCE_CONFIG)
         kept = {name: before[name] for name in _KEPT_SETTINGS if name in before}
+    _copy_tokenizer(source, target)
+    if (source / TOKENS).is_file() and read_json(source / TOKENS).get("tokenizer") == "bytes":
+        kept = write_byte_tokenizer(target)
     name = str(dtype).removeprefix("torch.")
     write_json(target / CONFIG, settings | kept | {"dtype": name, "torch_dtype": name})
-    _copy_tokenizer(source, target)
     if kind == HF:
         for file in _MODELING_FILES:
             shutil.copyfile(Path(hf_files.__file__).with_name(file), target / file)

@@ -1,8 +1,9 @@
 """Logits of a model in a folder: ours by Megatron-Core's modules, others by their own code."""
 
+import ctypes
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -32,9 +33,17 @@ def compute_logits(model: Model, tokens_BL: Tensor) -> Tensor:
     """Logits [B, L, vocabulary], fp32 on the CPU, computed in fp32."""
     compute = {OURS: _by_megatron, HF: _by_network, SSE: _by_network}.get(model.kind, _by_transformers)
     logits = compute(model, tokens_BL)
+    _free_memory()
+    return logits[..., : model.config.model.vocab_size].float().cpu()
+
+
+def _free_memory() -> None:
+    """Give the memory of a model that is no longer needed back to the system, so that another one finds it."""
     # Models are reference cycles.
     gc.collect()
-    return logits[..., : model.config.model.vocab_size].float().cpu()
+    # glibc keeps what was freed; other C libraries have no such call.
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _by_megatron(model: Model, tokens_BL: Tensor) -> Tensor:
