@@ -44,6 +44,12 @@ _AMPERE_TILES = {
     gla_values_kernel: ((None, 32, 4, 3, None), (None, 32, 8, 1, None)),
     gla_intra_kernel: ((32, None, 8, 1, None), (32, None, 8, 1, None)),
 }
+# And after it, where products are made by 4 or 8 warps.
+_BLACKWELL_TILES = {
+    gla_summarize_kernel: ((64, 128, 8, 3, None), (64, 128, 8, 3, None)),
+    gla_inter_kernel: ((32, None, 8, 3, None), (32, None, 8, 1, None)),
+    gla_intra_kernel: ((32, None, 8, 1, None), (32, None, 8, 1, None)),
+}
 _STEEP_TILES = {gla_intra_kernel: ((16, None, 8, 1, None), (16, None, 8, 1, None), (16, None, 8, 1, None))}
 # Kernels whose programs walk over all blocks of K themselves.
 _WITH_ALL_BLOCKS = (gla_prepare_kernel, gla_steep_scores_kernel)
@@ -70,8 +76,8 @@ def _configure(
     tiles = _TILES[kernel]
     if variant and kernel in _STEEP_TILES:
         tiles = _STEEP_TILES[kernel]
-    elif arch < 90 and kernel in _AMPERE_TILES and column < 2:
-        tiles = _AMPERE_TILES[kernel]
+    elif column < 2 and arch != 90:
+        tiles = (_AMPERE_TILES if arch < 90 else _BLACKWELL_TILES).get(kernel, tiles)
     block_k, block_v, num_warps, num_stages, max_registers = tiles[column]
     constants = {
         # Queries are scaled, keys are not.
