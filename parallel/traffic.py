@@ -36,18 +36,16 @@ def _bytes_sent(name: str, args: Any) -> int:
         return 0
     if name == "send":
         return sum(tensor.nbytes for tensor in args[0])
-    if name == "_allgather_base_":
-        gathered, own = args[:2]
-        return int(gathered.nbytes - own.nbytes)
-    if name == "_reduce_scatter_base_":
-        own, scattered = args[:2]
-        return int(scattered.nbytes - own.nbytes)
+    if name in ("_allgather_base_", "_reduce_scatter_base_"):
+        return abs(args[0].nbytes - args[1].nbytes)
+    if name in ("allgather_into_tensor_coalesced_", "reduce_scatter_tensor_coalesced_"):
+        return sum(abs(output.nbytes - given.nbytes) for output, given in zip(args[0], args[1], strict=True))
     if name == "alltoall_base_":
         _, tensor, boxed, _, splits = args[:5]
         group = dist.ProcessGroup.unbox(boxed)
         kept = splits[group.rank()] if splits else len(tensor) // group.size()
         return int((len(tensor) - kept) * tensor[:1].nbytes)
-    if name == "allreduce_":
+    if name in ("allreduce_", "allreduce_coalesced_"):
         # Reduced and gathered in parts.
         size = dist.ProcessGroup.unbox(args[1]).size()
         return sum(tensor.nbytes * 2 * (size - 1) // size for tensor in args[0])

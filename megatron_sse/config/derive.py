@@ -4,6 +4,7 @@ from collections import Counter
 
 from megatron_sse.config.checks import check_world_size
 from megatron_sse.config.schema import ModelConfig, RunConfig
+from megatron_sse.config.weights import model_weights
 
 
 def count_parameters(model: ModelConfig) -> dict[str, int]:
@@ -11,47 +12,10 @@ def count_parameters(model: ModelConfig) -> dict[str, int]:
 
     The embedding counts with its padding; a tied output has no parameters of its own.
     """
-    kinds = Counter(model.layer_kinds())
-    embedding = model.padded_vocab_size * model.hidden_size
-    counts = {
-        "embedding": embedding,
-        "output": 0 if model.tie_embeddings else embedding,
-        "norms": (2 * model.num_layers + 1) * model.hidden_size,
-        "mlp": 3 * model.num_layers * model.hidden_size * model.ffn_hidden_size,
-    }
-    for kind, layers in kinds.items():
-        counts[kind] = layers * (_softmax_mixer(model) if kind == "softmax" else _sse_mixer(model, kind))
-    return counts
-
-
-def _softmax_mixer(model: ModelConfig) -> int:
-    softmax = model.softmax
-    queries, keys = softmax.num_heads * softmax.head_dim, softmax.num_kv_heads * softmax.head_dim
-    count = model.hidden_size * (2 * queries + 2 * keys)
-    return count + softmax.qk_norm * 2 * softmax.head_dim + softmax.qkv_bias * (queries + 2 * keys)
-
-
-def _sse_mixer(model: ModelConfig, kind: str) -> int:
-    sse, hidden, rank = model.sse, model.hidden_size, model.sse.value_head_dim
-    recurrence = sse.recurrence if kind == "sse" else kind
-    partitions = sse.num_partitions if kind == "sse" else 0
-    banks = 2 if partitions else 1  # kinds of banks: shared, sparse
-    keys, values = sse.num_heads * sse.head_dim, sse.num_value_heads * sse.value_head_dim
-    # With the key map one_minus_decay keys come from the decay.
-    maps = 1 if sse.key_map == "one_minus_decay" else 2
-
-    count = hidden * (maps * keys + 2 * values)  # queries, keys, values, output
-    count += maps * keys * sse.short_convolution
-    count += sse.value_head_dim  # output norm
-    if partitions:
-        count += partitions * hidden + maps * rank * (hidden + keys)  # router, low-rank part of the sparse banks
-    if sse.output_gate:
-        count += rank * (hidden + values)
-    if recurrence == "gdn":
-        count += banks * sse.num_value_heads * (2 * hidden + 2)  # decay and write strength; A_log and dt_bias
-    elif sse.decay == "gate":
-        count += banks * (sse.decay_low_rank * (hidden + keys) + keys)
-    return count
+    counts = Counter({"embedding": 0, "output": 0})
+    for weight in model_weights(model):
+        counts[weight.part] += weight.size
+    return dict(counts)
 
 
 def choose_layout(config: RunConfig) -> tuple[bool, str]:
