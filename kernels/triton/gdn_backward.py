@@ -273,6 +273,7 @@ def gdn_keys_backward_kernel(
         d = load_tile(d_ptr + sorted_row * V, within, valid, column, V)
         grad_k = tl.dot(d, tl.trans(grad_state), grad_k, input_precision="ieee")
         grad_decay += tl.sum(state.to(tl.float32) * grad_state.to(tl.float32), axis=1)
+    # q, k and the scores' gradients are read twice: kept in between, they spill.
     k = load_tile(k1_ptr, key_row, valid, key, K).to(dtype)
     grad_decay = tl.where(within == 0, tl.sum(grad_decay, axis=0), 0.0)
     store_gate(sums_ptr, 4, head, start, within, valid, grad_decay, num_rows, HV)

@@ -151,7 +151,7 @@ def drop_the_leaving_gradient(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("mutate", [forget_a_gate_between_pieces, swap_write_and_read, drop_the_leaving_gradient])
 def test_a_seeded_bug_is_seen(mutate, monkeypatch: pytest.MonkeyPatch) -> None:
-    case_ = case(lengths=(70,), num_partitions=2)
+    case_ = case(lengths=(70,), num_partitions=2, num_readers=2)
     monkeypatch.setattr(sys.modules[__name__], "CHUNKS_PER_PIECE", 1)
     mutate(monkeypatch)
     actual = outputs_and_gradients(kernels, case_, make_inputs(case_).map(lambda x: x.float()))
