@@ -39,7 +39,12 @@ class BankInputs:
         return BankInputs(q, k, g, self.beta_TH)
 
     def normalize(self) -> "BankInputs":
+        """L2-normalised queries and keys, at least in fp32."""
         return replace(self, q_THK=l2_normalize(self.q_THK), k_THK=l2_normalize(self.k_THK))
+
+    def cast(self, dtype: torch.dtype) -> "BankInputs":
+        """Queries and keys in another dtype; gates stay."""
+        return replace(self, q_THK=self.q_THK.to(dtype), k_THK=self.k_THK.to(dtype))
 
     def map(self, function) -> "BankInputs":
         return BankInputs(*(function(x) for x in self.tensors))

@@ -1,6 +1,6 @@
 """Compiles every Triton kernel for GPUs that need not be there, and tabulates registers, spills and shared memory.
 
-    python -m megatron_sse.tools.compile_kernels [--arch 80,90,100] [--dtype bf16,fp32] [--dim 64,128,256] [--output X]
+python -m megatron_sse.tools.compile_kernels [--arch 80,90,100] [--dtype bf16,fp32] [--dim 64,128,256] [--output X]
 """
 
 import argparse
@@ -38,15 +38,16 @@ class Compiled:
         return self.shared <= SHARED_LIMIT[self.arch]
 
 
-def find_cases() -> list[tuple[str, int, str]]:
-    """Module, index into its compile_cases() and label of every case that is shipped."""
+def find_cases(arch: int) -> list[tuple[str, int, str]]:
+    """Module, index into its compile_cases(arch) and description of every case that is shipped."""
     from megatron_sse.kernels import triton as room
 
     cases = []
     for info in pkgutil.iter_modules(room.__path__):
         module = importlib.import_module(f"{room.__name__}.{info.name}")
         if hasattr(module, "compile_cases"):
-            cases += [(module.__name__, i, case[0].__name__) for i, case in enumerate(module.compile_cases())]
+            described = (describe(*case[1:3]) for case in module.compile_cases(arch))
+            cases += [(module.__name__, i, text) for i, text in enumerate(described)]
     return cases
 
 
@@ -63,9 +64,11 @@ def compile_case(module: str, index: int, arch: int) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, signature, constants, options = importlib.import_module(module).compile_cases()[index]
+    kernel, signature, constants, options = importlib.import_module(module).compile_cases(arch)[index]
     kinds = {name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names}
-    source = ASTSource(fn=kernel, signature=kinds, constexprs=constants)
+    # As a launch specialises them: torch's allocations are aligned, and so are the loads then.
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(kinds.values()) if kind.startswith("*")}
+    source = ASTSource(fn=kernel, signature=kinds, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, spilled = _resource_usage(compiled.asm["cubin"])
     case = describe(signature, constants)
@@ -89,12 +92,7 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
 
 def compile_all(architectures: list[int], keep) -> list[Compiled]:
     """Every case whose description `keep` accepts, compiled on all cores."""
-    jobs = [
-        (module, index, arch)
-        for module, index, _ in find_cases()
-        if keep(describe(*importlib.import_module(module).compile_cases()[index][1:3]))
-        for arch in architectures
-    ]
+    jobs = [(module, index, arch) for arch in architectures for module, index, case in find_cases(arch) if keep(case)]
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         return list(pool.map(compile_case, *zip(*jobs, strict=True)))
 

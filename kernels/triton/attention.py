@@ -65,14 +65,15 @@ def attend_banks(
         segments = join_segments(picks.bank_TP, document_T, documents, picks.num_partitions)
         of_picks = (picks.writes, picks.write_scale, picks.read_scale)
         scales = [torch.cat((ones, x.flatten())) for ones, x in zip(scales, of_picks, strict=True)]
-    key_dim, value_dim = shared.q_THK.shape[-1], v_THV.shape[-1]
-    blocks = num_heads * max(1, key_dim // 64) * max(1, value_dim // 64)
-    chunks_per_piece = choose_chunks_per_piece(num_tokens * (1 + num_picks), blocks)
+    programs_per_piece = num_heads * -(-v_THV.shape[-1] // 64)
+    chunks_per_piece = choose_chunks_per_piece(num_tokens * (1 + num_picks), programs_per_piece)
     rows = make_rows(segments, num_tokens, num_picks, chunks_per_piece)
 
     initial = None if initial_DBHKV is None else by_segment(initial_DBHKV)
     operators = GLA if shared.beta_TH is None else GDN
-    banks = (*shared.tensors, *(sparse or shared).tensors)
+    # Queries and keys enter products in the values' dtype: read in it, too.
+    shared, sparse = (bank.cast(v_THV.dtype) for bank in (shared, sparse or shared))
+    banks = (*shared.tensors, *sparse.tensors)
     o_RHV, final = _Recurrence.apply(operators, rows, segments.edges, initial, *banks, v_THV, *scales)
     picked_TPHV = o_RHV[num_tokens:].unflatten(0, (num_tokens, num_picks)) if num_picks else None
     return BankOutputs(o_RHV[:num_tokens], picked_TPHV, by_document(final, documents.num_segments))

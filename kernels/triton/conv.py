@@ -146,7 +146,7 @@ def short_convolution(x_TC: Tensor, weight_CW: Tensor, position_T: Tensor) -> Te
     return _ShortConvolution.apply(x_TC.contiguous(), weight_CW.contiguous(), position_T.contiguous())
 
 
-def compile_cases() -> list[tuple[triton.JITFunction, dict, dict, dict]]:
+def compile_cases(arch: int) -> list[tuple[triton.JITFunction, dict, dict, dict]]:
     """Kernel, signature, constants and options of all that is launched at common sizes."""
     cases = []
     for dtype in ("*bf16", "*fp32"):

@@ -237,7 +237,7 @@ def decode_step(
     return _decode(states_XBHKV, slot_T.contiguous(), *arguments)
 
 
-def compile_cases() -> list[tuple[triton.JITFunction, dict, dict, dict]]:
+def compile_cases(arch: int) -> list[tuple[triton.JITFunction, dict, dict, dict]]:
     """Kernel, signature, constants and options of all that is launched at common sizes."""
     cases = []
     for dtype in ("*bf16", "*fp32"):

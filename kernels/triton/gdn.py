@@ -279,7 +279,7 @@ def _sum_groups(x_RHK: Tensor, num_heads: int) -> Tensor:
     return x_RHK if x_RHK.shape[1] == num_heads else x_RHK.unflatten(1, (num_heads, -1)).sum(2)
 
 
-def compile_cases(arch: int = 90) -> list[tuple[Kernel, dict[str, str], dict, dict]]:
+def compile_cases(arch: int) -> list[tuple[Kernel, dict[str, str], dict, dict]]:
     """Kernel, signature, constants and options for an architecture, at the head dims and dtypes that are shipped."""
     cases = []
     for dtype in (torch.bfloat16, torch.float32):

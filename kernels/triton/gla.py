@@ -104,7 +104,7 @@ def _block(dim: int, largest: int | None) -> int:
     return block if largest is None else min(block, largest)
 
 
-def compile_cases(arch: int = 90) -> list[tuple]:
+def compile_cases(arch: int) -> list[tuple]:
     """What is compiled ahead: (kernel, signature, constants, options), as the operators launch them."""
     cases = []
     types = {f"{name}_ptr": kind for kind, names in _POINTERS.items() for name in names}

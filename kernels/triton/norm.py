@@ -200,7 +200,7 @@ def gated_norm(
     return _GatedNorm.apply(o_THV.contiguous(), picked_TPHV, weight_V.contiguous(), gate_THV, eps)
 
 
-def compile_cases() -> list[tuple[triton.JITFunction, dict, dict, dict]]:
+def compile_cases(arch: int) -> list[tuple[triton.JITFunction, dict, dict, dict]]:
     """Kernel, signature, constants and options of all that is launched at common sizes."""
     cases = []
     for dtype in ("*bf16", "*fp32"):

@@ -178,7 +178,7 @@ def _(bank_TP, document_T, num_documents, num_partitions):
     return bank_TP.new_empty(bank_TP.numel()), bank_TP.new_empty(num_documents * num_partitions + 1)
 
 
-def compile_cases() -> list[tuple[triton.JITFunction, dict, dict, dict]]:
+def compile_cases(arch: int) -> list[tuple[triton.JITFunction, dict, dict, dict]]:
     """Kernel, signature, constants and options of all that is launched, for few and for many partitions."""
     bank, sizes = {"bank_ptr": "*i64"}, {"num_picks": "i32", "num_blocks": "i32"}
     top = {"prob_ptr": "*fp32"} | bank | {"num_tokens": "i32"}

@@ -219,7 +219,7 @@ def run_scan(
     return _scan(transition_G.contiguous(), increment_G.contiguous(), initial_S, *tables, reverse)
 
 
-def compile_cases() -> list[tuple[triton.JITFunction, dict, dict, dict]]:
+def compile_cases(arch: int) -> list[tuple[triton.JITFunction, dict, dict, dict]]:
     """Kernel, signature, constants and options of all that is launched at common sizes."""
     pointers = ("transition", "increment", "initial", "entering", "final")
     signature = {f"{name}_ptr": "*fp32" for name in pointers}
