@@ -155,8 +155,13 @@ def _inspect(options: argparse.Namespace, rank: int) -> int:
 
 
 def prepare_data(config: RunConfig) -> None:
-    """Build the corpus that the run asks for and check its token files; once per machine. Raises UserError."""
+    """Build the corpus that the run asks for, check its token files and the checkpoints that it names.
+
+    Once per machine. Raises UserError.
+    """
+    from megatron_sse.checkpoint.folders import check_named
     from megatron_sse.data import check_data, prepare_corpus
 
+    check_named(config)
     prepare_corpus(config)
     check_data(config)

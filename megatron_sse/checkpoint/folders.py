@@ -5,6 +5,7 @@ renamed to removed_iter_0000100 first, one that is written anew to replaced_iter
 """
 
 import logging
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -98,6 +99,21 @@ def find_checkpoints(config: RunConfig) -> list[Path]:
     return [named_checkpoint("checkpoint.resume", resume, "auto, none, or ")]
 
 
+def check_named(config: RunConfig) -> None:
+    """Look at what can be known of checkpoints before any process starts.
+
+    Raises UserError where the run's folder cannot be written to, and where a checkpoint that the settings name is none
+    or has a file that is damaged as far as its size says.
+    """
+    named = find_checkpoints(config) if config.checkpoint.resume not in ("auto", "none") else []
+    weights = find_weights(config)
+    for key, path in [("resume", path) for path in named] + ([("load_weights", weights)] if weights else []):
+        damaged = find_all_damage(path, hashes=False)
+        if damaged:
+            raise UserError(f"checkpoint.{key}: got a damaged checkpoint: {damaged[0]}")
+    check_writable(checkpoint_folder(config))
+
+
 def find_weights(config: RunConfig) -> Path | None:
     """The checkpoint that checkpoint.load_weights names. Raises UserError where there is none."""
     given = config.checkpoint.load_weights
@@ -138,6 +154,8 @@ def _newest_first(folder: Path, pattern: str) -> list[Path]:
 
 
 def _best_first(folder: Path) -> list[Path]:
+    # Every process looks, the first speaks.
+    warn = logger.warning if os.environ.get("RANK", "0") == "0" else logger.debug
     complete = []
     for path in _newest_first(folder, "*iter_*"):
         # Left by a save that was broken off between two renames.
@@ -145,12 +163,12 @@ def _best_first(folder: Path) -> list[Path]:
         if (path.name.startswith("iter_") or replaced) and (path / MANIFEST).is_file():
             complete.append(path)
         else:
-            logger.warning("%s is ignored: it is no complete checkpoint", path)
+            warn("%s is ignored: it is no complete checkpoint", path)
     pointer = folder / LATEST
     if not pointer.is_file():
         return complete
     named = folder / pointer.read_text(errors="replace").strip()
     if named not in complete:
-        logger.warning("%s is ignored: it names no complete checkpoint; taking the newest", pointer)
+        warn("%s is ignored: it names no complete checkpoint; taking the newest", pointer)
         return complete
     return [named, *(path for path in complete if path != named)]

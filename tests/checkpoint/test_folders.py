@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 
 from megatron_sse.checkpoint import folders
-from megatron_sse.checkpoint.folders import find_checkpoints, find_weights, make_partial, promote, prune, step_folder
+from megatron_sse.checkpoint.folders import (
+    check_named,
+    find_checkpoints,
+    find_weights,
+    make_partial,
+    promote,
+    prune,
+    step_folder,
+)
 from megatron_sse.checkpoint.manifest import Manifest, describe_files
 from megatron_sse.errors import UserError
 from tests.training.support import small_run
@@ -85,6 +93,16 @@ def test_resume_can_be_turned_off_or_name_a_path(tmp_path: Path) -> None:
     weights = small_run(tmp_path, checkpoint={"load_weights": str(tmp_path)})
     with pytest.raises(UserError, match="^checkpoint.load_weights: got .*, allowed null or the path of a checkpoint"):
         find_weights(weights)
+
+
+@pytest.mark.parametrize("key", ["resume", "load_weights"])
+def test_a_damaged_checkpoint_that_is_named_is_found_before_processes_start(tmp_path: Path, key: str) -> None:
+    checkpoint = make_whole(tmp_path / "other", 2)
+    config = small_run(tmp_path, checkpoint={key: str(checkpoint)})
+    check_named(config)
+    (checkpoint / "content").unlink()
+    with pytest.raises(UserError, match=f"^checkpoint.{key}: got a damaged checkpoint: .*/content: no such file$"):
+        check_named(config)
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:
