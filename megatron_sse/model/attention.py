@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_sse.config.schema import RotaryScaling
+from megatron_sse.model.cache import CachedLayout
 from megatron_sse.parallel.layout import TokenLayout
 from megatron_sse.parallel.routes import reroute
 from megatron_sse.parallel.zigzag import ZigzagLayout
@@ -107,6 +108,7 @@ class TorchAttention(torch.nn.Module):
         pg_collection: ProcessGroupCollection | None = None,
     ):
         super().__init__()
+        self.layer_number = layer_number
         self.window = None if config.window_size is None else config.window_size[0] + 1
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout
@@ -124,6 +126,9 @@ class TorchAttention(torch.nn.Module):
     ) -> Tensor:
         """query [L, B, heads, head dim], key and value with no more heads; returns [L, B, heads * head dim]."""
         layout = packed_seq_params
+        if isinstance(layout, CachedLayout):
+            q, k, v = (x.squeeze(1) for x in (query, key, value))
+            return layout.layers[self.layer_number].attend(q, k, v, layout, self.softmax_scale).flatten(1)[:, None]
         if layout.shard.size > 1:
             key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value))
         mask = self._mask(layout)

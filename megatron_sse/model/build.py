@@ -39,12 +39,20 @@ from megatron_sse.parallel.sharding import ContextShard
 logger = logging.getLogger(__name__)
 
 
-def build_model(config: RunConfig, groups: ProcessGroupCollection, device: Device, draw: bool = True) -> list[GPTModel]:
+def build_model(
+    config: RunConfig,
+    groups: ProcessGroupCollection,
+    device: Device,
+    draw: bool = True,
+    core_attention: type[TorchAttention] | None = None,
+) -> list[GPTModel]:
     """This rank's model chunks, one per virtual pipeline stage, with weights that depend on the seed alone.
 
-    draw: False leaves the weights unset, for a caller that has others.
+    draw: False leaves the weights unset, for a caller that has others. core_attention: in place of the backend's.
     """
     backend = attend_over_context(choose_backend(device), config)
+    if core_attention is not None:
+        backend = replace(backend, core_attention=core_attention)
     hand_off = make_hand_off(config, groups)
     transformer = transformer_config(config, backend)
     model_parallel_cuda_manual_seed(config.training.seed)

@@ -4,6 +4,7 @@ With N = 0 partitions it is plain gated linear attention or the gated delta rule
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -19,6 +20,7 @@ from megatron_sse.config import SSEConfig
 from megatron_sse.config.schema import Recurrence
 from megatron_sse.kernels import BankInputs, BankOutputs, Edges, gated_norm, short_convolution, sse_attention
 from megatron_sse.model.backend import Backend
+from megatron_sse.model.cache import CachedLayout
 from megatron_sse.model.features import constant_decay, delta_decay, gate_decay, map_key, map_query
 from megatron_sse.model.metrics import LayerMetrics
 from megatron_sse.model.projections import LowRank
@@ -147,19 +149,19 @@ class SSEMixer(MegatronModule):
         layout = packed_seq_params
         shared, sparse, v_THV = self._bank_inputs(hidden_states, layout)
         routes, balance_loss = self.router(hidden_states, layout) if self.num_partitions else (None, None)
-        banks = sse_attention(
-            shared,
-            sparse,
-            v_THV,
-            routes,
-            layout.offsets_D1,
-            layout.document_T,
-            form=self.settings.form,
-            gate=self.settings.gate if self.recurrence == "gdn" else "post_norm",
-            weight_writes=self.settings.weight_writes,
-            weight_reads=self.settings.weight_reads,
-            edges=self._edges(layout),
-        )
+        options: dict[str, Any] = {
+            "form": self.settings.form,
+            "gate": self.settings.gate if self.recurrence == "gdn" else "post_norm",
+            "weight_writes": self.settings.weight_writes,
+            "weight_reads": self.settings.weight_reads,
+        }
+        if isinstance(layout, CachedLayout):
+            banks = layout.layers[self.layer_number].attend(shared, sparse, v_THV, routes, layout, **options)
+        else:
+            edges = self._edges(layout)
+            banks = sse_attention(
+                shared, sparse, v_THV, routes, layout.offsets_D1, layout.document_T, edges=edges, **options
+            )
         out = self._project_out(banks, hidden_states, layout)
         if balance_loss is not None and layout.layer_loss_scale is not None:
             scale = (self.settings.balance_loss * layout.layer_loss_scale).to(balance_loss)
@@ -206,16 +208,23 @@ class SSEMixer(MegatronModule):
 
     def _convolve(self, q_THK: Tensor, k_THK: Tensor | None, layout: TokenLayout) -> tuple[Tensor, Tensor | None]:
         stacked = torch.stack((q_THK,) if k_THK is None else (q_THK, k_THK), dim=2)
-        width = self.settings.short_convolution - 1
+        weight_CW = self.conv_weight.flatten(0, 2)
+        if isinstance(layout, CachedLayout):
+            out = layout.layers[self.layer_number].convolve(stacked.flatten(1), weight_CW, layout).view_as(stacked)
+        else:
+            out = self._convolve_slots(stacked.flatten(1), weight_CW, layout).view_as(stacked)
+        return out[:, :, 0], None if k_THK is None else out[:, :, 1]
+
+    def _convolve_slots(self, x_TC: Tensor, weight_CW: Tensor, layout: TokenLayout) -> Tensor:
+        width = weight_CW.shape[1] - 1
         # Slot by slot, each behind the tokens before it, whose own outputs are dropped.
-        x_BFLC = stacked.flatten(1).view(layout.batch_size, layout.shard.num_slots, -1, stacked[0].numel())
+        x_BFLC = x_TC.view(layout.batch_size, layout.shard.num_slots, -1, x_TC.shape[1])
         x_FBLC = x_BFLC.transpose(0, 1)
         x_FBLC = torch.cat((tokens_before(x_FBLC, width, layout.shard, self.cp_group), x_FBLC), dim=2)
         position_FBL = layout.position_BL.view(*x_BFLC.shape[:3]).transpose(0, 1)
         position_FBL = torch.nn.functional.pad(position_FBL, (width, 0))
-        out = short_convolution(x_FBLC.flatten(0, 2), self.conv_weight.flatten(0, 2), position_FBL.flatten())
-        out = out.view_as(x_FBLC)[:, :, width:].transpose(0, 1).reshape(stacked.shape)
-        return out[:, :, 0], None if k_THK is None else out[:, :, 1]
+        out = short_convolution(x_FBLC.flatten(0, 2), weight_CW, position_FBL.flatten())
+        return out.view_as(x_FBLC)[:, :, width:].transpose(0, 1).flatten(0, 2)
 
     def _edges(self, layout: TokenLayout) -> Edges | None:
         """Documents that go on in other slots."""

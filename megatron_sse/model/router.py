@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_sse.kernels import Routes, route
+from megatron_sse.model.cache import CachedLayout
 from megatron_sse.model.features import softmax_fp32
 from megatron_sse.model.projections import ReplicatedLinear
 from megatron_sse.parallel.collectives import sum_gradient, sum_value
@@ -35,8 +36,8 @@ class Router(torch.nn.Module):
         # The picks [T, P] to use for a micro-batch in place of the top ones, where layouts are compared.
         self.replay: Callable[[TokenLayout], Tensor] | None = None
 
-    def forward(self, hidden_LBd: Tensor, layout: TokenLayout) -> tuple[Routes, Tensor]:
-        """The picks of all B * L tokens, and the balance loss of the micro-batch.
+    def forward(self, hidden_LBd: Tensor, layout: TokenLayout) -> tuple[Routes, Tensor | None]:
+        """The picks of all B * L tokens, and the balance loss of the micro-batch (None where text is generated).
 
         hidden_LBd: [L, B, d], under sequence parallelism this rank's part of L.
         """
@@ -48,7 +49,8 @@ class Router(torch.nn.Module):
             prob_LBN = sum_gradient(own_LBN, self.tp_group)
         picks_TP = None if self.replay is None else self.replay(layout)
         routes = route(prob_LBN.transpose(0, 1).flatten(0, 1), self.num_writers, self.num_readers, picks_TP)
-        return routes, self._balance_loss(own_LBN, routes, layout)
+        loss = None if isinstance(layout, CachedLayout) else self._balance_loss(own_LBN, routes, layout)
+        return routes, loss
 
     def _balance_loss(self, own_LBN: Tensor, routes: Routes, layout: TokenLayout) -> Tensor:
         """(N / K) sum_i f_i p_i over real tokens: f the share of tokens that write to i, p the mean probability.

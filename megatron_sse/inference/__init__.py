@@ -1,0 +1,1 @@
+"""Text from a trained model, token by token, from states of constant size."""

@@ -1,0 +1,105 @@
+"""All that a model keeps of a batch of sequences, and the file that it can be saved to."""
+
+import json
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from megatron.core.models.gpt import GPTModel
+
+from megatron_sse.errors import UserError
+from megatron_sse.model.attention import SoftmaxAttention
+from megatron_sse.model.cache import BankCache, CachedLayout, KeyValueCache
+from megatron_sse.model.mixer import SSEMixer
+
+_FORMAT = 1
+
+
+class Cache:
+    """What every layer keeps of X sequences.
+
+    Attributes:
+        layers: by layer number.
+        lengths: the tokens of each sequence that the layers have seen.
+        pending: of each sequence, tokens that belong to it and that the layers have not seen yet.
+    """
+
+    def __init__(self, model: GPTModel, num_sequences: int):
+        self.device = next(model.parameters()).device
+        self.layers: dict[int, BankCache | KeyValueCache] = {}
+        for layer in model.decoder.layers:
+            mixer = layer.self_attention
+            make = _make_key_value_cache if isinstance(mixer, SoftmaxAttention) else _make_bank_cache
+            self.layers[mixer.layer_number] = make(mixer, num_sequences, self.device)
+        self.lengths = [0] * num_sequences
+        self.pending: list[list[int]] = [[] for _ in range(num_sequences)]
+
+    def layout(self, slots: Sequence[int], counts: Sequence[int]) -> CachedLayout:
+        """Of new tokens of some sequences, `counts` (at least 1) of each."""
+        past = [self.lengths[slot] for slot in slots]
+        return CachedLayout.of(slots, past, counts, self.layers, self.device)
+
+    def advance(self, layout: CachedLayout) -> None:
+        """Count the new tokens as seen."""
+        for slot, count in zip(layout.slots, layout.counts, strict=True):
+            self.lengths[slot] += count
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for layer in self.layers.values() for tensor in layer.tensors().values())
+
+    def save(self, path: str, settings: dict) -> None:
+        """Write it to a file. settings: of the model, as JSON. Raises UserError."""
+        content = {
+            "format": _FORMAT,
+            "settings": json.dumps(settings, sort_keys=True),
+            "lengths": self.lengths,
+            "pending": self.pending,
+            "layers": {number: layer.tensors() for number, layer in self.layers.items()},
+        }
+        try:
+            torch.save(content, path)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"--save-cache: {path} cannot be written ({' '.join(str(error).split())})") from None
+
+    @classmethod
+    def load(cls, path: str, model: GPTModel, settings: dict) -> "Cache":
+        """Read what `save` wrote for a model of the same settings. Raises UserError."""
+        if not Path(path).is_file():
+            raise UserError(f"--load-cache: {path}: no such file")
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            raise UserError(f"--load-cache: {path} cannot be read ({' '.join(str(error).split())[:100]})") from None
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise UserError(f"--load-cache: got {path}, allowed a file that --save-cache wrote")
+        if content["settings"] != json.dumps(settings, sort_keys=True):
+            raise UserError(f"--load-cache: got {path}, which is of a model with other settings")
+        cache = cls(model, 0)
+        for number, layer in cache.layers.items():
+            layer.set_tensors({name: tensor.to(cache.device) for name, tensor in content["layers"][number].items()})
+        cache.lengths, cache.pending = content["lengths"], content["pending"]
+        return cache
+
+
+def _make_bank_cache(mixer: SSEMixer, num_sequences: int, device: torch.device) -> BankCache:
+    dtype, width = mixer.config.params_dtype, mixer.settings.short_convolution
+    shape = (num_sequences, 1 + mixer.num_partitions, mixer.num_value_heads, mixer.key_dim, mixer.value_dim)
+    states = torch.zeros(shape, dtype=torch.promote_types(dtype, torch.float32), device=device)
+    if not width:
+        return BankCache(states, None)
+    num_channels = mixer.conv_weight.numel() // width
+    return BankCache(states, torch.zeros(num_sequences, width - 1, num_channels, dtype=dtype, device=device))
+
+
+def _make_key_value_cache(attention: SoftmaxAttention, num_sequences: int, device: torch.device) -> KeyValueCache:
+    window = attention.core_attention.window
+    num_rows = 0 if window is None else window
+    shape = (
+        num_sequences,
+        num_rows,
+        attention.num_query_groups_per_partition,
+        attention.hidden_size_per_attention_head,
+    )
+    return KeyValueCache(torch.zeros(shape, dtype=attention.config.params_dtype, device=device), window)

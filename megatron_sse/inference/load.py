@@ -1,0 +1,51 @@
+"""A model for generation, from any folder that holds one."""
+
+from collections.abc import Iterable
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from megatron_sse.config import RunConfig
+from megatron_sse.config.load import make_config
+from megatron_sse.convert.links import to_ours
+from megatron_sse.convert.model import OURS, Model
+from megatron_sse.errors import SharedUserError, UserError
+from megatron_sse.model import build_model
+from megatron_sse.model.attention import TorchAttention
+from megatron_sse.model.initialize import global_name, own_part
+from megatron_sse.parallel.device import Device
+
+
+def inference_config(model: Model, precision: str | None, tensor: int = 1) -> RunConfig:
+    """Settings to build the model with: split over `tensor` ranks and in no other way, in its own precision unless
+    another is given. Raises UserError where it cannot be split so."""
+    values = model.config.model_dump()
+    values["parallel"] = {"tensor": tensor}
+    # One micro-batch on one data rank.
+    values["training"] |= {"global_batch_size": 1, "micro_batch_size": 1, "recompute": "none"}
+    values["training"]["precision"] = precision or values["training"]["precision"]
+    try:
+        return make_config(values, {"": str(model.folder)})
+    except UserError as error:
+        raise SharedUserError(str(error)) from None
+
+
+@torch.no_grad()
+def build_and_load(model: Model, config: RunConfig, groups: ProcessGroupCollection, device: Device) -> GPTModel:
+    """This tensor rank's part of the model, ready to generate."""
+    # Keys and values that are kept are read by plain torch's attention.
+    [chunk] = build_model(config, groups, device, draw=False, core_attention=TorchAttention)
+    parameters = {global_name(name, chunk): parameter for name, parameter in chunk.named_parameters()}
+    for name, whole in _tensors(model):
+        parameter = parameters.pop(name)
+        parameter.copy_(own_part(whole, parameter, groups.tp.rank(), groups.tp.size()))
+    assert not parameters, parameters.keys()
+    return chunk.eval()
+
+
+def _tensors(model: Model) -> Iterable[tuple[str, Tensor]]:
+    if model.kind == OURS:
+        return ((link.ours, model.weights.get(link.ours)) for link in model.links)
+    return to_ours(model.links, model.weights)

@@ -1,0 +1,103 @@
+"""A model fed with the new tokens of cached sequences: prompts in chunks of bounded size, then token by token."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from megatron_sse.inference.cache import Cache
+from megatron_sse.inference.sampling import Sampler
+
+DEFAULT_CHUNK = 2048
+
+
+@torch.no_grad()
+def feed(model: GPTModel, cache: Cache, tokens_T: Tensor, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """Run new tokens through the model; returns what its output layer takes, [T, 1, d].
+
+    tokens_T: int64, `counts` of each sequence in `slots`, one after the other.
+    """
+    layout = cache.layout(slots, counts)
+    tokens_1T = tokens_T[None].to(cache.device)
+    # Positions are those of the layout: the embedding has none of its own.
+    hidden_T1d = model.decoder(model.embedding(tokens_1T, None), None, packed_seq_params=layout)
+    cache.advance(layout)
+    return hidden_T1d
+
+
+@torch.no_grad()
+def logits_of(model: GPTModel, hidden_T1d: Tensor) -> Tensor:
+    """Logits of all tensor ranks' vocabulary, padding included, fp32 [T, V]."""
+    weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
+    return model.output_layer(hidden_T1d, weight=weight, runtime_gather_output=True)[0][:, 0].float()
+
+
+def prefill(model: GPTModel, cache: Cache, prompts: Sequence[Sequence[int]], chunk: int = DEFAULT_CHUNK) -> Tensor:
+    """Feed every sequence its prompt, at most `chunk` tokens at a time; logits after the last token of each, [X, V].
+
+    prompts: token ids of each sequence of the cache, at least one.
+    """
+    last = [torch.empty(0)] * len(prompts)
+    for pieces in _cut([len(prompt) for prompt in prompts], chunk):
+        slots, starts, counts = zip(*pieces, strict=True)
+        tokens = [torch.as_tensor(prompts[slot][start : start + count]) for slot, start, count in pieces]
+        hidden_T1d = feed(model, cache, torch.cat(tokens), slots, counts)
+        ended = [start + count == len(prompts[slot]) for slot, start, count in pieces]
+        rows = torch.tensor(counts).cumsum(0)[torch.tensor(ended)] - 1
+        if len(rows):
+            logits = logits_of(model, hidden_T1d[rows.to(hidden_T1d.device)])
+            for slot, row in zip((s for s, e in zip(slots, ended, strict=True) if e), logits, strict=True):
+                last[slot] = row
+    return torch.stack(last)
+
+
+def _cut(lengths: Sequence[int], chunk: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Chunks of the sequences one after the other, each a list of (sequence, first token, number of tokens)."""
+    pieces: list[tuple[int, int, int]] = []
+    room = chunk
+    for number, length in enumerate(lengths):
+        start = 0
+        while start < length:
+            count = min(room, length - start)
+            pieces.append((number, start, count))
+            start, room = start + count, room - count
+            if not room:
+                yield pieces
+                pieces, room = [], chunk
+    if pieces:
+        yield pieces
+
+
+def generate(
+    model: GPTModel,
+    cache: Cache,
+    prompts: Sequence[Sequence[int]],
+    num_tokens: int,
+    sampler: Sampler,
+    end: int | None = None,
+    chunk: int = DEFAULT_CHUNK,
+) -> Iterator[list[int | None]]:
+    """Go on with every sequence of the cache: each step's tokens, None for sequences that have ended.
+
+    A sequence ends with the token `end` or after `num_tokens`; its last token stays pending in the cache, and comes
+    before the prompt when it goes on.
+
+    Args:
+        prompts: token ids, appended to what the cache holds; may be empty where tokens are pending.
+    """
+    fed = [[*pending, *prompt] for pending, prompt in zip(cache.pending, prompts, strict=True)]
+    cache.pending = [[] for _ in prompts]
+    logits_XV = prefill(model, cache, fed, chunk)
+    slots = list(range(len(prompts)))
+    for step in range(num_tokens):
+        picked = sampler.pick(logits_XV, slots)
+        tokens: list[int | None] = [None] * len(prompts)
+        for slot, token in zip(slots, picked, strict=True):
+            tokens[slot], cache.pending[slot] = token, [token]
+        slots = [slot for slot in slots if tokens[slot] != end]
+        yield tokens
+        if not slots or step + 1 == num_tokens:
+            return
+        fed_T = torch.tensor([tokens[slot] for slot in slots])
+        logits_XV = logits_of(model, feed(model, cache, fed_T, slots, [1] * len(slots)))

@@ -1,0 +1,211 @@
+"""What layers keep of the tokens before, so that a sequence can go on: states and convolution tails, keys and values.
+
+Dims: X slots (one sequence each), D the sequences that go on, in order, T their new tokens one after the other, W the
+tokens that a convolution looks back, R rows of a ring or of a growing cache.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_sse.kernels import BankInputs, BankOutputs, Routes, short_convolution, sse_attention
+from megatron_sse.kernels.decode import decode_step
+from megatron_sse.parallel.device import to_device
+from megatron_sse.parallel.layout import TokenLayout
+
+_MIN_ROWS = 64
+
+
+@dataclass(kw_only=True, eq=False)
+class CachedLayout(TokenLayout):
+    """New tokens of some sequences in one row, each sequence a document; positions count its earlier tokens too.
+
+    Attributes:
+        slots, past, counts: of each sequence, on the host: its slot, its tokens before, its new tokens.
+        slot_D: int64, the slots.
+        layers: what each layer keeps, by layer number.
+    """
+
+    slots: Sequence[int] = ()
+    past: Sequence[int] = ()
+    counts: Sequence[int] = ()
+    slot_D: Tensor = field(default_factory=torch.Tensor)
+    layers: Mapping[int, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        slots: Sequence[int],
+        past: Sequence[int],
+        counts: Sequence[int],
+        layers: Mapping[int, Any],
+        device: torch.device | str,
+    ) -> "CachedLayout":
+        """counts: of at least one token each."""
+        starts_1T = np.zeros((1, sum(counts)), dtype=bool)
+        starts_1T[0, np.cumsum([0, *counts[:-1]])] = True
+        plain = TokenLayout.from_starts(starts_1T, device=device)
+        values = {entry.name: getattr(plain, entry.name) for entry in fields(plain)}
+        values["position_BL"] = plain.position_BL + to_device(np.repeat(past, counts), device)
+        slot_D = to_device(np.asarray(slots, dtype=np.int64), device)
+        return cls(**values, slots=slots, past=past, counts=counts, slot_D=slot_D, layers=layers)
+
+    @property
+    def one_each(self) -> bool:
+        """Whether every sequence has one new token."""
+        return self.length == self.num_documents
+
+
+class BankCache:
+    """The states of an SSE layer's banks, and the last tokens that its short convolution looks back at.
+
+    states_XBHKV: fp32, fp64 for fp64 models. tail_XWC: zeros before the sequence; None without a convolution.
+    """
+
+    def __init__(self, states_XBHKV: Tensor, tail_XWC: Tensor | None):
+        self.states_XBHKV, self.tail_XWC = states_XBHKV, tail_XWC
+
+    def attend(
+        self,
+        shared: BankInputs,
+        sparse: BankInputs | None,
+        v_THV: Tensor,
+        routes: Routes | None,
+        layout: CachedLayout,
+        form: str,
+        **options: Any,
+    ) -> BankOutputs:
+        """As kernels.sse_attention, from the states kept to those after the new tokens."""
+        if layout.one_each:
+            o_THV = decode_step(self.states_XBHKV, layout.slot_D, shared, sparse, v_THV, routes, **options)
+            return BankOutputs(o_THV, None, self.states_XBHKV)
+        banks = sse_attention(
+            shared,
+            sparse,
+            v_THV,
+            routes,
+            layout.offsets_D1,
+            layout.document_T,
+            form=form,
+            initial_DBHKV=self.states_XBHKV[layout.slot_D],
+            **options,
+        )
+        self.states_XBHKV[layout.slot_D] = banks.final_DBHKV
+        return banks
+
+    def convolve(self, x_TC: Tensor, weight_CW: Tensor, layout: CachedLayout) -> Tensor:
+        """As kernels.short_convolution, behind the tokens kept."""
+        assert self.tail_XWC is not None
+        width, num_sequences = self.tail_XWC.shape[1], layout.num_documents
+        # Each sequence's new tokens stand behind its tail.
+        before_D = torch.arange(num_sequences, device=x_TC.device) * width
+        back_W = torch.arange(width, device=x_TC.device)
+        row_T = torch.arange(len(x_TC), device=x_TC.device) + before_D[layout.document_T] + width
+        x = x_TC.new_empty(len(x_TC) + num_sequences * width, x_TC.shape[1])
+        x[row_T] = x_TC
+        x[(layout.offsets_D1[:-1] + before_D)[:, None] + back_W] = self.tail_XWC[layout.slot_D]
+        position = row_T.new_zeros(len(x))
+        position[row_T] = layout.position_BL.flatten()
+        out_TC = short_convolution(x, weight_CW, position)[row_T]
+        self.tail_XWC[layout.slot_D] = x[(layout.offsets_D1[1:] + before_D)[:, None] + back_W]
+        return out_TC
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is kept, by name."""
+        tail = {} if self.tail_XWC is None else {"tail": self.tail_XWC}
+        return {"states": self.states_XBHKV, **tail}
+
+    def set_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """The other way round."""
+        self.states_XBHKV, self.tail_XWC = tensors["states"], tensors.get("tail")
+
+
+class KeyValueCache:
+    """Keys (rotated) and values of a softmax layer: all of them, or with a window a ring of its last ones.
+
+    key_XRHK, value_XRHK: the token at position p stands in row p, in a ring in row p mod R.
+    """
+
+    def __init__(self, key_XRHK: Tensor, window: int | None):
+        self.key_XRHK, self.value_XRHK, self.window = key_XRHK, torch.zeros_like(key_XRHK), window
+
+    def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: CachedLayout, scale: float | None) -> Tensor:
+        """Causal attention of the new tokens to those kept and to themselves, which are then kept; [T, heads, K]."""
+        if self.window is None:
+            self._reserve(max(np.add(layout.past, layout.counts)))
+        if layout.one_each and list(layout.slots) == list(range(len(self.key_XRHK))):
+            return self._attend_step(q_THK, k_THK, v_THK, layout, scale)
+        parts = [x.split(list(layout.counts)) for x in (q_THK, k_THK, v_THK)]
+        return torch.cat(
+            [
+                self._attend_one(*part, slot, past, scale)
+                for *part, slot, past in zip(*parts, layout.slots, layout.past, strict=True)
+            ]
+        )
+
+    def _attend_step(
+        self, q_XHK: Tensor, k_XHK: Tensor, v_XHK: Tensor, layout: CachedLayout, scale: float | None
+    ) -> Tensor:
+        """One token of every sequence."""
+        position_X, num_rows = layout.position_BL[0], self.key_XRHK.shape[1]
+        row_X = position_X % num_rows
+        self.key_XRHK[layout.slot_D, row_X], self.value_XRHK[layout.slot_D, row_X] = k_XHK, v_XHK
+        used = min(max(layout.past) + 1, num_rows)
+        seen_XR = None
+        if min(layout.past) + 1 < used:
+            seen_XR = torch.arange(used, device=q_XHK.device) <= position_X[:, None]
+        return _attend(q_XHK[:, None], self.key_XRHK[:, :used], self.value_XRHK[:, :used], seen_XR, scale)[:, 0]
+
+    def _attend_one(
+        self, q_LHK: Tensor, k_LHK: Tensor, v_LHK: Tensor, slot: int, past: int, scale: float | None
+    ) -> Tensor:
+        """Some tokens of one sequence."""
+        keys_RHK, values_RHK = self.key_XRHK[slot], self.value_XRHK[slot]
+        length, num_rows = len(q_LHK), len(keys_RHK)
+        position_L = torch.arange(past, past + length, device=q_LHK.device)
+        if self.window is None:
+            first = 0
+            keys_RHK[past : past + length], values_RHK[past : past + length] = k_LHK, v_LHK
+            keys, values = keys_RHK[: past + length], values_RHK[: past + length]
+        else:
+            first = max(0, past - self.window + 1)
+            kept = torch.arange(first, past, device=q_LHK.device) % num_rows
+            keys, values = torch.cat((keys_RHK[kept], k_LHK)), torch.cat((values_RHK[kept], v_LHK))
+            last = position_L[-num_rows:] % num_rows
+            keys_RHK[last], values_RHK[last] = k_LHK[-num_rows:], v_LHK[-num_rows:]
+        distance_LR = position_L[:, None] - torch.arange(first, past + length, device=q_LHK.device)
+        seen_LR = distance_LR >= 0
+        if self.window is not None:
+            seen_LR &= distance_LR < self.window
+        return _attend(q_LHK[None], keys[None], values[None], seen_LR[None], scale)[0]
+
+    def _reserve(self, num_rows: int) -> None:
+        """Room for sequences of `num_rows` tokens; grows by half, so that few copies are made."""
+        have = self.key_XRHK.shape[1]
+        if num_rows <= have:
+            return
+        more = max(num_rows, have + have // 2, _MIN_ROWS) - have
+        self.key_XRHK, self.value_XRHK = (
+            torch.cat((x, x.new_zeros(len(x), more, *x.shape[2:])), dim=1) for x in (self.key_XRHK, self.value_XRHK)
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is kept, by name."""
+        return {"key": self.key_XRHK, "value": self.value_XRHK}
+
+    def set_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """The other way round."""
+        self.key_XRHK, self.value_XRHK = tensors["key"], tensors["value"]
+
+
+def _attend(q_DLHK: Tensor, k_DRHK: Tensor, v_DRHK: Tensor, seen: Tensor | None, scale: float | None) -> Tensor:
+    """seen: bool [D, R] or [D, L, R]; None for all."""
+    if seen is not None:
+        seen = seen[:, None, None] if seen.dim() == 2 else seen[:, None]
+    q, k, v = (x.transpose(1, 2) for x in (q_DLHK, k_DRHK, v_DRHK))
+    return scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True).transpose(1, 2)
