@@ -2,7 +2,7 @@
 
 from megatron_sse.config.checks import check_world_size
 from megatron_sse.config.context import attends_over_context, attention_kind
-from megatron_sse.config.derive import choose_layout
+from megatron_sse.config.derive import choose_layout, uses_distributed_optimizer
 from megatron_sse.config.ignored import ignored_settings
 from megatron_sse.config.load import load_config
 from megatron_sse.config.megatron import transformer_settings
@@ -37,4 +37,5 @@ __all__ = [
     "ignored_settings",
     "load_config",
     "transformer_settings",
+    "uses_distributed_optimizer",
 ]

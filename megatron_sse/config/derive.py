@@ -44,6 +44,14 @@ def choose_layout(config: RunConfig) -> tuple[bool, str]:
     return tokens > break_even, f"{tokens:,} tokens a rank, break-even at {break_even:,}"
 
 
+def uses_distributed_optimizer(config: RunConfig) -> bool:
+    """Whether optimizer state is split over the data-parallel group: where asked for, and always in bf16.
+
+    Megatron-Core's other optimizer for bf16 cannot save a model that has fp32 parameters (the routers) as well.
+    """
+    return config.parallel.distributed_optimizer or config.training.precision == "bf16"
+
+
 def describe_run(config: RunConfig, world_size: int) -> list[str]:
     """What a run of `world_size` processes will be, one line per fact. Raises UserError where sizes do not divide."""
     model, parallel, training = config.model, config.parallel, config.training

@@ -16,7 +16,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronSettings
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.optim.adamw import adamw
 
-from megatron_sse.config import RunConfig
+from megatron_sse.config import RunConfig, uses_distributed_optimizer
 
 
 class Adam(torch.optim.Optimizer):
@@ -98,14 +98,6 @@ def build_optimizer(
         use_gloo_process_groups=False,
         pg_collection=groups,
     )
-
-
-def uses_distributed_optimizer(config: RunConfig) -> bool:
-    """Whether optimizer state is split over the data-parallel group: where asked for, and always in bf16.
-
-    Megatron-Core's other optimizer for bf16 cannot save a model that has fp32 parameters (the routers) as well.
-    """
-    return config.parallel.distributed_optimizer or config.training.precision == "bf16"
 
 
 def decays(name: str, parameter: torch.Tensor) -> bool:

@@ -20,10 +20,9 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_sse.config import RunConfig
+from megatron_sse.config import RunConfig, uses_distributed_optimizer
 from megatron_sse.data.batch import Batch
 from megatron_sse.model import SSEMixer
-from megatron_sse.training.optimizer import uses_distributed_optimizer
 
 
 @dataclass(frozen=True)

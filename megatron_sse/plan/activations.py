@@ -1,0 +1,170 @@
+"""What autograd keeps of a micro-batch on one rank, bytes, from one pass over what each module saves.
+
+Two sets of kernels: "torch", which runs without a GPU, cuts rows into padded fp32 chunks and keeps those; "triton", with
+Transformer Engine's norms, keeps the inputs as they are and the states between pieces. Documents are taken to be whole
+sequences: each further document in a sequence adds at most a chunk per bank.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from megatron_sse.kernels.triton.rows import CHUNK_SIZE, choose_chunks_per_piece
+from megatron_sse.plan.sizes import FP32, Mixer, Sizes
+
+TORCH_CHUNK = 32
+INT64 = 8
+
+
+class Kept(NamedTuple):
+    """values: of tokens. states: of recurrences, between chunks and between ranks."""
+
+    values: int
+    states: int = 0
+
+    def plus(self, values: int) -> Kept:
+        return Kept(self.values + values, self.states)
+
+
+def layer_activations(sizes: Sizes, kind: str) -> Kept:
+    """Kept of a layer without recomputation."""
+    hidden, inner = sizes.config.model.hidden_size, sizes.config.model.ffn_hidden_size // sizes.config.parallel.tensor
+    # Both norms with their outputs, and the MLP: gate and up, and what SwiGLU makes of them.
+    own = 2 * (_norm(sizes) + sizes.stream_tokens * hidden * sizes.element) + sizes.tokens * 5 * inner * sizes.element
+    mixer = Kept(_softmax(sizes)) if kind == "softmax" else _recurrent(sizes, kind)
+    return mixer.plus(own)
+
+
+def end_activations(sizes: Sizes, is_first: bool, is_last: bool) -> int:
+    """Kept of the embedding, and of the output and the loss."""
+    kept = INT64 * sizes.tokens if is_first else 0
+    if is_last:
+        model = sizes.config.model
+        kept += _norm(sizes) + sizes.stream_tokens * model.hidden_size * sizes.element
+        kept += sizes.tokens * (FP32 * model.padded_vocab_size // sizes.config.parallel.tensor + INT64 + 1)
+    return kept
+
+
+def _norm(sizes: Sizes) -> int:
+    hidden = sizes.config.model.hidden_size
+    # Torch keeps input and normalised input, both fp32; fused kernels the input. And one number for each token.
+    width = 2 * FP32 if sizes.kernels == "torch" else sizes.element
+    return sizes.stream_tokens * (width * hidden + FP32)
+
+
+def _softmax(sizes: Sizes) -> int:
+    softmax, parallel = sizes.config.model.softmax, sizes.config.parallel
+    heads, dim = softmax.num_heads // parallel.tensor, softmax.head_dim
+    kv_heads = max(1, softmax.num_kv_heads // parallel.tensor)
+    gathered = parallel.context if sizes.kernels == "torch" else 1
+    elements = 2 * heads * dim  # queries, output
+    if gathered > 1:
+        elements += 2 * gathered * kv_heads * dim
+    else:
+        elements += kv_heads * dim + (heads + 2 * kv_heads) * dim  # keys, and the projection that holds the values
+    if softmax.rotary_base:
+        elements += 4 * dim  # sines and cosines for queries and keys
+    kept = sizes.element * elements + FP32 * heads
+    if softmax.qk_norm:
+        kept += (2 if sizes.element < FP32 or gathered > 1 else 1) * FP32 * (heads + kv_heads) * dim
+    if gathered > 1:
+        kept += FP32 * sizes.config.data.sequence_length  # a mask
+    return sizes.tokens * kept
+
+
+def _recurrent(sizes: Sizes, kind: str) -> Kept:
+    mixer = sizes.of_mixer(kind)
+    kept = sizes.tokens * (_inputs(sizes, mixer) + _router(sizes, mixer)) + _low_ranks(sizes, mixer)
+    recurrence = _torch_recurrence if sizes.kernels == "torch" else _triton_recurrence
+    return recurrence(sizes, mixer).plus(kept)
+
+
+def _inputs(sizes: Sizes, mixer: Mixer) -> int:
+    """Projections, and what becomes of queries, keys and decays; for each token."""
+    sse, element = sizes.config.model.sse, sizes.element
+    scalars = 2 * mixer.banks * mixer.value_heads if mixer.is_delta else 0
+    kept = element * (mixer.maps * mixer.keys + mixer.values + scalars)
+    if mixer.value_heads > mixer.heads:
+        kept += element * mixer.values
+    sparse = mixer.banks - 1
+    key_map = sse.key_map_of("gdn" if mixer.is_delta else "gla")
+    kept += mixer.banks * FP32 * mixer.keys if sse.query_map == "softmax" else sparse * element * mixer.keys
+    kept += sparse * element * mixer.keys if key_map == "silu" else mixer.banks * FP32 * mixer.keys
+    if mixer.is_delta:
+        kept += mixer.banks * FP32 * (3 * mixer.value_heads + 2 * (mixer.keys + mixer.heads))
+    elif sse.decay == "gate":
+        kept += 2 * mixer.banks * FP32 * mixer.keys
+    kept += sse.short_convolution * mixer.maps * mixer.keys * element
+    return kept + element * mixer.values  # what goes into the output projection
+
+
+def _low_ranks(sizes: Sizes, mixer: Mixer) -> int:
+    """Inputs of the second halves of low-rank pairs."""
+    sse = sizes.config.model.sse
+    ranks = sse.value_head_dim * ((mixer.maps if mixer.partitions else 0) + sse.output_gate)
+    if not mixer.is_delta and sse.decay == "gate":
+        ranks += sse.decay_low_rank * mixer.banks
+    return sizes.stream_tokens * ranks * sizes.element
+
+
+def _router(sizes: Sizes, mixer: Mixer) -> int:
+    """Probabilities, their order, the picks' weights, and in bf16 runs the input in fp32; for each token."""
+    if not mixer.partitions:
+        return 0
+    hidden = sizes.config.model.hidden_size if sizes.element < FP32 else 0
+    parts = sizes.config.parallel.tensor if sizes.config.parallel.sequence else 1
+    return mixer.partitions * (FP32 + INT64) + 3 * FP32 * _picks(sizes, mixer) + FP32 * hidden // parts
+
+
+def _picks(sizes: Sizes, mixer: Mixer) -> int:
+    """Partitions that a token's rows are made for."""
+    sse = sizes.config.model.sse
+    if not mixer.partitions:
+        return 0
+    return mixer.partitions if sse.form == "mask" else max(sse.num_writers, sse.num_readers)
+
+
+def _segments(sizes: Sizes, mixer: Mixer) -> int:
+    """(document, bank) pairs, with one document in each slot of each sequence."""
+    return sizes.config.training.micro_batch_size * sizes.num_slots * (1 + mixer.partitions)
+
+
+def _states(sizes: Sizes, mixer: Mixer, pieces: int) -> int:
+    """States that enter the pieces, and what pieces do to them."""
+    kept = pieces * (mixer.state + mixer.transition)
+    if sizes.config.parallel.context > 1:
+        # Those from other ranks apart, and both together; and the hand-off's own.
+        kept += 2 * pieces * mixer.state + pieces * mixer.transition
+        kept += _segments(sizes, mixer) * (mixer.state + mixer.transition)
+    return FP32 * kept
+
+
+def _torch_recurrence(sizes: Sizes, mixer: Mixer) -> Kept:
+    rows = sizes.tokens * (1 + _picks(sizes, mixer))
+    num_chunks = rows // TORCH_CHUNK + _segments(sizes, mixer)
+    gates = 2 if mixer.is_delta else mixer.key_dim
+    # Queries, keys, values, decays, and the queries as they meet the entering state.
+    width = FP32 * (3 * mixer.key_dim + mixer.value_dim + gates) + INT64
+    kept = mixer.value_heads * (num_chunks * TORCH_CHUNK * width + rows * INT64)
+    if mixer.partitions:
+        kept += FP32 * rows * mixer.values + sizes.element * sizes.tokens * mixer.values
+    normed = 5 if sizes.config.model.sse.output_gate else 2
+    kept += FP32 * sizes.tokens * (normed * mixer.values + mixer.value_heads)
+    return Kept(kept, _states(sizes, mixer, num_chunks))
+
+
+def _triton_recurrence(sizes: Sizes, mixer: Mixer) -> Kept:
+    sse, element = sizes.config.model.sse, sizes.element
+    picks = _picks(sizes, mixer)
+    rows = sizes.tokens * (1 + picks)
+    if mixer.is_delta:
+        inputs = FP32 * (2 * mixer.keys + 2 * mixer.value_heads)
+    else:
+        inputs = FP32 * mixer.keys  # decays
+        inputs += element * mixer.keys * ((sse.query_map == "silu") + (sse.key_map_of("gla") == "silu"))
+    # Values, the outputs of all banks, and the output gate.
+    kept = sizes.tokens * (mixer.banks * inputs + element * mixer.values * (2 + picks + sse.output_gate))
+    kept += rows * 5 * FP32  # scales of the picks, and which row is which token's
+    blocks = mixer.value_heads * max(1, mixer.key_dim // 64) * max(1, mixer.value_dim // 64)
+    length = CHUNK_SIZE * choose_chunks_per_piece(rows, blocks)
+    return Kept(kept, _states(sizes, mixer, rows // length + _segments(sizes, mixer)))

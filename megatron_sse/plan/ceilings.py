@@ -1,0 +1,121 @@
+"""The time of a step at a GPU's ceilings: a lower bound, since no run reaches all of them."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass, replace
+
+from megatron_sse.config import RunConfig
+from megatron_sse.errors import UserError
+from megatron_sse.monitor.flops import train_flops_per_token
+from megatron_sse.plan.memory import Memory, kept_of_step, passes_under_way
+from megatron_sse.plan.sizes import Sizes
+from megatron_sse.plan.traffic import AXES
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """flops: dense bf16 operations per second. bandwidth: of the memory, bytes per second. memory: bytes.
+    link, network: bytes per second and direction to GPUs of the same machine and of others."""
+
+    name: str
+    flops: float
+    bandwidth: float
+    memory: float
+    link: float
+    network: float
+
+
+# From NVIDIA's data sheets of each GPU (dense bf16, one direction of NVLink) and DGX systems (network per GPU).
+GPUS = {
+    "a100": Gpu("A100 SXM 80 GB", 312e12, 2.039e12, 80e9, 300e9, 25e9),
+    "h100": Gpu("H100 SXM", 989e12, 3.35e12, 80e9, 450e9, 50e9),
+    "h200": Gpu("H200 SXM", 989e12, 4.8e12, 141e9, 450e9, 50e9),
+    "b200": Gpu("B200", 2250e12, 8e12, 180e9, 900e9, 50e9),
+}
+
+
+def find_gpu(name: str, tflops: float | None, bandwidth: float | None, memory: float | None) -> Gpu:
+    """A GPU of the table, with other numbers where they are given (1e12 operations and bytes per second; bytes)."""
+    if name not in GPUS:
+        raise UserError(f"--gpu: got {name}, allowed {', '.join(GPUS)}")
+    gpu = GPUS[name]
+    return replace(
+        gpu,
+        flops=gpu.flops if tflops is None else tflops * 1e12,
+        bandwidth=gpu.bandwidth if bandwidth is None else bandwidth * 1e12,
+        memory=gpu.memory if memory is None else memory,
+    )
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step on the busiest GPU. products: of matrices; or memory, whichever is longer, overlaps
+    the other. idle: of pipeline stages that wait for others. The rest: sending over each axis."""
+
+    products: float
+    memory: float
+    idle: float
+    tensor: float
+    pipeline: float
+    context: float
+    data: float
+
+    @property
+    def total(self) -> float:
+        _, _, idle, *sent = astuple(self)
+        return max(self.products, self.memory) + idle + sum(sent)
+
+
+def step_time(sizes: Sizes, memory: Memory, sent: dict[str, int], stage: int, gpu: Gpu, per_node: int) -> StepTime:
+    """Time of a step from the memory and bytes of a stage."""
+    config = sizes.config
+    training, parallel = config.training, config.parallel
+    tokens = training.global_batch_size * config.data.sequence_length
+    num_gpus = sizes.data_size * parallel.replica_size
+    flops = train_flops_per_token(config.model, config.data.sequence_length) * tokens / num_gpus
+    if training.recompute == "full":
+        flops *= 4 / 3
+    products = flops / gpu.flops
+    moved = _bytes_moved(sizes, memory, stage) / gpu.bandwidth
+    bubble = (parallel.pipeline - 1) / (parallel.virtual_pipeline * sizes.num_micro_batches)
+    speeds = _link_speeds(sizes, gpu, per_node)
+    return StepTime(
+        products=products,
+        memory=moved,
+        idle=max(products, moved) * bubble,
+        **{axis: sent[axis] / speeds[axis] for axis in AXES},
+    )
+
+
+def _bytes_moved(sizes: Sizes, memory: Memory, stage: int) -> float:
+    """To and from memory: weights for each pass, what is kept (written, read, and the same for its gradient), and the
+    optimizer's step over everything it has."""
+    training = sizes.config.training
+    without = replace(sizes, config=_without_recompute(sizes))
+    passes = passes_under_way(without, stage) / sizes.config.parallel.virtual_pipeline
+    kept = sum(kept_of_step(without, stage)) / passes
+    forwards = 2 if training.recompute == "full" else 1
+    per_micro_batch = (1 + forwards) * memory.weights + (3 + forwards) * kept
+    return sizes.num_micro_batches * per_micro_batch + 2 * (memory.weights + memory.gradients + memory.optimizer)
+
+
+def _without_recompute(sizes: Sizes) -> RunConfig:
+    config = sizes.config
+    return config.model_copy(update={"training": config.training.model_copy(update={"recompute": "none"})})
+
+
+def _link_speeds(sizes: Sizes, gpu: Gpu, per_node: int) -> dict[str, float]:
+    """Bytes per second by axis: neighbouring ranks differ in tensor, then context, data, pipeline."""
+    parallel, span = sizes.config.parallel, 1
+    speeds = {}
+    for axis, size in (
+        ("tensor", parallel.tensor),
+        ("context", parallel.context),
+        ("data", sizes.data_size),
+        ("pipeline", parallel.pipeline),
+    ):
+        span *= size
+        speeds[axis] = gpu.link if span <= per_node else gpu.network
+    return speeds

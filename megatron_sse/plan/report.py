@@ -1,0 +1,128 @@
+"""What the command prints."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import fields
+
+from megatron_sse.config import RunConfig
+from megatron_sse.config.derive import count_parameters, describe_run
+from megatron_sse.config.pattern import LAYER_KINDS
+from megatron_sse.monitor.flops import forward_flops_per_token, softmax_flops, sse_flops, train_flops_per_token
+from megatron_sse.plan.ceilings import GIB, Gpu, StepTime
+from megatron_sse.plan.memory import Memory, kept_of_step
+from megatron_sse.plan.search import HEADROOM, LONGEST, Layout, with_settings
+from megatron_sse.plan.sizes import Sizes
+from megatron_sse.plan.traffic import AXES
+
+MAX_STAGES = 8
+MAX_LAYOUTS = 15
+
+
+def describe_layout(layout: Layout, gpu: Gpu, longest: int) -> list[str]:
+    """Everything about a layout, a blank line between the tables."""
+    config, sizes = layout.sizes.config, layout.sizes
+    num_gpus = sizes.data_size * config.parallel.replica_size
+    tables = [
+        describe_run(config, num_gpus),
+        _parameters(config),
+        _memory(layout, gpu, longest),
+        _operations(config),
+        _sent(layout),
+        _time(layout, gpu),
+    ]
+    return [line for number, table in enumerate(tables) for line in ([""] if number else []) + table]
+
+
+def _parameters(config: RunConfig) -> list[str]:
+    counts = count_parameters(config.model)
+    total = sum(counts.values())
+    lines = [f"  {name:<26}{count:>18,}  {count / total:>6.1%}" for name, count in counts.items() if count]
+    return ["parameters", *lines, f"  {'total':<26}{total:>18,}"]
+
+
+def _memory(layout: Layout, gpu: Gpu, longest: int) -> list[str]:
+    stages = _shown_stages(len(layout.memory))
+    columns = [f"stage {stage}" for stage in stages]
+    lines = ["memory of a GPU, GiB" + "".join(f"{name:>12}" for name in columns).rjust(8 + 12 * len(columns))]
+    for field in fields(Memory):
+        values = [getattr(layout.memory[stage], field.name) for stage in stages]
+        lines.append(_row(field.name.replace("_", " "), values))
+    lines.append(_row("total", [layout.memory[stage].total for stage in stages]))
+    other = "none" if layout.sizes.config.training.recompute == "full" else "full"
+    lines.append(_row(f"with recompute: {other}", [_total_with(layout, stage, other) for stage in stages]))
+    room = (1 - HEADROOM) * gpu.memory
+    verdict = "fits" if layout.fits(gpu) else "does NOT fit"
+    lines.append(f"  {verdict}: {layout.peak / GIB:,.1f} GiB of {room / GIB:,.1f} ({gpu.name}, 10 % left free)")
+    more = " or more" if longest >= LONGEST // 2 else ""
+    lines.append(f"  longest sequence that fits: {longest:,} tokens{more}" if longest else "  no sequence fits")
+    return lines
+
+
+def _shown_stages(number: int) -> list[int]:
+    return list(range(number)) if number <= MAX_STAGES else [*range(MAX_STAGES - 1), number - 1]
+
+
+def _total_with(layout: Layout, stage: int, recompute: str) -> int:
+    """The total with the other setting of training.recompute."""
+    sizes, memory = layout.sizes, layout.memory[stage]
+    other = Sizes(with_settings(sizes.config, training={"recompute": recompute}), sizes.data_size)
+    return memory.total - memory.activations - memory.states + sum(kept_of_step(other, stage))
+
+
+def _row(name: str, values: list[int]) -> str:
+    return f"  {name:<26}" + "".join(f"{value / GIB:>12,.3f}" for value in values)
+
+
+def _operations(config: RunConfig) -> list[str]:
+    model, length = config.model, config.data.sequence_length
+    used = Counter(model.layer_kinds())
+    lines = [f"operations per token at {length:,} tokens, millions"]
+    for kind in LAYER_KINDS:
+        if kind == "softmax" and model.softmax.num_heads is not None and model.softmax.head_dim is not None:
+            count = softmax_flops(model.softmax, model.hidden_size, length)
+        elif kind != "softmax" and model.sse.num_heads is not None and model.sse.head_dim is not None:
+            count = sse_flops(model.sse, model.hidden_size, kind)
+        else:
+            continue
+        lines.append(f"  {f'{kind} layer, forward':<26}{count / 1e6:>18,.1f}  {used[kind]} in the model")
+    lines.append(f"  {'MLP, forward':<26}{6 * model.hidden_size * model.ffn_hidden_size / 1e6:>18,.1f}")
+    lines.append(f"  {'model, forward':<26}{forward_flops_per_token(model, length) / 1e6:>18,.1f}")
+    lines.append(f"  {'model, training':<26}{train_flops_per_token(model, length) / 1e6:>18,.1f}")
+    return lines
+
+
+def _sent(layout: Layout) -> list[str]:
+    lines = ["bytes sent by a GPU in a step, the most of all stages"]
+    for axis in AXES:
+        lines.append(f"  {axis:<26}{max(sent[axis] for sent in layout.sent):>18,}")
+    return lines
+
+
+def _time(layout: Layout, gpu: Gpu) -> list[str]:
+    time, config = layout.time, layout.sizes.config
+    tokens = config.training.global_batch_size * config.data.sequence_length
+    num_gpus = layout.sizes.data_size * config.parallel.replica_size
+    names = {"products": "matrix products", "memory": "or memory, if longer", "idle": "waiting for stages"}
+    lines = [f"seconds of a step at the ceilings of {num_gpus} x {gpu.name}: no run is faster"]
+    for field in fields(StepTime):
+        name = names.get(field.name, f"sending, {field.name}")
+        lines.append(f"  {name:<26}{getattr(time, field.name):>18.4g}")
+    lines.append(f"  {'total':<26}{time.total:>18.4g}")
+    lines.append(f"  {'tokens per second and GPU':<26}{tokens / time.total / num_gpus:>18,.0f}")
+    return lines
+
+
+def describe_search(layouts: list[Layout], num_gpus: int) -> list[str]:
+    """A line for each of the fastest layouts."""
+    if not layouts:
+        return [f"no layout of {num_gpus} GPUs fits; more GPUs, a smaller micro-batch or a shorter sequence would help"]
+    head = f"{'tensor':>8}{'pipeline':>10}{'virtual':>9}{'context':>9}{'data':>6}  {'recompute':<10}{'GiB':>8}{'s':>10}"
+    lines = [f"layouts of {num_gpus} GPUs that fit, the fastest first ({len(layouts)} found)", head]
+    for layout in layouts[:MAX_LAYOUTS]:
+        parallel, data = layout.sizes.config.parallel, layout.sizes.data_size
+        lines.append(
+            f"{parallel.tensor:>8}{parallel.pipeline:>10}{parallel.virtual_pipeline:>9}{parallel.context:>9}{data:>6}  "
+            f"{layout.sizes.config.training.recompute:<10}{layout.peak / GIB:>8.1f}{layout.time.total:>10.4g}"
+        )
+    return lines

@@ -1,0 +1,107 @@
+"""Other layouts and lengths of the same run: which fit, and which would be fastest at the ceilings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron_sse.config import RunConfig, check_world_size
+from megatron_sse.errors import UserError
+from megatron_sse.plan.ceilings import Gpu, StepTime, step_time
+from megatron_sse.plan.memory import Memory, rank_memory
+from megatron_sse.plan.sizes import Sizes
+from megatron_sse.plan.traffic import step_traffic
+
+# Left to CUDA's context, NCCL's buffers and what the allocator cannot use.
+HEADROOM = 0.1
+LONGEST = 1 << 26
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout with what it needs, stage by stage, and the time of the slowest stage."""
+
+    sizes: Sizes
+    memory: list[Memory]
+    sent: list[dict[str, int]]
+    time: StepTime
+
+    @property
+    def peak(self) -> int:
+        return max(memory.total for memory in self.memory)
+
+    def fits(self, gpu: Gpu) -> bool:
+        return self.peak <= (1 - HEADROOM) * gpu.memory
+
+
+def work_out(config: RunConfig, data_size: int, gpu: Gpu, per_node: int) -> Layout:
+    """Everything about one layout."""
+    sizes = Sizes(config, data_size)
+    stages = range(config.parallel.pipeline)
+    memory = [rank_memory(sizes, stage) for stage in stages]
+    sent = [step_traffic(sizes, stage) for stage in stages]
+    times = [step_time(sizes, memory[stage], sent[stage], stage, gpu, per_node) for stage in stages]
+    return Layout(sizes, memory, sent, max(times, key=lambda time: time.total))
+
+
+def search_layouts(config: RunConfig, num_gpus: int, gpu: Gpu, per_node: int) -> list[Layout]:
+    """Layouts of `num_gpus` GPUs that fit, the fastest first; micro-batch and global batch stay."""
+    found = []
+    for changed in _variants(config, num_gpus):
+        try:
+            data_size = check_world_size(changed, num_gpus)
+        except UserError:
+            continue
+        layout = work_out(changed, data_size, gpu, per_node)
+        if layout.fits(gpu):
+            found.append(layout)
+    return sorted(found, key=lambda layout: layout.time.total)
+
+
+def _variants(config: RunConfig, num_gpus: int) -> Iterator[RunConfig]:
+    divisors = [size for size in range(1, num_gpus + 1) if num_gpus % size == 0]
+    for tensor, pipeline, context in product(divisors, repeat=3):
+        if num_gpus % (tensor * pipeline * context):
+            continue
+        for virtual, recompute in product((1, 2) if pipeline > 1 else (1,), ("none", "full")):
+            parallel = {
+                "tensor": tensor,
+                "sequence": tensor > 1,
+                "pipeline": pipeline,
+                "virtual_pipeline": virtual,
+                "context": context,
+                "data": None,
+            }
+            try:
+                yield with_settings(config, parallel=parallel, training={"recompute": recompute})
+            except ValidationError:
+                continue
+
+
+def with_settings(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
+    """The run with other settings. Raises ValidationError where they do not fit together."""
+    values = config.model_dump()
+    for name, settings in sections.items():
+        values[name] |= settings
+    return RunConfig.model_validate(values)
+
+
+def longest_sequence(config: RunConfig, data_size: int, gpu: Gpu) -> int:
+    """Tokens of the longest sequence whose memory fits in this layout, 0 for none; at most LONGEST."""
+    parallel = config.parallel
+    step = 2 * parallel.context * (parallel.tensor if parallel.sequence else 1)
+
+    def fits(steps: int) -> bool:
+        sizes = Sizes(with_settings(config, data={"sequence_length": steps * step}), data_size)
+        stages = range(parallel.pipeline)
+        return max(rank_memory(sizes, stage).total for stage in stages) <= (1 - HEADROOM) * gpu.memory
+
+    low, high = 0, LONGEST // step
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low * step

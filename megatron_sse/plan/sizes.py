@@ -1,0 +1,111 @@
+"""Sizes of one rank's share of a micro-batch, which memory and traffic are worked out from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron_sse.config import RunConfig, choose_layout
+from megatron_sse.parallel.sharding import Chain, ContextShard
+
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a rank of a run sees. data_size: ranks that work on different sequences. kernels: as in memory.py."""
+
+    config: RunConfig
+    data_size: int
+    kernels: str = "triton"
+
+    @cached_property
+    def element(self) -> int:
+        """Bytes of an activation."""
+        return 2 if self.config.training.precision == "bf16" else FP32
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch on one context rank."""
+        return self.config.training.micro_batch_size * self.config.data.sequence_length // self.config.parallel.context
+
+    @property
+    def stream_tokens(self) -> int:
+        """Those that the residual stream holds: a part of them under sequence parallelism."""
+        parallel = self.config.parallel
+        return self.tokens // (parallel.tensor if parallel.sequence else 1)
+
+    @property
+    def stream_bytes(self) -> int:
+        """Bytes of the residual stream."""
+        return self.stream_tokens * self.config.model.hidden_size * self.element
+
+    @property
+    def gradient_ranks(self) -> int:
+        """Ranks that hold the same weights and add up their gradients."""
+        return self.data_size * self.config.parallel.context
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Per optimizer step and data-parallel rank."""
+        training = self.config.training
+        return training.global_batch_size // (training.micro_batch_size * self.data_size)
+
+    @cached_property
+    def chain(self) -> Chain:
+        """The context ranks' slots in the order of the sequence."""
+        return ContextShard(0, self.config.parallel.context, choose_layout(self.config)[0]).chain
+
+    @property
+    def num_slots(self) -> int:
+        return len(self.chain) // self.config.parallel.context
+
+    def of_mixer(self, kind: str) -> Mixer:
+        """Sizes of an sse, gla or gdn layer on one tensor rank."""
+        sse, tensor = self.config.model.sse, self.config.parallel.tensor
+        recurrence = sse.recurrence if kind == "sse" else kind
+        return Mixer(
+            is_delta=recurrence == "gdn",
+            partitions=sse.num_partitions if kind == "sse" else 0,
+            maps=1 if sse.key_map == "one_minus_decay" else 2,
+            heads=sse.num_heads // tensor,
+            value_heads=sse.num_value_heads // tensor,
+            key_dim=sse.head_dim,
+            value_dim=sse.value_head_dim,
+        )
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """maps: projections of the input to queries and keys, 1 where keys come from the decay; the rest by its name."""
+
+    is_delta: bool
+    partitions: int
+    maps: int
+    heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def banks(self) -> int:
+        """Kinds of banks: shared, sparse."""
+        return 2 if self.partitions else 1
+
+    @property
+    def keys(self) -> int:
+        return self.heads * self.key_dim
+
+    @property
+    def values(self) -> int:
+        return self.value_heads * self.value_dim
+
+    @property
+    def state(self) -> int:
+        """Elements of the states of one bank."""
+        return self.value_heads * self.key_dim * self.value_dim
+
+    @property
+    def transition(self) -> int:
+        """Elements of what a span does to the states of one bank: a decay per channel, or a matrix."""
+        return self.value_heads * self.key_dim * (self.key_dim if self.is_delta else 1)

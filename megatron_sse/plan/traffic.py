@@ -1,0 +1,194 @@
+"""Bytes that a rank sends in one optimizer step, by axis; counted as parallel.traffic counts them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import NamedTuple
+
+from megatron_sse.config import attention_kind, uses_distributed_optimizer
+from megatron_sse.config.weights import embedding_weight
+from megatron_sse.parallel.handoff import handoff_bytes
+from megatron_sse.plan.parameters import Chunk, chunk_buffers, chunk_weights, stage_chunks
+from megatron_sse.plan.sizes import FP32, Sizes
+
+AXES = ("tensor", "pipeline", "context", "data")
+# Sums of the losses and tokens (four fp64 numbers) and the number of tokens, once per step.
+LOSS_SUMS = 32
+TOKEN_COUNT = 4
+
+
+class Passes(NamedTuple):
+    """Bytes sent in the forward and in the backward pass of one micro-batch."""
+
+    forward: int
+    backward: int
+
+
+def step_traffic(sizes: Sizes, stage: int, context_rank: int = 0) -> dict[str, int]:
+    """Bytes that a rank of a pipeline stage sends in one optimizer step, for each of AXES."""
+    config, sent = sizes.config, Counter(dict.fromkeys(AXES, 0))
+    parallel, passes = config.parallel, 2 if config.training.recompute == "full" else 1
+    for chunk in stage_chunks(config, stage):
+        for kind in chunk.kinds:
+            for axis, bytes_ in (
+                ("tensor", _layer_over_tensor(sizes, kind)),
+                ("context", _layer_over_context(sizes, kind, context_rank)),
+            ):
+                sent[axis] += sizes.num_micro_batches * (passes * bytes_.forward + bytes_.backward)
+        ends = _ends_over_tensor(sizes, chunk.is_first, chunk.is_last)
+        sent["tensor"] += sizes.num_micro_batches * ends
+        if parallel.pipeline > 1:
+            neighbours = (not chunk.is_first) + (not chunk.is_last)
+            sent["pipeline"] += sizes.num_micro_batches * neighbours * sizes.stream_bytes
+        sent["data"] += _gradients(sizes, chunk)
+    sent["tensor"] += _summed_gradients(sizes, stage)
+    sent["pipeline"] += all_reduce(LOSS_SUMS, parallel.pipeline)
+    if config.model.tie_embeddings and parallel.pipeline > 1 and stage in (0, parallel.pipeline - 1):
+        sent["pipeline"] += all_reduce(FP32 * embedding_weight(config.model).local_size(parallel.tensor), 2)
+    sent["data"] += all_reduce(LOSS_SUMS, sizes.gradient_ranks) + all_reduce(TOKEN_COUNT, sizes.gradient_ranks)
+    return dict(sent)
+
+
+def all_reduce(size: int, ranks: int) -> int:
+    """Bytes sent to sum `size` bytes: reduced and gathered in parts."""
+    return size * 2 * (ranks - 1) // ranks
+
+
+def exchange(size: int, ranks: int) -> int:
+    """Bytes sent to gather `size` bytes in all from the ranks, or to reduce and scatter them."""
+    return size * (ranks - 1) // ranks
+
+
+def _layer_over_tensor(sizes: Sizes, kind: str) -> Passes:
+    """What goes around the matrices that are split over the tensor group."""
+    config, tokens = sizes.config, sizes.tokens
+    tensor, sequence = config.parallel.tensor, config.parallel.sequence
+    stream = config.model.hidden_size * sizes.element * tokens
+    # The mixer and the MLP each: in by columns, out by rows.
+    forward = 2 * (_columns(sizes, stream).forward + _rows(sizes, stream).forward)
+    backward = 2 * (_columns(sizes, stream).backward + _rows(sizes, stream).backward)
+    if kind == "softmax":
+        softmax = config.model.softmax
+        if softmax.num_kv_heads < tensor:
+            # Ranks hold parts of heads and put them together.
+            rows = (softmax.num_heads + 2 * softmax.num_kv_heads) * softmax.head_dim * sizes.element
+            forward += exchange(tokens * rows, tensor)
+            backward += exchange(tokens * rows, tensor)
+        return Passes(forward, backward)
+    sse, mixer = config.model.sse, sizes.of_mixer(kind)
+    ranks = [sse.value_head_dim] * (mixer.maps if mixer.partitions else 0)
+    ranks += [sse.value_head_dim] if sse.output_gate else []
+    ranks += [sse.decay_low_rank] * mixer.banks if not mixer.is_delta and sse.decay == "gate" else []
+    for rank in ranks:
+        inner = _columns(sizes, tokens * rank * sizes.element)
+        forward, backward = forward + inner.forward, backward + inner.backward
+    backward += all_reduce(sse.value_head_dim * sizes.element, tensor)  # of the output norm, whose heads are split
+    if mixer.partitions:
+        probabilities = tokens * mixer.partitions * FP32
+        if sequence:
+            forward += exchange(probabilities, tensor) + all_reduce(mixer.partitions * FP32, tensor)
+            backward += exchange(probabilities, tensor)
+        else:
+            backward += all_reduce(probabilities, tensor)
+    return Passes(forward, backward)
+
+
+def _columns(sizes: Sizes, size: int) -> Passes:
+    """A matrix split by columns, whose input has `size` bytes over the tensor group: its gradient is summed."""
+    parallel = sizes.config.parallel
+    if not parallel.sequence:
+        return Passes(0, all_reduce(size, parallel.tensor))
+    part = exchange(size, parallel.tensor)
+    # Gathered, and once more for the weight's gradient.
+    return Passes(part, 2 * part)
+
+
+def _rows(sizes: Sizes, size: int) -> Passes:
+    """A matrix split by rows, whose output of `size` bytes is summed."""
+    parallel = sizes.config.parallel
+    if not parallel.sequence:
+        return Passes(all_reduce(size, parallel.tensor), 0)
+    part = exchange(size, parallel.tensor)
+    return Passes(part, part)
+
+
+def _ends_over_tensor(sizes: Sizes, is_first: bool, is_last: bool) -> int:
+    """Embedding, output and loss, forward and backward."""
+    config, tensor = sizes.config, sizes.config.parallel.tensor
+    stream = config.model.hidden_size * sizes.element * sizes.tokens
+    sent = sum(_rows(sizes, stream)) if is_first else 0
+    if is_last:
+        # The loss takes the largest logit, the label's, and the sum over the vocabulary.
+        sent += sum(_columns(sizes, stream)) + 3 * all_reduce(sizes.tokens * FP32, tensor)
+    return sent
+
+
+def _summed_gradients(sizes: Sizes, stage: int) -> int:
+    """Gradients that tensor ranks hold for their part of the sequence or of the heads alone."""
+    config = sizes.config
+    weights = [w for chunk in stage_chunks(config, stage) for w in chunk_weights(config, chunk)]
+    every = config.parallel.sequence
+    summed = sum(w.size for w in weights if w.summed and (every or w.part == "softmax"))
+    return all_reduce(FP32 * summed, config.parallel.tensor)
+
+
+def _layer_over_context(sizes: Sizes, kind: str, rank: int) -> Passes:
+    """States that are handed over, or keys and values that are gathered."""
+    config, ranks = sizes.config, sizes.config.parallel.context
+    if ranks == 1:
+        return Passes(0, 0)
+    if kind == "softmax":
+        return _attention_over_context(sizes)
+    mixer, parallel = sizes.of_mixer(kind), config.parallel
+    forward, backward = handoff_bytes(
+        sizes.chain,
+        rank,
+        config.training.micro_batch_size * mixer.value_heads * (1 + mixer.partitions),
+        mixer.key_dim,
+        mixer.value_dim,
+        mixer.is_delta,
+        parallel.hand_off,
+        FP32,
+        2 if parallel.hand_off_wire == "bf16" else None,
+        parallel.context_per_node,
+    )
+    width = config.model.sse.short_convolution - 1
+    if width > 0:
+        slot = config.data.sequence_length // len(sizes.chain)
+        tokens = config.training.micro_batch_size * sizes.num_slots * min(width, slot)
+        halo = (ranks - 1) * tokens * mixer.maps * mixer.keys * sizes.element
+        forward, backward = forward + halo, backward + halo
+    if mixer.partitions:
+        forward += all_reduce((2 * mixer.partitions + 1) * FP32, ranks)  # the balance loss
+    return Passes(forward, backward)
+
+
+def _attention_over_context(sizes: Sizes) -> Passes:
+    config, softmax = sizes.config, sizes.config.model.softmax
+    ranks, tensor = config.parallel.context, config.parallel.tensor
+    pair = 2 * sizes.tokens * max(1, softmax.num_kv_heads // tensor) * softmax.head_dim * sizes.element
+    kind = attention_kind(config) if sizes.kernels == "triton" else None
+    if kind == "a2a":
+        queries = 2 * sizes.tokens * softmax.num_heads // tensor * softmax.head_dim * sizes.element  # and outputs
+        passes = Passes(exchange(pair + queries, ranks), exchange(pair + queries, ranks))
+    elif kind == "p2p":
+        # A ring; its backward pass sends the gradients along.
+        passes = Passes((ranks - 1) * pair, 2 * (ranks - 1) * pair)
+    else:
+        passes = Passes((ranks - 1) * pair, (ranks - 1) * pair)
+    if kind is None or sizes.num_slots == 2:
+        return passes
+    # To the zigzag order that Transformer Engine wants, and back.
+    moved = 2 * exchange(sizes.stream_bytes, ranks)
+    return Passes(passes.forward + moved, passes.backward + moved)
+
+
+def _gradients(sizes: Sizes, chunk: Chunk) -> int:
+    """Gradients over the ranks that hold the same weights; with the distributed optimizer the weights come back."""
+    ranks, sent = sizes.gradient_ranks, 0
+    for buffer in chunk_buffers(sizes, chunk):
+        if uses_distributed_optimizer(sizes.config):
+            sent += exchange(FP32 * buffer.padded, ranks) + exchange(buffer.width * buffer.padded, ranks)
+        else:
+            sent += all_reduce(FP32 * buffer.size, ranks)
+    return sent
