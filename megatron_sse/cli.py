@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from megatron_sse import __version__
 from megatron_sse.config import RunConfig, ignored_settings, load_config
@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a subcommand. Exit status: 0, 2 after a UserError (one line on stderr), 130 after an interrupt."""
     options = _parse(arguments)
     rank = int(os.environ.get("RANK", "0"))
-    set_up_logging(rank)
+    set_up_logging(rank, getattr(options, "logs", sys.stdout))
     try:
         return options.job(options, rank)
     except UserError as error:
@@ -34,13 +34,13 @@ def main(arguments: list[str] | None = None) -> int:
         return INTERRUPT_EXIT
 
 
-def set_up_logging(rank: int) -> None:
-    """Lines of this package on stdout, from rank 0; of others warnings alone."""
+def set_up_logging(rank: int, stream: TextIO | None = None) -> None:
+    """Lines of this package on `stream` (stdout), from rank 0; of others warnings alone."""
     logging.basicConfig(
         level=logging.WARNING,
         format="%(asctime)s %(levelname).1s %(message)s",
         datefmt="%H:%M:%S",
-        stream=sys.stdout,
+        stream=stream or sys.stdout,
     )
     logging.getLogger("megatron_sse").setLevel(logging.WARNING if rank else logging.INFO)
 
@@ -66,6 +66,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     check.add_argument("--tolerance", metavar="X", type=float, help="largest error allowed, of every tensor")
     check.add_argument("--json", metavar="FILE", type=Path, help="file to write all numbers to")
     _add_conversions(jobs)
+    _add_generation(jobs)
     look = jobs.add_parser(
         "inspect",
         help="show what is in a checkpoint",
@@ -108,6 +109,38 @@ def _add_conversions(jobs: Any) -> None:
     )
 
 
+def _add_generation(jobs: Any) -> None:
+    generate = jobs.add_parser(
+        "generate",
+        help="generate text from a model",
+        description="Go on with prompts: given here, from files, or, without any, line by line from the standard "
+        "input. docs/generate.md explains the options.",
+    )
+    # The text goes to stdout.
+    generate.set_defaults(job=_generate, logs=sys.stderr)
+    generate.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint, run folder or Hugging Face folder")
+    generate.add_argument(
+        "--prompt", metavar="TEXT", dest="prompts", action="append", default=[], help="may be repeated"
+    )
+    generate.add_argument(
+        "--prompt-file", metavar="FILE", dest="prompt_files", action="append", default=[], help="text; may be repeated"
+    )
+    generate.add_argument("--tokens", metavar="FILE", help="token numbers, a line for each prompt; printed as numbers")
+    generate.add_argument("--max-tokens", metavar="N", type=int, default=100, help="new tokens; default 100")
+    generate.add_argument("--temperature", metavar="X", type=float, default=0.0, help="default 0: the likeliest token")
+    generate.add_argument("--top-p", metavar="X", type=float, default=1.0, help="share of probability kept; default 1")
+    generate.add_argument("--seed", metavar="N", type=int, default=0, help="of the random numbers; default 0")
+    generate.add_argument(
+        "--chunk", metavar="N", type=int, default=2048, help="tokens of prompts at once; default 2048"
+    )
+    generate.add_argument("--precision", choices=("fp32", "bf16"), help="default the checkpoint's")
+    generate.add_argument(
+        "--any-length", action="store_true", help="go beyond the length that the model was trained on"
+    )
+    generate.add_argument("--save-cache", metavar="FILE", help="file to write the sequences' states to")
+    generate.add_argument("--load-cache", metavar="FILE", help="states to go on from")
+
+
 def _train(options: argparse.Namespace, rank: int) -> int:
     config = load_config(options.config, options.overrides)
     description = describe_run(config, int(os.environ.get("WORLD_SIZE", "1")))
@@ -146,6 +179,13 @@ def _score(options: argparse.Namespace, rank: int) -> int:
     from megatron_sse.convert import score
 
     return score(options.checkpoint, options.input, options.output)
+
+
+def _generate(options: argparse.Namespace, rank: int) -> int:
+    from megatron_sse.inference.command import Request, run
+
+    given = vars(options).items()
+    return run(Request(**{name: value for name, value in given if name not in ("job", "logs")}))
 
 
 def _inspect(options: argparse.Namespace, rank: int) -> int:

@@ -1,9 +1,9 @@
 """All that a model keeps of a batch of sequences, and the file that it can be saved to."""
 
 import json
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -64,23 +64,29 @@ class Cache:
             raise UserError(f"--save-cache: {path} cannot be written ({' '.join(str(error).split())})") from None
 
     @classmethod
-    def load(cls, path: str, model: GPTModel, settings: dict) -> "Cache":
-        """Read what `save` wrote for a model of the same settings. Raises UserError."""
-        if not Path(path).is_file():
-            raise UserError(f"--load-cache: {path}: no such file")
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            raise UserError(f"--load-cache: {path} cannot be read ({' '.join(str(error).split())[:100]})") from None
-        if not isinstance(content, dict) or content.get("format") != _FORMAT:
-            raise UserError(f"--load-cache: got {path}, allowed a file that --save-cache wrote")
-        if content["settings"] != json.dumps(settings, sort_keys=True):
-            raise UserError(f"--load-cache: got {path}, which is of a model with other settings")
+    def restore(cls, content: dict[str, Any], model: GPTModel) -> "Cache":
+        """What read_cache gave."""
         cache = cls(model, 0)
         for number, layer in cache.layers.items():
             layer.set_tensors({name: tensor.to(cache.device) for name, tensor in content["layers"][number].items()})
         cache.lengths, cache.pending = content["lengths"], content["pending"]
         return cache
+
+
+def read_cache(path: str, settings: dict) -> dict[str, Any]:
+    """The content of a file that Cache.save wrote for a model of the same settings. Raises UserError."""
+    if not Path(path).is_file():
+        raise UserError(f"--load-cache: {path}: no such file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    # What torch.load raises for a file that is none depends on its first bytes.
+    except Exception as error:
+        raise UserError(f"--load-cache: {path} cannot be read ({type(error).__name__})") from None
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise UserError(f"--load-cache: got {path}, allowed a file that --save-cache wrote")
+    if content["settings"] != json.dumps(settings, sort_keys=True):
+        raise UserError(f"--load-cache: got {path}, which is of a model with other settings")
+    return content
 
 
 def _make_bank_cache(mixer: SSEMixer, num_sequences: int, device: torch.device) -> BankCache:

@@ -143,8 +143,8 @@ class KeyValueCache:
         parts = [x.split(list(layout.counts)) for x in (q_THK, k_THK, v_THK)]
         return torch.cat(
             [
-                self._attend_one(*part, slot, past, scale)
-                for *part, slot, past in zip(*parts, layout.slots, layout.past, strict=True)
+                self._attend_one(q, k, v, slot, past, scale)
+                for q, k, v, slot, past in zip(*parts, layout.slots, layout.past, strict=True)
             ]
         )
 

@@ -1,0 +1,207 @@
+"""`megatron-sse generate`: text from a model, streamed."""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_sse.config import RunConfig
+from megatron_sse.convert.model import open_model
+from megatron_sse.errors import UserError
+from megatron_sse.inference.cache import Cache, read_cache
+from megatron_sse.inference.load import build_and_load, inference_config
+from megatron_sse.inference.prompts import check_length, check_tokens, read_prompts, read_tokens
+from megatron_sse.inference.run import DEFAULT_CHUNK, generate
+from megatron_sse.inference.sampling import Sampler
+from megatron_sse.inference.text import Tokenizer, open_tokenizer
+from megatron_sse.parallel.device import Device, setup_device
+from megatron_sse.parallel.groups import destroy_groups, init_groups, init_process_group
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What `megatron-sse generate` was asked for; docs/generate.md explains each."""
+
+    checkpoint: str
+    prompts: Sequence[str] = ()
+    prompt_files: Sequence[str] = ()
+    tokens: str | None = None
+    max_tokens: int = 100
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    chunk: int = DEFAULT_CHUNK
+    precision: str | None = None
+    any_length: bool = False
+    save_cache: str | None = None
+    load_cache: str | None = None
+
+    @property
+    def is_interactive(self) -> bool:
+        return not (self.prompts or self.prompt_files or self.tokens)
+
+    def check(self, world_size: int) -> None:
+        """Raise UserError for what cannot be meant."""
+        for name, value, right, allowed in (
+            ("--max-tokens", self.max_tokens, self.max_tokens >= 1, "1 or more"),
+            (
+                "--temperature",
+                self.temperature,
+                0 <= self.temperature < float("inf"),
+                "0 (the likeliest token) or more",
+            ),
+            ("--top-p", self.top_p, 0 < self.top_p <= 1, "more than 0, at most 1"),
+            ("--seed", self.seed, 0 <= self.seed < 1 << 40, "0 or more, below 2^40"),
+            ("--chunk", self.chunk, self.chunk >= 1, "1 or more"),
+        ):
+            if not right:
+                raise UserError(f"{name}: got {value}, allowed {allowed}")
+        if self.tokens is not None and (self.prompts or self.prompt_files):
+            raise UserError("--tokens: got text prompts too, allowed one of both")
+        if world_size > 1 and (self.save_cache or self.load_cache or self.is_interactive):
+            raise UserError(f"got {world_size} processes, allowed 1 without prompts, to save and to load a cache")
+
+
+def run(request: Request) -> int:
+    """Generate and print; returns the exit status. Raises UserError.
+
+    Under torchrun all processes together are one tensor group.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    request.check(world_size)
+    model = open_model("CHECKPOINT", request.checkpoint)
+    config = inference_config(model, request.precision, world_size)
+    vocab_size, tokenizer, goes_on = config.model.vocab_size, None, request.load_cache is not None
+    if request.tokens is not None:
+        prompts = read_tokens(request.tokens, vocab_size, goes_on)
+    else:
+        tokenizer = open_tokenizer(model)
+        prompts = read_prompts(request.prompts, request.prompt_files, tokenizer, goes_on)
+        for number, prompt in enumerate(prompts, 1):
+            check_tokens(f"prompt {number}", prompt, vocab_size)
+    kept = None if request.load_cache is None else read_cache(request.load_cache, _settings(config))
+    before = [] if kept is None else kept["lengths"]
+    if kept is not None and len(before) != (1 if request.is_interactive else len(prompts)):
+        raise UserError(f"--load-cache: got {len(prompts) or 1} prompts, allowed {len(before)}: one for each sequence")
+    for number, prompt in enumerate(prompts):
+        _check_length(request, config, len(prompt) + (before[number] if before else 0))
+    with _tensor_group(world_size) as (groups, device):
+        net = build_and_load(model, config, groups, device)
+        cache = Cache(net, len(prompts) or 1) if kept is None else Cache.restore(kept, net)
+        session = _Session(request, config, net, tokenizer, device)
+        if request.is_interactive:
+            assert tokenizer is not None
+            cache = session.talk(cache, sys.stdin, sys.stdin.isatty())
+        else:
+            session.go_on(cache, prompts)
+        if request.save_cache is not None:
+            cache.save(request.save_cache, _settings(config))
+    return 0
+
+
+def _settings(config: RunConfig) -> dict:
+    return config.model.model_dump(mode="json") | {"precision": config.training.precision}
+
+
+def _check_length(request: Request, config: RunConfig, num_before: int) -> None:
+    if not request.any_length:
+        check_length(config.model, config.data.sequence_length, num_before + request.max_tokens)
+
+
+@contextmanager
+def _tensor_group(size: int) -> Iterator[tuple[ProcessGroupCollection, Device]]:
+    device = setup_device(int(os.environ.get("LOCAL_RANK", "0")))
+    init_process_group(device)
+    try:
+        yield init_groups(tensor=size), device
+    finally:
+        destroy_groups()
+        dist.destroy_process_group()
+
+
+class _Session:
+    """A loaded model, and how its tokens are picked and printed."""
+
+    def __init__(self, request: Request, config: RunConfig, net: GPTModel, tokenizer: Tokenizer | None, device: Device):
+        self.request, self.config, self.net, self.tokenizer, self.device = request, config, net, tokenizer, device
+        self.end = None if tokenizer is None else tokenizer.end
+        self.sampler = Sampler(config.model.vocab_size, request.temperature, request.top_p, request.seed)
+
+    def go_on(self, cache: Cache, prompts: Sequence[Sequence[int]]) -> None:
+        """Print what follows the prompts: one sequence as it comes, several one after the other at the end."""
+        decoders = [self._decoder() for _ in prompts]
+        texts = [""] * len(prompts)
+        start = first = time.perf_counter()
+        num_tokens = 0
+        for tokens in generate(
+            self.net, cache, prompts, self.request.max_tokens, self.sampler, self.end, self.request.chunk
+        ):
+            if not num_tokens:
+                first = time.perf_counter()
+            for slot, token in enumerate(tokens):
+                if token is None or token == self.end:
+                    continue
+                text = decoders[slot](token)
+                texts[slot] += text
+                if len(prompts) == 1:
+                    _show(text)
+            num_tokens += sum(token is not None for token in tokens)
+        if len(prompts) == 1:
+            _show("\n")
+        else:
+            for number, text in enumerate(texts, 1):
+                _show(f"{text}\n" if self.tokenizer is None else f"--- {number}\n{text}\n")
+        if not self.request.is_interactive:
+            self._report(sum(map(len, prompts)), first - start, num_tokens, time.perf_counter() - first, cache)
+
+    def talk(self, cache: Cache, lines: Iterable[str], is_terminal: bool) -> Cache:
+        """Go on after each line; all lines and answers are one sequence, until the model ends it. Returns its cache."""
+        assert self.tokenizer is not None
+        lines = iter(lines)
+        while True:
+            if is_terminal:
+                print("> ", end="", file=sys.stderr, flush=True)
+            line = next(lines, None)
+            if line is None:
+                return cache
+            if cache.pending[0] and cache.pending[0][-1] == self.end:
+                cache = Cache(self.net, 1)
+            text = line.rstrip("\n")
+            prompt = self.tokenizer.encode(text, goes_on=bool(cache.lengths[0])) if text else []
+            if not prompt and not cache.pending[0]:
+                print("empty prompt: give at least one character", file=sys.stderr)
+                continue
+            try:
+                _check_length(self.request, self.config, cache.lengths[0] + len(prompt))
+            except UserError as error:
+                print(error, file=sys.stderr)
+                continue
+            self.go_on(cache, [prompt])
+
+    def _decoder(self) -> Callable[[int], str]:
+        return (lambda token: f"{token} ") if self.tokenizer is None else self.tokenizer.stream()
+
+    def _report(self, num_before: int, before: float, num_tokens: int, after: float, cache: Cache) -> None:
+        # The first token follows from the prompt's logits.
+        each = after / max(num_tokens - 1, 1) * 1e3
+        logger.info(
+            "prompts: %d tokens in %.2f s (%.0f a second); new: %d tokens, %.1f ms each; cache %.2f MB; "
+            "peak memory %.0f MB",
+            *(num_before, before, num_before / max(before, 1e-9), num_tokens, each),
+            *(cache.num_bytes / 1e6, self.device.peak_memory_bytes() / 1e6),
+        )
+
+
+def _show(text: str) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        sys.stdout.write(text)
+        sys.stdout.flush()

@@ -1,0 +1,65 @@
+"""What goes in: prompts from the command line and from files, checked before anything is built."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_sse.config import ModelConfig
+from megatron_sse.errors import UserError
+from megatron_sse.inference.text import Tokenizer
+
+
+def read_prompts(texts: Sequence[str], files: Sequence[str], tokenizer: Tokenizer, goes_on: bool) -> list[list[int]]:
+    """Tokens of the given texts and of text files, one prompt each.
+
+    goes_on: whether they follow what is kept in a cache, and may be empty. Raises UserError.
+    """
+    named = [(f"--prompt {number}", text) for number, text in enumerate(texts, 1)]
+    for file in files:
+        try:
+            named.append((f"--prompt-file {file}", Path(file).read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompt-file: {file} cannot be read ({' '.join(str(error).split())})") from None
+    prompts = [tokenizer.encode(text, goes_on) for _, text in named]
+    for (name, _), prompt in zip(named, prompts, strict=True):
+        _check_not_empty(name, prompt, goes_on)
+    return prompts
+
+
+def read_tokens(file: str, vocab_size: int, goes_on: bool) -> list[list[int]]:
+    """Prompts of a file with token numbers, a line each; otherwise as read_prompts."""
+    try:
+        lines = Path(file).read_text(encoding="ascii").splitlines()
+        prompts = [[int(word) for word in line.split()] for line in lines]
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--tokens: {file} cannot be read as lines of token numbers ({reason})") from None
+    if not prompts:
+        raise UserError(f"--tokens: got {file}, which is empty, allowed a line of token numbers for each prompt")
+    for number, prompt in enumerate(prompts, 1):
+        _check_not_empty(f"--tokens: {file}:{number}", prompt, goes_on)
+        check_tokens(f"--tokens: {file}:{number}", prompt, vocab_size)
+    return prompts
+
+
+def check_tokens(name: str, prompt: Sequence[int], vocab_size: int) -> None:
+    """Raise UserError for a token that the model does not have."""
+    for token in (min(prompt), max(prompt)) if prompt else ():
+        if not 0 <= token < vocab_size:
+            raise UserError(f"{name}: got token {token}, allowed 0 to {vocab_size - 1}")
+
+
+def check_length(model: ModelConfig, trained_length: int, num_tokens: int) -> None:
+    """Raise UserError where a sequence would reach positions that softmax layers have never seen."""
+    softmax = model.softmax
+    if "softmax" not in model.layer_kinds() or not softmax.rotary_base or softmax.window is not None:
+        return
+    if num_tokens > trained_length:
+        raise UserError(
+            f"--max-tokens: got sequences of {num_tokens} tokens with their prompts, allowed {trained_length}, the "
+            "length (data.sequence_length) that the softmax layers' positions were trained for; --any-length goes on"
+        )
+
+
+def _check_not_empty(name: str, prompt: Sequence[int], goes_on: bool) -> None:
+    if not prompt and not goes_on:
+        raise UserError(f"{name}: got an empty prompt, allowed at least one token")

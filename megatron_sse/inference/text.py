@@ -1,0 +1,102 @@
+"""From text to tokens and back: the tokenizer in a model's folder, or the byte tokens of training."""
+
+import codecs
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from megatron_sse.convert.installed import require
+from megatron_sse.convert.model import Model
+from megatron_sse.data.metadata import read_metadata
+from megatron_sse.data.tokenizer import END_OF_DOCUMENT, VOCAB_SIZE
+from megatron_sse.errors import UserError
+
+# Characters that are not complete yet are decoded to this one.
+_BROKEN = "\ufffd"
+
+
+class Tokenizer(Protocol):
+    """end: the token that ends a document; None where there is none."""
+
+    end: int | None
+
+    def encode(self, text: str, goes_on: bool = False) -> list[int]:
+        """goes_on: whether text comes before, so that no start of a text is marked."""
+        ...
+
+    def stream(self) -> Callable[[int], str]:
+        """A function that takes one token after the other and returns the text that each completes."""
+        ...
+
+
+class ByteTokenizer:
+    """A token per byte of UTF-8."""
+
+    end: int | None = END_OF_DOCUMENT
+
+    def encode(self, text: str, goes_on: bool = False) -> list[int]:
+        return list(text.encode())
+
+    def stream(self) -> Callable[[int], str]:
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        return lambda token: decoder.decode(bytes([token])) if token < END_OF_DOCUMENT else ""
+
+
+class FolderTokenizer:
+    """One of transformers' tokenizers."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.end: int | None = tokenizer.eos_token_id
+
+    def encode(self, text: str, goes_on: bool = False) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=not goes_on)
+
+    def stream(self) -> Callable[[int], str]:
+        tokens: list[int] = []
+        # Text of tokens[start:shown] is out; it is decoded with what follows, as spaces depend on the token before.
+        start, shown = 0, 0
+
+        def add(token: int) -> str:
+            nonlocal start, shown
+            tokens.append(token)
+            before = self.tokenizer.decode(tokens[start:shown], skip_special_tokens=True)
+            text = self.tokenizer.decode(tokens[start:], skip_special_tokens=True)
+            if len(text) <= len(before) or text.endswith(_BROKEN):
+                return ""
+            start, shown = shown, len(tokens)
+            return text[len(before) :]
+
+        return add
+
+
+def open_tokenizer(model: Model) -> Tokenizer:
+    """The tokenizer of a model's folder; byte tokens where the model was trained on them. Raises UserError."""
+    there = [name for name in ("tokenizer_config.json", "tokenizer.json") if (model.folder / name).is_file()]
+    if there:
+        return _read_tokenizer(model, there[0])
+    metadata = read_metadata(model.config.data.train)
+    if model.config.model.vocab_size == VOCAB_SIZE or (metadata is not None and metadata.tokenizer == "bytes"):
+        return ByteTokenizer()
+    raise UserError(
+        f"{model.folder}: no tokenizer (tokenizer.json), and {model.config.model.vocab_size} tokens are not the "
+        f"{VOCAB_SIZE} byte tokens; put the tokenizer's files there, or give token numbers with --tokens"
+    )
+
+
+def _read_tokenizer(model: Model, file: str) -> Tokenizer:
+    require("transformers", f"the tokenizer of {model.folder}")
+    import transformers
+
+    tokenizer: Any
+    try:
+        if file == "tokenizer.json":
+            tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(model.folder / file))
+        else:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                model.folder, local_files_only=True, trust_remote_code=False
+            )
+    # What transformers raises depends on what is wrong with the files.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{model.folder / file}: the tokenizer cannot be read ({reason})") from None
+    return FolderTokenizer(tokenizer)
