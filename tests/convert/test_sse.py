@@ -209,7 +209,7 @@ def test_a_model_of_bytes_gets_a_tokenizer(tmp_path: Path) -> None:
     ours = make_ours(tmp_path / "ours", model(vocab_size=257))
     (ours / "tokens.json").write_text(json.dumps({"tokenizer": "bytes"}))
     assert convert(str(ours), str(tmp_path / "hf")) == 0
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)
     text = "def ä(x):\n\treturn  'ß €'\x00\x7f"
     assert tokenizer(text)["input_ids"] == list(text.encode())
     assert tokenizer.decode(list(text.encode())) == text
