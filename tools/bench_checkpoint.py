@@ -6,7 +6,6 @@ Only shares are of use: times on a CPU and its disk say nothing of other machine
 import argparse
 import platform
 import shutil
-import statistics
 import subprocess
 import tempfile
 import time
@@ -59,6 +58,10 @@ def run_config(args: argparse.Namespace, folder: Path) -> RunConfig:
     return RunConfig.model_validate(sections)
 
 
+# By the clock, and of the processor.
+Seconds = np.ndarray
+
+
 class Bench:
     """A model with its optimizer, filled with random numbers."""
 
@@ -75,37 +78,42 @@ class Bench:
         self.saver = Saver(self.config, self.chunks, self.optimizer, self.groups)
         self.checkpoint = step_folder(self.saver.folder, 1)
 
-    def save(self) -> float:
-        """Seconds that a save takes during which training waits."""
-        begun = time.perf_counter()
+    def save(self) -> Seconds:
+        """What a save takes during which training waits."""
+        begun = now()
         self.saver.start(1, 1, background=False)
         self.saver.finish()
-        return time.perf_counter() - begun
+        return now() - begun
 
-    def save_without_hashes(self) -> float:
+    def save_without_hashes(self) -> Seconds:
         with patch.object(durable.hashlib, "sha256", NoHash):
             return self.save()
 
-    def save_in_background(self) -> float:
-        """Seconds that training waits for a save that is written while it goes on."""
-        begun = time.perf_counter()
+    def save_in_background(self) -> Seconds:
+        """How long training waits for a save that is written while it goes on."""
+        begun = now(of_thread=True)
         self.saver.start(1, 1, background=True)
-        seconds = time.perf_counter() - begun
+        seconds = now(of_thread=True) - begun
         while self.saver.is_writing():
             time.sleep(0.01)
-        begun = time.perf_counter()
+        begun = now(of_thread=True)
         self.saver.finish()
-        return seconds + time.perf_counter() - begun
+        return seconds + now(of_thread=True) - begun
 
-    def verify(self) -> float:
-        begun = time.perf_counter()
+    def verify(self) -> Seconds:
+        begun = now()
         assert first_whole([self.checkpoint], hashes=True) == self.checkpoint
-        return time.perf_counter() - begun
+        return now() - begun
 
-    def load(self) -> float:
-        begun = time.perf_counter()
+    def load(self) -> Seconds:
+        begun = now()
         load_checkpoint(self.checkpoint, self.config, self.chunks, self.optimizer, self.groups)
-        return time.perf_counter() - begun
+        return now() - begun
+
+
+def now(of_thread: bool = False) -> Seconds:
+    """The clock, and the processor time so far: of the whole process, or of the thread that trains alone."""
+    return np.array([time.perf_counter(), time.thread_time() if of_thread else time.process_time()])
 
 
 class NoHash:
@@ -124,14 +132,14 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(dir=args.folder))
     try:
         bench = Bench(args, folder)
-        measured: dict[str, Callable[[], float]] = {
+        measured: dict[str, Callable[[], Seconds]] = {
             "save, training waits": bench.save,
             "save, training waits, no hashes": bench.save_without_hashes,
             "save, training goes on": bench.save_in_background,
             "verify": bench.verify,
             "load": bench.load,
         }
-        times: dict[str, list[float]] = {name: [] for name in measured}
+        times: dict[str, list[Seconds]] = {name: [] for name in measured}
         # One after the other and not in blocks, since the disk's speed changes; the first round warms up.
         for repeat in range(args.repeats + 1):
             # Saves without hashes leave none to verify: the order matters.
@@ -144,18 +152,19 @@ def main() -> None:
         shutil.rmtree(folder)
 
 
-def report(args: argparse.Namespace, bench: Bench, times: dict[str, list[float]]) -> None:
+def report(args: argparse.Namespace, bench: Bench, times: dict[str, list[Seconds]]) -> None:
     """Print a table of shares of the save during which training waits."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     size = sum(path.stat().st_size for path in bench.checkpoint.iterdir())
     model = f"{bench.num_parameters / 1e6:.0f} M parameters, fp32, {size / 2**30:.2f} GiB"
     versions = f"torch {torch.__version__}, python {platform.python_version()}"
     print(f"Commit {commit}, {versions}; {model}; one thread, {args.repeats} repeats\n")
-    print("| what | share: median (p10, p90) |\n|---|---|")
-    whole = statistics.median(times["save, training waits"])
+    print("| what | share of the time: median (p10, p90) | share of the processor time |\n|---|---|---|")
+    whole = np.median(times["save, training waits"], axis=0)
     for name, seconds in times.items():
-        low, middle, high = np.quantile(seconds, (0.1, 0.5, 0.9)) / whole
-        print(f"| {name} | {middle:.1%} ({low:.1%}, {high:.1%}) |")
+        quantiles = np.quantile(seconds, (0.5, 0.1, 0.9), axis=0) / whole
+        clock, processor = (f"{middle:.1%} ({low:.1%}, {high:.1%})" for middle, low, high in quantiles.T)
+        print(f"| {name} | {clock} | {processor} |")
 
 
 if __name__ == "__main__":
