@@ -25,20 +25,16 @@ def small_pieces_on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_attention, "choose_chunks_per_piece", lambda num_rows, programs: 1)
 
 
-BASE = Case(lengths=LENGTHS, key_dim=16, value_dim=16)
+BASE = Case(lengths=LENGTHS, num_heads=1, num_value_heads=1, key_dim=16, value_dim=16, num_partitions=3)
+# The operators' own tests have more; here each is there for what surrounds them.
 CASES = [
-    BASE,
-    replace(BASE, num_partitions=5, num_writers=3, num_readers=3, key_dim=12, value_dim=24, initial=True),
-    replace(BASE, num_partitions=5, num_writers=1, num_readers=2, num_value_heads=4, routing="gaps"),
-    replace(BASE, num_partitions=3, num_writers=2, num_readers=1, weight_writes=False, routing="ties"),
-    replace(BASE, routing="one", decay="underflow", initial=True),
-    replace(BASE, decay="one", weight_reads=False),
+    replace(BASE, num_value_heads=2, key_dim=12, value_dim=24, num_writers=2, num_readers=2, initial=True),
+    replace(BASE, num_writers=1, num_readers=2, routing="ties", weight_writes=False),
     replace(BASE, num_partitions=0, initial=True),
 ]
 CASES += [replace(case, recurrence="gdn") for case in CASES]
-CASES.append(replace(BASE, recurrence="gdn", beta_max=2.0, initial=True))
 # Mask form: all partitions are picks, through the same kernels.
-FORMS = [("varlen", case) for case in CASES] + [("mask", case) for case in CASES if case.num_partitions == 3]
+FORMS = [("varlen", case) for case in CASES] + [("mask", case) for case in CASES if case.routing == "ties"]
 
 
 def fp32(inputs: Inputs) -> Inputs:
@@ -98,7 +94,7 @@ def test_bf16_costs_at_most_twice_what_it_costs_plain_torch(recurrence: str) -> 
 
 @pytest.mark.parametrize("recurrence", ["gla", "gdn"])
 def test_compiled_as_one_graph(recurrence: str) -> None:
-    case = Case(recurrence=recurrence, lengths=(30, 3), key_dim=16, value_dim=16, num_partitions=2)
+    case = replace(BASE, recurrence=recurrence, lengths=(5,), num_partitions=2)
     inputs = fp32(make_inputs(case))
     compiled = torch.compile(attention("varlen"), backend="aot_eager", fullgraph=True)
     actual = outputs_and_gradients(compiled, case, inputs)
@@ -108,12 +104,12 @@ def test_compiled_as_one_graph(recurrence: str) -> None:
 
 @pytest.mark.parametrize("recurrence", ["gla", "gdn"])
 def test_shapes_are_known_without_data(recurrence: str) -> None:
-    case = replace(BASE, recurrence=recurrence, num_writers=2, num_readers=2, num_value_heads=4)
+    case = replace(BASE, recurrence=recurrence, num_writers=2, num_readers=2, num_value_heads=2)
     inputs = fp32(make_inputs(case))
-    expected = outputs_and_gradients(attention("varlen"), case, inputs)
     actual = outputs_and_gradients(attention("varlen"), case, inputs.to("meta"))
-    for name, x in expected.items():
-        assert (actual[name].shape, actual[name].dtype) == (x.shape, x.dtype), name
+    shapes = {"o": inputs.v_THV.shape, "final": (len(LENGTHS), 4, 2, 16, 16)}
+    shapes |= {f"d {name}": x.shape for name, x in inputs.leaves().items()}
+    assert {name: x.shape for name, x in actual.items()} == shapes
 
 
 def read_rows_for_tokens(patch: pytest.MonkeyPatch) -> None:
@@ -133,7 +129,7 @@ def forget_the_leaving_gradient(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("recurrence", ["gla", "gdn"])
 @pytest.mark.parametrize("mutate", [read_rows_for_tokens, forget_the_leaving_gradient])
 def test_a_seeded_bug_is_seen(mutate, recurrence: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = replace(BASE, recurrence=recurrence, num_readers=2)
+    case = replace(BASE, recurrence=recurrence, num_writers=2, num_readers=2)
     expected = outputs_and_gradients(oracle, case, make_inputs(case))
     mutate(monkeypatch)
     actual = outputs_and_gradients(attention("varlen"), case, fp32(make_inputs(case)))
