@@ -196,6 +196,52 @@ def rows_of(shape: Shape, device: str) -> list[str]:
     return rows
 
 
+def roofline(shape: Shape) -> list[str]:
+    """Per kernel of ours: its time in a step, what it moves and computes, and the larger share of the two ceilings."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from megatron_sse.kernels.triton.work import gdn_work, gla_work
+
+    problem, repeats = Problem(shape, "cuda"), 10
+
+    def step() -> None:
+        torch.autograd.grad(problem.ours("varlen"), problem.leaves, problem.grad_o)
+
+    step()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for _ in range(repeats):
+            step()
+        torch.cuda.synchronize()
+    times = {event.key: event.device_time_total * 1e-6 / repeats for event in profiled.key_averages()}
+    sizes = (shape.tokens * (1 + shape.picks), shape.heads, shape.dim, shape.dim, torch.bfloat16)
+    work = gla_work(sizes[0], shape.heads, *sizes[1:]) if shape.recurrence == "gla" else gdn_work(*sizes)
+    bytes_per_second, flops_per_second = _ceilings()
+    rows = [
+        "",
+        f"{shape}; copy {bytes_per_second / 1e12:.2f} TB/s, bf16 product {flops_per_second / 1e12:.0f} TFLOP/s",
+        "",
+        "| kernel | ms | GB | GFLOP | share of the ceiling |",
+        "|---|---|---|---|---|",
+    ]
+    for name, seconds in sorted(times.items(), key=lambda item: -item[1]):
+        moved, computed = work.get(name, (0, 0))
+        share = max(moved / bytes_per_second, computed / flops_per_second) / seconds if seconds else 0.0
+        rows.append(f"| {name[:60]} | {1e3 * seconds:.3f} | {moved / 1e9:.2f} | {computed / 1e9:.0f} | {share:.0%} |")
+    return rows
+
+
+def _ceilings() -> tuple[float, float]:
+    """Bytes per second of a copy (read and written) and FLOP per second of a large bf16 product, measured here."""
+    from triton.testing import do_bench
+
+    source = torch.randn(2**29, device="cuda", dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    copy_ms = do_bench(lambda: target.copy_(source), return_mode="median")
+    product_ms = do_bench(lambda: a @ b, return_mode="median")
+    return 2 * source.nbytes / copy_ms * 1e3, 2 * 8192**3 / product_ms * 1e3
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fla", type=Path)
@@ -203,6 +249,7 @@ def main() -> None:
     parser.add_argument("--shapes", default="16x128,8x256", help="heads x dim")
     parser.add_argument("--tokens", default="4096,16384,65536,131072")
     parser.add_argument("--banks", default="4x1,4x2,16x1,16x2", help="partitions x picks")
+    parser.add_argument("--roofline", action="store_true", help="also the time of each kernel against its ceiling")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     if options.fla is not None:
@@ -217,6 +264,10 @@ def main() -> None:
             for partitions, picks in (map(int, x.split("x")) for x in options.banks.split(",")):
                 for tokens in map(int, options.tokens.split(",")):
                     lines += rows_of(Shape(tokens, heads, dim, partitions, picks, recurrence), device)
+            if options.roofline and device == "cuda":
+                tokens, (partitions, picks) = max(map(int, options.tokens.split(","))), (4, 1)
+                lines += roofline(Shape(tokens, heads, dim, partitions, picks, recurrence))
+                print("\n".join(lines[-12:]), flush=True)
     if options.output is not None:
         options.output.write_text("# SSE attention on a GPU\n\n" + "\n".join(lines) + "\n")
 

@@ -299,33 +299,3 @@ def _empty_gradients(*inputs) -> tuple[Tensor, ...]:
 def _(*inputs):
     x = _named(inputs[:-3])
     return *_empty_gradients(*inputs[:-3]), torch.empty_like(x["write"]), torch.empty_like(x["read"])
-
-
-def count_work(
-    num_rows: int, num_heads: int, num_value_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype
-) -> dict[str, tuple[int, int]]:
-    """Bytes (each tensor once) and FLOPs of products, per kernel, of forward and backward over full chunks.
-
-    States of pieces are left out: one in chunks_per_piece. With K = V = 128, as many value heads as key heads and bf16,
-    a chunk's head moves 240 KB forward and 616 KB backward.
-    """
-    size, rows = dtype.itemsize, num_rows
-    chunks = -(-rows // CHUNK_SIZE)
-    keys, values = rows * num_heads * key_dim * size, rows * num_value_heads * value_dim * size
-    gates, scores = rows * num_heads * key_dim * 4, rows * num_heads * CHUNK_SIZE * size
-    inner_keys, inner_scores = (x * num_value_heads // num_heads for x in (keys, scores))
-    states = chunks * num_value_heads * key_dim * value_dim * size
-    with_state = 2 * rows * num_value_heads * key_dim * value_dim
-    with_keys, with_values = (2 * rows * CHUNK_SIZE * x for x in (num_heads * key_dim, num_value_heads * value_dim))
-    prepare = 4 * keys + gates + scores, with_keys
-    return {
-        "summarize": (keys + gates + values, with_state),
-        "prepare": prepare,
-        "output": (2 * keys + scores + 2 * values, 2 * with_state + with_values),
-        "summarize_backward": (keys + gates + values, with_state),
-        "prepare_backward": prepare,
-        "values": (2 * keys + scores + 3 * values, 2 * with_state + with_values),
-        "states": (keys + values + states, with_state),
-        "inter": (keys + scores + 2 * values + states + 2 * inner_keys + inner_scores, 3 * with_state + with_values),
-        "intra": (4 * keys + 2 * gates + 2 * inner_keys + inner_scores, 2 * with_keys),
-    }
