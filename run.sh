@@ -72,8 +72,9 @@ case "${1:-}" in
     shift
     setup
     cd "$root"
-    echo "OMP_NUM_THREADS=1 $venv/bin/python -m pytest $*"
-    OMP_NUM_THREADS=1 exec "$venv/bin/python" -m pytest "$@"
+    # Two files at a time: most tests compute in one thread.
+    echo "OMP_NUM_THREADS=1 $venv/bin/python -m pytest -n 2 --dist loadfile $*"
+    OMP_NUM_THREADS=1 exec "$venv/bin/python" -m pytest -n 2 --dist loadfile "$@"
     ;;
   *)
     setup
