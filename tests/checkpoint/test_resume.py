@@ -57,3 +57,25 @@ def test_precision_may_change(tmp_path: Path, before: str, after: str) -> None:
         assert torch.equal(old[name].to(low), new[name].to(low)), name
     if after == "fp32":
         assert any(not torch.equal(old[name].float(), new[name]) for name in weights)
+
+
+@pytest.mark.parametrize(("before", "after"), [(128, 32), (32, 128)])
+def test_padding_of_the_vocabulary_may_change(tmp_path: Path, before: int, after: int) -> None:
+    """64 rows of the embedding are the vocabulary's; of the others as many are there as vocab_multiple says."""
+
+    def sections(multiple: int) -> dict[str, Any]:
+        model = {"vocab_multiple": multiple, "tie_embeddings": True}
+        return {
+            "training": SHORT,
+            "model": model,
+            "parallel": {"tensor": 2, "distributed_optimizer": multiple == after},
+        }
+
+    small_run(tmp_path)
+    checkpoint = tmp_path / "run/checkpoints/iter_0000003"
+    old = run_workers(2, train_and_save, tmp_path, sections(before), None, 3, True)
+    new = run_workers(2, train_and_save, tmp_path, sections(after), checkpoint, 3, False)
+    name = "0.module.embedding.word_embeddings.weight"
+    whole_old, whole_new = (torch.cat([state[name] for _, state in ranks]) for ranks in (old, new))
+    assert (len(whole_old), len(whole_new)) == (max(64, before), max(64, after))
+    assert torch.equal(whole_old[:64], whole_new[:64])
