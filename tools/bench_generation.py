@@ -86,7 +86,7 @@ def time_tokens(net: GPTModel, device: Device, args: argparse.Namespace) -> list
             start = read()
             logits_of(net, feed(net, cache, tokens[step : step + 1], [0], [1]))
             spent.append(1e3 * (read() - start))
-    rows = []
+    rows: list[dict[str, float]] = []
     for context, cache, spent in zip(args.contexts, caches, times, strict=True):
         cuts = statistics.quantiles(spent[10:], n=10)  # the first ones warm up
         row = {"context": context, "ms": cuts[4], "p10": cuts[0], "p90": cuts[8], "cache_bytes": cache.num_bytes}
@@ -97,7 +97,8 @@ def time_tokens(net: GPTModel, device: Device, args: argparse.Namespace) -> list
 def time_prompt(net: GPTModel, device: Device, args: argparse.Namespace) -> list[dict[str, float]]:
     """Peak memory and time while one long prompt goes in: a row after each doubling from an eighth of it on."""
     generator = torch.Generator("cpu").manual_seed(0)
-    cache, read, rows = Cache(net, 1), clock(device), []
+    cache, read = Cache(net, 1), clock(device)
+    rows: list[dict[str, float]] = []
     start = read()
     marks = [args.prompt >> halvings for halvings in (3, 2, 1, 0)]
     for mark in marks:

@@ -7,14 +7,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_sse.config import RunConfig
-from megatron_sse.convert.model import open_model
-from megatron_sse.errors import UserError
+from megatron_sse.convert.model import Model, open_model
+from megatron_sse.errors import SharedUserError, UserError
 from megatron_sse.inference.cache import Cache, read_cache
 from megatron_sse.inference.load import build_and_load, inference_config
 from megatron_sse.inference.prompts import check_length, check_tokens, read_prompts, read_tokens
@@ -71,41 +72,65 @@ class Request:
             raise UserError(f"got {world_size} processes, allowed 1 without prompts, to save and to load a cache")
 
 
+@dataclass(frozen=True)
+class _Job:
+    """A request whose files have been read and found to fit.
+
+    tokenizer: None where token numbers go in and out. kept: the content of a saved cache.
+    """
+
+    model: Model
+    config: RunConfig
+    tokenizer: Tokenizer | None
+    prompts: list[list[int]]
+    kept: dict[str, Any] | None
+
+
 def run(request: Request) -> int:
     """Generate and print; returns the exit status. Raises UserError.
 
     Under torchrun all processes together are one tensor group.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        job = _prepare(request, world_size)
+    except UserError as error:
+        # All processes read the same.
+        raise SharedUserError(str(error)) from None
+    with _tensor_group(world_size) as (groups, device):
+        net = build_and_load(job.model, job.config, groups, device)
+        cache = Cache(net, len(job.prompts) or 1) if job.kept is None else Cache.restore(job.kept, net)
+        session = _Session(request, job, net, device)
+        if request.is_interactive:
+            cache = session.talk(cache, sys.stdin, sys.stdin.isatty())
+        else:
+            session.go_on(cache, job.prompts)
+        if request.save_cache is not None:
+            cache.save(request.save_cache, _settings(job.config))
+    return 0
+
+
+def _prepare(request: Request, world_size: int) -> _Job:
     request.check(world_size)
     model = open_model("CHECKPOINT", request.checkpoint)
     config = inference_config(model, request.precision, world_size)
-    vocab_size, tokenizer, goes_on = config.model.vocab_size, None, request.load_cache is not None
+    vocab_size, goes_on = config.model.vocab_size, request.load_cache is not None
+    tokenizer = None if request.tokens is not None else open_tokenizer(model)
     if request.tokens is not None:
         prompts = read_tokens(request.tokens, vocab_size, goes_on)
     else:
-        tokenizer = open_tokenizer(model)
+        assert tokenizer is not None
         prompts = read_prompts(request.prompts, request.prompt_files, tokenizer, goes_on)
         for number, prompt in enumerate(prompts, 1):
             check_tokens(f"prompt {number}", prompt, vocab_size)
     kept = None if request.load_cache is None else read_cache(request.load_cache, _settings(config))
-    before = [] if kept is None else kept["lengths"]
-    if kept is not None and len(before) != (1 if request.is_interactive else len(prompts)):
-        raise UserError(f"--load-cache: got {len(prompts) or 1} prompts, allowed {len(before)}: one for each sequence")
-    for number, prompt in enumerate(prompts):
-        _check_length(request, config, len(prompt) + (before[number] if before else 0))
-    with _tensor_group(world_size) as (groups, device):
-        net = build_and_load(model, config, groups, device)
-        cache = Cache(net, len(prompts) or 1) if kept is None else Cache.restore(kept, net)
-        session = _Session(request, config, net, tokenizer, device)
-        if request.is_interactive:
-            assert tokenizer is not None
-            cache = session.talk(cache, sys.stdin, sys.stdin.isatty())
-        else:
-            session.go_on(cache, prompts)
-        if request.save_cache is not None:
-            cache.save(request.save_cache, _settings(config))
-    return 0
+    num_sequences = 1 if request.is_interactive else len(prompts)
+    before = [0] * num_sequences if kept is None else kept["lengths"]
+    if len(before) != num_sequences:
+        raise UserError(f"--load-cache: got {num_sequences} prompts, allowed {len(before)}, one for each sequence")
+    for prompt, num_before in zip(prompts, before, strict=False):
+        _check_length(request, config, num_before + len(prompt))
+    return _Job(model, config, tokenizer, prompts, kept)
 
 
 def _settings(config: RunConfig) -> dict:
@@ -131,10 +156,11 @@ def _tensor_group(size: int) -> Iterator[tuple[ProcessGroupCollection, Device]]:
 class _Session:
     """A loaded model, and how its tokens are picked and printed."""
 
-    def __init__(self, request: Request, config: RunConfig, net: GPTModel, tokenizer: Tokenizer | None, device: Device):
-        self.request, self.config, self.net, self.tokenizer, self.device = request, config, net, tokenizer, device
-        self.end = None if tokenizer is None else tokenizer.end
-        self.sampler = Sampler(config.model.vocab_size, request.temperature, request.top_p, request.seed)
+    def __init__(self, request: Request, job: _Job, net: GPTModel, device: Device):
+        self.request, self.config, self.net, self.device = request, job.config, net, device
+        self.tokenizer = job.tokenizer
+        self.end = None if self.tokenizer is None else self.tokenizer.end
+        self.sampler = Sampler(self.config.model.vocab_size, request.temperature, request.top_p, request.seed)
 
     def go_on(self, cache: Cache, prompts: Sequence[Sequence[int]]) -> None:
         """Print what follows the prompts: one sequence as it comes, several one after the other at the end."""

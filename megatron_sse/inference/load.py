@@ -11,7 +11,6 @@ from megatron_sse.config import RunConfig
 from megatron_sse.config.load import make_config
 from megatron_sse.convert.links import to_ours
 from megatron_sse.convert.model import OURS, Model
-from megatron_sse.errors import SharedUserError, UserError
 from megatron_sse.model import build_model
 from megatron_sse.model.attention import TorchAttention
 from megatron_sse.model.initialize import global_name, own_part
@@ -26,10 +25,7 @@ def inference_config(model: Model, precision: str | None, tensor: int = 1) -> Ru
     # One micro-batch on one data rank.
     values["training"] |= {"global_batch_size": 1, "micro_batch_size": 1, "recompute": "none"}
     values["training"]["precision"] = precision or values["training"]["precision"]
-    try:
-        return make_config(values, {"": str(model.folder)})
-    except UserError as error:
-        raise SharedUserError(str(error)) from None
+    return make_config(values, {"": str(model.folder)})
 
 
 @torch.no_grad()
