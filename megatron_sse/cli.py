@@ -58,7 +58,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "with one process. Exit status 1 where they differ. docs/check_parallel.md explains the output.",
     )
     check.set_defaults(job=_check_parallel)
-    for job in (train, check):
+    plan, doctor = _add_forecasts(jobs)
+    for job in (train, check, plan, doctor):
         job.add_argument("config", metavar="CONFIG", help="YAML file; configs/reference.yaml documents every key")
         job.add_argument("overrides", metavar="section.key=value", nargs="*", help="settings put over the file's")
     check.add_argument("--as-is", action="store_true", help="keep the model's sizes")
@@ -84,6 +85,31 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     if rest:
         options.overrides += rest
     return options
+
+
+def _add_forecasts(jobs: Any) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    plan = jobs.add_parser(
+        "plan",
+        help="memory, bytes and time of a run",
+        description="What a run needs, from its YAML alone: parameters, memory, operations, bytes sent, time of a step. "
+        "Exit status 1 where it does not fit. docs/plan.md explains the output.",
+    )
+    plan.set_defaults(job=_plan)
+    plan.add_argument("--gpus", metavar="N", type=int, help="number of GPUs; default as many as the layout asks for")
+    plan.add_argument("--gpu", metavar="NAME", default="h100", help="a100, h100, h200 or b200; default h100")
+    plan.add_argument("--memory", metavar="SIZE", help="memory of a GPU, such as 80GiB; default the GPU's")
+    plan.add_argument("--tflops", metavar="X", type=float, help="1e12 operations per second; default the GPU's")
+    plan.add_argument("--bandwidth", metavar="X", type=float, help="of the memory, TB per second; default the GPU's")
+    plan.add_argument("--gpus-per-node", metavar="N", type=int, default=8, help="GPUs of a machine; default 8")
+    plan.add_argument("--search", action="store_true", help="rank the layouts that fit")
+    doctor = jobs.add_parser(
+        "doctor",
+        help="what would keep a run from starting",
+        description="Check settings, token files, checkpoints, disk, versions and GPUs. Exit status 1 where something "
+        "keeps the run from starting. docs/doctor.md explains the checks.",
+    )
+    doctor.set_defaults(job=_doctor)
+    return plan, doctor
 
 
 def _add_conversions(jobs: Any) -> None:
@@ -165,6 +191,28 @@ def _check_parallel(options: argparse.Namespace, rank: int) -> int:
     # Like an interrupt, so that the processes that it started end with it.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     return check_parallel(config, names, options.as_is, options.tolerance, options.json)
+
+
+def _plan(options: argparse.Namespace, rank: int) -> int:
+    config = load_config(options.config, options.overrides)
+    from megatron_sse.plan import plan
+
+    return plan(
+        config,
+        options.gpu,
+        options.gpus,
+        options.memory,
+        options.tflops,
+        options.bandwidth,
+        options.gpus_per_node,
+        options.search,
+    )
+
+
+def _doctor(options: argparse.Namespace, rank: int) -> int:
+    from megatron_sse.doctor import examine
+
+    return examine(options.config, options.overrides)
 
 
 def _convert(options: argparse.Namespace, rank: int) -> int:

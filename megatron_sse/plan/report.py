@@ -24,7 +24,7 @@ def describe_layout(layout: Layout, gpu: Gpu, longest: int) -> list[str]:
     config, sizes = layout.sizes.config, layout.sizes
     num_gpus = sizes.data_size * config.parallel.replica_size
     tables = [
-        describe_run(config, num_gpus),
+        [line for line in describe_run(config, num_gpus) if not line.startswith("parameters")],
         _parameters(config),
         _memory(layout, gpu, longest),
         _operations(config),
@@ -44,7 +44,7 @@ def _parameters(config: RunConfig) -> list[str]:
 def _memory(layout: Layout, gpu: Gpu, longest: int) -> list[str]:
     stages = _shown_stages(len(layout.memory))
     columns = [f"stage {stage}" for stage in stages]
-    lines = ["memory of a GPU, GiB" + "".join(f"{name:>12}" for name in columns).rjust(8 + 12 * len(columns))]
+    lines = [f"{'memory of a GPU, GiB':<28}" + "".join(f"{name:>12}" for name in columns)]
     for field in fields(Memory):
         values = [getattr(layout.memory[stage], field.name) for stage in stages]
         lines.append(_row(field.name.replace("_", " "), values))

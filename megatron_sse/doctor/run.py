@@ -1,0 +1,126 @@
+"""The run: layout, token files, checkpoints, memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from megatron_sse.checkpoint.architecture import CONFIG, changed_settings
+from megatron_sse.checkpoint.folders import find_all_damage, find_checkpoints, find_weights
+from megatron_sse.checkpoint.manifest import read_manifest
+from megatron_sse.config import RunConfig, load_config
+from megatron_sse.config.weights import model_weights
+from megatron_sse.data.checks import check_token_file
+from megatron_sse.data.metadata import read_metadata
+from megatron_sse.doctor.finding import BAD, GOOD, OPEN, Finding
+from megatron_sse.errors import UserError
+from megatron_sse.launch import count_processes, find_nodes
+from megatron_sse.plan.ceilings import GIB
+from megatron_sse.plan.memory import rank_memory
+from megatron_sse.plan.search import HEADROOM
+from megatron_sse.plan.sizes import Sizes
+
+
+def check_layout(config: RunConfig) -> Iterator[Finding]:
+    """Whether this machine's processes, the layout and the batch divide."""
+    try:
+        nodes = find_nodes(os.environ)
+        count = count_processes(config, nodes.count, torch.cuda.device_count())
+    except UserError as error:
+        yield Finding(BAD, "processes", str(error))
+        return
+    yield Finding(GOOD, "processes", f"{count} on this machine, {nodes.count} machine{'s' if nodes.count > 1 else ''}")
+
+
+def check_token_files(config: RunConfig) -> Iterator[Finding]:
+    """Index, size, token ids and vocabulary of the token files."""
+    data, training = config.data, config.training
+    needed = training.validation_batches * training.global_batch_size
+    for key, prefix, samples in (("data.train", data.train, 1), ("data.validation", data.validation, needed)):
+        if prefix is None:
+            yield Finding(OPEN, key, "not set: no validation")
+            continue
+        if data.corpus is not None and not Path(prefix + ".idx").exists():
+            yield Finding(OPEN, key, f"{prefix} will be built from data.corpus {data.corpus}")
+            continue
+        try:
+            index = check_token_file(key, prefix, config.model.vocab_size, data.sequence_length, samples)
+            metadata = read_metadata(prefix)
+        except UserError as error:
+            yield Finding(BAD, key, str(error).removeprefix(f"{key}: "))
+            continue
+        text = f"{prefix}: {index.num_tokens:,} tokens, {len(index.offsets_D1) - 1:,} documents, ids in range"
+        yield Finding(GOOD, key, text)
+        if metadata is None:
+            yield Finding(OPEN, "tokenizer", f"{prefix}.json is not there: the tokenizer is not known")
+        else:
+            vocabulary = f"{metadata.vocab_size:,} tokens, as model.vocab_size"
+            yield Finding(GOOD, "tokenizer", f"{metadata.tokenizer}, {vocabulary}")
+
+
+def check_checkpoints(config: RunConfig) -> Iterator[Finding]:
+    """Whether what the run would go on from, or start from, is whole and of the same model."""
+    try:
+        found = find_checkpoints(config)
+        weights = find_weights(config)
+    except UserError as error:
+        yield Finding(BAD, "checkpoint", str(error))
+        return
+    if not found and weights is None:
+        yield Finding(OPEN, "checkpoint", "none: the run starts anew")
+    if found:
+        yield _check_checkpoint(config, "resume", found[0])
+    elif weights is not None:
+        yield _check_checkpoint(config, "load_weights", weights)
+
+
+def _check_checkpoint(config: RunConfig, key: str, path: Path) -> Finding:
+    damaged = find_all_damage(path, hashes=config.checkpoint.verify == "hashes")
+    if damaged:
+        return Finding(BAD, f"checkpoint.{key}", f"{'; '.join(damaged)}; restore the files or delete {path}")
+    manifest = read_manifest(path)
+    try:
+        saved = load_config(path / CONFIG)
+    except UserError as error:
+        return Finding(OPEN, f"checkpoint.{key}", f"{path} is whole; its settings cannot be read ({error})")
+    if model_weights(saved.model) != model_weights(config.model):
+        keys = [key for key in _model_keys(config) if key != "model.vocab_multiple"]
+        changed = "; ".join(changed_settings(path, config, keys))
+        advice = "set them back, or set another monitor.folder or checkpoint.resume"
+        return Finding(BAD, f"checkpoint.{key}", f"{path} is of another model: {changed}; {advice}")
+    if key == "resume" and not manifest.optimizer:
+        advice = "give it as checkpoint.load_weights"
+        return Finding(BAD, f"checkpoint.{key}", f"{path} has weights alone; {advice}")
+    if key == "resume" and manifest.step >= config.training.steps:
+        advice = "raise training.steps"
+        return Finding(BAD, f"checkpoint.{key}", f"{path}: all {config.training.steps} steps are done; {advice}")
+    return Finding(GOOD, f"checkpoint.{key}", f"{path}: whole, of this model, step {manifest.step}")
+
+
+def _model_keys(config: RunConfig) -> list[str]:
+    model = config.model.model_dump()
+    keys = [f"model.{name}" for name, value in model.items() if not isinstance(value, dict)]
+    return keys + [f"model.{part}.{name}" for part in ("sse", "softmax") for name in model[part]]
+
+
+def check_memory(config: RunConfig) -> Iterator[Finding]:
+    """The plan's memory against this machine's GPU."""
+    num_gpus = torch.cuda.device_count()
+    if not num_gpus:
+        yield Finding(OPEN, "memory", "no GPU here; megatron-sse plan says what a GPU needs")
+        return
+    try:
+        nodes = find_nodes(os.environ).count
+        data_size = nodes * count_processes(config, nodes, num_gpus) // config.parallel.replica_size
+    except UserError:
+        return  # said by check_layout
+    sizes = Sizes(config, data_size)
+    needed = max(rank_memory(sizes, stage).total for stage in range(config.parallel.pipeline))
+    there = (1 - HEADROOM) * torch.cuda.get_device_properties(0).total_memory
+    text = f"{needed / GIB:,.1f} GiB planned for a GPU, {there / GIB:,.1f} GiB there (10 % left free)"
+    if needed > there:
+        text += "; megatron-sse plan --search shows layouts that fit"
+    yield Finding(GOOD if needed <= there else BAD, "memory", text)

@@ -1,0 +1,145 @@
+"""Memory of the plan against what a real step on the CPU holds: within 10 %, weights and gradients exactly."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_sse.data import build_data_iterators
+from megatron_sse.parallel.groups import destroy_groups
+from megatron_sse.parallel.layout import TokenLayout
+from megatron_sse.parallel.sharding import ContextShard
+from megatron_sse.plan.activations import layer_activations
+from megatron_sse.plan.memory import kept_of_step, rank_memory
+from megatron_sse.plan.sizes import Sizes
+from megatron_sse.training.loop import Run
+from tests.training.support import small_run, start
+from tests.workers import run_workers
+
+MODEL = {
+    "num_layers": 4,
+    "hidden_size": 64,
+    "vocab_size": 500,
+    "layers": "sse, gdn, sse, softmax",
+    "sse": {"num_heads": 4, "head_dim": 16, "value_head_dim": 24, "num_partitions": 4, "num_readers": 2},
+    "softmax": {"num_heads": 4, "num_kv_heads": 2},
+}
+DELTA = MODEL | {"sse": MODEL["sse"] | {"recurrence": "gdn", "num_value_heads": 8, "form": "mask"}}
+PLAIN = MODEL | {"layers": "gla", "sse": MODEL["sse"] | {"short_convolution": 4, "output_gate": False}}
+NORMED = MODEL | {"layers": "softmax", "softmax": MODEL["softmax"] | {"qk_norm": True, "rotary_base": 0.0}}
+TOP_KEYS = MODEL | {"layers": "sse", "sse": MODEL["sse"] | {"key_map": "silu", "query_map": "softmax"}}
+LENGTH = 512
+
+
+class KeptTensors(torch.autograd.graph.saved_tensors_hooks):
+    """Bytes of the storages that autograd keeps, parameters left out and each counted once."""
+
+    def __init__(self, parameters: Any) -> None:
+        self.known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+        self.storages: dict[int, torch.Tensor] = {}
+        super().__init__(self._keep, lambda tensor: tensor)
+
+    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        pointer = tensor.untyped_storage().data_ptr()
+        if pointer not in self.known:
+            self.storages[pointer] = tensor
+        return tensor
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.storages.values())
+
+
+def measure(folder: Path, runs: list[dict[str, Any]]) -> list[tuple[int, int, int, int]]:
+    """For each run, on this rank: bytes kept by one forward pass; weights, gradients, and optimizer after a step."""
+    found = []
+    for sections in runs:
+        run = start(small_run(folder, **sections))
+        weights, gradients = held(run)
+        kept = kept_by_pass(run)
+        batches, _ = build_data_iterators(run.config, run.groups, 0)
+        run.trainer.train_step(batches)
+        found.append((kept, weights, gradients, optimizer_bytes(run)))
+        destroy_groups()
+    return found
+
+
+def kept_by_pass(run: Run) -> int:
+    """Bytes kept of one micro-batch of whole-sequence documents."""
+    training, length = run.config.training, run.config.data.sequence_length
+    shard = ContextShard(run.groups.cp.rank(), run.groups.cp.size())
+    layout = TokenLayout.from_starts(np.zeros((training.micro_batch_size, length), dtype=bool), shard=shard)
+    layout.layer_loss_scale = torch.ones(())
+    tokens_BL = torch.arange(training.micro_batch_size * layout.length).view(training.micro_batch_size, -1) % 7
+    [chunk] = run.trainer.chunks
+    kept = KeptTensors(chunk.parameters())
+    with kept:
+        chunk(tokens_BL, None, None, labels=tokens_BL, packed_seq_params=layout)
+    return kept.nbytes
+
+
+def held(run: Run) -> tuple[int, int]:
+    """Bytes of weights and of DDP's gradients."""
+    [chunk] = run.trainer.chunks
+    weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in chunk.parameters()}
+    return sum(weights.values()), sum(buffer.grad_data.nbytes for buffer in chunk.buffers)
+
+
+def optimizer_bytes(run: Run) -> int:
+    """Bytes of moments and fp32 copies."""
+    [chunk] = run.trainer.chunks
+    known = {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}
+    state: dict[int, int] = {}
+    for part in getattr(run.trainer.optimizer, "chained_optimizers", [run.trainer.optimizer]):
+        for parameter, values in part.optimizer.state.items():
+            for tensor in (parameter, *values.values()):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in known:
+                    state[storage.data_ptr()] = storage.nbytes()
+    return sum(state.values())
+
+
+# Processes, layout, model, training.
+RUNS: list[tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
+    (1, {}, MODEL, {}),
+    (1, {}, MODEL, {"precision": "bf16", "micro_batch_size": 2}),
+    (1, {}, DELTA, {}),
+    (1, {}, DELTA, {"precision": "bf16"}),
+    (1, {}, PLAIN, {}),
+    (1, {}, NORMED, {}),
+    (1, {}, NORMED, {"precision": "bf16"}),
+    (1, {}, TOP_KEYS, {"precision": "bf16"}),
+    (1, {}, MODEL, {"recompute": "full"}),
+    (2, {"tensor": 2}, MODEL, {}),
+    (2, {"tensor": 2, "sequence": True}, MODEL, {"precision": "bf16"}),
+    (2, {"context": 2}, MODEL, {}),
+    (2, {"distributed_optimizer": True}, MODEL, {}),
+]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_memory_is_that_of_a_real_step(size: int, tmp_path: Path) -> None:
+    data = {"sequence_length": LENGTH, "reset_at_documents": False}
+    runs = [
+        {"model": model, "parallel": parallel, "training": {"global_batch_size": 2} | training, "data": data}
+        for world_size, parallel, model, training in RUNS
+        if world_size == size
+    ]
+    for found in run_workers(size, measure, tmp_path, runs):
+        for number, (sections, (kept, weights, gradients, optimizer)) in enumerate(zip(runs, found, strict=True)):
+            config = small_run(tmp_path, **sections)
+            sizes = Sizes(config, size // config.parallel.replica_size, kernels="torch")
+            planned = rank_memory(sizes, 0)
+            assert (planned.weights, planned.gradients) == (weights, gradients), number
+            assert planned.optimizer == pytest.approx(optimizer, rel=0.1), number
+            assert planned_by_pass(sizes) == pytest.approx(kept, rel=0.1), number
+
+
+def planned_by_pass(sizes: Sizes) -> int:
+    """What is planned to be kept, without the layer that is computed again in the backward pass."""
+    kept = sum(kept_of_step(sizes, 0))
+    if sizes.config.training.recompute == "full":
+        kept -= max(sum(layer_activations(sizes, kind)) for kind in sizes.config.model.layer_kinds())
+    return kept
