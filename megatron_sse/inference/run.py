@@ -38,6 +38,7 @@ def prefill(model: GPTModel, cache: Cache, prompts: Sequence[Sequence[int]], chu
 
     prompts: token ids of each sequence of the cache, at least one.
     """
+    assert all(map(len, prompts))
     last = [torch.empty(0)] * len(prompts)
     for pieces in _cut([len(prompt) for prompt in prompts], chunk):
         slots, starts, counts = zip(*pieces, strict=True)
