@@ -91,7 +91,7 @@ def _add_forecasts(jobs: Any) -> tuple[argparse.ArgumentParser, argparse.Argumen
     plan = jobs.add_parser(
         "plan",
         help="memory, bytes and time of a run",
-        description="What a run needs, from its YAML alone: parameters, memory, operations, bytes sent, time of a step. "
+        description="What a run needs, from its YAML alone: parameters, memory, operations, bytes sent, time. "
         "Exit status 1 where it does not fit. docs/plan.md explains the output.",
     )
     plan.set_defaults(job=_plan)

@@ -1,8 +1,8 @@
 """What autograd keeps of a micro-batch on one rank, bytes, from one pass over what each module saves.
 
-Two sets of kernels: "torch", which runs without a GPU, cuts rows into padded fp32 chunks and keeps those; "triton", with
-Transformer Engine's norms, keeps the inputs as they are and the states between pieces. Documents are taken to be whole
-sequences: each further document in a sequence adds at most a chunk per bank.
+Two sets of kernels: "torch", which runs without a GPU, cuts rows into padded fp32 chunks and keeps those; "triton",
+with Transformer Engine's norms, keeps the inputs as they are and the states between pieces. Documents are taken to be
+whole sequences: each further document in a sequence adds at most a chunk per bank.
 """
 
 from __future__ import annotations

@@ -37,9 +37,15 @@ GPUS = {
 
 
 def find_gpu(name: str, tflops: float | None, bandwidth: float | None, memory: float | None) -> Gpu:
-    """A GPU of the table, with other numbers where they are given (1e12 operations and bytes per second; bytes)."""
+    """A GPU of the table, with other numbers where they are given (1e12 operations and bytes per second; bytes).
+
+    Raises UserError.
+    """
     if name not in GPUS:
         raise UserError(f"--gpu: got {name}, allowed {', '.join(GPUS)}")
+    for option, number in (("tflops", tflops), ("bandwidth", bandwidth)):
+        if number is not None and not number > 0:
+            raise UserError(f"--{option}: got {number}, allowed more than 0")
     gpu = GPUS[name]
     return replace(
         gpu,

@@ -28,6 +28,9 @@ def plan(
     gpu_name, tflops, bandwidth, memory (such as 80GiB): the GPU. search: rank all layouts too, 0 where one fits.
     Raises UserError.
     """
+    for name, number in (("gpus", num_gpus), ("gpus-per-node", gpus_per_node)):
+        if number is not None and number < 1:
+            raise UserError(f"--{name}: got {number}, allowed 1 or more")
     gpu = find_gpu(gpu_name, tflops, bandwidth, None if memory is None else parse_bytes(memory))
     parallel = config.parallel
     num_gpus = num_gpus or parallel.replica_size * (parallel.data or 1)

@@ -1,0 +1,108 @@
+"""The plan's command: what fits, which layouts are found, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_sse.cli import main
+from megatron_sse.config import load_config
+from megatron_sse.errors import UserError
+from megatron_sse.plan.ceilings import GPUS, find_gpu
+from megatron_sse.plan.command import parse_bytes
+from megatron_sse.plan.memory import passes_under_way, rank_memory
+from megatron_sse.plan.search import HEADROOM, longest_sequence, search_layouts, with_settings, work_out
+from megatron_sse.plan.sizes import Sizes
+
+CONFIG = str(Path(__file__).resolve().parents[2] / "configs" / "sse_h_2b.yaml")
+H100 = GPUS["h100"]
+
+
+def test_output_has_every_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", CONFIG, "--gpus", "16", "parallel.context=2", "parallel.pipeline=2"]) == 0
+    text = capsys.readouterr().out
+    for part in (
+        "processes         16 (tensor 1 x pipeline 2 x context 2 x data 4)",
+        "total                          1,837,236,096",
+        "stage 1",
+        "with recompute: none",
+        "longest sequence that fits",
+        "gdn layer, forward",
+        "sending, context",
+    ):
+        assert part in text
+
+
+def test_exit_status_says_whether_it_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", CONFIG, "--gpus", "8", "--memory", "8GiB"]) == 1
+    assert "does NOT fit" in capsys.readouterr().out
+    assert main(["plan", CONFIG, "--gpus", "8", "--memory", "1GiB", "--search"]) == 1
+    assert "no layout of 8 GPUs fits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpu", "h9"], "--gpu: got h9, allowed a100, h100, h200, b200\n"),
+        (["--memory", "80"], "--memory: got 80, allowed a number with GiB, GB, MiB, MB, such as 80GiB\n"),
+        (["--gpus", "3"], "training.global_batch_size: got 256, allowed a multiple of 3"),
+        (["--gpus", "0"], "--gpus: got 0, allowed 1 or more\n"),
+        (["--gpus-per-node", "0"], "--gpus-per-node: got 0, allowed 1 or more\n"),
+        (["--tflops", "0"], "--tflops: got 0.0, allowed more than 0\n"),
+    ],
+)
+def test_refused_in_one_line(arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", CONFIG, *arguments]) == 2
+    errors = capfd.readouterr().err
+    assert errors.startswith(message) and errors.count("\n") == 1
+
+
+def test_numbers_over_those_of_the_table() -> None:
+    gpu = find_gpu("h200", 770, 4.3, parse_bytes("100GiB"))
+    assert (gpu.flops, gpu.bandwidth, gpu.memory) == (770e12, 4.3e12, 100 * 2**30)
+    with pytest.raises(UserError, match="--memory: got 0GB"):
+        parse_bytes("0GB")
+
+
+def test_longest_sequence_is_the_longest() -> None:
+    config = load_config(CONFIG, ["parallel.context=4", "parallel.tensor=2", "parallel.sequence=true"])
+    longest = longest_sequence(config, 1, H100)
+    step = 2 * 4 * 2
+    assert longest and longest % step == 0
+    for length, fits in ((longest, True), (longest + step, False)):
+        sizes = Sizes(with_settings(config, data={"sequence_length": length}), 1)
+        assert (rank_memory(sizes, 0).total <= (1 - HEADROOM) * H100.memory) == fits
+
+
+def test_search_finds_what_fits_and_ranks_it() -> None:
+    config = load_config(CONFIG, ["data.sequence_length=131072", "training.global_batch_size=32"])
+    found = search_layouts(config, 16, H100, per_node=8)
+    times = [layout.time.total for layout in found]
+    assert times == sorted(times) and len(found) > 5
+    for layout in found:
+        assert layout.fits(H100)
+        assert layout.sizes.data_size * layout.sizes.config.parallel.replica_size == 16
+    # One GPU cannot hold a sequence of 131,072 tokens.
+    assert all(layout.sizes.config.parallel.replica_size > 1 for layout in found)
+    assert {layout.sizes.config.parallel.context for layout in found} >= {2, 4, 8}
+
+
+def test_time_is_the_ceilings() -> None:
+    config = load_config(CONFIG, ["training.recompute=none"])
+    time = work_out(config, 8, H100, per_node=8).time
+    tokens = 256 * 8192
+    assert time.products == pytest.approx(9552.0e6 * tokens / 8 / 989e12, rel=1e-3)
+    # Twelve bytes of gradients and weights for each of 8 ranks' parameters, at NVLink's 450 GB/s.
+    assert time.data == pytest.approx(7 / 8 * 6 * 1_837_236_096 / 450e9, rel=1e-2)
+    assert work_out(config, 16, H100, per_node=8).time.data > 8 * time.data
+    recomputed = work_out(load_config(CONFIG), 8, H100, per_node=8).time
+    assert recomputed.products == pytest.approx(time.products * 4 / 3)
+
+
+def test_passes_under_way_follow_the_schedules() -> None:
+    plain = Sizes(load_config(CONFIG, ["parallel.pipeline=3", "training.global_batch_size=8"]), 1)
+    assert [passes_under_way(plain, stage) for stage in range(3)] == [3, 2, 1]
+    few = Sizes(load_config(CONFIG, ["parallel.pipeline=3", "training.global_batch_size=2"]), 1)
+    assert [passes_under_way(few, stage) for stage in range(3)] == [2, 2, 1]
+    overrides = ["parallel.pipeline=3", "parallel.virtual_pipeline=2", "training.global_batch_size=9"]
+    virtual = Sizes(load_config(CONFIG, overrides), 1)
+    assert [passes_under_way(virtual, stage) for stage in range(3)] == [8, 6, 4]
