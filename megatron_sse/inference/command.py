@@ -220,7 +220,7 @@ class _Session:
         # The first token follows from the prompt's logits.
         each = after / max(num_tokens - 1, 1) * 1e3
         logger.info(
-            "prompts: %d tokens in %.2f s (%.0f a second); new: %d tokens, %.1f ms each; cache %.2f MB; "
+            "prompts: %d tokens in %.2f s (%.0f a second); new: %d tokens, %.1f ms each; cache %.3f MB; "
             "peak memory %.0f MB",
             *(num_before, before, num_before / max(before, 1e-9), num_tokens, each),
             *(cache.num_bytes / 1e6, self.device.peak_memory_bytes() / 1e6),
