@@ -1,6 +1,7 @@
 """All that a model keeps of a batch of sequences, and the file that it can be saved to."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ class Cache:
         return sum(tensor.nbytes for layer in self.layers.values() for tensor in layer.tensors().values())
 
     def save(self, path: str, settings: dict) -> None:
-        """Write it to a file. settings: of the model, as JSON. Raises UserError."""
+        """Write it to a file, which appears complete or not at all. settings: of the model. Raises UserError."""
         content = {
             "format": _FORMAT,
             "settings": json.dumps(settings, sort_keys=True),
@@ -58,8 +59,10 @@ class Cache:
             "pending": self.pending,
             "layers": {number: layer.tensors() for number, layer in self.layers.items()},
         }
+        partial = f"{path}.partial"
         try:
-            torch.save(content, path)
+            torch.save(content, partial)
+            os.replace(partial, path)
         except (OSError, RuntimeError) as error:
             raise UserError(f"--save-cache: {path} cannot be written ({' '.join(str(error).split())})") from None
 

@@ -10,6 +10,7 @@ from megatron_sse.cli import main
 from megatron_sse.convert import convert
 from megatron_sse.convert.logits import compute_logits
 from megatron_sse.convert.model import open_model
+from megatron_sse.inference.text import ByteTokenizer
 
 PROMPT = "def f(x):"
 
@@ -75,6 +76,17 @@ def test_interactive(
     steps += run(capsys, *options, "--prompt", "", "--load-cache", cache, "--save-cache", cache)
     steps += run(capsys, *options, "--prompt", "cd", "--load-cache", cache)
     assert said.out == steps
+
+
+def test_a_text_that_has_ended_is_not_gone_on_with(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, pure: Path
+) -> None:
+    tokens = greedy(pure, list(b"ab"), 4)
+    assert tokens[2] not in tokens[:2]
+    monkeypatch.setattr(ByteTokenizer, "end", tokens[2])
+    monkeypatch.setattr("sys.stdin", io.StringIO("ab\nab\n"))
+    first, second = run(capsys, str(pure), "--max-tokens", "4").splitlines()
+    assert first == second and first
 
 
 WRONG = {
