@@ -31,7 +31,7 @@ def layer_activations(sizes: Sizes, kind: str) -> Kept:
     hidden, inner = sizes.config.model.hidden_size, sizes.config.model.ffn_hidden_size // sizes.config.parallel.tensor
     # Both norms with their outputs, and the MLP: gate and up, and what SwiGLU makes of them.
     own = 2 * (_norm(sizes) + sizes.stream_tokens * hidden * sizes.element) + sizes.tokens * 5 * inner * sizes.element
-    mixer = Kept(_softmax(sizes)) if kind == "softmax" else _recurrent(sizes, kind)
+    mixer = Kept(_softmax(sizes)) if kind == "softmax" else recurrent_activations(sizes, kind)
     return mixer.plus(own)
 
 
@@ -72,7 +72,8 @@ def _softmax(sizes: Sizes) -> int:
     return sizes.tokens * kept
 
 
-def _recurrent(sizes: Sizes, kind: str) -> Kept:
+def recurrent_activations(sizes: Sizes, kind: str) -> Kept:
+    """Kept of the mixer of an sse, gla or gdn layer, without its input."""
     mixer = sizes.of_mixer(kind)
     kept = sizes.tokens * (_inputs(sizes, mixer) + _router(sizes, mixer)) + _low_ranks(sizes, mixer)
     recurrence = _torch_recurrence if sizes.kernels == "torch" else _triton_recurrence
@@ -113,7 +114,9 @@ def _router(sizes: Sizes, mixer: Mixer) -> int:
         return 0
     hidden = sizes.config.model.hidden_size if sizes.element < FP32 else 0
     parts = sizes.config.parallel.tensor if sizes.config.parallel.sequence else 1
-    return mixer.partitions * (FP32 + INT64) + 3 * FP32 * _picks(sizes, mixer) + FP32 * hidden // parts
+    # Torch sorts all partitions; the kernel finds the picks alone.
+    ranked = mixer.partitions if sizes.kernels == "torch" else _picks(sizes, mixer)
+    return mixer.partitions * FP32 + ranked * INT64 + 3 * FP32 * _picks(sizes, mixer) + FP32 * hidden // parts
 
 
 def _picks(sizes: Sizes, mixer: Mixer) -> int:
@@ -158,12 +161,15 @@ def _triton_recurrence(sizes: Sizes, mixer: Mixer) -> Kept:
     picks = _picks(sizes, mixer)
     rows = sizes.tokens * (1 + picks)
     if mixer.is_delta:
-        inputs = FP32 * (2 * mixer.keys + 2 * mixer.value_heads)
+        inputs = mixer.banks * (2 * element * mixer.keys + 2 * FP32 * mixer.value_heads)
     else:
-        inputs = FP32 * mixer.keys  # decays
-        inputs += element * mixer.keys * ((sse.query_map == "silu") + (sse.key_map_of("gla") == "silu"))
+        # Decays that are the same for all tokens are written out, for both kinds of banks.
+        inputs = FP32 * mixer.keys * (mixer.banks if sse.decay == "gate" else 2)
+        # What was kept already where it is fp32: the results of a softmax.
+        maps = (sse.query_map, sse.key_map_of("gla"))
+        inputs += mixer.banks * element * mixer.keys * sum(m == "silu" or element < FP32 for m in maps)
     # Values, the outputs of all banks, and the output gate.
-    kept = sizes.tokens * (mixer.banks * inputs + element * mixer.values * (2 + picks + sse.output_gate))
+    kept = sizes.tokens * (inputs + element * mixer.values * (2 + picks + sse.output_gate))
     kept += rows * 5 * FP32  # scales of the picks, and which row is which token's
     blocks = mixer.value_heads * max(1, mixer.key_dim // 64) * max(1, mixer.value_dim // 64)
     length = CHUNK_SIZE * choose_chunks_per_piece(rows, blocks)

@@ -1,0 +1,166 @@
+"""The doctor's lines: ticks for a sound run, a cross that says what to do for each thing that is wrong."""
+
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sse.cli import main
+from megatron_sse.doctor.command import find_all
+from megatron_sse.doctor.finding import BAD, GOOD
+from tests.checkpoint.support import train_and_save
+from tests.training.support import small_run
+from tests.workers import run_workers
+
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder with data, settings and a checkpoint after two of its steps."""
+    folder = tmp_path_factory.mktemp("doctor")
+    (folder / "run.yaml").write_text(small_run(folder).to_yaml())
+    run_workers(1, train_and_save, folder, {}, None, STEPS, True)
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    copy = tmp_path / "copy"
+    shutil.copytree(saved, copy)
+    text = (copy / "run.yaml").read_text().replace(str(saved), str(copy))
+    (copy / "run.yaml").write_text(text)
+    return copy
+
+
+def marks(folder: Path, *overrides: str) -> dict[str, tuple[str, str]]:
+    """Mark and text of each line, by name."""
+    return {finding.name: (finding.mark, finding.text) for finding in find_all(str(folder / "run.yaml"), [*overrides])}
+
+
+def test_a_sound_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(folder.rglob("*"))
+    assert main(["doctor", str(folder / "run.yaml")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "nothing is wrong"
+    assert not any(line.startswith(BAD) for line in lines)
+    found = marks(folder)
+    good = {"versions", "settings", "processes", "data.train", "checkpoint.resume", "disk"}
+    assert {name for name, (mark, _) in found.items() if mark == GOOD} == good
+    assert f"step {STEPS}" in found["checkpoint.resume"][1]
+    assert sorted(folder.rglob("*")) == before
+
+
+def damage(pattern: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        path = max(folder.rglob(pattern), key=lambda path: path.stat().st_size)
+        path.write_bytes(change(path.read_bytes()))
+
+    return apply
+
+
+def describe(folder: Path) -> None:
+    fields = {"documents": 1, "tokens": 1, "bytes": 1, "unigram_bits_per_byte": 1.0}
+    (folder / "train.json").write_text(json.dumps({"tokenizer": "words", "vocab_size": 60, **fields}))
+
+
+def nothing(folder: Path) -> None:
+    pass
+
+
+# What is done to the run, settings put over it, the line with the cross and what it says.
+WRONG: list[tuple[Callable[[Path], None], list[str], str, str]] = [
+    (nothing, ["model.sse.num_head=3"], "settings", "did you mean model.sse.num_heads"),
+    (nothing, ["training.steps=many"], "settings", "allowed an integer"),
+    (damage("train.idx", lambda data: b"X" + data[1:]), [], "data.train", "not an index of a Megatron token file"),
+    (damage("train.bin", lambda data: data[:-6]), [], "data.train", "truncated"),
+    (damage("train.bin", lambda data: b"\xff\xff" + data[2:]), [], "data.train", "token id 65535 at token 0"),
+    (lambda folder: (folder / "train.idx").unlink(), [], "data.train", "train.idx not found"),
+    (describe, [], "data.train", "set model.vocab_size: 60"),
+    (nothing, ["data.validation=nowhere"], "data.validation", "nowhere.idx not found"),
+    (nothing, ["model.hidden_size=64"], "checkpoint.resume", "model.hidden_size: 32 in the checkpoint, 64 in this run"),
+    (nothing, ["model.vocab_size=200"], "checkpoint.resume", "is of another model"),
+    (damage("*.distcp", lambda data: data[:-1]), [], "checkpoint.resume", "the manifest says"),
+    (damage("*.distcp", lambda data: data[:-1] + b"?"), [], "checkpoint.resume", "SHA-256"),
+    (nothing, [f"training.steps={STEPS}"], "checkpoint.resume", "raise training.steps"),
+    (nothing, ["checkpoint.resume=nowhere"], "checkpoint", "got nowhere"),
+    (nothing, ["checkpoint.load_weights=nowhere", "checkpoint.resume=none"], "checkpoint", "got nowhere"),
+    (lambda folder: (folder / "file").touch(), ["monitor.folder={folder}/file/run"], "monitor.folder", "written to"),
+]
+
+
+@pytest.mark.parametrize(("change", "overrides", "name", "text"), WRONG, ids=range(len(WRONG)))
+def test_a_cross_says_what_is_wrong(
+    change: Callable[[Path], None], overrides: list[str], name: str, text: str, folder: Path
+) -> None:
+    change(folder)
+    overrides = [override.format(folder=folder) for override in overrides]
+    mark, said = marks(folder, *overrides)[name]
+    assert mark == BAD and text in said and "\n" not in said
+    assert main(["doctor", str(folder / "run.yaml"), *overrides]) == 1
+
+
+def test_a_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**30, 2**30 - 2**10, 2**10))
+    mark, text = marks(folder)["disk"]
+    assert mark == BAD and "set checkpoint.keep_last" in text
+
+
+def test_number_of_checkpoints(folder: Path) -> None:
+    overrides = ["checkpoint.interval=10", "training.steps=1000"]
+    assert "99 checkpoints" in marks(folder, *overrides)["disk"][1]
+    assert "3 checkpoints" in marks(folder, *overrides, "checkpoint.keep_last=3")["disk"][1]
+
+
+def test_versions(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ["torch>=99", "missing-package", 'triton>=99; extra == "gpu"']
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: asked)
+    mark, text = marks(folder)["versions"]
+    assert mark == BAD
+    assert f"torch {torch.__version__}, needed >=99; missing-package is not installed" in text and "triton" not in text
+
+
+class Properties:
+    total_memory = 2**30
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch as on a machine with two small GPUs, the second one old."""
+    answers: dict[str, Any] = {
+        "is_available": lambda: True,
+        "device_count": lambda: 2,
+        "get_device_name": lambda number: f"GPU of test {number}",
+        "get_device_properties": lambda number: Properties,
+        "get_device_capability": lambda number: ((9, 0), (7, 0))[number],
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_gpus(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    found = marks(folder)
+    assert found["GPU 0"] == (GOOD, "GPU of test 0, 1 GiB")
+    assert found["GPU 1"][0] == BAD and "no bf16" in found["GPU 1"][1]
+    assert found["NCCL"][0] == BAD
+    assert found["memory"][0] == GOOD
+    assert found["processes"] == (GOOD, "2 on this machine, 1 machine")
+    monkeypatch.setattr(Properties, "total_memory", 2**12)
+    mark, text = marks(folder)["memory"]
+    assert mark == BAD and "plan --search" in text
+    mark, text = marks(folder, "parallel.tensor=2", "parallel.context=2")["processes"]
+    assert mark == BAD and "allowed 2, one per GPU" in text
+
+
+def test_a_gpu_that_torch_does_not_see(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    mark, text = marks(folder)["GPU"]
+    assert mark == BAD and "CUDA build" in text
