@@ -81,12 +81,12 @@ def test_interactive(
 def test_a_text_that_has_ended_is_not_gone_on_with(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, pure: Path
 ) -> None:
-    tokens = greedy(pure, list(b"ab"), 4)
-    assert tokens[2] not in tokens[:2]
-    monkeypatch.setattr(ByteTokenizer, "end", tokens[2])
-    monkeypatch.setattr("sys.stdin", io.StringIO("ab\nab\n"))
-    first, second = run(capsys, str(pure), "--max-tokens", "4").splitlines()
-    assert first == second and first
+    prompt = list(b"(")
+    tokens = greedy(pure, prompt, 4)
+    assert tokens[3] not in tokens[:3] and greedy(pure, [*prompt, *tokens, *prompt], 3) != tokens[:3]
+    monkeypatch.setattr(ByteTokenizer, "end", tokens[3])
+    monkeypatch.setattr("sys.stdin", io.StringIO("(\n(\n"))
+    assert run(capsys, str(pure), "--max-tokens", "5") == f"{bytes(tokens[:3]).decode()}\n" * 2
 
 
 WRONG = {
