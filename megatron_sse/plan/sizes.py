@@ -13,7 +13,7 @@ FP32 = 4
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a rank of a run sees. data_size: ranks that work on different sequences. kernels: as in memory.py."""
+    """What a rank of a run sees. data_size: ranks that work on different sequences. kernels: as in activations.py."""
 
     config: RunConfig
     data_size: int

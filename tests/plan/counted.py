@@ -17,6 +17,7 @@ AXES = {
     "PIPELINE_MODEL_PARALLEL_GROUP": "pipeline",
     "EMBEDDING_GROUP": "pipeline",
     "CONTEXT_PARALLEL_GROUP": "context",
+    "undefined": "context",  # parts of it, for hand_off: two_level
     "DATA_PARALLEL_GROUP": "data",
     "DATA_PARALLEL_GROUP_WITH_CP": "data",
 }

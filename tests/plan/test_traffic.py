@@ -44,6 +44,8 @@ RUNS: list[tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     (4, {"context": 4, "hand_off": "allgather", "distributed_optimizer": True}, MODEL, {}),
     (4, {"context": 2, "tensor": 2, "sequence": True, "layout": "zigzag"}, MODEL, BF16),
     (4, {"context": 2, "pipeline": 2}, MODEL, FULL),
+    (4, {"context": 4, "hand_off": "two_level", "context_per_node": 2}, MODEL, {}),
+    (4, {"tensor": 2, "sequence": True, "pipeline": 2}, SHARED_KEYS, BF16),
 ]
 
 

@@ -1,0 +1,27 @@
+"""Every command of the pages about plan and doctor does what it should."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from megatron_sse.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = {page: (ROOT / "docs" / f"{page}.md").read_text() for page in ("plan", "doctor")}
+COMMANDS = [
+    command
+    for page, text in PAGES.items()
+    for command in re.findall(rf"^ +megatron-sse ({page} configs/.*)$", text, re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert main(shlex.split(command)) == 0
+
+
+def test_there_are_commands() -> None:
+    assert len(COMMANDS) == 4
