@@ -60,11 +60,12 @@ def sse_attention(
 
         picks = picks.spread() if picks is not None and form == "mask" else picks
         return attend_banks(shared, sparse, v_THV, picks, documents, document_T, initial_DBHKV)
-    shared, sparse = (bank and bank.expand_heads(v_THV.shape[1]) for bank in (shared, sparse))
+    shared = shared.expand_heads(v_THV.shape[1])
     if sparse is None or picks is None:
         initial = None if initial_DBHKV is None else initial_DBHKV[:, 0]
         o_THV, final = _recur(shared, v_THV, documents, initial)
         return BankOutputs(o_THV, None, final[:, None])
+    sparse = sparse.expand_heads(v_THV.shape[1])
     if form == "mask":
         return _run_mask(shared, sparse, v_THV, picks.spread(), documents, initial_DBHKV)
     return _run_varlen(shared, sparse, v_THV, picks, documents, document_T, initial_DBHKV)

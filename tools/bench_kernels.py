@@ -46,7 +46,8 @@ class Problem:
 
     def __init__(self, shape: Shape, device: str, dtype: torch.dtype = torch.bfloat16) -> None:
         generator = torch.Generator(device).manual_seed(0)
-        self.shape, self.leaves, is_gla = shape, [], shape.recurrence == "gla"
+        self.shape, is_gla = shape, shape.recurrence == "gla"
+        self.leaves: list[Tensor] = []
         size = (shape.tokens, shape.heads, shape.dim)
 
         def normal(*shape: int) -> Tensor:
@@ -75,11 +76,9 @@ class Problem:
 
     def authors(self, layer: torch.nn.Module) -> Tensor:
         """The attention of the authors' layer alone: no projections."""
-        gates = [self.shared.g, self.sparse.g]
-        if self.shared.beta_TH is not None:
-            gates += [self.shared.beta_TH, self.sparse.beta_TH]
-        inputs = (self.shared.q_THK, self.sparse.q_THK, self.shared.k_THK, self.sparse.k_THK, self.v_THV, *gates)
-        return layer.sse_linear_attention_varlen(*(x[None] for x in (*inputs, self.logit_TN)))[0][0]
+        pairs = [x for pair in zip(self.shared.tensors, self.sparse.tensors, strict=True) for x in pair]
+        inputs = (*pairs[:4], self.v_THV, *pairs[4:], self.logit_TN)
+        return layer.sse_linear_attention_varlen(*(x[None] for x in inputs))[0][0]  # type: ignore[operator]
 
     def one_state(self, function: Callable) -> Tensor:
         """The shared bank alone: the unit in which the work of SSE is counted."""
@@ -174,7 +173,7 @@ def rows_of(shape: Shape, device: str) -> list[str]:
     problem = Problem(shape, device)
     for backward in (False, True):
         unit = math.nan
-        timed = {}
+        timed: dict[str, str | tuple[float, ...]] = {}
         for name, run in contenders(shape, device).items():
             if device != "cuda":
                 timed[name] = "| not timed: no GPU ||||"

@@ -3,7 +3,7 @@
 Rows stand in `inputs` and in the results at their own places, in what is prepared in the order of their positions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,8 +13,6 @@ from torch import Tensor
 
 from megatron_sse.kernels.triton import gdn_backward, gdn_forward
 from megatron_sse.kernels.triton.rows import CHUNK_SIZE
-
-Kernel = Callable
 
 
 class GdnInputs(NamedTuple):
@@ -49,7 +47,8 @@ class GdnInputs(NamedTuple):
 
     @property
     def dims(self) -> "Dims":
-        return Dims(self.q1_THK.shape[1], *self.v_THV.shape[1:], self.q1_THK.shape[2], self.v_THV.dtype)
+        (_, num_heads, key_dim), (_, num_value_heads, value_dim) = self.q1_THK.shape, self.v_THV.shape
+        return Dims(num_heads, num_value_heads, value_dim, key_dim, self.v_THV.dtype)
 
     def empty_states(self, like: Tensor, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """A state [HV, K, columns] per element of `like`."""
@@ -72,7 +71,7 @@ class Dims:
     dtype: torch.dtype
 
 
-def _plan(kernel: Kernel, dims: Dims, arch: int) -> tuple[dict, dict]:
+def _plan(kernel: triton.JITFunction, dims: Dims, arch: int) -> tuple[dict, dict]:
     """What a kernel is compiled with: its constants and its options.
 
     In fp32 products run without tensor cores and hold whole operands in registers: small blocks, many warps. Before
@@ -122,7 +121,9 @@ PER_PIECE = (
 )
 
 
-def _launch(kernel: Kernel, inputs: GdnInputs, num_tokens: int, store: bool = False, **tensors: Tensor) -> None:
+def _launch(
+    kernel: triton.JITFunction, inputs: GdnInputs, num_tokens: int, tensors: dict[str, Tensor], store: bool = False
+) -> None:
     """A program per chunk or per piece and block of the state's columns, for each value head.
 
     `tensors`, like the inputs, are named as the kernel's pointers are, with their dims at the end.
@@ -156,8 +157,8 @@ def gdn_prepare(inputs: Sequence[Tensor], num_tokens: int) -> tuple[Tensor, Tens
     x = GdnInputs(*inputs)
     inverse_HRC, scores_HRC, gates_4HR = gdn_prepare_fake(inputs, num_tokens)
     prepared = {"inverse_HRC": inverse_HRC, "scores_HRC": scores_HRC, "gates_4HR": gates_4HR}
-    _launch(gdn_forward.gdn_gates_kernel, x, num_tokens, **prepared)
-    _launch(gdn_forward.gdn_prepare_kernel, x, num_tokens, **prepared)
+    _launch(gdn_forward.gdn_gates_kernel, x, num_tokens, prepared)
+    _launch(gdn_forward.gdn_prepare_kernel, x, num_tokens, prepared)
     return inverse_HRC, scores_HRC, gates_4HR
 
 
@@ -176,7 +177,7 @@ def gdn_summarize(inputs: Sequence[Tensor], num_tokens: int, prepared: Sequence[
     transition_MHKK, increment_MHKV = gdn_summarize_fake(inputs, num_tokens, prepared)
     results = {"transition_MHKK": transition_MHKK, "increment_MHKV": increment_MHKV}
     kernel = gdn_forward.gdn_summarize_kernel
-    _launch(kernel, x, num_tokens, inverse_HRC=inverse_HRC, gates_4HR=gates_4HR, **results)
+    _launch(kernel, x, num_tokens, {"inverse_HRC": inverse_HRC, "gates_4HR": gates_4HR} | results)
     return transition_MHKK, increment_MHKV
 
 
@@ -191,7 +192,7 @@ def gdn_attend(inputs: Sequence[Tensor], num_tokens: int, prepared: Sequence[Ten
     """Outputs [R, HV, V] in v's dtype, from the states that enter the pieces."""
     o_RHV = gdn_attend_fake(inputs, num_tokens, prepared, entering_MHKV)
     tensors = _named(prepared) | {"entering_MHKV": entering_MHKV, "o_RHV": o_RHV}
-    _launch(gdn_forward.gdn_attend_kernel, GdnInputs(*inputs), num_tokens, **tensors)
+    _launch(gdn_forward.gdn_attend_kernel, GdnInputs(*inputs), num_tokens, tensors)
     return o_RHV
 
 
@@ -212,7 +213,7 @@ def gdn_summarize_backward(
     """Gradients [M, HV, K, V], fp32, of the states that enter the pieces, of the pieces' outputs alone."""
     grad_entering_MHKV = gdn_summarize_backward_fake(inputs, num_tokens, prepared, grad_o_RHV)
     tensors = _named(prepared) | {"grad_o_RHV": grad_o_RHV, "grad_entering_MHKV": grad_entering_MHKV}
-    _launch(gdn_backward.gdn_states_backward_kernel, GdnInputs(*inputs), num_tokens, **tensors)
+    _launch(gdn_backward.gdn_states_backward_kernel, GdnInputs(*inputs), num_tokens, tensors)
     return grad_entering_MHKV
 
 
@@ -243,8 +244,8 @@ def gdn_attend_backward(
     tensors = _named(prepared) | dict(zip(("states_GHKV", "grad_states_GHKV"), states, strict=True))
     tensors |= {"d_HRV": x.empty_rows(dims.value_dim), "grad_change_HRV": x.empty_rows(dims.value_dim)}
     tensors |= {"entering_MHKV": entering_MHKV, "grad_o_RHV": grad_o_RHV, "grad_leaving_MHKV": grad_leaving_MHKV}
-    _launch(gdn_forward.gdn_attend_kernel, x, num_tokens, store=True, **tensors)
-    _launch(gdn_backward.gdn_states_backward_kernel, x, num_tokens, store=True, **tensors)
+    _launch(gdn_forward.gdn_attend_kernel, x, num_tokens, tensors, store=True)
+    _launch(gdn_backward.gdn_states_backward_kernel, x, num_tokens, tensors, store=True)
 
     gates_4HR = tensors["gates_4HR"]
     tensors |= {"grad_scores_HRC": x.empty_rows(CHUNK_SIZE), "grad_met_HRC": x.empty_rows(CHUNK_SIZE)}
@@ -257,9 +258,9 @@ def gdn_attend_backward(
     gradients["grad_v_RHV"] = x.v_THV.new_empty(rows, *x.v_THV.shape[1:])
     for name in ("g", "beta", "write", "read"):
         gradients[f"grad_{name}_RH"] = gates_4HR.new_empty(rows, dims.num_value_heads)
-    _launch(gdn_backward.gdn_scores_backward_kernel, x, num_tokens, **tensors, **gradients)
-    _launch(gdn_backward.gdn_keys_backward_kernel, x, num_tokens, **tensors, **gradients)
-    _launch(gdn_backward.gdn_gates_backward_kernel, x, num_tokens, **tensors, **gradients)
+    _launch(gdn_backward.gdn_scores_backward_kernel, x, num_tokens, tensors | gradients)
+    _launch(gdn_backward.gdn_keys_backward_kernel, x, num_tokens, tensors | gradients)
+    _launch(gdn_backward.gdn_gates_backward_kernel, x, num_tokens, tensors | gradients)
 
     grad_q, grad_k, grad_v, grad_g, grad_beta, grad_write, grad_read = gradients.values()
     grad_q, grad_k = (_sum_groups(grad, dims.num_heads) for grad in (grad_q, grad_k))
@@ -279,7 +280,7 @@ def _sum_groups(x_RHK: Tensor, num_heads: int) -> Tensor:
     return x_RHK if x_RHK.shape[1] == num_heads else x_RHK.unflatten(1, (num_heads, -1)).sum(2)
 
 
-def compile_cases(arch: int) -> list[tuple[Kernel, dict[str, str], dict, dict]]:
+def compile_cases(arch: int) -> list[tuple[triton.JITFunction, dict[str, str], dict, dict]]:
     """Kernel, signature, constants and options for an architecture, at the head dims and dtypes that are shipped."""
     cases = []
     for dtype in (torch.bfloat16, torch.float32):
@@ -292,7 +293,7 @@ def compile_cases(arch: int) -> list[tuple[Kernel, dict[str, str], dict, dict]]:
     return cases
 
 
-def _signature(kernel: Kernel, constants: dict, dtype: torch.dtype) -> dict[str, str]:
+def _signature(kernel: triton.JITFunction, constants: dict, dtype: torch.dtype) -> dict[str, str]:
     """Triton's types of a kernel's arguments; what is not named here is fp32."""
     of_products = "q1 k1 q2 k2 v inverse scores o states d grad_o grad_q grad_k grad_v"
     of_products += " grad_states grad_change grad_scores grad_met"

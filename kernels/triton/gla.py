@@ -12,6 +12,7 @@ kernels.
 
 import functools
 import math
+from typing import Any
 
 import torch
 import triton
@@ -73,7 +74,7 @@ def _configure(
 ) -> tuple[dict, dict]:
     """A kernel's constants, and its warps and stages, on a GPU of compute capability `arch` (90: Hopper)."""
     column = 2 if dtype == torch.float32 else int(max(key_dim, value_dim) > 128)
-    tiles = _TILES[kernel]
+    tiles: tuple = _TILES[kernel]
     if variant and kernel in _STEEP_TILES:
         tiles = _STEEP_TILES[kernel]
     elif column < 2 and arch != 90:
@@ -142,7 +143,7 @@ def _count_blocks(constants: dict) -> int:
     return math.prod(triton.cdiv(constants[dim], constants[f"BLOCK_{dim}"]) for dim in "KV" if dim in constants)
 
 
-def _launch(kernel, places: int, x: dict[str, Tensor | int], variant: bool = False) -> None:
+def _launch(kernel, places: int, x: dict[str, Any], variant: bool = False) -> None:
     """Launch over `places` (chunks or pieces) times blocks, and heads; arguments are taken from `x` by name."""
     constants, options = _configure_for(kernel, x, variant)
     blocks = 1 if kernel in _WITH_ALL_BLOCKS else _count_blocks(constants)
@@ -160,7 +161,7 @@ _INPUTS = (
 _SCHEMA = ", ".join(f"Tensor {name}" for name in _INPUTS[:-1]) + ", SymInt num_tokens"
 
 
-def _named(inputs: tuple) -> dict[str, Tensor | int]:
+def _named(inputs: tuple) -> dict[str, Any]:
     return dict(zip(_INPUTS, inputs, strict=True))
 
 
@@ -261,7 +262,7 @@ def gla_attend_backward(*inputs):
     x |= {"entering": entering.contiguous(), "grad_o": grad_o.contiguous(), "grad_leaving": grad_leaving.contiguous()}
     grads = dict(zip(("grad_q", "grad_k", "grad_g", "grad_v"), _empty_gradients(*inputs), strict=True))
     num_pieces, num_chunks, num_rows = len(entering), x["chunk_start"].shape[0], x["row"].shape[0]
-    num_value_heads, value_dim, key_dim = *x["v"].shape[1:], x["q1"].shape[2]
+    (_, num_value_heads, value_dim), key_dim = x["v"].shape, x["q1"].shape[2]
     new_empty = x["v"].new_empty
 
     write_partial = new_empty(
