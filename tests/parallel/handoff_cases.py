@@ -1,7 +1,6 @@
 """Chains of slots with known answers: the whole chain in one process, and the same spread over ranks."""
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -102,7 +101,6 @@ def make_hand_off(case: Case, chain: Chain | None = None) -> HandOff:
     return HandOff(chain, dist.group.WORLD, case.algorithm, case.wire, *_node_groups(case.node_size))
 
 
-@cache
 def _node_groups(node_size: int) -> tuple[Any, Any]:
     size, rank = dist.get_world_size(), dist.get_rank()
     nodes = [dist.new_group(list(range(first, first + node_size))) for first in range(0, size, node_size)]
