@@ -1,0 +1,25 @@
+"""Attention through torch.compile; a process of its own, where nothing was compiled before: python -m ... RECURRENCE"""
+
+import sys
+
+import torch
+
+from megatron_sse.kernels import routing, scan, sse
+from tests.kernels.cases import Case, make_inputs, outputs_and_gradients
+from tests.kernels.implementations import attention
+
+
+def main(recurrence: str) -> None:
+    for module in (routing, scan, sse):
+        module.use_triton = lambda x: True
+    sizes = {"num_heads": 1, "num_value_heads": 1, "key_dim": 16, "value_dim": 16, "num_partitions": 2}
+    case = Case(recurrence=recurrence, lengths=(5,), **sizes)
+    inputs = make_inputs(case).map(lambda x: x.float())
+    compiled = torch.compile(attention("varlen"), backend="aot_eager", fullgraph=True)
+    actual = outputs_and_gradients(compiled, case, inputs)
+    expected = outputs_and_gradients(attention("varlen"), case, inputs)
+    assert all(torch.equal(actual[name], x) for name, x in expected.items())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
