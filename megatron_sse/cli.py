@@ -248,7 +248,8 @@ def prepare_data(config: RunConfig) -> None:
     Once per machine. Raises UserError.
     """
     from megatron_sse.checkpoint.folders import check_named
-    from megatron_sse.data import check_data, prepare_corpus
+    from megatron_sse.data.checks import check_data
+    from megatron_sse.data.corpus import prepare_corpus
 
     check_named(config)
     prepare_corpus(config)

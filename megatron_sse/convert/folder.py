@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_sse.convert.installed import require
 from megatron_sse.errors import UserError
+from megatron_sse.installed import require
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 FILE_BYTES = 1 << 32

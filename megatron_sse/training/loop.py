@@ -19,11 +19,11 @@ from megatron_sse.checkpoint.load import load_checkpoint, load_weights
 from megatron_sse.checkpoint.save import SaveError, Saver
 from megatron_sse.checkpoint.verify import first_whole
 from megatron_sse.config import RunConfig
-from megatron_sse.data import build_data_iterators
-from megatron_sse.data.iterators import ValidationFactory
+from megatron_sse.data.iterators import ValidationFactory, build_data_iterators
 from megatron_sse.errors import SharedUserError, UserError
 from megatron_sse.model import build_model
 from megatron_sse.monitor import Monitor
+from megatron_sse.monitor.memory import is_out_of_memory, report_out_of_memory
 from megatron_sse.parallel.device import Device, setup_device
 from megatron_sse.parallel.groups import init_groups, init_process_group
 from megatron_sse.training.faults import is_lost_peer, leave_for_peers, name_lost_peers
@@ -112,6 +112,8 @@ def train(config: RunConfig) -> int:
             logger.error("%s", name_lost_peers(error))
             return 1
         traceback.print_exception(error)
+        if is_out_of_memory(error):
+            report_out_of_memory(error, config)
         leave_for_peers(error)
         return 1
     finally:
@@ -159,6 +161,7 @@ class Run:
         step = self.first_step - 1
         while step < training.steps and not self._is_over(signals):
             step += 1
+            self.monitor.before_step(step)
             started = time.perf_counter()
             set_learning_rate(self.trainer.optimizer, rate := self.learning_rate(step))
             self._seed(step)

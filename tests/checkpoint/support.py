@@ -7,7 +7,7 @@ import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_sse.checkpoint.verify import first_whole
-from megatron_sse.data import build_data_iterators
+from megatron_sse.data.iterators import build_data_iterators
 from megatron_sse.training.loop import Run
 from megatron_sse.training.optimizer import set_learning_rate
 from tests.training.support import small_run, start

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_sse import installed
 from megatron_sse.cli import main
-from megatron_sse.convert import convert, installed
+from megatron_sse.convert import convert
 from megatron_sse.convert.model import open_model
 from megatron_sse.errors import UserError
 from tests.convert.support import make_dense, random_tokens

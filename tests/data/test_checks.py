@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_sse.data import check_data, checks
+from megatron_sse.data import checks
+from megatron_sse.data.checks import check_data
 from megatron_sse.errors import UserError
 from tests.data.files import random_documents, run_config, write_tokens
 

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_sse.data import check_data, corpus, prepare_corpus
+from megatron_sse.data import corpus
+from megatron_sse.data.checks import check_data
+from megatron_sse.data.corpus import prepare_corpus
 from megatron_sse.data.metadata import read_metadata
 from megatron_sse.data.tokenizer import END_OF_DOCUMENT, decode, encode_document
 from megatron_sse.errors import UserError

@@ -3,7 +3,7 @@ from itertools import islice
 import pytest
 import torch
 
-from megatron_sse.data import build_data_iterators
+from megatron_sse.data.iterators import build_data_iterators
 from tests.data.files import END, data_parallel_groups, random_documents, run_config, write_tokens
 
 GLOBAL_BATCH = 8

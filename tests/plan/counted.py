@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_sse.data import build_data_iterators
+from megatron_sse.data.iterators import build_data_iterators
 from megatron_sse.parallel.traffic import Traffic
 from tests.training.support import small_run, start
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_sse.data import build_data_iterators
+from megatron_sse.data.iterators import build_data_iterators
 from megatron_sse.parallel.groups import destroy_groups
 from megatron_sse.parallel.layout import TokenLayout
 from megatron_sse.parallel.sharding import ContextShard

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sse.data import build_data_iterators
+from megatron_sse.data.iterators import build_data_iterators
 from megatron_sse.model.initialize import global_name, own_part
 from megatron_sse.training.optimizer import set_learning_rate
 from tests.training.support import small_run, start

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_sse.data import Batch, build_data_iterators
+from megatron_sse.data.batch import Batch
+from megatron_sse.data.iterators import build_data_iterators
 from megatron_sse.training.loop import NonFiniteError, Run
 from megatron_sse.training.optimizer import set_learning_rate
 from tests.training.support import small_run, start
