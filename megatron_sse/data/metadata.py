@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
 from megatron_sse.errors import UserError
@@ -12,8 +12,14 @@ from megatron_sse.errors import UserError
 
 @dataclass
 class Metadata:
-    """Attributes: counts of the file's documents, tokens and bytes of text, and the bits per byte that a model of
-    single-token frequencies (those of the training file) reaches on this file."""
+    """Attributes:
+    documents, tokens, bytes: counts of the file; bytes are those of its text.
+    unigram_bits_per_byte: what a model of single-token frequencies reaches on this file: those of the training file for
+        data.corpus, the file's own for one of `data build`.
+    loss_mask: whether <prefix>.mask says which tokens count as labels (uint8 [tokens], 1 counts).
+    label_tokens, label_bytes: those that count, where there is a mask.
+    end: the token that ends a document; None where the file does not say it.
+    """
 
     tokenizer: str
     vocab_size: int
@@ -21,10 +27,14 @@ class Metadata:
     tokens: int
     bytes: int
     unigram_bits_per_byte: float
+    loss_mask: bool = False
+    label_tokens: int | None = None
+    label_bytes: int | None = None
+    end: int | None = None
 
     def bits_per_byte(self, loss: float) -> float:
-        """A loss in nats per token, as bits per byte of text."""
-        return loss / math.log(2) * self.tokens / self.bytes
+        """A loss in nats per token that counts, as bits per byte of text that counts."""
+        return loss / math.log(2) * (self.label_tokens or self.tokens) / (self.label_bytes or self.bytes)
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=2) + "\n")
@@ -37,7 +47,9 @@ def read_metadata(prefix: str) -> Metadata | None:
         return None
     try:
         values = json.loads(path.read_text())
-        return Metadata(**{field.name: values[field.name] for field in fields(Metadata)})
+        # Older files lack the newer keys.
+        given = [field.name for field in fields(Metadata) if field.name in values or field.default is MISSING]
+        return Metadata(**{name: values[name] for name in given})
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"{path}: not readable as the description of a token file ({error!r}); build the file again or delete it"
