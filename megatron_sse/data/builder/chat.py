@@ -1,0 +1,161 @@
+"""Conversations as token documents: rendered by a chat template, with the answers as the labels that count."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import numpy as np
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from megatron_sse.data.builder.encode import Encoder
+from megatron_sse.errors import UserError
+
+COLUMNS = ("messages", "prompt", "completion", "tools")
+SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+# For bytes, which have no special tokens but the end of a document.
+DEFAULT_TEMPLATE = """\
+{% for message in messages %}
+{{ '<|' + message['role'] + '|>\\n' + message['content'] + '\\n' }}
+{%- endfor %}
+{% if add_generation_prompt %}
+{{ '<|assistant|>\\n' }}
+{%- endif %}
+"""
+
+
+class ChatError(Exception):
+    """What is wrong with one conversation."""
+
+
+class _Generation(jinja2.ext.Extension):
+    """{% generation %} of transformers, which marks answers: let through, answers are found without it."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class Template:
+    """A chat template, rendered as transformers does; it cannot ask for the time, which would change what is built."""
+
+    def __init__(self, text: str, special: Mapping[str, str], name: str):
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise
+        environment.globals.update(special)
+        try:
+            self.template = environment.from_string(text)
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(f"{name}:{error.lineno}: cannot be read as a chat template ({error.message})") from None
+
+    def render(self, messages: list[dict[str, Any]], tools: Any, answer: bool) -> str:
+        """Text of messages, and with `answer` what stands before the next answer. Raises ChatError."""
+        try:
+            return self.template.render(messages=messages, tools=tools, add_generation_prompt=answer)
+        # A template can do what any Python expression does.
+        except Exception as error:
+            raise ChatError(f"refused by the chat template ({' '.join(str(error).split())[:200]})") from None
+
+    def render_spans(self, messages: list[dict[str, Any]], tools: Any) -> tuple[str, list[tuple[int, int]]]:
+        """Text of a conversation, and the characters that an assistant wrote, with what ends its turns.
+
+        Raises ChatError where the text up to a turn changes with what follows it.
+        """
+        text = self.render(messages, tools, answer=False)
+        spans = []
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self.render(messages[:index], tools, answer=True)
+            after = self.render(messages[: index + 1], tools, answer=False)
+            if not (after.startswith(before) and text.startswith(after)):
+                raise ChatError(
+                    f"the chat template writes what comes before turn {index + 1} otherwise when turns follow, so its "
+                    "tokens cannot be told; give another with --chat-template"
+                )
+            spans.append((len(before), len(after)))
+        return text, spans
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    # jinja2's own escapes what HTML cannot hold.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """Tokens of a conversation, which of them count (uint8), and bytes of its text and of what counts in it."""
+
+    tokens_T: np.ndarray
+    mask_T: np.ndarray
+    num_bytes: int
+    label_bytes: int
+
+
+def encode_record(record: Mapping[str, Any], template: Template | None, encoder: Encoder) -> Dialogue:
+    """Tokens and mask of a record with `messages`, or with `prompt` and `completion`. Raises ChatError."""
+    if record.get("messages") is not None:
+        if template is None:
+            raise UserError(
+                "--chat-template: the tokenizer has none (chat_template.jinja, or chat_template in "
+                "tokenizer_config.json); give a file with one"
+            )
+        messages = _check_messages(record["messages"])
+        return _encode_messages(messages, record.get("tools"), template, encoder)
+    prompt, completion = (_check_text(record, name) for name in ("prompt", "completion"))
+    tokens_T, num_prompt = encoder.encode_parts(prompt, completion)
+    mask_T = np.ones(len(tokens_T), dtype=np.uint8)
+    mask_T[:num_prompt] = 0
+    label_bytes = len(completion.encode())
+    return Dialogue(tokens_T, mask_T, len(prompt.encode()) + label_bytes, label_bytes)
+
+
+def _encode_messages(messages: list[dict[str, Any]], tools: Any, template: Template, encoder: Encoder) -> Dialogue:
+    text, spans = template.render_spans(messages, tools)
+    if not spans:
+        raise ChatError("no assistant turn, so no token counts")
+    tokens_T, span_T = encoder.encode_spans(text, spans)
+    is_last = messages[-1]["role"] == "assistant"
+    # Some templates end a turn with the token that ends documents.
+    last_turn_T = tokens_T[span_T == len(spans) - 1] if is_last else tokens_T[-1:]
+    if encoder.end not in last_turn_T:
+        tokens_T = np.append(tokens_T, np.array([encoder.end], dtype=tokens_T.dtype))
+        span_T = np.append(span_T, len(spans) - 1 if is_last else -1)
+    label_bytes = sum(len(text[begin:end].encode()) for begin, end in spans)
+    return Dialogue(tokens_T, (span_T >= 0).astype(np.uint8), len(text.encode()), label_bytes)
+
+
+def _check_messages(messages: Any) -> list[dict[str, Any]]:
+    if not isinstance(messages, list) or not messages:
+        raise ChatError("messages: needed a list of {role, content}, one at least")
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ChatError(f"messages: {number}: needed an object with role and content")
+        if not isinstance(message.get("content"), str | list) and not message.get("tool_calls"):
+            raise ChatError(f"messages: {number}: has no content")
+    # Tables hold every key in every row.
+    return [{name: value for name, value in message.items() if value is not None} for message in messages]
+
+
+def _check_text(record: Mapping[str, Any], name: str) -> str:
+    value = record.get(name)
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if not isinstance(value, str):
+        raise ChatError(f"no messages, and {name} is {'missing' if value is None else type(value).__name__}, not text")
+    return value

@@ -1,0 +1,213 @@
+"""`megatron-sse data build`: from text to a token file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_sse.data.builder import chat, encode
+from megatron_sse.data.builder.inputs import FORMATS, UNIT_BYTES, Inputs, find_inputs
+from megatron_sse.data.builder.job import Job
+from megatron_sse.data.builder.join import count_parts, join_parts
+from megatron_sse.data.builder.parts import Counts
+from megatron_sse.data.builder.summary import describe_build
+from megatron_sse.data.builder.tally import EMPTY, WRONG
+from megatron_sse.data.builder.workers import build_parts
+from megatron_sse.data.builder.workspace import Workspace, make_joined
+from megatron_sse.data.histogram import draw_lengths
+from megatron_sse.data.metadata import read_metadata
+from megatron_sse.data.writer import publish
+from megatron_sse.errors import UserError
+from megatron_sse.installed import require
+
+logger = logging.getLogger(__name__)
+
+REFUSE, SKIP = "refuse", "skip"
+TOKENIZER, SETTINGS = ".tokenizer.json", ".tokenizer_config.json"
+PICTURE = ".lengths.png"
+# Of the parts that a build is resumed from.
+_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What `megatron-sse data build` was asked for; docs/data.md explains each. workers: None for one per core."""
+
+    inputs: Sequence[str]
+    output: str
+    tokenizer: str = encode.BYTES
+    format: str = "auto"
+    field: str = "text"
+    workers: int | None = None
+    wrong: str = REFUSE
+    empty: str = SKIP
+    end: str | None = None
+    chat_template: str | None = None
+    unit_bytes: int = UNIT_BYTES
+
+    def check(self) -> None:
+        """Raise UserError for what cannot be meant."""
+        for name, value, allowed in (
+            ("--format", self.format, FORMATS),
+            ("--wrong", self.wrong, (REFUSE, SKIP)),
+            ("--empty", self.empty, (REFUSE, SKIP)),
+        ):
+            if value not in allowed:
+                raise UserError(f"{name}: got {value}, allowed {', '.join(allowed)}")
+        if self.workers is not None and self.workers < 1:
+            raise UserError(f"--workers: got {self.workers}, allowed 1 or more")
+        if self.tokenizer == encode.BYTES and self.end is not None:
+            raise UserError(f"--end: got {self.end}, but --tokenizer bytes has an end of its own; leave it out")
+        if self.chat_template is not None and self.format != "chat":
+            raise UserError("--chat-template: given, but --format is not chat; give --format chat or leave it out")
+        if self.output.endswith(("/", ".bin", ".idx")):
+            raise UserError(
+                f"--output: got {self.output}, allowed the prefix of the files to write, such as data/train"
+            )
+
+
+def build(request: Request) -> int:
+    """Build a token file, or go on with one, and print what is in it. Returns the exit status. Raises UserError."""
+    request.check()
+    require("tqdm", "data build", "data")
+    prefix = Path(os.path.abspath(request.output))
+    job, files, name = _make_job(request)
+    inputs = find_inputs(request.inputs, request.format, job.columns, prefix, request.unit_bytes)
+    plan = {"version": _VERSION, "inputs": inputs.files, "unit_bytes": request.unit_bytes}
+    # Of the tokenizer the content matters, not the path; parts without wrong input are the same in both settings.
+    plan |= replace(job, tokenizer=None, refused=()).to_json() | {"tokenizer": name}
+    started = time.perf_counter()
+    with Workspace(prefix, plan) as space:
+        counts = space.finished()
+        if counts is None:
+            counts = _build_parts(request, space, inputs, job)
+            _check_counts(counts, request, job, space)
+            _join(space, inputs, job, files, counts, name)
+            space.finish(counts)
+        space.remove()
+    metadata = read_metadata(str(prefix))
+    assert metadata is not None
+    for line in describe_build(request.output, counts, metadata):
+        print(line)
+    if not draw_lengths(Path(f"{prefix}{PICTURE}"), request.output, counts.lengths, counts.length_tokens):
+        print(f'no {request.output}{PICTURE}: needs matplotlib (pip install "megatron-sse[data]")')
+    logger.info("built %s in %.1f s", request.output, time.perf_counter() - started)
+    return 0
+
+
+def _make_job(request: Request) -> tuple[Job, encode.TokenizerFiles | None, str]:
+    """The job, the tokenizer's files, and the tokenizer's name with the hash of its content. Raises UserError."""
+    refused = (*(WRONG if request.wrong == REFUSE else ()), *((EMPTY,) if request.empty == REFUSE else ()))
+    template: str | None = chat.DEFAULT_TEMPLATE
+    files, end, name, special = None, None, encode.BYTES, {}
+    if request.tokenizer != encode.BYTES:
+        files = encode.find_tokenizer(request.tokenizer)
+        token, end = files.end(request.end)
+        digest = hashlib.sha256(files.path.read_bytes()).hexdigest()
+        name = f"{files.path.absolute().parent.name} sha256:{digest[:16]}"
+        special = {key: value for key in chat.SPECIAL_TOKENS if (value := files.special(key)) is not None}
+        special["eos_token"] = token
+        template = files.template
+    if request.chat_template is not None:
+        template = _read_template(request.chat_template)
+    if files is not None:
+        files = replace(files, settings=_settings(files, token, template))
+    job = Job(
+        format=request.format,
+        field=request.field,
+        refused=refused,
+        tokenizer=None if files is None else str(files.path.absolute()),
+        end=end,
+        template=template if request.format == "chat" else None,
+        template_name=request.chat_template or request.tokenizer,
+        special=special,
+    )
+    # A wrong template is answered before anything is written.
+    job.chat_template()
+    return job, files, name
+
+
+def _settings(files: encode.TokenizerFiles, end: str, template: str | None) -> dict[str, Any]:
+    """tokenizer_config.json of the tokenizer as it was used."""
+    settings = {key: value for key, value in files.settings.items() if key != "auto_map"}
+    chats = {} if template is None else {"chat_template": template}
+    return settings | chats | {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
+
+
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"--chat-template: {path} cannot be read ({error})") from None
+
+
+def _build_parts(request: Request, space: Workspace, inputs: Inputs, job: Job) -> Counts:
+    todo = [(number, unit) for number, unit in enumerate(inputs.units) if not space.is_done(number)]
+    done = inputs.size - sum(unit.size for _, unit in todo)
+    if done or not todo:
+        logger.info("going on: %d of %d parts are done", len(inputs.units) - len(todo), len(inputs.units))
+    workers = min(request.workers or len(os.sched_getaffinity(0)), max(len(todo), 1))
+    try:
+        with _progress(inputs.size, "reading", done) as report:
+            for _ in build_parts(space.folder, job, todo, workers, report):
+                pass
+    except KeyboardInterrupt:
+        logger.info("stopped; the same command goes on from here")
+        raise
+    inputs.check_unchanged(space.folder)
+    counts = count_parts(space.folder, len(inputs.units))
+    counts.left_out.update(inputs.left_out)
+    return counts
+
+
+def _check_counts(counts: Counts, request: Request, job: Job, space: Workspace) -> None:
+    found = ", ".join(f"{count} x {kind}" for kind, count in counts.left_out.items() if count)
+    if set(counts.left_out) & set(job.refused):
+        raise UserError(
+            f"--wrong, --empty: refuse given, but this build was begun with skip and has left out {found}; give skip, "
+            f"or delete {space.folder} to start anew"
+        )
+    if counts.documents == 0:
+        raise UserError(f"INPUT: no documents in {', '.join(request.inputs)}; left out: {found or 'nothing'}")
+
+
+class _progress:
+    """A bar with rate and time left. In the block: a function that takes bytes done."""
+
+    def __init__(self, total: int, name: str, done: int = 0):
+        from tqdm import tqdm
+
+        # Not a terminal: a line now and then.
+        interval = 0.1 if sys.stderr.isatty() else 30
+        self.bar = tqdm(
+            total=total, initial=done, desc=name, unit="B", unit_scale=True, mininterval=interval, dynamic_ncols=True
+        )
+
+    def __enter__(self) -> Callable[[int], None]:
+        return lambda count: None if self.bar.update(count) else None
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+
+
+def _join(
+    space: Workspace, inputs: Inputs, job: Job, files: encode.TokenizerFiles | None, counts: Counts, name: str
+) -> None:
+    joined = make_joined(space.folder)
+    dtype_bytes = encode.token_type(job.encoder().vocab_size).itemsize
+    with _progress(counts.tokens * (dtype_bytes + job.has_mask), "joining") as report:
+        end = job.encoder().end
+        join_parts(space.folder, len(inputs.units), joined, counts, name, end, job.has_mask, report)
+    if files is not None:
+        shutil.copyfile(files.path, joined / TOKENIZER)
+        (joined / SETTINGS).write_text(json.dumps(files.settings, indent=2, ensure_ascii=False) + "\n")
+    publish(joined, space.prefix)

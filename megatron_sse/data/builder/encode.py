@@ -1,0 +1,169 @@
+"""From text to tokens: bytes, or a tokenizer of the tokenizers library."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from megatron_sse.data.tokenizer import END_OF_DOCUMENT, VOCAB_SIZE, encode_document
+from megatron_sse.errors import UserError
+from megatron_sse.installed import require
+
+BYTES = "bytes"
+# Largest vocabulary of 16-bit tokens.
+_UINT16_TOKENS = 1 << 16
+
+
+class Encoder(Protocol):
+    """Attributes: vocab_size: largest token + 1. end: the token that ends a document."""
+
+    vocab_size: int
+    end: int
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """Tokens of a document that is made of `texts`, its end included."""
+        ...
+
+    def encode_parts(self, prompt: str, completion: str) -> tuple[np.ndarray, int]:
+        """Tokens of a document whose two parts are encoded apart, its end included, and how many are the prompt's."""
+        ...
+
+    def encode_spans(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of a text as it stands, without an end, and for each the span (-1: none) that its last character is
+        in. spans: characters, ascending."""
+        ...
+
+
+def token_type(vocab_size: int) -> np.dtype:
+    """The smaller of the two types that training reads."""
+    return np.dtype(np.uint16 if vocab_size <= _UINT16_TOKENS else np.int32)
+
+
+class ByteEncoder:
+    """A token per byte of UTF-8."""
+
+    vocab_size, end = VOCAB_SIZE, END_OF_DOCUMENT
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        return encode_document("".join(texts).encode())
+
+    def encode_parts(self, prompt: str, completion: str) -> tuple[np.ndarray, int]:
+        return self.encode([prompt, completion]), len(prompt.encode())
+
+    def encode_spans(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+        tokens_T = encode_document(text.encode())[:-1]
+        span_T = np.full(len(tokens_T), -1)
+        for number, (begin, end) in enumerate(spans):
+            first = len(text[:begin].encode())
+            span_T[first : first + len(text[begin:end].encode())] = number
+        return tokens_T, span_T
+
+
+class FileEncoder:
+    """A tokenizer.json. What it puts before and behind any text stands before and behind a document."""
+
+    def __init__(self, path: Path, end: int):
+        self.tokenizer = read_tokenizer(path)
+        self.end = end
+        self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.dtype = token_type(self.vocab_size)
+        bare = self.tokenizer.encode("a", add_special_tokens=False).ids
+        full = self.tokenizer.encode("a").ids
+        first = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
+        self.before, behind = full[:first], full[first + len(bare) :]
+        self.behind = behind if behind[-1:] == [end] else [*behind, end]
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        encoded = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return self._join(self.before, *(part.ids for part in encoded), self.behind)
+
+    def encode_parts(self, prompt: str, completion: str) -> tuple[np.ndarray, int]:
+        parts = [part.ids for part in self.tokenizer.encode_batch_fast([prompt, completion], add_special_tokens=False)]
+        return self._join(self.before, *parts, self.behind), len(self.before) + len(parts[0])
+
+    def encode_spans(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+        encoded = self.tokenizer.encode(text, add_special_tokens=False)
+        last_T = np.array([max(begin, end - 1) for begin, end in encoded.offsets], dtype=np.int64)
+        span_T = np.full(len(last_T), -1)
+        for number, (begin, end) in enumerate(spans):
+            span_T[(last_T >= begin) & (last_T < end)] = number
+        return self._join(encoded.ids), span_T
+
+    def _join(self, *parts: list[int]) -> np.ndarray:
+        return np.concatenate([np.array(part, dtype=self.dtype) for part in parts])
+
+
+def read_tokenizer(path: Path) -> Any:
+    """A tokenizer.json, which neither cuts nor pads. Raises UserError."""
+    require("tokenizers", str(path), "data")
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    # The library raises Exception itself.
+    except Exception as error:
+        raise UserError(f"{path}: cannot be read as tokenizer.json ({' '.join(str(error).split())[:120]})") from None
+    # What the file says about these is meant for other uses.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """Attributes: path: of tokenizer.json. settings: of the tokenizer_config.json beside it, {} where there is none.
+    template: of chats; None where there is none."""
+
+    path: Path
+    settings: dict[str, Any]
+    template: str | None
+
+    def special(self, name: str) -> str | None:
+        """A special token, such as eos_token, by what it is for."""
+        value = self.settings.get(name)
+        return value.get("content") if isinstance(value, dict) else value
+
+    def end(self, name: str | None) -> tuple[str, int]:
+        """The token that ends documents, `name` or else the settings' eos_token, and its number. Raises UserError."""
+        token = name or self.special("eos_token")
+        config = self.path.with_name("tokenizer_config.json")
+        if token is None:
+            raise UserError(
+                f"--end: not given, and {config} names no eos_token; give the token that ends a document, such as "
+                "--end '<|endoftext|>'"
+            )
+        tokenizer = read_tokenizer(self.path)
+        number = tokenizer.token_to_id(token)
+        if number is None:
+            special = [added.content for added in tokenizer.get_added_tokens_decoder().values()]
+            raise UserError(
+                f"--end: {token!r} is no token of {self.path}; its special tokens: {', '.join(special[:20]) or 'none'}"
+            )
+        return token, number
+
+
+def find_tokenizer(given: str) -> TokenizerFiles:
+    """The files of a tokenizer by its tokenizer.json or its folder. Raises UserError."""
+    path = Path(given)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"--tokenizer: {path} not found; give bytes, a tokenizer.json or a folder with one")
+    config, jinja = path.with_name("tokenizer_config.json"), path.with_name("chat_template.jinja")
+    settings: Any = {}
+    if config.is_file():
+        try:
+            settings = json.loads(config.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{config}: cannot be read as JSON ({error})") from None
+        if not isinstance(settings, dict):
+            raise UserError(f"{config}: not a JSON object")
+    template = jinja.read_text(encoding="utf-8") if jinja.is_file() else settings.get("chat_template")
+    if isinstance(template, list):
+        # Older files name several.
+        template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
+    return TokenizerFiles(path, settings, template)

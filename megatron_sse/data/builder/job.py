@@ -1,0 +1,125 @@
+"""What is done to every document, as far as it decides what the token file holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_sse.data.builder import chat
+from megatron_sse.data.builder.encode import ByteEncoder, Encoder, FileEncoder
+from megatron_sse.data.builder.read import Record, decode
+from megatron_sse.data.builder.tally import CHAT, EMPTY, INVALID, MISSING, Place, Tally
+
+
+@dataclass(frozen=True)
+class Job:
+    """Attributes:
+    tokenizer: path of a tokenizer.json; None for bytes. end: the token that ends a document.
+    template: of chats, named template_name in errors; special: the tokens it can name.
+    refused: kinds of wrong input that end the build.
+    """
+
+    format: str
+    field: str
+    refused: tuple[str, ...]
+    tokenizer: str | None = None
+    end: int | None = None
+    template: str | None = None
+    template_name: str = ""
+    special: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def has_mask(self) -> bool:
+        return self.format == "chat"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return chat.COLUMNS if self.has_mask else (self.field,)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Job:
+        return cls(**{**values, "refused": tuple(values["refused"])})
+
+    def encoder(self) -> Encoder:
+        if self.tokenizer is None:
+            return ByteEncoder()
+        assert self.end is not None
+        return FileEncoder(Path(self.tokenizer), self.end)
+
+    def chat_template(self) -> chat.Template | None:
+        return None if self.template is None else chat.Template(self.template, self.special, self.template_name)
+
+
+@dataclass(frozen=True)
+class Document:
+    """Tokens, bytes of text, and where there is a mask: which tokens count (uint8) and their bytes of text."""
+
+    tokens_T: np.ndarray
+    num_bytes: int
+    mask_T: np.ndarray | None = None
+    label_bytes: int = 0
+
+
+class DocumentMaker:
+    """Makes token documents of records."""
+
+    def __init__(self, job: Job):
+        self.job, self.encoder, self.template = job, job.encoder(), job.chat_template()
+
+    def make(self, place: Place, record: Record, tally: Tally) -> Document | None:
+        """The document of a record; None, and a line in `tally`, where it cannot be used."""
+        try:
+            if self.job.has_mask:
+                assert isinstance(record, dict)
+                return self._make_chat(place, record, tally)
+            texts = self._texts(place, record, tally) if isinstance(record, dict) else record
+            if texts is None:
+                return None
+            num_bytes = sum(len(text.encode()) for text in texts)
+        except UnicodeError as error:
+            # JSON can name halves of surrogate pairs, which no text has.
+            tally.add(INVALID, place, f"invalid UTF-8 ({error.reason})")
+            return None
+        if not num_bytes:
+            tally.add(EMPTY, place, "empty document")
+            return None
+        return Document(self.encoder.encode(texts), num_bytes)
+
+    def _texts(self, place: Place, record: Mapping[str, Any], tally: Tally) -> list[str] | None:
+        value = record.get(self.job.field)
+        if isinstance(value, bytes):
+            text = decode(value, place, tally)
+            return None if text is None else [text]
+        if isinstance(value, str):
+            return [value]
+        name = self.job.field
+        if value is not None:
+            reason = f"field {name} is {type(value).__name__}, needed text"
+        else:
+            reason = f"no field {name} (there: {', '.join(record) or 'none'}; --field names another)"
+            if name not in record and {"messages", "prompt"} & set(record):
+                reason += "; chats are read with --format chat"
+        tally.add(MISSING, place, reason)
+        return None
+
+    def _make_chat(self, place: Place, record: Mapping[str, Any], tally: Tally) -> Document | None:
+        if record.get("messages") is None and not {"prompt", "completion"} & set(record):
+            there = ", ".join(record) or "none"
+            tally.add(MISSING, place, f"no field messages, and no prompt and completion (there: {there})")
+            return None
+        try:
+            made = chat.encode_record(record, self.template, self.encoder)
+        except chat.ChatError as error:
+            tally.add(CHAT, place, str(error))
+            return None
+        if not made.label_bytes:
+            tally.add(EMPTY, place, "empty answer")
+            return None
+        return Document(made.tokens_T, made.num_bytes, made.mask_T, made.label_bytes)

@@ -1,0 +1,118 @@
+"""PREFIX.building: what a build has done so far, for the build that goes on after a kill."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from megatron_sse.checkpoint.durable import write_durably
+from megatron_sse.data.builder.parts import Counts, part_folder
+from megatron_sse.errors import UserError
+
+PLAN = "plan.json"
+JOINED = "joined"
+FINISHED = "finished.json"
+
+
+class Workspace:
+    """The folder of one build, held by one process at a time.
+
+    plan: all that decides what is built, by the name of the setting; another one is refused.
+    """
+
+    def __init__(self, prefix: Path, plan: dict[str, Any]):
+        self.folder = prefix.with_name(prefix.name + ".building")
+        self.prefix = prefix
+        # As it is after reading.
+        self.plan = json.loads(json.dumps(plan))
+
+    def __enter__(self) -> Workspace:
+        index = Path(f"{self.prefix}.idx")
+        plan = self.folder / PLAN
+        if index.exists() and not plan.exists():
+            raise UserError(f"--output: {index} is there already; delete it or give another prefix")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock()
+            if not plan.exists() or not self._goes_on(json.loads(plan.read_text())):
+                self._clear(everything=True)
+                write_durably(plan, json.dumps(self.plan).encode())
+        except OSError as error:
+            raise UserError(f"--output: {self.prefix} cannot be written ({error.strerror}: {error.filename})") from None
+        self._clear(everything=False)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.lock.close()
+
+    def _lock(self) -> None:
+        self.lock = (self.folder / "lock").open("w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--output: another build writes {self.prefix} now; wait for it") from None
+
+    def _goes_on(self, before: dict[str, Any]) -> bool:
+        """Whether this is the build that was begun; one that has no part yet is given up. Raises UserError."""
+        changed = [name for name, value in self.plan.items() if before.get(name) != value]
+        if not changed:
+            return True
+        if not any(self.folder.glob("part-*")) and self.finished() is None:
+            return False
+        name = changed[0]
+        what = _first_file(before.get(name), self.plan[name]) if name == "inputs" else name
+        raise UserError(
+            f"--output: {self.folder} holds a build that was begun otherwise: {what} has changed; give the same, or "
+            f"delete {self.folder} to start anew"
+        )
+
+    def _clear(self, everything: bool) -> None:
+        """Delete what broken-off writes left, or all but the lock."""
+        for path in self.folder.iterdir():
+            if path.name == "lock" or not (everything or path.name.startswith("partial-") or path.name == JOINED):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+
+    def is_done(self, number: int) -> bool:
+        return part_folder(self.folder, number).is_dir()
+
+    def finished(self) -> Counts | None:
+        """Counts of a build whose files are all in their places; None before."""
+        path = self.folder / FINISHED
+        return Counts.from_json(json.loads(path.read_text())) if path.is_file() else None
+
+    def finish(self, counts: Counts) -> None:
+        """Note that all files are in their places, so that parts may go."""
+        write_durably(self.folder / FINISHED, json.dumps(counts.to_json()).encode())
+
+    def remove(self) -> None:
+        """Delete the folder of a finished build; the plan and what says that it is finished go last."""
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+        (self.folder / PLAN).unlink()
+        shutil.rmtree(self.folder)
+
+
+def _first_file(before: Any, now: list[list[Any]]) -> str:
+    """The first file that is not as it was."""
+    old = {entry[0]: entry for entry in before or []}
+    new = {entry[0]: entry for entry in now}
+    paths = [path for path in [*new, *old] if old.get(path) != new.get(path)]
+    return paths[0] if paths else "the order of the inputs"
+
+
+def make_joined(folder: Path) -> Path:
+    """An empty folder for the finished files."""
+    joined = folder / JOINED
+    shutil.rmtree(joined, ignore_errors=True)
+    os.mkdir(joined)
+    return joined

@@ -1,0 +1,95 @@
+"""`megatron-sse data inspect`: what is in a token file."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from megatron_sse.data.builder.command import TOKENIZER
+from megatron_sse.data.builder.encode import BYTES, read_tokenizer
+from megatron_sse.data.builder.summary import describe_metadata
+from megatron_sse.data.checks import check_token_file
+from megatron_sse.data.histogram import count_lengths, format_lengths
+from megatron_sse.data.metadata import Metadata, read_metadata
+from megatron_sse.data.tokenizer import decode
+from megatron_sse.errors import UserError
+
+# Around what counts as a label.
+_OPEN, _CLOSE = "\u27e6", "\u27e7"
+# More than any token file has.
+_ANY_TOKEN = 1 << 31
+
+
+def inspect(prefix: str, documents: int, first: int, tokens: int) -> int:
+    """Check a token file and print what is in it, with the first `tokens` tokens of `documents` documents from `first`
+    on. Returns the exit status. Raises UserError."""
+    for name, value in (("--documents", documents), ("--first", first), ("--tokens", tokens)):
+        if value < 0:
+            raise UserError(f"{name}: got {value}, allowed 0 or more")
+    metadata = read_metadata(prefix)
+    file = check_token_file("PREFIX", prefix, _ANY_TOKEN if metadata is None else metadata.vocab_size)
+    index = file.index
+    count = len(index.offsets_D1) - 1
+    print(f"{prefix}.bin: {index.bin_bytes:,} bytes, {index.dtype}")
+    if metadata is None:
+        print(f"{count:,} documents, {index.num_tokens:,} tokens; {prefix}.json is not there: the tokenizer is unknown")
+    else:
+        for line in describe_metadata(metadata):
+            print(line)
+    lengths_D = np.diff(index.offsets_D1)
+    if not lengths_D.any():
+        return 0
+    empty = int((lengths_D == 0).sum())
+    print(f"longest document {lengths_D.max():,} tokens, median {int(np.median(lengths_D)):,}; {empty:,} empty\n")
+    for line in format_lengths(*count_lengths(lengths_D)):
+        print(line)
+    if documents and first >= count:
+        raise UserError(f"--first: got {first}, allowed 0 to {count - 1}, the last document")
+    to_text = _decoder(prefix, metadata)
+    tokens_T = np.memmap(prefix + ".bin", dtype=index.dtype, mode="r")
+    mask_T = None if file.mask_path is None else np.memmap(file.mask_path, dtype=np.uint8, mode="r")
+    for number in range(first, min(first + documents, count)):
+        begin, end = (int(offset) for offset in index.offsets_D1[number : number + 2])
+        print(f"\n--- document {number}: {end - begin:,} tokens")
+        shown = slice(begin, min(begin + tokens, end))
+        print(_show(tokens_T[shown], None if mask_T is None else mask_T[shown], to_text))
+        if shown.stop < end:
+            print(f"... ({end - shown.stop:,} more)")
+    return 0
+
+
+def _decoder(prefix: str, metadata: Metadata | None) -> Callable[[np.ndarray], str]:
+    """A function from tokens to text; numbers where the tokenizer is not there."""
+    path = Path(prefix + TOKENIZER)
+    if path.is_file():
+        tokenizer = read_tokenizer(path)
+        return lambda tokens_T: tokenizer.decode(tokens_T.tolist(), skip_special_tokens=False)
+    if metadata is not None and metadata.tokenizer == BYTES:
+        return decode
+    return lambda tokens_T: "".join(f"{token} " for token in tokens_T)
+
+
+def _show(tokens_T: np.ndarray, mask_T: np.ndarray | None, to_text: Callable[[np.ndarray], str]) -> str:
+    if mask_T is None:
+        return _printable(to_text(tokens_T))
+    return "".join(
+        f"{_OPEN}{_printable(to_text(run_T))}{_CLOSE}" if counts else _printable(to_text(run_T))
+        for counts, run_T in _runs(tokens_T, mask_T)
+    )
+
+
+def _runs(tokens_T: np.ndarray, mask_T: np.ndarray) -> Iterator[tuple[bool, np.ndarray]]:
+    """Tokens that stand together and count alike."""
+    borders = [0, *(np.flatnonzero(np.diff(mask_T)) + 1).tolist(), len(tokens_T)]
+    for begin, end in zip(borders[:-1], borders[1:], strict=True):
+        yield bool(mask_T[begin]), tokens_T[begin:end]
+
+
+def _printable(text: str) -> str:
+    """Text without what would steer the terminal."""
+    return "".join(
+        f"\\x{ord(char):02x}" if unicodedata.category(char) == "Cc" and char not in "\n\t" else char for char in text
+    )

@@ -1,0 +1,59 @@
+"""Token files of Megatron's format, which appear complete or not at all."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from megatron_sse.checkpoint.durable import fsync
+
+# As in Megatron-Core's indexed_dataset, which would load torch.
+_MAGIC = b"MMIDIDX\x00\x00"
+_CODES = {np.dtype(np.uint16): 8, np.dtype(np.int32): 4}
+_PIECE = 1 << 20
+INDEX = ".idx"
+
+
+def write_index(path: Path, dtype: np.dtype, num_documents: int, lengths: Iterable[np.ndarray]) -> None:
+    """Write an index whose documents are one sequence each.
+
+    lengths: int32, of all documents in pieces; taken twice, so no iterator.
+    """
+    with path.open("wb") as file:
+        file.write(_MAGIC + struct.pack("<QBQQ", 1, _CODES[dtype], num_documents, num_documents + 1))
+        for lengths_D in lengths:
+            file.write(lengths_D.astype(np.int32).data)
+        first = 0
+        for lengths_D in lengths:
+            ends_D = first + np.cumsum(lengths_D, dtype=np.int64)
+            file.write(((ends_D - lengths_D) * dtype.itemsize).data)
+            first = int(ends_D[-1]) if len(ends_D) else first
+        for begin, end in _ranges(num_documents + 1):
+            file.write(np.arange(begin, end, dtype=np.int64).data)
+
+
+def _ranges(count: int) -> Iterator[tuple[int, int]]:
+    for begin in range(0, count, _PIECE):
+        yield begin, min(begin + _PIECE, count)
+
+
+def publish(folder: Path, prefix: Path) -> None:
+    """Give files named by their suffixes (.bin, .json, ...) the prefix; the index last, since it makes a token file."""
+    names = sorted((path.name for path in folder.iterdir()), key=lambda name: (name == INDEX, name))
+    for name in names:
+        fsync(folder / name)
+    for name in names:
+        os.replace(folder / name, f"{prefix}{name}")
+    fsync(prefix.parent)
+
+
+def copy_into(target: IO[bytes], source: Path) -> None:
+    """Append a file's content."""
+    with source.open("rb") as file:
+        while block := file.read(_PIECE * 16):
+            target.write(block)

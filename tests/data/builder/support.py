@@ -1,0 +1,80 @@
+"""Inputs, tokenizers and builds for tests."""
+
+import gzip
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from megatron_sse.data.builder.command import Request, build
+from megatron_sse.data.tokenizer import decode
+
+TEXTS = [
+    "def f(x):\n    return x\n",
+    "zwölf Boxkämpfer 🐈 jagen Viktor",
+    "a",
+    "words and words " * 40,
+    "\n \n",
+    "ü" * 9,
+]
+
+
+def write_lines(path: Path, records: Sequence[Any]) -> Path:
+    """A JSONL file; bytes are written as they stand, all else as JSON."""
+    lines = [record if isinstance(record, bytes) else json.dumps(record).encode() for record in records]
+    content = b"\n".join(lines) + b"\n"
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+def records(texts: Sequence[str] = TEXTS) -> list[dict[str, Any]]:
+    return [{"id": number, "text": text} for number, text in enumerate(texts)]
+
+
+def run(output: Path, *inputs: Path, **options: Any) -> int:
+    """A build in units of 64 bytes, in this process."""
+    given = {"workers": 1, "unit_bytes": 64, **options}
+    return build(Request(inputs=[str(path) for path in inputs], output=str(output), **given))
+
+
+def documents(prefix: Path) -> list[np.ndarray]:
+    """Token documents of a finished file, as Megatron-Core reads them."""
+    file = IndexedDataset(str(prefix))
+    return [file[number] for number in range(len(file))]
+
+
+def texts(prefix: Path) -> list[str]:
+    """Documents of a file of bytes."""
+    return [decode(document) for document in documents(prefix)]
+
+
+def files(prefix: Path) -> dict[str, bytes]:
+    """Content of all files of a prefix but the picture, which names what drew it."""
+    return {
+        path.name.removeprefix(prefix.name): path.read_bytes()
+        for path in prefix.parent.glob(f"{prefix.name}.*")
+        if path.suffix != ".png"
+    }
+
+
+def make_tokenizer(folder: Path, begin: bool = False, vocab_size: int = 300, **settings: Any) -> Tokenizer:
+    """A byte-level BPE with <begin>, <end>, <|user|> and <|assistant|>. begin: put <begin> before texts."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<begin>", "<end>", "<|user|>", "<|assistant|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    if begin:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<begin> $A", special_tokens=[("<begin>", 0)])
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>", **settings}))
+    return tokenizer

@@ -1,0 +1,136 @@
+"""Chats: rendered as transformers does, and only what an assistant writes counts."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as arrow
+import pyarrow.parquet as parquet
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from megatron_sse.data.builder.chat import DEFAULT_TEMPLATE, ChatError, Template
+from megatron_sse.data.builder.encode import ByteEncoder
+from megatron_sse.data.metadata import read_metadata
+from megatron_sse.data.tokenizer import END_OF_DOCUMENT, decode
+from megatron_sse.errors import UserError
+from tests.data.builder.support import documents, make_tokenizer, run, write_lines
+
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Größe?"},
+    {"role": "assistant", "content": "174 cm 🐈"},
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "words and words"},
+]
+# Turns end with the token that ends documents, as in ChatML.
+CLOSED = """\
+{{- '<begin>' }}
+{% for message in messages %}
+    {{- '<|user|>' if message.role != 'assistant' else '<|assistant|>' }}{{ message.content }}{{ eos_token }}
+{% endfor %}
+{% if add_generation_prompt %}
+    {{- '<|assistant|>' }}
+{% endif %}"""
+MARKED = CLOSED.replace("{{ message.content }}", "{% generation %}{{ message.content }}{% endgeneration %}")
+
+
+def mask_of(prefix: Path) -> list[np.ndarray]:
+    """The mask of each document."""
+    lengths = [len(document) for document in documents(prefix)]
+    mask = np.fromfile(f"{prefix}.mask", dtype=np.uint8)
+    assert len(mask) == sum(lengths) and set(mask.tolist()) <= {0, 1}
+    return np.split(mask, np.cumsum(lengths)[:-1])
+
+
+def counted(prefix: Path) -> list[str]:
+    """What counts of each document of bytes, its end as a $."""
+    kept = [document[mask == 1] for document, mask in zip(documents(prefix), mask_of(prefix), strict=True)]
+    return [decode(tokens) + "$" * int((tokens == END_OF_DOCUMENT).sum()) for tokens in kept]
+
+
+def test_answers_and_ends_count(tmp_path: Path) -> None:
+    rows: list[Any] = [{"messages": TURNS}, {"prompt": "Größe: ", "completion": "174 cm 🐈"}, {"messages": TURNS[:4]}]
+    run(tmp_path / "out", write_lines(tmp_path / "a.jsonl", rows), format="chat")
+    assert counted(tmp_path / "out") == ["174 cm 🐈\nwords and words\n$", "174 cm 🐈$", "174 cm 🐈\n"]
+    whole = [decode(document) for document in documents(tmp_path / "out")]
+    assert whole[0].startswith("<|system|>\nBe brief.\n<|user|>\nGröße?\n<|assistant|>\n174 cm 🐈\n<|user|>")
+    assert whole[1] == "Größe: 174 cm 🐈"
+    metadata = read_metadata(str(tmp_path / "out"))
+    assert metadata is not None and metadata.loss_mask
+    sizes = [len(text.encode()) for text in ("174 cm 🐈\nwords and words\n", "174 cm 🐈", "174 cm 🐈\n")]
+    assert metadata.label_bytes == sum(sizes) and metadata.label_tokens == sum(sizes) + 2
+    # A loss is one of labels: ln 2 nats for each.
+    assert np.isclose(metadata.bits_per_byte(np.log(2)), (sum(sizes) + 2) / sum(sizes))
+
+
+@pytest.mark.parametrize("template", [CLOSED, MARKED])
+def test_with_a_tokenizer_the_tokens_are_those_of_transformers(tmp_path: Path, template: str) -> None:
+    make_tokenizer(tmp_path / "tiny", begin=True, chat_template=template)
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tiny/tokenizer.json"), eos_token="<end>")
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": TURNS}, {"messages": TURNS[1:3]}])
+    run(tmp_path / "out", path, tokenizer=str(tmp_path / "tiny"), format="chat")
+    for document, turns in zip(documents(tmp_path / "out"), (TURNS, TURNS[1:3]), strict=True):
+        text = theirs.apply_chat_template(turns, chat_template=CLOSED, tokenize=False)
+        # The last turn has ended the document.
+        assert document.tolist() == theirs.encode(text, add_special_tokens=False)
+    if template == MARKED:
+        return
+    for document, mask, turns in zip(
+        documents(tmp_path / "out"), mask_of(tmp_path / "out"), (TURNS, TURNS[1:3]), strict=True
+    ):
+        answers = [f"{turn['content']}<end>" for turn in turns if turn["role"] == "assistant"]
+        assert theirs.decode(document[mask == 1]) == "".join(answers)
+
+
+def test_prompt_and_completion_are_encoded_apart(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(tmp_path / "tiny", begin=True)
+    path = write_lines(tmp_path / "a.jsonl", [{"prompt": "words and w", "completion": "ords and words"}])
+    run(tmp_path / "out", path, tokenizer=str(tmp_path / "tiny"), format="chat")
+    parts = [tokenizer.encode(text, add_special_tokens=False).ids for text in ("words and w", "ords and words")]
+    assert documents(tmp_path / "out")[0].tolist() == [0, *parts[0], *parts[1], 1]
+    assert mask_of(tmp_path / "out")[0].tolist() == [0] * (1 + len(parts[0])) + [1] * (len(parts[1]) + 1)
+
+
+def test_chats_of_parquet_with_workers(tmp_path: Path) -> None:
+    rows = [{"messages": TURNS}, {"messages": TURNS[:3]}, {"messages": TURNS[1:3]}]
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=1)
+    run(tmp_path / "table", tmp_path / "a.parquet", format="chat", workers=2)
+    run(tmp_path / "lines", write_lines(tmp_path / "a.jsonl", rows), format="chat")
+    for suffix in (".bin", ".mask", ".idx", ".json"):
+        assert (tmp_path / f"table{suffix}").read_bytes() == (tmp_path / f"lines{suffix}").read_bytes()
+
+
+def test_a_template_that_changes_what_came_before_is_refused(tmp_path: Path) -> None:
+    # As those that leave out earlier thoughts.
+    changing = DEFAULT_TEMPLATE.replace("message['content']", "(message['content'] if loop.last else 'gone')")
+    (tmp_path / "template.jinja").write_text(changing)
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": TURNS[1:3]}, {"messages": TURNS}])
+    options = {"format": "chat", "chat_template": str(tmp_path / "template.jinja")}
+    with pytest.raises(UserError, match=r"a\.jsonl:1: the chat template writes what comes before turn 2 otherwise"):
+        run(tmp_path / "out", path, **options)
+
+
+def test_templates_refuse_write_json_and_cannot_reach_the_machine() -> None:
+    turns = [{"role": "user", "content": "<ü>"}]
+
+    def render(text: str) -> str:
+        return Template(text, {"eos_token": "</s>"}, "template").render(turns, None, answer=False)
+
+    assert render("{{ messages | tojson }}{{ eos_token }}") == '[{"role": "user", "content": "<ü>"}]</s>'
+    assert render("{% for m in messages %}{% break %}x{% endfor %}") == ""
+    for text, message in (
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages.append(1) }}", "is not safely callable"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ strftime_now('%Y') }}", "'strftime_now' is undefined"),
+    ):
+        with pytest.raises(ChatError, match=f"refused by the chat template .*{message}"):
+            render(text)
+
+
+def test_spans_of_bytes_are_those_of_characters() -> None:
+    text = "aü🐈b"
+    tokens_T, span_T = ByteEncoder().encode_spans(text, [(1, 2), (2, 4)])
+    assert tokens_T.tobytes().replace(b"\0", b"") == text.encode()
+    assert span_T.tolist() == [-1, 0, 0, 1, 1, 1, 1, 1]
