@@ -77,6 +77,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     look.add_argument("checkpoint", metavar="DIR", help="a checkpoint, a folder of checkpoints or a run folder")
     look.add_argument("--tensors", action="store_true", help="list every tensor")
     look.add_argument("--sizes", action="store_true", help="check sizes, and hashes of files below 1 MiB only")
+    _add_plot(jobs)
     options, rest = parser.parse_known_args(arguments)
     # argparse takes no settings after an option.
     unknown = [argument for argument in rest if argument.startswith("-")]
@@ -167,6 +168,18 @@ def _add_generation(jobs: Any) -> None:
     generate.add_argument("--load-cache", metavar="FILE", help="states to go on from")
 
 
+def _add_plot(jobs: Any) -> None:
+    plot = jobs.add_parser(
+        "plot",
+        help="draw runs side by side",
+        description="Draw loss, speed, memory, partition load and layouts of runs, from their TensorBoard events, as "
+        "PNG files and one HTML page. docs/observe.md explains the pictures.",
+    )
+    plot.set_defaults(job=_plot)
+    plot.add_argument("runs", metavar="RUN", nargs="+", help="run folder (monitor.folder)")
+    plot.add_argument("--output", metavar="FOLDER", default="plot", help="folder to write to; default plot")
+
+
 def _train(options: argparse.Namespace, rank: int) -> int:
     config = load_config(options.config, options.overrides)
     description = describe_run(config, int(os.environ.get("WORLD_SIZE", "1")))
@@ -240,6 +253,12 @@ def _inspect(options: argparse.Namespace, rank: int) -> int:
     from megatron_sse.checkpoint.inspect import inspect
 
     return inspect(options.checkpoint, options.tensors, hashes=not options.sizes)
+
+
+def _plot(options: argparse.Namespace, rank: int) -> int:
+    from megatron_sse.plot import plot
+
+    return plot(options.runs, options.output)
 
 
 def prepare_data(config: RunConfig) -> None:

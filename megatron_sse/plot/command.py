@@ -1,0 +1,33 @@
+"""The command `megatron-sse plot`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_sse.errors import UserError
+from megatron_sse.installed import require
+from megatron_sse.plot.read import read_runs
+
+
+def plot(folders: list[str], output: str) -> int:
+    """Draw the runs in `folders` into the folder `output`: a PNG file for each picture and index.html with all.
+
+    Raises UserError, one line, before anything is written.
+    """
+    require("matplotlib", "megatron-sse plot", extra="plot")
+    runs = read_runs(folders)
+    target = Path(output)
+    # matplotlib is an extra.
+    from megatron_sse.plot.figures import draw_all
+    from megatron_sse.plot.page import write_page
+
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        pictures = draw_all(runs, target)
+        page = write_page(runs, pictures, target)
+    except OSError as error:
+        raise UserError(f"--output: {target}: cannot be written ({error.strerror})") from None
+    for picture in pictures:
+        print(picture.path)
+    print(f"{page} has all of them: open it in a browser")
+    return 0

@@ -1,0 +1,193 @@
+"""The pictures: curves of all runs in one plot, and plots of the single runs side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from megatron_sse.plot.layouts import draw_layout, layout_legend
+from megatron_sse.plot.loads import draw_entropy, draw_loads
+from megatron_sse.plot.read import Curve, RunLog
+
+# Told apart by the colour-blind, too (Okabe and Ito).
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#8C6BB1"]
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E4E4E4",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "savefig.dpi": 140,
+}
+WIDTH, HEIGHT = 6.4, 3.6
+COLUMNS = 3
+# Points from which on a curve is drawn faint, with its running mean.
+MANY = 40
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG file and what to say of it. wide: it has several plots side by side."""
+
+    path: Path
+    title: str
+    note: str
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class CurvePlot:
+    """A plot of one quantity over the steps, all runs together."""
+
+    name: str
+    title: str
+    note: str
+    tag: str
+    unit: str
+    smooth: bool = False
+    log: bool = False
+    from_zero: bool = False
+
+
+CURVE_PLOTS = [
+    CurvePlot(
+        "loss",
+        "Loss",
+        "Faint: of each step; line: running mean; dots: on the validation tokens.",
+        "train/loss",
+        "nats per token",
+        smooth=True,
+    ),
+    CurvePlot("learning_rate", "Learning rate", "", "optimizer/learning_rate", "learning rate", from_zero=True),
+    CurvePlot(
+        "grad_norm",
+        "Gradient norm",
+        "Before clipping. Faint: of each step; line: running mean.",
+        "optimizer/grad_norm",
+        "norm",
+        smooth=True,
+        log=True,
+    ),
+    CurvePlot(
+        "throughput",
+        "Throughput",
+        "Tokens of the whole run; the time of validation and saving does not count.",
+        "speed/tokens_per_second",
+        "tokens per second",
+        from_zero=True,
+    ),
+    CurvePlot(
+        "memory",
+        "Memory",
+        "Largest so far on the first process: allocated on its GPU, or held by the process on a CPU.",
+        "memory/peak_gib",
+        "GiB",
+        from_zero=True,
+    ),
+]
+
+
+def draw_all(runs: list[RunLog], folder: Path) -> list[Picture]:
+    """Draw every picture that the runs have something for."""
+    with matplotlib.rc_context(STYLE):
+        pictures = [_draw_curves(plot, runs, folder) for plot in CURVE_PLOTS if any(r.curve(plot.tag) for r in runs)]
+        if any(run.shares() for run in runs):
+            note = "Share of the writes that each partition gets, times their number: 1 where all get the same."
+            pictures.append(_draw_side_by_side(runs, draw_loads, folder / "partition_load.png", "Partition load", note))
+        if any(run.entropies() for run in runs):
+            note = "Of the probabilities over the partitions. Dashed: all the same; 0: always the same partition."
+            pictures.append(
+                _draw_side_by_side(runs, draw_entropy, folder / "router_entropy.png", "Router entropy", note)
+            )
+        note = "A box is a process with its rank, a row a pipeline stage with its layers."
+        pictures.append(
+            _draw_side_by_side(runs, draw_layout, folder / "layouts.png", "Layouts", note, grid=False, legend=True)
+        )
+    return pictures
+
+
+def _draw_curves(plot: CurvePlot, runs: list[RunLog], folder: Path) -> Picture:
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    axes = figure.add_subplot()
+    for number, run in enumerate(runs):
+        curve = [(step, value) for step, value in run.curve(plot.tag) if math.isfinite(value)]
+        # Dashed once the colours are used up.
+        line: dict[str, Any] = {
+            "color": COLOURS[number % len(COLOURS)],
+            "linestyle": "-" if number < len(COLOURS) else "--",
+        }
+        _draw_curve(axes, curve, run.name, line, plot.smooth)
+        if plot.name == "loss":
+            axes.plot(*_columns(run.curve("validation/loss")), "o", color=line["color"], mec="white", ms=6, zorder=4)
+    axes.set(xlabel="step", ylabel=plot.unit, title=plot.title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if plot.log:
+        axes.set_yscale("log")
+    if plot.from_zero:
+        axes.set_ylim(bottom=0)
+    if plot.name == "throughput":
+        axes.yaxis.set_major_formatter(EngFormatter(sep=" "))
+    figure.legend(loc="outside lower center", ncols=min(COLUMNS, len(runs)))
+    path = folder / f"{plot.name}.png"
+    figure.savefig(path)
+    return Picture(path, plot.title, plot.note)
+
+
+def _draw_curve(axes: Axes, curve: Curve, name: str, line: dict[str, Any], smooth: bool) -> None:
+    steps, values = _columns(curve)
+    if smooth and len(values) >= MANY:
+        axes.plot(steps, values, linewidth=0.8, alpha=0.3, **line)
+        values = running_mean(values)
+    # A single point has no line.
+    axes.plot(steps, values, linewidth=1.6, label=name, marker="." if len(values) == 1 else "", **line)
+
+
+def _columns(curve: Curve) -> tuple[list[int], list[float]]:
+    return [step for step, _ in curve], [value for _, value in curve]
+
+
+def running_mean(values: list[float]) -> list[float]:
+    """Exponential mean over about a thirtieth of the points, without a bias to the first."""
+    keep = 1 - 30 / max(len(values), 60)
+    means, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = keep * total + value, keep * weight + 1
+        means.append(total / weight)
+    return means
+
+
+def _draw_side_by_side(
+    runs: list[RunLog],
+    draw: Callable[[Axes, RunLog], None],
+    path: Path,
+    title: str,
+    note: str,
+    grid: bool = True,
+    legend: bool = False,
+) -> Picture:
+    """A plot of each run, up to three in a row."""
+    columns = min(COLUMNS, len(runs))
+    rows = -(-len(runs) // columns)
+    figure = Figure(figsize=(max(WIDTH, 4.2 * columns), HEIGHT * rows), layout="constrained")
+    figure.suptitle(title)
+    all_axes = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, run in zip(all_axes, runs, strict=False):
+        axes.grid(grid)
+        draw(axes, run)
+    for axes in list(all_axes)[len(runs) :]:
+        axes.axis("off")
+    if legend:
+        figure.legend(handles=layout_legend(runs), loc="outside lower center", ncols=6)
+    figure.savefig(path)
+    return Picture(path, title, note, wide=columns > 1)

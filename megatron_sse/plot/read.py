@@ -1,0 +1,120 @@
+"""What run folders hold: the scalars of their TensorBoard events, and their settings."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+
+from megatron_sse.errors import UserError
+
+# Of the settings, which a run writes with all defaults filled in.
+NEEDED = ["model.layers", "model.num_layers", "training.steps", "parallel.data"]
+NEEDED += [f"parallel.{axis}" for axis in ("tensor", "pipeline", "virtual_pipeline", "context")]
+_SHARE = re.compile(r"sse/layer_(\d+)/share_(\d+)")
+_ENTROPY = re.compile(r"sse/layer_(\d+)/router_entropy")
+
+Curve = list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class RunLog:
+    """name: to show. settings: by dotted key. scalars: steps and values by TensorBoard tag, in the order of steps."""
+
+    name: str
+    settings: dict[str, Any]
+    scalars: dict[str, Curve]
+
+    def curve(self, tag: str) -> Curve:
+        """Steps and values of a tag, none where it was not written."""
+        return self.scalars.get(tag, [])
+
+    def last(self, tag: str) -> float | None:
+        """The last value of a tag."""
+        return self.scalars[tag][-1][1] if tag in self.scalars else None
+
+    def shares(self) -> dict[int, dict[int, Curve]]:
+        """Share of the writes by layer and partition, both counted from 1."""
+        found: dict[int, dict[int, Curve]] = {}
+        for tag in sorted(self.scalars):
+            if match := _SHARE.fullmatch(tag):
+                found.setdefault(int(match[1]), {})[int(match[2])] = self.scalars[tag]
+        return found
+
+    def entropies(self) -> dict[int, Curve]:
+        """Entropy of the router by layer, in nats."""
+        return {int(match[1]): self.scalars[tag] for tag in sorted(self.scalars) if (match := _ENTROPY.fullmatch(tag))}
+
+
+def read_runs(folders: list[str]) -> list[RunLog]:
+    """The runs in these folders, under names that tell them apart. Raises UserError."""
+    paths = [Path(folder) for folder in folders]
+    for number, path in enumerate(paths):
+        if path.resolve() in [other.resolve() for other in paths[:number]]:
+            raise UserError(f"{path}: given twice")
+    return [
+        RunLog(name, _read_settings(path), read_scalars(path)) for name, path in zip(_names(paths), paths, strict=True)
+    ]
+
+
+def _names(paths: list[Path]) -> list[str]:
+    """The folders' own names, with as many of those above them as tell all apart."""
+    parts = [path.resolve().parts for path in paths]
+    depth = 1
+    while len({part[-depth:] for part in parts}) < len(parts):
+        depth += 1
+    return ["/".join(part[-depth:]) for part in parts]
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    path = folder / "config.yaml"
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())}), allowed a run folder") from None
+    settings = flatten(values) if isinstance(values, dict) else {}
+    missing = [key for key in NEEDED if key not in settings]
+    if missing:
+        raise UserError(f"{path}: has no {missing[0]}, allowed the file that a run writes into its folder")
+    return settings
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of nested sections by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def read_scalars(folder: Path) -> dict[str, Curve]:
+    """Scalars of all event files of a run. Raises UserError where there is none.
+
+    A file of a resumed run begins after the step that it went on from: what earlier files say from there on is
+    dropped, since these steps were taken again.
+    """
+    # A file that was cut off gives what can be read of it.
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
+    scalars: dict[str, Curve] = {}
+    # The names begin with the time.
+    for path in sorted((folder / "tensorboard").glob("events.out.tfevents.*")):
+        events = EventAccumulator(str(path), size_guidance={SCALARS: 0}, purge_orphaned_data=False)
+        events.Reload()
+        found = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+        if not found:
+            continue
+        start = min(step for curve in found.values() for step, _ in curve)
+        for tag in scalars.keys() | found.keys():
+            before = [(step, value) for step, value in scalars.get(tag, []) if step < start]
+            scalars[tag] = before + sorted(dict(found.get(tag, [])).items())
+    scalars = {tag: curve for tag, curve in scalars.items() if curve}
+    if not scalars:
+        raise UserError(f"{folder}/tensorboard: no TensorBoard events; runs with monitor.tensorboard true write them")
+    return scalars

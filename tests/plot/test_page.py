@@ -1,0 +1,97 @@
+"""The command: its files, the page without a network, one run and many, and wrong requests."""
+
+import base64
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megatron_sse.cli import main
+from tests.plot.runs import write_events, write_run
+
+PICTURES = ["grad_norm", "layouts", "learning_rate", "loss", "memory", "partition_load", "router_entropy", "throughput"]
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs of different layouts, drawn."""
+    folder = tmp_path_factory.mktemp("runs")
+    first = write_run(folder / "one <1>")
+    second = write_run(folder / "two", 80, 8, parallel={"tensor": 2, "context": 2}, training={"precision": "fp32"})
+    assert main(["plot", str(first), str(second), "--output", str(folder / "out")]) == 0
+    return folder / "out"
+
+
+def test_pictures_are_there_and_not_empty(drawn: Path) -> None:
+    assert sorted(path.name for path in drawn.iterdir()) == sorted([f"{n}.png" for n in PICTURES] + ["index.html"])
+    for path in drawn.glob("*.png"):
+        pixels = np.asarray(Image.open(path).convert("RGB"))
+        assert pixels.shape[0] >= 400 and pixels.shape[1] >= 800
+        colours = {tuple(colour) for colour in pixels.reshape(-1, 3)}
+        assert len(colours) > 50, path
+
+
+def test_the_page_holds_the_pictures_and_asks_for_nothing_else(drawn: Path) -> None:
+    page = (drawn / "index.html").read_text()
+    images = re.findall(r'<img alt="[^"]*" src="data:image/png;base64,([^"]*)">', page)
+    assert [base64.b64decode(image) for image in images] == [
+        (drawn / f"{name}.png").read_bytes()
+        for name in ("loss", "learning_rate", "grad_norm", "throughput", "memory")
+        + ("partition_load", "router_entropy", "layouts")
+    ]
+    rest = re.sub(r"base64,[^\"]*", "", page)
+    assert "//" not in rest and "url(" not in rest and "<script" not in rest and "<link" not in rest
+
+
+def rows(page: str) -> list[list[str]]:
+    return [re.findall(r"<t[hd]>(.*?)</t[hd]>", line) for line in page.splitlines() if line.startswith("<tr>")]
+
+
+def test_the_tables(drawn: Path) -> None:
+    table = rows((drawn / "index.html").read_text())
+    assert table[0] == ["run", "layout", "processes", "steps", "loss", "validation loss", "tokens/s", "spikes"]
+    assert table[1][0].endswith("one &lt;1&gt;") and table[1][1:4] == ["one process", "1", "60 of 10"]
+    assert table[2][1:4] == ["tensor 2, context 2, data 2", "8", "80 of 10"]
+    assert table[2][5:] == ["2.1000", "80,000", "0"]
+    # Token files aside, which lie in the runs' folders.
+    assert [row for row in table[4:] if not row[0].startswith("data.train")] == [
+        ["parallel.tensor", "1", "2"],
+        ["parallel.context", "1", "2"],
+        ["training.precision", "bf16", "fp32"],
+    ]
+
+
+def test_a_run_with_few_numbers(tmp_path: Path) -> None:
+    """Stopped after its first step, without SSE layers; with a loss that was not finite."""
+    write_run(tmp_path / "run", steps=1, model={"layers": "softmax"})
+    for path in (tmp_path / "run/tensorboard").iterdir():
+        path.unlink()
+    write_events(tmp_path / "run", {1: {"train/loss": float("nan"), "optimizer/learning_rate": 1e-3}})
+    assert main(["plot", str(tmp_path / "run"), "--output", str(tmp_path / "out")]) == 0
+    assert sorted(path.stem for path in (tmp_path / "out").glob("*.png")) == ["layouts", "learning_rate", "loss"]
+
+
+def test_wrong_requests_are_answered_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = str(write_run(tmp_path / "run", steps=1))
+    (tmp_path / "file").touch()
+    wrong: list[tuple[list[str], str]] = [
+        ([str(tmp_path / "none")], "none: no such folder"),
+        ([run, "--output", str(tmp_path / "file/out")], "--output: "),
+    ]
+    for arguments, text in wrong:
+        assert main(["plot", *arguments]) == 2
+        said = capsys.readouterr().err
+        assert text in said and said.count("\n") == 1
+    find = __import__("importlib.util").util.find_spec
+
+    def find_without_matplotlib(name: str, *rest: Any) -> Any:
+        return None if name == "matplotlib" else find(name, *rest)
+
+    monkeypatch.setattr("importlib.util.find_spec", find_without_matplotlib)
+    assert main(["plot", run]) == 2
+    assert 'pip install "megatron-sse[plot]"' in capsys.readouterr().err

@@ -1,0 +1,77 @@
+"""Event files of one run, of a resumed one and of a killed one; folders that are no runs."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_sse.errors import UserError
+from megatron_sse.plot.read import read_runs, read_scalars
+from tests.plot.runs import write_events, write_run
+
+
+def losses(*steps: int, value: float = 0.0) -> dict[int, dict[str, float]]:
+    return {step: {"train/loss": value} for step in steps}
+
+
+def test_all_scalars_are_read(tmp_path: Path) -> None:
+    [run] = read_runs([str(write_run(tmp_path / "a", steps=20))])
+    assert run.name == "a" and run.settings["model.sse.num_partitions"] == 4
+    assert [step for step, _ in run.curve("train/loss")] == list(range(1, 21))
+    assert run.last("validation/loss") == pytest.approx(2.1) and run.last("validation/bits_per_byte") is None
+    assert list(run.entropies()) == [1, 3]
+    assert {layer: list(shares) for layer, shares in run.shares().items()} == {1: [1, 2, 3, 4], 3: [1, 2, 3, 4]}
+    assert run.shares()[1][4] == [(10, pytest.approx(0.4)), (20, pytest.approx(0.4))]
+
+
+def test_ten_thousands_of_steps_are_all_read(tmp_path: Path) -> None:
+    write_events(tmp_path, losses(*range(1, 12_001)))
+    assert len(read_scalars(tmp_path)["train/loss"]) == 12_000
+
+
+def test_a_resumed_run_takes_the_place_of_what_it_repeats(tmp_path: Path) -> None:
+    write_events(tmp_path, losses(1, 2, 3, 4, 5, 6, value=1.0))
+    # Resumed after step 3, ended before it came as far as the first time.
+    write_events(tmp_path, losses(4, 5, value=2.0))
+    assert read_scalars(tmp_path)["train/loss"] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0)]
+
+
+def test_a_tag_that_the_resumed_run_has_not_written_yet(tmp_path: Path) -> None:
+    write_events(tmp_path, losses(2, 4, value=1.0) | {3: {"validation/loss": 1.0}, 6: {"validation/loss": 1.0}})
+    write_events(tmp_path, losses(5, value=2.0))
+    assert read_scalars(tmp_path)["validation/loss"] == [(3, 1.0)]
+
+
+def test_a_file_that_was_cut_off_gives_what_is_whole(tmp_path: Path) -> None:
+    write_events(tmp_path, losses(*range(1, 101)))
+    [path] = (tmp_path / "tensorboard").iterdir()
+    path.write_bytes(path.read_bytes()[:-10])
+    assert [step for step, _ in read_scalars(tmp_path)["train/loss"]] == list(range(1, 100))
+
+
+def test_names_tell_runs_apart(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, steps=1) for name in ("one/run", "two/run", "other")]
+    assert [run.name for run in read_runs([str(folder) for folder in folders])] == ["one/run", "two/run", "tmp/other"][
+        :2
+    ] + [f"{tmp_path.name}/other"]
+
+
+def test_wrong_folders(tmp_path: Path) -> None:
+    good, empty, no_events, foreign = (tmp_path / name for name in ("good", "empty", "no_events", "foreign"))
+    write_run(good, steps=1)
+    empty.mkdir()
+    write_run(no_events, steps=1)
+    for path in (no_events / "tensorboard").iterdir():
+        path.unlink()
+    write_run(foreign, steps=1)
+    (foreign / "config.yaml").write_text("steps: 3\n")
+    wrong = {
+        tmp_path / "none": "none: no such folder",
+        empty: "empty/config.yaml: cannot be read",
+        no_events: "no_events/tensorboard: no TensorBoard events; runs with monitor.tensorboard true write them",
+        foreign: "foreign/config.yaml: has no model.layers, allowed the file that a run writes into its folder",
+        good: "good: given twice",
+    }
+    for folder, text in wrong.items():
+        with pytest.raises(UserError, match=text) as caught:
+            read_runs([str(good), str(folder)])
+        assert "\n" not in str(caught.value)
