@@ -1,6 +1,6 @@
 """What `data inspect` shows, and how it answers damaged files."""
 
-import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -71,8 +71,6 @@ def test_damaged(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert main(["data", "inspect", str(tmp_path / "out")]) == 2
     errors = capsys.readouterr().err
     assert errors.count("\n") == 1
-    import re
-
     assert re.search(message, errors), errors
 
 
@@ -81,4 +79,4 @@ def test_documents_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["data", "inspect", str(tmp_path / "theirs"), "--first", "2"]) == 2
     assert capsys.readouterr().err == "--first: got 2, allowed 0 to 1, the last document\n"
     assert main(["data", "inspect", str(tmp_path / "theirs"), "--documents", "-1"]) == 2
-    assert json.dumps(capsys.readouterr().err).count("--documents: got -1, allowed 0 or more") == 1
+    assert capsys.readouterr().err == "--documents: got -1, allowed 0 or more\n"

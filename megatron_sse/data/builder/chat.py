@@ -79,11 +79,12 @@ class Template:
                 continue
             before = self.render(messages[:index], tools, answer=True)
             after = self.render(messages[: index + 1], tools, answer=False)
-            if not (after.startswith(before) and text.startswith(after)):
-                raise ChatError(
-                    f"the chat template writes what comes before turn {index + 1} otherwise when turns follow, so its "
-                    "tokens cannot be told; give another with --chat-template"
-                )
+            advice = "so its tokens cannot be told; give another with --chat-template"
+            if not after.startswith(before):
+                does = f"does not write turn {index + 1} behind what it writes for an answer to come"
+                raise ChatError(f"the chat template {does}, {advice}")
+            if not text.startswith(after):
+                raise ChatError(f"the chat template's text up to turn {index + 1} changes with what follows, {advice}")
             spans.append((len(before), len(after)))
         return text, spans
 

@@ -44,7 +44,8 @@ def run(output: Path, *inputs: Path, **options: Any) -> int:
 def documents(prefix: Path) -> list[np.ndarray]:
     """Token documents of a finished file, as Megatron-Core reads them."""
     file = IndexedDataset(str(prefix))
-    return [file[number] for number in range(len(file))]
+    # Copied: the map goes with the file.
+    return [file[number].copy() for number in range(len(file))]
 
 
 def texts(prefix: Path) -> list[str]:

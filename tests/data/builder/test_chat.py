@@ -27,10 +27,10 @@ TURNS = [
 CLOSED = """\
 {{- '<begin>' }}
 {% for message in messages %}
-    {{- '<|user|>' if message.role != 'assistant' else '<|assistant|>' }}{{ message.content }}{{ eos_token }}
+    {{- '<|user|>' if message.role != 'assistant' else '<|assistant|>' }}{{ message.content }}{{ eos_token -}}
 {% endfor %}
 {% if add_generation_prompt %}
-    {{- '<|assistant|>' }}
+    {{- '<|assistant|>' -}}
 {% endif %}"""
 MARKED = CLOSED.replace("{{ message.content }}", "{% generation %}{{ message.content }}{% endgeneration %}")
 
@@ -74,8 +74,6 @@ def test_with_a_tokenizer_the_tokens_are_those_of_transformers(tmp_path: Path, t
         text = theirs.apply_chat_template(turns, chat_template=CLOSED, tokenize=False)
         # The last turn has ended the document.
         assert document.tolist() == theirs.encode(text, add_special_tokens=False)
-    if template == MARKED:
-        return
     for document, mask, turns in zip(
         documents(tmp_path / "out"), mask_of(tmp_path / "out"), (TURNS, TURNS[1:3]), strict=True
     ):
@@ -102,13 +100,21 @@ def test_chats_of_parquet_with_workers(tmp_path: Path) -> None:
 
 
 def test_a_template_that_changes_what_came_before_is_refused(tmp_path: Path) -> None:
-    # As those that leave out earlier thoughts.
-    changing = DEFAULT_TEMPLATE.replace("message['content']", "(message['content'] if loop.last else 'gone')")
-    (tmp_path / "template.jinja").write_text(changing)
-    path = write_lines(tmp_path / "a.jsonl", [{"messages": TURNS[1:3]}, {"messages": TURNS}])
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": TURNS[2:4]}, {"messages": TURNS[2:]}])
     options = {"format": "chat", "chat_template": str(tmp_path / "template.jinja")}
-    with pytest.raises(UserError, match=r"a\.jsonl:1: the chat template writes what comes before turn 2 otherwise"):
-        run(tmp_path / "out", path, **options)
+    for old, new, message in (
+        # As those that leave out earlier thoughts.
+        (
+            "message['content']",
+            "(message['content'] if loop.last else 'gone')",
+            "1: .* turn 1 changes with what follows",
+        ),
+        ("{{ '<|assistant|>\\n' }}", "{{ '<|answer|>\\n' }}", "1: .* does not write turn 1 behind what it"),
+    ):
+        assert old in DEFAULT_TEMPLATE
+        (tmp_path / "template.jinja").write_text(DEFAULT_TEMPLATE.replace(old, new))
+        with pytest.raises(UserError, match=rf"a\.jsonl:{message}"):
+            run(tmp_path / "out", path, **options)
 
 
 def test_templates_refuse_write_json_and_cannot_reach_the_machine() -> None:
@@ -121,7 +127,7 @@ def test_templates_refuse_write_json_and_cannot_reach_the_machine() -> None:
     assert render("{% for m in messages %}{% break %}x{% endfor %}") == ""
     for text, message in (
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{{ messages.append(1) }}", "is not safely callable"),
+        ("{{ messages.append(1) }}", "access to attribute 'append'"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ strftime_now('%Y') }}", "'strftime_now' is undefined"),
     ):

@@ -125,7 +125,8 @@ def test_request(name: str, tmp_path: Path) -> None:
 
 
 def test_inputs_and_outputs(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "in" / "a.jsonl" if (tmp_path / "in").mkdir() is None else tmp_path, records())
+    (tmp_path / "in").mkdir()
+    path = write_lines(tmp_path / "in" / "a.jsonl", records())
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "a.txt").write_text("no table")
     parquet.write_table(arrow.table({"body": ["a"]}), tmp_path / "a.parquet")
