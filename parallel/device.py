@@ -17,6 +17,8 @@ import torch
 from megatron.core.tensor_parallel import random as megatron_random
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
+from megatron_sse.parallel.gloo import share_gloo_devices
+
 logger = logging.getLogger(__name__)
 
 
@@ -47,6 +49,7 @@ def setup_device(local_rank: int) -> Device:
         torch.cuda.set_device(local_rank)
         return Device("cuda", "nccl", torch.cuda.get_device_name())
     install_cpu_stand_ins()
+    share_gloo_devices()
     return Device("cpu", "gloo", f"CPU ({torch.get_num_threads()} threads a process)")
 
 

@@ -135,7 +135,7 @@ def _answer(job: bytes) -> bytes:
 
 
 def _drop_groups() -> None:
-    """Destroy what a function made: each group has a thread that wakes up a hundred times a second."""
+    """Destroy what a function made, so that the next one starts without groups."""
     groups.destroy_groups()
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:

@@ -1,5 +1,8 @@
 """Megatron-Core on gloo: every layout gives the losses and the gradients of one process."""
 
+import glob
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -67,3 +70,17 @@ def test_groups_can_be_made_again_after_they_were_destroyed() -> None:
 def test_a_world_that_does_not_divide_is_an_error_on_every_rank() -> None:
     with pytest.raises(WorkerError, match="AssertionError"):
         run_workers(2, group_ranks, 2, 2)
+
+
+def gloo_threads() -> int:
+    """Threads that wait for data once a layout's groups have been used."""
+    init_groups(tensor=2)
+    value = torch.ones(1)
+    for group in [*dist.distributed_c10d._world.pg_map]:
+        dist.all_reduce(value, group=group)
+    names = [Path(path).read_text() for path in glob.glob("/proc/self/task/*/comm")]
+    return sum(name.startswith("gloo") for name in names)
+
+
+def test_all_groups_share_one_gloo_thread() -> None:
+    assert run_workers(2, gloo_threads) == [1, 1]
