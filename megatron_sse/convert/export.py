@@ -91,8 +91,11 @@ def write_beside(source: Path, target: Path, settings: dict[str, Any], kind: str
         before = read_json(source / SOURCE_CONFIG)
         kept = {name: before[name] for name in _KEPT_SETTINGS if name in before}
     _copy_tokenizer(source, target)
-    if (source / TOKENS).is_file() and read_json(source / TOKENS).get("tokenizer") == "bytes":
+    tokens = read_json(source / TOKENS) if (source / TOKENS).is_file() else {}
+    if tokens.get("tokenizer") == "bytes":
         kept = write_byte_tokenizer(target)
+    elif tokens.get("end") is not None:
+        kept["eos_token_id"] = tokens["end"]
     name = str(dtype).removeprefix("torch.")
     write_json(target / CONFIG, settings | kept | {"dtype": name, "torch_dtype": name})
     if kind == HF:
