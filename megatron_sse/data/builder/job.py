@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,11 @@ class Job:
     format: str
     field: str
     refused: tuple[str, ...]
-    tokenizer: str | None = None
-    end: int | None = None
-    template: str | None = None
-    template_name: str = ""
-    special: dict[str, str] = field(default_factory=dict)
+    tokenizer: str | None
+    end: int | None
+    template: str | None
+    template_name: str
+    special: dict[str, str]
 
     @property
     def has_mask(self) -> bool:
@@ -83,7 +83,7 @@ class DocumentMaker:
             if texts is None:
                 return None
             num_bytes = sum(len(text.encode()) for text in texts)
-        except UnicodeError as error:
+        except (UnicodeDecodeError, UnicodeEncodeError) as error:
             # JSON can name halves of surrogate pairs, which no text has.
             tally.add(INVALID, place, f"invalid UTF-8 ({error.reason})")
             return None
