@@ -1,22 +1,24 @@
 """The command `megatron-sse`: one subcommand per job."""
 
 import argparse
+import ctypes
 import logging
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from megatron_sse import __version__
 from megatron_sse.config import RunConfig, ignored_settings, load_config
 from megatron_sse.config.derive import describe_run
-from megatron_sse.errors import SharedUserError, UserError
+from megatron_sse.errors import INTERRUPT_EXIT, USER_ERROR_EXIT, SharedUserError, UserError
+from megatron_sse.logs import open_log, set_up_logging
 
 logger = logging.getLogger(__name__)
 
-USER_ERROR_EXIT = 2
-INTERRUPT_EXIT = 130
+# Of prctl.
+PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,22 +29,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.job(options, rank)
     except UserError as error:
+        logger.debug("%s", error)
         if not (rank and isinstance(error, SharedUserError)):
             print(f"{f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
         return USER_ERROR_EXIT
     except KeyboardInterrupt:
         return INTERRUPT_EXIT
-
-
-def set_up_logging(rank: int, stream: TextIO | None = None) -> None:
-    """Lines of this package on `stream` (stdout), from rank 0; of others warnings alone."""
-    logging.basicConfig(
-        level=logging.WARNING,
-        format="%(asctime)s %(levelname).1s %(message)s",
-        datefmt="%H:%M:%S",
-        stream=stream or sys.stdout,
-    )
-    logging.getLogger("megatron_sse").setLevel(logging.WARNING if rank else logging.INFO)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -68,6 +60,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     check.add_argument("--json", metavar="FILE", type=Path, help="file to write all numbers to")
     _add_conversions(jobs)
     _add_generation(jobs)
+    _add_data(jobs)
     look = jobs.add_parser(
         "inspect",
         help="show what is in a checkpoint",
@@ -180,9 +173,46 @@ def _add_plot(jobs: Any) -> None:
     plot.add_argument("--output", metavar="FOLDER", default="plot", help="folder to write to; default plot")
 
 
+def _add_data(jobs: Any) -> None:
+    data = jobs.add_parser("data", help="build token files and look into them", description="Token files.")
+    kinds = data.add_subparsers(required=True, metavar="WHAT")
+    build = kinds.add_parser(
+        "build",
+        help="make a token file of text",
+        description="Make PREFIX.bin, .idx and .json of JSONL, Parquet, text files and folders of source files. In a "
+        "folder that is read as source files each sub-folder, with all files below it, is one document, and so is "
+        "each file beside them. The same command goes on after a kill. docs/data.md explains the options.",
+    )
+    build.set_defaults(job=_build_data)
+    build.add_argument("inputs", metavar="INPUT", nargs="+", help=".jsonl, .jsonl.gz, .parquet, text file or folder")
+    build.add_argument("--output", metavar="PREFIX", required=True, help="of the files to write")
+    build.add_argument("--tokenizer", metavar="WHICH", default="bytes", help="bytes, tokenizer.json or its folder")
+    build.add_argument("--end", metavar="NAME", help="token that ends a document; default the tokenizer's eos_token")
+    build.add_argument("--format", metavar="NAME", default="auto", help="auto, jsonl, text, parquet, folder or chat")
+    build.add_argument("--field", metavar="NAME", default="text", help="of JSONL and Parquet; default text")
+    build.add_argument("--chat-template", metavar="FILE", help="Jinja; default the tokenizer's")
+    build.add_argument("--wrong", metavar="HOW", default="refuse", help="wrong input: refuse (default) or skip")
+    build.add_argument("--empty", metavar="HOW", default="skip", help="empty documents: refuse or skip (default)")
+    build.add_argument("--workers", metavar="N", type=int, help="processes; default one per core")
+    look = kinds.add_parser(
+        "inspect",
+        help="show what is in a token file",
+        description="Check a token file and show its sizes, the lengths of its documents, and documents as text.",
+    )
+    look.set_defaults(job=_inspect_data)
+    look.add_argument("prefix", metavar="PREFIX", help="of the .bin and .idx file")
+    look.add_argument("--documents", metavar="N", type=int, default=1, help="documents to show; default 1")
+    look.add_argument("--first", metavar="K", type=int, default=0, help="the first of them, from 0; default 0")
+    look.add_argument("--tokens", metavar="N", type=int, default=500, help="tokens shown of each; default 500")
+
+
 def _train(options: argparse.Namespace, rank: int) -> int:
+    # Without its launcher a process would keep its GPU, and the others would wait for it.
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     config = load_config(options.config, options.overrides)
     description = describe_run(config, int(os.environ.get("WORLD_SIZE", "1")))
+    open_log(config, f"rank_{rank:05d}")
     if rank == 0:
         for line in description:
             logger.info(line)
@@ -249,6 +279,19 @@ def _generate(options: argparse.Namespace, rank: int) -> int:
     return run(Request(**{name: value for name, value in given if name not in ("job", "logs")}))
 
 
+def _build_data(options: argparse.Namespace, rank: int) -> int:
+    from megatron_sse.data.builder.command import Request, build
+
+    given = vars(options).items()
+    return build(Request(**{name: value for name, value in given if name != "job"}))
+
+
+def _inspect_data(options: argparse.Namespace, rank: int) -> int:
+    from megatron_sse.data.inspect import inspect
+
+    return inspect(options.prefix, options.documents, options.first, options.tokens)
+
+
 def _inspect(options: argparse.Namespace, rank: int) -> int:
     from megatron_sse.checkpoint.inspect import inspect
 
@@ -267,8 +310,8 @@ def prepare_data(config: RunConfig) -> None:
     Once per machine. Raises UserError.
     """
     from megatron_sse.checkpoint.folders import check_named
-    from megatron_sse.data.checks import check_data
     from megatron_sse.data.corpus import prepare_corpus
+    from megatron_sse.data.sources import check_data
 
     check_named(config)
     prepare_corpus(config)

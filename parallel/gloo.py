@@ -18,7 +18,7 @@ class OneThreadGloo(ProcessGroupGloo):
     """Gloo's process group on the devices that all groups of this process share."""
 
     def __init__(self, store: Store, rank: int, size: int, timeout: timedelta) -> None:
-        options = ProcessGroupGloo._Options()
+        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = timeout
         options._devices = shared_devices()
         super().__init__(store, rank, size, options)

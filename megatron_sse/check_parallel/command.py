@@ -12,7 +12,7 @@ from megatron_sse.check_parallel.report import table_lines, verdict_lines, write
 from megatron_sse.check_parallel.scale import scale
 from megatron_sse.check_parallel.step import compare, record
 from megatron_sse.check_parallel.verdict import Result, make_limits, merge
-from megatron_sse.config import RunConfig
+from megatron_sse.config import RunConfig, longest_stage
 from megatron_sse.errors import UserError
 
 DIFFERENT_EXIT = 1
@@ -41,6 +41,7 @@ def check_parallel(
         raise UserError(f"--tolerance: got {tolerance}, allowed a number from 0")
     if json_path is not None and (json_path.is_dir() or not json_path.parent.is_dir()):
         raise UserError(f"--json: got {json_path}, allowed a file in a folder that exists")
+    config = longest_stage(config).config
     parallels = choose_layouts(config, names)
     values, rules = scale(config, list(parallels.values()), as_is)
     single = make_config(values, one_process(config.parallel))

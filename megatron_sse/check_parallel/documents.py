@@ -8,6 +8,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_sse.config import RunConfig, choose_layout
 from megatron_sse.data.batch import Batch, make_batch
+from megatron_sse.data.dataset import Sample
 from megatron_sse.data.iterators import rank_positions
 from megatron_sse.parallel.sharding import ContextShard
 
@@ -15,8 +16,8 @@ from megatron_sse.parallel.sharding import ContextShard
 EDGES = 8
 
 
-def make_samples(config: RunConfig) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Tokens (int64) and document starts (bool) [G + 1] of every sample of one global batch, by the run's seed.
+def make_samples(config: RunConfig) -> list[Sample]:
+    """Every sample of one global batch, by the run's seed.
 
     In turn: one document, documents of random length (one of a single token among them), documents that end on the
     edges of context ranks, and one long document between short ones.
@@ -35,7 +36,8 @@ def make_samples(config: RunConfig) -> list[tuple[np.ndarray, np.ndarray]]:
         elif number % 4 == 3:
             starts[generator.integers(1, 1 + length // 16, 2)] = True
             starts[generator.integers(length - length // 16, length + 1, 2)] = True
-        samples.append((generator.integers(0, vocab_size, length + 1), starts))
+        tokens = generator.integers(0, vocab_size, length + 1)
+        samples.append(Sample(tokens, starts, np.ones_like(starts), length + 1))
     return samples
 
 

@@ -172,7 +172,7 @@ def _gradients(values: Values, layouts: Layouts) -> None:
 
 
 def _documents(values: Values, layouts: Layouts) -> None:
-    values["data"] |= {"train": "random packed documents", "validation": None, "corpus": None}
+    values["data"] |= {"train": "random packed documents", "validation": None, "validation_share": 0.0, "corpus": None}
 
 
 Rules = dict[str, Callable[[Values, Layouts], None]]

@@ -1,13 +1,11 @@
 """Loading: from a checkpoint that has been found whole, at any layout, with either optimizer, in either precision."""
 
-import logging
 from collections.abc import Container
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
@@ -15,7 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_sse.checkpoint.architecture import changed_settings, check_architecture
+from megatron_sse.checkpoint.architecture import check_architecture
 from megatron_sse.checkpoint.index import read_index
 from megatron_sse.checkpoint.state import (
     MASTER,
@@ -29,11 +27,6 @@ from megatron_sse.checkpoint.state import (
 from megatron_sse.checkpoint.verify import first_line
 from megatron_sse.config import RunConfig
 from megatron_sse.errors import SharedUserError
-
-logger = logging.getLogger(__name__)
-
-# The order of samples and what they are follow from these.
-_DATA_SETTINGS = ("training.seed", "data.train", "data.sequence_length", "data.reset_at_documents")
 
 
 def load_checkpoint(
@@ -55,9 +48,6 @@ def load_checkpoint(
         )
     common = _load(path, config, chunks, optimizer, groups, index, ("master", *MOMENTS))
     set_num_steps(optimizer, common["optimizer_step"])
-    if dist.get_rank() == 0:
-        for line in changed_settings(path, config, _DATA_SETTINGS):
-            logger.warning("%s: the order of samples changes", line)
     return common["step"], common["consumed_samples"]
 
 

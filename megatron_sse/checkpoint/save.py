@@ -1,5 +1,6 @@
 """Saving: planned by all ranks together, written by each in the background, made a checkpoint by rank 0."""
 
+import json
 import logging
 import shutil
 import time
@@ -19,6 +20,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_sse import __version__
 from megatron_sse.checkpoint.architecture import CONFIG
+from megatron_sse.checkpoint.data import DATA
 from megatron_sse.checkpoint.durable import fsync
 from megatron_sse.checkpoint.folders import checkpoint_folder, make_partial, partial_folder, promote, prune, step_folder
 from megatron_sse.checkpoint.manifest import FileEntry, Manifest, describe_files
@@ -29,6 +31,12 @@ from megatron_sse.config import RunConfig
 logger = logging.getLogger(__name__)
 
 TOKENS = "tokens.json"
+# Suffixes of the files beside a token file, and their names in a checkpoint.
+TOKENIZER_FILES = {
+    ".json": TOKENS,
+    ".tokenizer.json": "tokenizer.json",
+    ".tokenizer_config.json": "tokenizer_config.json",
+}
 
 
 class SaveError(Exception):
@@ -37,8 +45,10 @@ class SaveError(Exception):
 
 @dataclass
 class _Save:
-    """A save under way."""
+    """A save under way. config, data: those of its step, which may be another stage's than when it is complete."""
 
+    config: RunConfig
+    data: dict[str, Any] | None
     step: int
     consumed_samples: int
     common: dict[str, Any]
@@ -66,6 +76,11 @@ class Saver:
         self._save: _Save | None = None
         self._staging: Staging = {}
         self._checked = False
+        self._data: dict[str, Any] | None = None
+
+    def start_stage(self, config: RunConfig, data: dict[str, Any]) -> None:
+        """Save with these settings from now on, and with this description of the data, which a resumed run compares."""
+        self.config, self._data = config, data
 
     @property
     def is_under_way(self) -> bool:
@@ -99,7 +114,7 @@ class Saver:
         else:
             shards.write()
         now = time.perf_counter()
-        self._save = _Save(step, consumed_samples, common, shards, now, now - started)
+        self._save = _Save(self.config, self._data, step, consumed_samples, common, shards, now, now - started)
 
     def finish(self) -> None:
         """Wait until the save is written, and make it a checkpoint. Raises SaveError, on every rank."""
@@ -142,7 +157,7 @@ class Saver:
                 save.shards.finish_index([results for results, _, _ in gathered])
                 TorchCommonSaveStrategy("torch", 1).save_common(save.common, partial)
                 save_config(CheckpointingConfig("torch_dist", 1), str(partial))
-                self._write_config(partial)
+                _write_config(save, partial)
                 known = {name: entry for _, entries, _ in gathered for name, entry in entries.items()}
                 self._manifest(save, describe_files(partial, known)).write(partial)
                 promote(self.folder, save.step)
@@ -152,15 +167,6 @@ class Saver:
         if failed is not None:
             shutil.rmtree(partial, ignore_errors=True)
         return failed
-
-    def _write_config(self, folder: Path) -> None:
-        (folder / CONFIG).write_text(self.config.to_yaml())
-        # What the tokens mean, where the token file says it.
-        tokens = Path(self.config.data.train + ".json")
-        if tokens.is_file():
-            shutil.copyfile(tokens, folder / TOKENS)
-        for path in folder.iterdir():
-            fsync(path)
 
     def _manifest(self, save: _Save, files: dict[str, FileEntry]) -> Manifest:
         parallel, groups = self.config.parallel, self.groups
@@ -184,6 +190,19 @@ class Saver:
             prune(self.folder, keep_last, saved)
         except OSError as error:
             logger.warning("old checkpoints were not deleted: %s", describe(error))
+
+
+def _write_config(save: _Save, folder: Path) -> None:
+    (folder / CONFIG).write_text(save.config.to_yaml())
+    if save.data is not None:
+        (folder / DATA).write_text(json.dumps(save.data, indent=2) + "\n")
+    # What the tokens mean, where the token file says it.
+    for suffix, name in TOKENIZER_FILES.items():
+        beside = Path(save.config.data.train[0].prefix + suffix)
+        if beside.is_file():
+            shutil.copyfile(beside, folder / name)
+    for path in folder.iterdir():
+        fsync(path)
 
 
 def describe(error: Exception) -> str:

@@ -1,8 +1,8 @@
 """The settings of a run: YAML to a checked RunConfig."""
 
 from megatron_sse.config.checks import check_world_size
-from megatron_sse.config.context import attends_over_context, attention_kind
-from megatron_sse.config.derive import choose_layout, uses_distributed_optimizer
+from megatron_sse.config.context import attends_over_context, attention_kind, choose_layout
+from megatron_sse.config.derive import uses_distributed_optimizer
 from megatron_sse.config.ignored import ignored_settings
 from megatron_sse.config.load import load_config
 from megatron_sse.config.megatron import transformer_settings
@@ -15,9 +15,11 @@ from megatron_sse.config.schema import (
     ParallelConfig,
     RunConfig,
     SoftmaxConfig,
+    Source,
     SSEConfig,
     TrainingConfig,
 )
+from megatron_sse.config.stages import StageRun, longest_stage, plan_stages, stage_of_step
 
 __all__ = [
     "CheckpointConfig",
@@ -29,6 +31,8 @@ __all__ = [
     "RunConfig",
     "SSEConfig",
     "SoftmaxConfig",
+    "Source",
+    "StageRun",
     "TrainingConfig",
     "attends_over_context",
     "attention_kind",
@@ -36,6 +40,9 @@ __all__ = [
     "choose_layout",
     "ignored_settings",
     "load_config",
+    "longest_stage",
+    "plan_stages",
+    "stage_of_step",
     "transformer_settings",
     "uses_distributed_optimizer",
 ]

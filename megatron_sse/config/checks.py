@@ -162,6 +162,13 @@ def _sizes(config: RunConfig) -> Found:
         )
     if parallel.hand_off_wire == "bf16" and "gdn" in config.model.recurrences():
         yield "parallel.hand_off_wire", "bf16", "fp32 with the gdn recurrence: products of rounded matrices drift"
+    data = config.data
+    if data.validation_share and data.validation is not None:
+        yield "data.validation_share", data.validation_share, "0.0 where data.validation is given"
+    if data.corpus is not None:
+        for key, blend in (("data.train", data.train), ("data.validation", data.validation)):
+            if blend is not None and len(blend) > 1:
+                yield key, f"{len(blend)} token files", "one with data.corpus"
     if config.data.corpus is not None and model.vocab_size != BYTE_VOCABULARY:
         allowed = f"{BYTE_VOCABULARY} (256 byte values and the end of a document) with data.corpus"
         yield "model.vocab_size", model.vocab_size, allowed
@@ -187,16 +194,22 @@ def _run(config: RunConfig) -> Found:
     if optimizer.min_learning_rate > optimizer.learning_rate:
         allowed = f"at most optimizer.learning_rate {optimizer.learning_rate}"
         yield "optimizer.min_learning_rate", optimizer.min_learning_rate, allowed
+    for name in ("profile_steps", "memory_steps"):
+        window = getattr(config.monitor, name)
+        if window is not None and window[1] > training.steps:
+            yield f"monitor.{name}", window, f"steps up to training.steps {training.steps}"
 
 
 def _batch(config: RunConfig, data_size: int) -> Found:
     training, pipeline = config.training, config.parallel.pipeline
-    per_pass = training.micro_batch_size * data_size
-    if training.global_batch_size % per_pass:
-        allowed = f"a multiple of {per_pass} (micro-batch {training.micro_batch_size} x {data_size} data-parallel)"
-        yield "training.global_batch_size", training.global_batch_size, allowed
-    elif config.parallel.virtual_pipeline > 1 and (training.global_batch_size // per_pass) % pipeline:
-        allowed = (
-            f"a multiple of {per_pass * pipeline} (micro-batches in multiples of parallel.pipeline with virtual stages)"
-        )
-        yield "training.global_batch_size", training.global_batch_size, allowed
+    batches = {"training": (training.global_batch_size, training.micro_batch_size)}
+    for number, stage in enumerate(config.stages or []):
+        sizes = stage.global_batch_size or batches["training"][0], stage.micro_batch_size or batches["training"][1]
+        batches[f"stages.{number}"] = sizes
+    for section, (batch, micro_batch) in batches.items():
+        per_pass, key = micro_batch * data_size, f"{section}.global_batch_size"
+        if batch % per_pass:
+            yield key, batch, f"a multiple of {per_pass} (micro-batch {micro_batch} x {data_size} data-parallel)"
+        elif config.parallel.virtual_pipeline > 1 and (batch // per_pass) % pipeline:
+            allowed = f"a multiple of {per_pass * pipeline}"
+            yield key, batch, f"{allowed} (micro-batches in multiples of parallel.pipeline with virtual stages)"

@@ -1,7 +1,8 @@
-"""Softmax layers under context parallelism: what Transformer Engine 2.9 to 2.11 can do in which of its ways."""
+"""Context parallelism: which tokens ranks hold, and what Transformer Engine 2.9 to 2.11 can do for softmax layers."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -65,3 +66,29 @@ def context_problems(config: RunConfig) -> Iterator[tuple[str, Any, str]]:
     for name, only in (("attention_dropout", 0.0), ("softmax_type", "vanilla")):
         if given.get(name, only) != only:
             yield f"model.transformer.{name}", given[name], f"{only} while parallel.context is above 1"
+
+
+def choose_layout(config: RunConfig) -> tuple[bool, str]:
+    """Whether context ranks hold zigzag parts of the sequences (else contiguous ones), and why.
+
+    Zigzag balances causal attention; it doubles the states that SSE layers hand off, where contiguous parts would have
+    to be rearranged around the softmax layers instead. The break-even is where both move the same bytes.
+    """
+    parallel, model, length = config.parallel, config.model, config.data.sequence_length
+    if parallel.context == 1 or parallel.layout != "auto":
+        return parallel.layout == "zigzag" and parallel.context > 1, "as set"
+    kinds = Counter(model.layer_kinds())
+    linear, softmax = sum(kinds.values()) - kinds["softmax"], kinds["softmax"]
+    if not softmax:
+        return False, "no softmax layer to balance"
+    if config.data.reset_at_documents:
+        return False, "packed documents"
+    if length % (2 * parallel.context * (parallel.tensor if parallel.sequence else 1)):
+        return False, f"{2 * parallel.context} slots do not divide the sequence"
+    if not linear:
+        return True, "softmax layers only"
+    factor = 3 if "gdn" in model.recurrences() else 2
+    banks = 1 + (model.sse.num_partitions if "sse" in kinds else 0)
+    break_even = factor * linear * model.sse.value_head_dim * banks // softmax
+    tokens = length // parallel.context
+    return tokens > break_even, f"{tokens:,} tokens a rank, break-even at {break_even:,}"

@@ -3,8 +3,11 @@
 from collections import Counter
 
 from megatron_sse.config.checks import check_world_size
+from megatron_sse.config.context import choose_layout
 from megatron_sse.config.schema import ModelConfig, RunConfig
+from megatron_sse.config.stages import StageRun, plan_stages
 from megatron_sse.config.weights import model_weights
+from megatron_sse.errors import UserError
 
 
 def count_parameters(model: ModelConfig) -> dict[str, int]:
@@ -18,32 +21,6 @@ def count_parameters(model: ModelConfig) -> dict[str, int]:
     return dict(counts)
 
 
-def choose_layout(config: RunConfig) -> tuple[bool, str]:
-    """Whether context ranks hold zigzag parts of the sequences (else contiguous ones), and why.
-
-    Zigzag balances causal attention; it doubles the states that SSE layers hand off, where contiguous parts would have
-    to be rearranged around the softmax layers instead. The break-even is where both move the same bytes.
-    """
-    parallel, model, length = config.parallel, config.model, config.data.sequence_length
-    if parallel.context == 1 or parallel.layout != "auto":
-        return parallel.layout == "zigzag" and parallel.context > 1, "as set"
-    kinds = Counter(model.layer_kinds())
-    linear, softmax = sum(kinds.values()) - kinds["softmax"], kinds["softmax"]
-    if not softmax:
-        return False, "no softmax layer to balance"
-    if config.data.reset_at_documents:
-        return False, "packed documents"
-    if length % (2 * parallel.context * (parallel.tensor if parallel.sequence else 1)):
-        return False, f"{2 * parallel.context} slots do not divide the sequence"
-    if not linear:
-        return True, "softmax layers only"
-    factor = 3 if "gdn" in model.recurrences() else 2
-    banks = 1 + (model.sse.num_partitions if "sse" in kinds else 0)
-    break_even = factor * linear * model.sse.value_head_dim * banks // softmax
-    tokens = length // parallel.context
-    return tokens > break_even, f"{tokens:,} tokens a rank, break-even at {break_even:,}"
-
-
 def uses_distributed_optimizer(config: RunConfig) -> bool:
     """Whether optimizer state is split over the data-parallel group: where asked for, and always in bf16.
 
@@ -54,13 +31,12 @@ def uses_distributed_optimizer(config: RunConfig) -> bool:
 
 def describe_run(config: RunConfig, world_size: int) -> list[str]:
     """What a run of `world_size` processes will be, one line per fact. Raises UserError where sizes do not divide."""
-    model, parallel, training = config.model, config.parallel, config.training
+    model, parallel = config.model, config.parallel
     data_size = check_world_size(config, world_size)
+    _check_profile_ranks(config, world_size)
     counts = count_parameters(model)
     layers = ", ".join(f"{count} {kind}" for kind, count in Counter(model.layer_kinds()).items())
     parts = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)
-    tokens = training.global_batch_size * config.data.sequence_length
-    micro_batches = training.global_batch_size // (training.micro_batch_size * data_size)
     zigzag, reason = choose_layout(config)
     layout = f"{'zigzag' if zigzag else 'contiguous'} ({reason})"
     return [
@@ -69,7 +45,27 @@ def describe_run(config: RunConfig, world_size: int) -> list[str]:
         f"processes         {world_size} (tensor {parallel.tensor} x pipeline {parallel.pipeline} x "
         f"context {parallel.context} x data {data_size})",
         *([f"context layout    {layout}"] if parallel.context > 1 else []),
-        f"tokens per step   {tokens:,} ({training.global_batch_size} sequences of {config.data.sequence_length:,})",
-        f"micro-batches     {micro_batches} per step of {training.micro_batch_size} sequences each",
-        f"tokens in all     {tokens * training.steps:,} in {training.steps:,} steps",
+        *(line for stage in plan_stages(config) for line in _describe_stage(config, stage, data_size)),
     ]
+
+
+def _describe_stage(config: RunConfig, stage: StageRun, data_size: int) -> list[str]:
+    """Sequences, batches and tokens of a stage; of the run without stages."""
+    training, length = stage.config.training, stage.config.data.sequence_length
+    tokens = training.global_batch_size * length
+    micro_batches = training.global_batch_size // (training.micro_batch_size * data_size)
+    lines = [
+        f"tokens per step   {tokens:,} ({training.global_batch_size} sequences of {length:,})",
+        f"micro-batches     {micro_batches} per step of {training.micro_batch_size} sequences each",
+        f"tokens in all     {tokens * stage.steps:,} in {stage.steps:,} steps",
+    ]
+    if config.stages is None:
+        return lines
+    span = f"steps {stage.first_step + 1:,} to {stage.end:,}"
+    return [f"stage {stage.number + 1} of {len(config.stages)}      {span}", *(f"  {line}" for line in lines)]
+
+
+def _check_profile_ranks(config: RunConfig, world_size: int) -> None:
+    beyond = [rank for rank in config.monitor.profile_ranks if rank >= world_size]
+    if beyond:
+        raise UserError(f"monitor.profile_ranks: got {beyond[0]}, allowed 0 to {world_size - 1}, the run's ranks")

@@ -45,8 +45,11 @@ def _find(config: RunConfig) -> Iterator[str]:
         yield "model.transformer.cp_comm_type is ignored: only bf16 softmax layers with parallel.context above 1 use it"
     if config.checkpoint.interval == 0:
         yield from _changed(config.checkpoint, "checkpoint", ["asynchronous"], "checkpoint.interval is 0")
-    if config.data.validation is None:
-        yield from _changed(training, "training", _VALIDATION_SETTINGS, "data.validation is null")
+    if config.monitor.profile_steps is None and config.monitor.memory_steps is None:
+        reason = "monitor.profile_steps and monitor.memory_steps are null"
+        yield from _changed(config.monitor, "monitor", ["profile_ranks"], reason)
+    if config.data.validation is None and not config.data.validation_share:
+        yield from _changed(training, "training", _VALIDATION_SETTINGS, "there is no validation data")
     if optimizer.warmup_steps > training.steps:
         yield f"optimizer.schedule is ignored: the warm-up has {optimizer.warmup_steps} steps, the run {training.steps}"
     if optimizer.schedule == "constant":
@@ -58,5 +61,5 @@ def _find(config: RunConfig) -> Iterator[str]:
 def _changed(section: Section, prefix: str, names: list[str], reason: str) -> Iterator[str]:
     fields = type(section).model_fields
     for name in names:
-        if getattr(section, name) != fields[name].default:
+        if getattr(section, name) != fields[name].get_default(call_default_factory=True):
             yield f"{prefix}.{name} is ignored: {reason}"

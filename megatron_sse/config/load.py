@@ -17,7 +17,7 @@ from megatron_sse.config.schema import RunConfig
 from megatron_sse.errors import UserError
 
 COMMAND_LINE = "command line"
-_OVERRIDE = re.compile(r"(\w+(?:\.\w+)+)=(.*)", re.DOTALL)
+_OVERRIDE = re.compile(r"(\w+(?:\.\w+)*)=(.*)", re.DOTALL)
 _ALLOWED = {
     "missing": "a value, the key is required",
     "int_type": "an integer",
@@ -25,6 +25,7 @@ _ALLOWED = {
     "float_type": "a number",
     "bool_type": "true or false",
     "string_type": "a string",
+    "list_type": "a list",
     "model_type": "a section of keys",
     "dict_type": "a section of keys",
     "finite_number": "a finite number",
@@ -130,6 +131,11 @@ def _parse(text: str, source: str, key: str, numbered: bool) -> tuple[Any, dict[
 def _keys(node: yaml.Node, source: str, prefix: str, numbered: bool) -> Iterator[tuple[str, str]]:
     if prefix.count(".") > 20:
         raise UserError(f"{source}: {prefix[:40]}...: sections nested too deeply")
+    if isinstance(node, yaml.SequenceNode):
+        for number, entry in enumerate(node.value):
+            dotted = f"{prefix}.{number}"
+            yield dotted, f"{source}:{entry.start_mark.line + 1}" if numbered else source
+            yield from _keys(entry, source, dotted, numbered)
     if not isinstance(node, yaml.MappingNode):
         return
     seen: dict[str, int] = {}
@@ -164,24 +170,33 @@ def _describe(details: ErrorDetails, places: dict[str, str]) -> str:
 
 
 def _describe_unknown(key: str) -> str:
-    parent, _, name = key.rpartition(".")
-    siblings = [other.rpartition(".")[2] for other in schema_keys() if other.rpartition(".")[0] == parent]
-    nearest = [f"{parent}.{match}".lstrip(".") for match in difflib.get_close_matches(name, siblings, n=1)]
+    # Entries of a list are numbered.
+    generic = ".".join(part for part in key.split(".") if not part.isdigit())
+    parent, _, name = generic.rpartition(".")
+    siblings = [other.rpartition(".")[2] for other in schema_keys(True) if other.rpartition(".")[0] == parent]
     # A key may be right and its section wrong.
-    nearest += [other for other in schema_keys() if other.rpartition(".")[2] == name]
+    nearest = [other for other in schema_keys(True) if other.rpartition(".")[2] == name]
+    nearest += [f"{parent}.{match}".lstrip(".") for match in difflib.get_close_matches(name, siblings, n=1)]
     hint = f"; did you mean {nearest[0]}?" if nearest else ""
     return f"got an unknown key, allowed {', '.join(siblings)}{hint}"
 
 
-def schema_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
-    """Every dotted key of the schema, sections included."""
+def schema_keys(entries: bool = False, model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    """Every dotted key of the schema, sections included. entries: with the keys of what lists hold, unnumbered."""
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
-        section = field.annotation
-        if isinstance(section, type) and not typing.get_origin(section) and issubclass(section, BaseModel):
-            keys += schema_keys(section, f"{prefix}{name}.")
+        for section in _sections(field.annotation, entries):
+            keys += schema_keys(entries, section, f"{prefix}{name}.")
     return keys
+
+
+def _sections(annotation: Any, entries: bool) -> list[type[BaseModel]]:
+    """Sections that a field of this type holds."""
+    if isinstance(annotation, type) and not typing.get_origin(annotation) and issubclass(annotation, BaseModel):
+        return [annotation]
+    # A list, an optional list, or a list with a validator.
+    return [section for part in typing.get_args(annotation) for section in _sections(part, entries)] if entries else []
 
 
 def _place(key: str, places: dict[str, str]) -> str:

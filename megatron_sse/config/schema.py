@@ -3,14 +3,16 @@
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from megatron_sse.config.checks import find_problem, show
 from megatron_sse.config.pattern import expand_pattern
+from megatron_sse.config.stages import derive_from_stages, find_stage_problem
 
 Recurrence = Literal["gla", "gdn"]
 KeyMap = Literal["softmax", "silu", "topk_softmax", "one_minus_decay"]
+Schedule = Literal["cosine", "wsd", "constant"]
 
 Count = Annotated[int, Field(ge=1)]
 Size0 = Annotated[int, Field(ge=0)]
@@ -180,16 +182,55 @@ class ParallelConfig(Section):
         return self.tensor * self.pipeline * self.context
 
 
+class Source(Section):
+    """A token file of a blend. weight: its share of the samples, as compared with the others'."""
+
+    prefix: str
+    weight: Positive = 1.0
+
+
+def _as_blend(value: Any) -> Any:
+    """A file's prefix alone is a blend of one."""
+    if isinstance(value, str):
+        return [{"prefix": value}]
+    if value is not None and not (isinstance(value, list) and value):
+        text = f"got {show(value)}, allowed a prefix or a list of {{prefix: ..., weight: ...}}"
+        raise PydanticCustomError("setting", "{text}", {"text": text})
+    return value
+
+
+Blend = Annotated[list[Source], BeforeValidator(_as_blend)]
+
+
 class DataConfig(Section):
-    train: str
-    validation: str | None = None
+    train: Blend
+    validation: Blend | None = None
+    validation_share: Fraction = 0.0
     corpus: Literal["python_stdlib"] | None = None
-    sequence_length: Count
+    sequence_length: Count = DERIVED
+    packing: Literal["in_order", "best_fit"] = "in_order"
+    long_documents: Literal["continue", "cut"] = "continue"
     reset_at_documents: bool = True
 
 
+class Stage(Section):
+    """A part of a run at a sequence length of its own. What is null is as in the other sections."""
+
+    tokens: Count
+    sequence_length: Count
+    train: Blend | None = None
+    global_batch_size: Count | None = None
+    micro_batch_size: Count | None = None
+    rotary_base: Positive | None = None
+    learning_rate: Positive | None = None
+    min_learning_rate: NonNegative | None = None
+    schedule: Schedule | None = None
+    warmup_steps: Size0 | None = None
+    decay_steps: Size0 | None = None
+
+
 class TrainingConfig(Section):
-    steps: Count
+    steps: Count = DERIVED
     global_batch_size: Count
     micro_batch_size: Count = 1
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -203,7 +244,7 @@ class TrainingConfig(Section):
 class OptimizerConfig(Section):
     learning_rate: Positive
     min_learning_rate: NonNegative = 0.0
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    schedule: Schedule = "cosine"
     warmup_steps: Size0 = 0
     decay_steps: Size0 = DERIVED
     weight_decay: NonNegative = 0.1
@@ -211,6 +252,11 @@ class OptimizerConfig(Section):
     beta2: Fraction = 0.95
     epsilon: Positive = 1e-8
     clip_grad: Positive = 1.0
+
+    def default_decay_steps(self, num_steps: int) -> int:
+        """Last steps of a wsd schedule of `num_steps`, which decay: a fifth, and not those of the warm-up."""
+        stay = max(0, num_steps - self.warmup_steps)
+        return min(num_steps // 5, stay) if self.schedule == "wsd" else 0
 
 
 class CheckpointConfig(Section):
@@ -220,7 +266,19 @@ class CheckpointConfig(Section):
     keep_last: Count | None = None
     asynchronous: bool = True
     verify: Literal["hashes", "sizes"] = "hashes"
+    changed_data: Literal["refuse", "accept"] = "refuse"
     stop_after_minutes: Positive | None = None
+
+
+def _check_window(value: Any) -> Any:
+    if isinstance(value, list) and len(value) == 2 and all(type(step) is int for step in value):
+        if 1 <= value[0] <= value[1]:
+            return value
+    text = f"got {show(value)}, allowed the first and the last of some steps, such as [10, 12]"
+    raise PydanticCustomError("setting", "{text}", {"text": text})
+
+
+Window = Annotated[list[int], BeforeValidator(_check_window)]
 
 
 class MonitorConfig(Section):
@@ -228,6 +286,11 @@ class MonitorConfig(Section):
     log_interval: Count = 1
     tensorboard: bool = True
     health_interval: Count = 10
+    spike_factor: NonNegative = 10.0
+    straggler_factor: NonNegative = 1.3
+    profile_steps: Window | None = None
+    memory_steps: Window | None = None
+    profile_ranks: list[Size0] = Field(default_factory=lambda: [0])
 
 
 class RunConfig(Section):
@@ -238,15 +301,17 @@ class RunConfig(Section):
     data: DataConfig
     training: TrainingConfig
     optimizer: OptimizerConfig
+    stages: list[Stage] | None = None
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     monitor: MonitorConfig
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
-        if self.optimizer.decay_steps is None:
-            stay = max(0, self.training.steps - self.optimizer.warmup_steps)
-            self.optimizer.decay_steps = min(self.training.steps // 5, stay) if self.optimizer.schedule == "wsd" else 0
-        problem = find_problem(self)
+        problem = derive_from_stages(self)
+        if problem is None:
+            if self.optimizer.decay_steps is None:
+                self.optimizer.decay_steps = self.optimizer.default_decay_steps(self.training.steps)
+            problem = find_problem(self) or find_stage_problem(self)
         if problem is not None:
             raise PydanticCustomError("setting", "{key}: {text}", {"key": problem.key, "text": problem.text})
         return self

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_sse.data.dataset import Sample
 from megatron_sse.parallel.device import to_device
 from megatron_sse.parallel.layout import TokenLayout
 from megatron_sse.parallel.sharding import ContextShard
@@ -30,27 +31,30 @@ class Batch:
 
 
 def make_batch(
-    samples: list[tuple[np.ndarray, np.ndarray]],
+    samples: list[Sample],
     reset_at_documents: bool,
     device: torch.device | str = "cpu",
     shard: ContextShard | None = None,
 ) -> Batch:
-    """Batch of samples (tokens int64 [G + 1], document starts bool [G + 1]), or one context rank's part of it.
+    """Batch of samples, or one context rank's part of it.
 
     With `reset_at_documents` the first token of a document is no label: nothing before it belongs to it. Without, only
-    sequences start documents and every label counts.
+    sequences start documents.
     """
-    tokens_BG1 = np.stack([tokens for tokens, _ in samples])
-    starts_BG1 = np.stack([starts for _, starts in samples])
+    tokens_BG1 = np.stack([sample.tokens_G1 for sample in samples])
+    starts_BG1 = np.stack([sample.starts_G1 for sample in samples])
+    counts_BG1 = np.stack([sample.counts_G1 for sample in samples])
     if not reset_at_documents:
         starts_BG1 = np.zeros_like(starts_BG1)
     # Shifted before they are split: the label of a part's last token is the next part's first token.
-    tokens_BG, labels_BG, counts_BG = tokens_BG1[:, :-1], tokens_BG1[:, 1:], ~starts_BG1[:, 1:]
+    tokens_BG, labels_BG = tokens_BG1[:, :-1], tokens_BG1[:, 1:]
+    counts_BG = counts_BG1[:, 1:] & ~starts_BG1[:, 1:]
+    real_BG = np.arange(tokens_BG.shape[1]) < np.array([[sample.length] for sample in samples])
     column_L = (shard or ContextShard()).columns(tokens_BG.shape[1])
     return Batch(
         tokens_BL=to_device(tokens_BG[:, column_L], device),
         labels_BL=to_device(labels_BG[:, column_L], device),
         loss_mask_BL=to_device(counts_BG[:, column_L].astype(np.float32), device),
-        layout=TokenLayout.from_starts(starts_BG1[:, :-1], device=device, shard=shard),
+        layout=TokenLayout.from_starts(starts_BG1[:, :-1], None if real_BG.all() else real_BG, device, shard),
         loss_tokens=int(counts_BG.sum()),
     )

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType
 
-from megatron_sse.config import RunConfig
 from megatron_sse.data.metadata import read_metadata
 from megatron_sse.errors import UserError
 
@@ -36,19 +35,21 @@ class Index:
         return int(self.offsets_D1[-1])
 
 
-def check_data(config: RunConfig) -> None:
-    """Check the run's token files. Raises UserError. Files that data.corpus will build are checked when they are."""
-    data, training = config.data, config.training
-    # A corpus file without index is one that is not built yet.
-    if data.corpus is None or Path(data.train + ".idx").exists():
-        check_token_file("data.train", data.train, config.model.vocab_size, data.sequence_length)
-    if data.validation and (data.corpus is None or Path(data.validation + ".idx").exists()):
-        needed = training.validation_batches * training.global_batch_size
-        check_token_file("data.validation", data.validation, config.model.vocab_size, data.sequence_length, needed)
+@dataclass(frozen=True)
+class TokenFile:
+    """A checked file, or a part of it: the documents whose tokens begin and end at `offsets_D1`.
+
+    mask_path: of the loss mask, uint8 per token, 1 where the token counts as a label; None where all count.
+    """
+
+    prefix: str
+    index: Index
+    offsets_D1: np.ndarray
+    mask_path: Path | None
 
 
-def check_token_file(key: str, prefix: str, vocab_size: int, sequence_length: int, samples: int = 1) -> Index:
-    """Check the file behind the setting `key` and return its index. Raises UserError."""
+def check_token_file(key: str, prefix: str, vocab_size: int) -> TokenFile:
+    """Check the file behind the setting `key`. Raises UserError."""
     check_exists(key, prefix)
     index = read_index(Path(prefix + ".idx"))
     bin_path = Path(prefix + ".bin")
@@ -58,22 +59,18 @@ def check_token_file(key: str, prefix: str, vocab_size: int, sequence_length: in
             f"{bin_path}: {size} bytes, its index says {index.bin_bytes}; the file is truncated or belongs to another "
             "index, build it again"
         )
-    available = (index.num_tokens - 1) // sequence_length
-    if available < samples:
-        raise UserError(
-            f"{key}: {prefix} has {index.num_tokens} tokens, {max(available, 0)} samples of data.sequence_length "
-            f"{sequence_length}; {samples} are needed"
-            + (", lower training.validation_batches" if key == "data.validation" else ", lower data.sequence_length")
-            + " or give a larger file"
-        )
     metadata = read_metadata(prefix)
     if metadata is not None and metadata.vocab_size != vocab_size:
         raise UserError(
             f"model.vocab_size: {vocab_size} given, but {prefix}.json says {metadata.vocab_size} "
             f"(tokenizer {metadata.tokenizer}); set model.vocab_size: {metadata.vocab_size}"
         )
-    check_token_ids(key, bin_path, index.dtype, vocab_size)
-    return index
+    if index.num_tokens:
+        check_token_ids(key, bin_path, index.dtype, vocab_size)
+    mask = Path(prefix + ".mask") if metadata is not None and metadata.loss_mask else None
+    if mask is not None and (not mask.is_file() or mask.stat().st_size != index.num_tokens):
+        raise UserError(f"{mask}: not there or not of {index.num_tokens} bytes, one per token; build {prefix} again")
+    return TokenFile(prefix, index, index.offsets_D1, mask)
 
 
 def check_exists(key: str, prefix: str) -> None:

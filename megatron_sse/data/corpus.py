@@ -11,12 +11,11 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import torch
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_sse.config import RunConfig
 from megatron_sse.data.metadata import Metadata
-from megatron_sse.data.tokenizer import VOCAB_SIZE, encode_document
+from megatron_sse.data.tokenizer import END_OF_DOCUMENT, VOCAB_SIZE, encode_document
+from megatron_sse.data.writer import publish, write_index
 from megatron_sse.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -34,7 +33,8 @@ def prepare_corpus(config: RunConfig) -> None:
     """
     if config.data.corpus is None:
         return
-    prefixes = {"training": config.data.train, "validation": config.data.validation}
+    blends = {"training": config.data.train, "validation": config.data.validation or []}
+    prefixes = {part: source.prefix for part, blend in blends.items() for source in blend}
     missing = {part: prefix for part, prefix in prefixes.items() if prefix and not Path(prefix + ".idx").exists()}
     if not missing:
         return
@@ -98,19 +98,17 @@ def write_token_file(prefix: str, documents: dict[str, bytes], bits_B: np.ndarra
     target = Path(prefix)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=target.name + ".building-", dir=target.parent) as folder:
-        temporary = Path(folder) / "part"
-        builder = IndexedDatasetBuilder(f"{temporary}.bin", dtype=np.uint16)
-        tokens, bits = 0, 0.0
-        for document in documents.values():
-            tokens_T = encode_document(document)
-            tokens += len(tokens_T)
-            bits += float(bits_B[tokens_T].sum())
-            builder.add_document(torch.from_numpy(tokens_T), [len(tokens_T)])
-        builder.finalize(f"{temporary}.idx")
+        finished = Path(folder)
+        lengths, bits = [], 0.0
+        with (finished / ".bin").open("wb") as file:
+            for document in documents.values():
+                tokens_T = encode_document(document)
+                lengths.append(len(tokens_T))
+                bits += float(bits_B[tokens_T].sum())
+                file.write(tokens_T.data)
         size = sum(map(len, documents.values()))
-        metadata = Metadata("bytes", VOCAB_SIZE, len(documents), tokens, size, bits / size)
-        metadata.write(Path(f"{temporary}.json"))
-        # A run takes a file as there once its index is.
-        for suffix in (".bin", ".json", ".idx"):
-            os.replace(f"{temporary}{suffix}", f"{prefix}{suffix}")
+        metadata = Metadata("bytes", VOCAB_SIZE, len(documents), sum(lengths), size, bits / size, end=END_OF_DOCUMENT)
+        metadata.write(finished / ".json")
+        write_index(finished / ".idx", np.dtype(np.uint16), len(documents), [np.array(lengths, dtype=np.int32)])
+        publish(finished, target)
     return metadata

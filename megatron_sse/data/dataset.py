@@ -1,52 +1,58 @@
-"""Samples cut from a token file, and the order in which a run sees them."""
+"""Samples of a token file."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_sse.data.checks import Index
+from megatron_sse.config import DataConfig
+from megatron_sse.data.checks import TokenFile
+from megatron_sse.data.packing import pack
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Tokens of a sequence and the label of its last one: G + 1.
+
+    Attributes:
+        tokens_G1: int64, 0 for padding.
+        starts_G1: bool, where documents start; padding is one of its own.
+        counts_G1: bool, whether a token counts as a label: no padding, and not what a loss mask leaves out.
+        length: tokens before the padding.
+    """
+
+    tokens_G1: np.ndarray
+    starts_G1: np.ndarray
+    counts_G1: np.ndarray
+    length: int
 
 
 class TokenDataset:
-    """Samples of sequence_length + 1 tokens cut from the concatenated documents of a checked, memory-mapped file.
+    """Samples of the documents first..last of a checked, memory-mapped token file, as data.packing asks."""
 
-    Neighbours share one token, so that every token but the file's first is a label exactly once.
-    """
-
-    def __init__(self, prefix: str, index: Index, sequence_length: int):
-        self.file = IndexedDataset(prefix)
-        self.sequence_length = sequence_length
-        self.num_samples = (index.num_tokens - 1) // sequence_length
-        self.dtype = index.dtype
-        self.first_D = index.offsets_D1[:-1]
+    def __init__(self, file: TokenFile, data: DataConfig) -> None:
+        self.prefix = file.prefix
+        self.tokens = IndexedDataset(file.prefix)
+        self.dtype = file.index.dtype
+        self.mask_T = np.memmap(file.mask_path, np.uint8, mode="r") if file.mask_path else None
+        self.room = data.sequence_length + 1
+        self.packing = pack(data, file.offsets_D1)
 
     def __len__(self) -> int:
-        return self.num_samples
+        return self.packing.account.samples
 
-    def __getitem__(self, sample: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens (int64) and document starts (bool) of a sample, both [sequence_length + 1]."""
-        begin, count = sample * self.sequence_length, self.sequence_length + 1
-        tokens = self.file.bin_reader.read(self.dtype, count, begin * self.dtype.itemsize)
-        starts = np.zeros(count, dtype=bool)
-        low, high = np.searchsorted(self.first_D, [begin, begin + count])
-        starts[self.first_D[low:high] - begin] = True
-        return tokens.astype(np.int64), starts
-
-
-class SampleOrder:
-    """Position in the run -> sample: each epoch is a permutation of its own, a function of (seed, epoch) alone."""
-
-    def __init__(self, num_samples: int, seed: int):
-        self.num_samples = num_samples
-        self.seed = seed
-        self.epoch = -1
-        self.permutation = np.empty(0, dtype=np.int64)
-
-    def __getitem__(self, position: int) -> int:
-        epoch, rest = divmod(position, self.num_samples)
-        if epoch != self.epoch:
-            generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-            self.permutation = generator.permutation(self.num_samples)
-            self.epoch = epoch
-        return int(self.permutation[rest])
+    def __getitem__(self, number: int) -> Sample:
+        tokens_G1 = np.zeros(self.room, dtype=np.int64)
+        starts_G1, counts_G1 = np.zeros((2, self.room), dtype=bool)
+        place = 0
+        for begin, count in self.packing.pieces(number):
+            chosen = slice(place, place + count)
+            tokens_G1[chosen] = self.tokens.bin_reader.read(self.dtype, count, begin * self.dtype.itemsize)
+            counts_G1[chosen] = True if self.mask_T is None else self.mask_T[begin : begin + count] != 0
+            # A slice: nothing starts behind the end.
+            starts_G1[place : place + 1] = True
+            place += count
+        starts_G1[place : place + 1] = True
+        return Sample(tokens_G1, starts_G1, counts_G1, place)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,13 +12,15 @@ import torch
 from megatron_sse.checkpoint.architecture import CONFIG, changed_settings
 from megatron_sse.checkpoint.folders import find_all_damage, find_checkpoints, find_weights
 from megatron_sse.checkpoint.manifest import read_manifest
-from megatron_sse.config import RunConfig, load_config
+from megatron_sse.config import DataConfig, RunConfig, Source, load_config, plan_stages
 from megatron_sse.config.weights import model_weights
 from megatron_sse.data.checks import check_token_file
 from megatron_sse.data.metadata import read_metadata
+from megatron_sse.data.sources import name_sources, open_training, open_validation
 from megatron_sse.doctor.finding import BAD, GOOD, OPEN, Finding
 from megatron_sse.errors import UserError
-from megatron_sse.launch import count_processes, find_nodes
+from megatron_sse.launch import count_processes
+from megatron_sse.nodes import find_nodes
 from megatron_sse.plan.ceilings import GIB
 from megatron_sse.plan.memory import rank_memory
 from megatron_sse.plan.search import HEADROOM
@@ -37,28 +40,47 @@ def check_layout(config: RunConfig) -> Iterator[Finding]:
 
 def check_token_files(config: RunConfig) -> Iterator[Finding]:
     """Index, size, token ids and vocabulary of the token files."""
-    data, training = config.data, config.training
-    needed = training.validation_batches * training.global_batch_size
-    for key, prefix, samples in (("data.train", data.train, 1), ("data.validation", data.validation, needed)):
-        if prefix is None:
-            yield Finding(OPEN, key, "not set: no validation")
-            continue
-        if data.corpus is not None and not Path(prefix + ".idx").exists():
-            yield Finding(OPEN, key, f"{prefix} will be built from data.corpus {data.corpus}")
-            continue
-        try:
-            index = check_token_file(key, prefix, config.model.vocab_size, data.sequence_length, samples)
-            metadata = read_metadata(prefix)
-        except UserError as error:
-            yield Finding(BAD, key, str(error).removeprefix(f"{key}: "))
-            continue
-        text = f"{prefix}: {index.num_tokens:,} tokens, {len(index.offsets_D1) - 1:,} documents, ids in range"
-        yield Finding(GOOD, key, text)
-        if metadata is None:
-            yield Finding(OPEN, "tokenizer", f"{prefix}.json is not there: the tokenizer is not known")
-        else:
-            vocabulary = f"{metadata.vocab_size:,} tokens, as model.vocab_size"
-            yield Finding(GOOD, "tokenizer", f"{metadata.tokenizer}, {vocabulary}")
+    vocab_size = config.model.vocab_size
+    for stage in plan_stages(config):
+        data = stage.config.data
+        yield from _check_blend(stage.train_key, data.train, data, vocab_size, partial(open_training, stage))
+        if stage.number == 0 and data.validation is not None:
+            open_samples = partial(open_validation, config)
+            yield from _check_blend("data.validation", data.validation, data, vocab_size, open_samples)
+    if config.data.validation is None and not config.data.validation_share:
+        yield Finding(OPEN, "data.validation", "not set: no validation")
+
+
+def _check_blend(
+    key: str, blend: list[Source], data: DataConfig, vocab_size: int, open_samples: Callable[[], object]
+) -> Iterator[Finding]:
+    """Every file of a blend, then whether samples can be made of them."""
+    if data.corpus is not None and not Path(blend[0].prefix + ".idx").exists():
+        yield Finding(OPEN, key, f"{blend[0].prefix} will be built from data.corpus {data.corpus}")
+        return
+    findings = [finding for name in name_sources(key, blend) for finding in _check_token_file(*name, vocab_size)]
+    yield from findings
+    try:
+        if BAD not in {finding.mark for finding in findings}:
+            open_samples()
+    except UserError as error:
+        yield Finding(BAD, key, str(error).removeprefix(f"{key}: "))
+
+
+def _check_token_file(key: str, source: Source, vocab_size: int) -> Iterator[Finding]:
+    try:
+        index = check_token_file(key, source.prefix, vocab_size).index
+        metadata = read_metadata(source.prefix)
+    except UserError as error:
+        yield Finding(BAD, key, str(error).removeprefix(f"{key}: "))
+        return
+    text = f"{source.prefix}: {index.num_tokens:,} tokens, {len(index.offsets_D1) - 1:,} documents, ids in range"
+    yield Finding(GOOD, key, text)
+    if metadata is None:
+        yield Finding(OPEN, "tokenizer", f"{source.prefix}.json is not there: the tokenizer is not known")
+    else:
+        vocabulary = f"{metadata.vocab_size:,} tokens, as model.vocab_size"
+        yield Finding(GOOD, "tokenizer", f"{metadata.tokenizer}, {vocabulary}")
 
 
 def check_checkpoints(config: RunConfig) -> Iterator[Finding]:

@@ -74,7 +74,7 @@ def open_tokenizer(model: Model) -> Tokenizer:
     there = [name for name in ("tokenizer_config.json", "tokenizer.json") if (model.folder / name).is_file()]
     if there:
         return _read_tokenizer(model, there[0])
-    metadata = read_metadata(model.config.data.train)
+    metadata = read_metadata(model.config.data.train[0].prefix)
     if model.config.model.vocab_size == VOCAB_SIZE or (metadata is not None and metadata.tokenizer == "bytes"):
         return ByteTokenizer()
     raise UserError(

@@ -6,21 +6,27 @@ import logging
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_model_config
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_sse.config import RunConfig
-from megatron_sse.data.metadata import read_metadata
+from megatron_sse.data.metadata import Metadata, read_metadata
 from megatron_sse.monitor.flops import peak_flops, train_flops_per_token
 from megatron_sse.monitor.health import collect_health
 from megatron_sse.monitor.line import Progress
+from megatron_sse.monitor.memory import MemoryWindow
+from megatron_sse.monitor.profile import ProfileWindow
+from megatron_sse.monitor.spikes import Spikes
+from megatron_sse.monitor.straggler import Stragglers
 from megatron_sse.parallel.device import Device
 
 logger = logging.getLogger(__name__)
 
 
 class Monitor:
-    """Reports a run. Every rank has one and calls step, in which layers of other ranks are read; rank 0 speaks."""
+    """Reports a run. Every rank has one and calls before_step and step, which reads other ranks; rank 0 speaks."""
 
     def __init__(
         self,
@@ -34,20 +40,37 @@ class Monitor:
         self.model_chunks = model_chunks
         self.device = device
         self.folder = Path(config.monitor.folder)
-        self.is_writer = all(group.rank() == 0 for group in (groups.tp, groups.pp, groups.dp))
-        self.num_processes = groups.tp.size() * groups.pp.size() * groups.dp.size()
-        self.flops_per_token = train_flops_per_token(config.model, config.data.sequence_length)
+        self.is_writer = dist.get_rank() == 0
+        self.num_processes = dist.get_world_size()
+        self.start_stage(config)
         self.peak_flops = peak_flops(device.description)
-        self.metadata = read_metadata(config.data.validation) if config.data.validation else None
+        self.metadata = _validation_metadata(config)
         # Since the last line; and the mean time of a step, in which the last steps weigh most.
         self.tokens, self.seconds = 0, 0.0
         self.mean_seconds: float | None = None
         self.writer: SummaryWriter | None = None
+        self.spikes = Spikes(config.monitor.spike_factor) if config.monitor.spike_factor else None
+        self.stragglers: Stragglers | None = None
+        if config.monitor.straggler_factor and self.num_processes > 1:
+            self.stragglers = Stragglers(config.monitor.straggler_factor, groups.pp.rank(), device.type)
+            for chunk in model_chunks:
+                get_model_config(chunk).timers = self.stragglers.clock
+        self.windows = self._find_windows()
         if self.is_writer:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.yaml").write_text(config.to_yaml())
             if config.monitor.tensorboard:
                 self.writer = SummaryWriter(str(self.folder / "tensorboard"))
+
+    def start_stage(self, config: RunConfig) -> None:
+        """Go on with the settings of a stage: its sequence length decides the operations per token."""
+        self.config = config
+        self.flops_per_token = train_flops_per_token(config.model, config.data.sequence_length)
+
+    def before_step(self, step: int) -> None:
+        """Make ready for step `step`, counted from 1."""
+        for window in self.windows:
+            window.before(step)
 
     def step(
         self,
@@ -59,12 +82,15 @@ class Monitor:
         seconds: float,
         skipped: bool = False,
     ) -> None:
-        """Report step `step`, counted from 1.
+        """Report step `step`, counted from 1, once it is done.
 
         losses: "loss" and, with SSE layers, "balance_loss" without its coefficient, the same on every rank.
         tokens: of the global batch. seconds: that the step took. skipped: the optimizer did not step,
         on any rank.
         """
+        for window in self.windows:
+            window.after(step)
+        self._warn_of_spikes(step, losses["loss"], grad_norm)
         self.tokens += tokens
         self.seconds += seconds
         self.mean_seconds = seconds if self.mean_seconds is None else 0.9 * self.mean_seconds + 0.1 * seconds
@@ -88,9 +114,14 @@ class Monitor:
             )
             self.tokens, self.seconds = 0, 0.0
             self._log(progress.line())
-            self._write(step, progress.scalars())
+            counts = {"speed/processes": self.num_processes}
+            if self.spikes is not None:
+                counts["train/spikes"] = self.spikes.count
+            self._write(step, progress.scalars() | counts)
+        if self.stragglers is not None:
+            self.stragglers.step()
         if step % monitor.health_interval == 0:
-            self._write(step, collect_health(self.config.model, self.model_chunks, self.groups, self.device.type))
+            self._report_health(step)
 
     def validation(self, step: int, loss: float) -> None:
         """Report the validation loss in nats per token after `step` steps."""
@@ -105,18 +136,56 @@ class Monitor:
 
     def close(self) -> None:
         """End of the run: say where things are."""
+        for window in self.windows:
+            window.close()
         if self.writer is not None:
             self.writer.close()
             self._log(f"TensorBoard events: {self.folder}/tensorboard (tensorboard --logdir {self.folder}/tensorboard)")
         if (self.folder / "checkpoints").is_dir():
             self._log(f"checkpoint: {self.folder}/checkpoints (the same command with more training.steps goes on)")
 
+    def _find_windows(self) -> list[ProfileWindow | MemoryWindow]:
+        """The steps that are to be recorded on this rank."""
+        monitor, on_gpu = self.config.monitor, self.device.type == "cuda"
+        windows: list[ProfileWindow | MemoryWindow] = []
+        if monitor.memory_steps is not None and not on_gpu:
+            self._warn("monitor.memory_steps is ignored: there is no GPU whose memory could be recorded")
+        if dist.get_rank() in monitor.profile_ranks:
+            if monitor.memory_steps is not None and on_gpu:
+                windows.append(MemoryWindow(monitor.memory_steps, self.folder))
+            if monitor.profile_steps is not None:
+                windows.append(ProfileWindow(monitor.profile_steps, self.folder, on_gpu))
+        return windows
+
+    def _report_health(self, step: int) -> None:
+        self._write(step, collect_health(self.config.model, self.model_chunks, self.groups, self.device.type))
+        if self.stragglers is not None:
+            scalars, warning = self.stragglers.report()
+            self._write(step, scalars)
+            if warning is not None:
+                self._warn(f"step {step}/{self.config.training.steps} | {warning}")
+
+    def _warn_of_spikes(self, step: int, loss: float, grad_norm: float) -> None:
+        if self.spikes is not None:
+            for text in self.spikes.check({"loss": loss, "grad norm": grad_norm}):
+                self._warn(f"step {step}/{self.config.training.steps} | SPIKE: {text}")
+
     def _log(self, line: str) -> None:
         if self.is_writer:
             logger.info(line)
+
+    def _warn(self, line: str) -> None:
+        if self.is_writer:
+            logger.warning(line)
 
     def _write(self, step: int, scalars: dict[str, float]) -> None:
         if self.writer is not None:
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, step)
             self.writer.flush()
+
+
+def _validation_metadata(config: RunConfig) -> Metadata | None:
+    """Of the validation file, where there is one alone: a loss over several is no mean over either's bytes."""
+    files = config.data.validation or []
+    return read_metadata(files[0].prefix) if len(files) == 1 else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from megatron_sse.config import RunConfig, check_world_size
+from megatron_sse.config import RunConfig, check_world_size, longest_stage
 from megatron_sse.errors import UserError
 from megatron_sse.plan.ceilings import find_gpu
 from megatron_sse.plan.report import describe_layout, describe_search
@@ -32,6 +32,10 @@ def plan(
         if number is not None and number < 1:
             raise UserError(f"--{name}: got {number}, allowed 1 or more")
     gpu = find_gpu(gpu_name, tflops, bandwidth, None if memory is None else parse_bytes(memory))
+    if config.stages is not None:
+        stage = longest_stage(config)
+        print(f"of stage {stage.number + 1} of {len(config.stages)}, which has the longest sequences")
+        config = stage.config
     parallel = config.parallel
     num_gpus = num_gpus or parallel.replica_size * (parallel.data or 1)
     if search:

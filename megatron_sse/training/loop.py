@@ -6,6 +6,7 @@ import os
 import signal
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -14,11 +15,14 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+from megatron_sse.checkpoint.data import check_same_data
 from megatron_sse.checkpoint.folders import check_writable, checkpoint_folder, find_checkpoints, find_weights
 from megatron_sse.checkpoint.load import load_checkpoint, load_weights
 from megatron_sse.checkpoint.save import SaveError, Saver
 from megatron_sse.checkpoint.verify import first_whole
-from megatron_sse.config import RunConfig
+from megatron_sse.config import RunConfig, StageRun, plan_stages, stage_of_step
+from megatron_sse.data.batch import Batch
+from megatron_sse.data.fingerprint import describe_data
 from megatron_sse.data.iterators import ValidationFactory, build_data_iterators
 from megatron_sse.errors import SharedUserError, UserError
 from megatron_sse.model import build_model
@@ -135,6 +139,9 @@ class Run:
         weights: Path | None = None,
     ) -> None:
         self.config, self.groups, self.device = config, groups, device
+        self.stages = plan_stages(config)
+        if resume is not None:
+            check_same_data(resume, config, self.stages)
         chunks = wrap_model(config, build_model(config, groups, device), groups)
         self.trainer = Trainer(config, groups, chunks, build_optimizer(config, chunks, groups))
         self.first_step, self.consumed_samples = 1, 0
@@ -145,6 +152,7 @@ class Run:
         elif weights is not None:
             load_weights(weights, config, chunks, self.trainer.optimizer, groups)
             logger.info("starting from the weights of %s", weights)
+        self.stage = stage_of_step(self.stages, self.first_step)
         self.saver = Saver(config, chunks, self.trainer.optimizer, groups)
         self.skipped_in_a_row = 0
         self.monitor = Monitor(config, groups, chunks, device)
@@ -155,18 +163,17 @@ class Run:
         Raises SaveError where the last checkpoint could not be saved; of those before it the log tells.
         """
         training, checkpoint = self.config.training, self.config.checkpoint
-        batches, make_validation = build_data_iterators(
-            self.config, self.groups, self.consumed_samples, self.device.type
-        )
-        step = self.first_step - 1
+        step, batches, make_validation = self.first_step - 1, None, None
         while step < training.steps and not self._is_over(signals):
             step += 1
+            if batches is None or step > self.stage.end:
+                batches, make_validation = self._enter(stage_of_step(self.stages, step))
             self.monitor.before_step(step)
             started = time.perf_counter()
             set_learning_rate(self.trainer.optimizer, rate := self.learning_rate(step))
             self._seed(step)
             result = self.trainer.train_step(batches)
-            self.consumed_samples += training.global_batch_size
+            self.consumed_samples += self.stage.config.training.global_batch_size
             self._report(step, result, rate, time.perf_counter() - started)
             due = training.validation_interval and step % training.validation_interval == 0
             if make_validation is not None and (due or step == training.steps):
@@ -180,6 +187,22 @@ class Run:
         elif step < self.first_step and step >= training.steps and dist.get_rank() == 0:
             logger.warning("nothing to do: %d of %d steps were done before", step, training.steps)
         self.monitor.close()
+
+    def _enter(self, stage: StageRun) -> tuple[Iterator[Batch], ValidationFactory | None]:
+        """Go on with a stage's settings; returns its training batches, from this place on, and its validation."""
+        self.stage = stage
+        self.trainer.start_stage(stage.config)
+        self.monitor.start_stage(stage.config)
+        self.saver.start_stage(stage.config, describe_data(stage))
+        if len(self.stages) > 1:
+            data, training = stage.config.data, stage.config.training
+            logger.info(
+                "stage %d of %d: steps %d to %d, %d sequences of %d tokens",
+                *(stage.number + 1, len(self.stages), stage.first_step + 1, stage.end),
+                *(training.global_batch_size, data.sequence_length),
+            )
+        consumed = max(0, self.consumed_samples - stage.first_sample)
+        return build_data_iterators(stage, self.groups, consumed, self.device.type)
 
     def _is_over(self, signals: Signals) -> bool:
         reason, any_writes = signals.share(self.device, self.saver.is_writing())
@@ -214,6 +237,9 @@ class Run:
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of a step of this run."""
+        stage = stage_of_step(self.stages, step)
+        if stage.own_schedule:
+            return learning_rate(stage.config.optimizer, step - stage.first_step, stage.steps)
         return learning_rate(self.config.optimizer, step, self.config.training.steps)
 
     def _seed(self, step: int) -> None:
@@ -222,7 +248,8 @@ class Run:
         model_parallel_cuda_manual_seed(self.config.training.seed + 100_003 * step + 1_009 * rank)
 
     def _report(self, step: int, result: StepResult, rate: float, seconds: float) -> None:
-        tokens = self.config.training.global_batch_size * self.config.data.sequence_length
+        settings = self.stage.config
+        tokens = settings.training.global_batch_size * settings.data.sequence_length
         self.monitor.step(step, result.losses, rate, result.grad_norm, tokens, seconds, result.skipped)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
         if self.skipped_in_a_row >= self.config.training.max_skipped_steps:

@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron_sse.config import RunConfig, uses_distributed_optimizer
 from megatron_sse.data.batch import Batch
 from megatron_sse.model import SSEMixer
+from megatron_sse.model.attention import SoftmaxAttention
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,8 @@ class Trainer:
         chunks: list[DistributedDataParallel],
         optimizer: MegatronOptimizer,
     ) -> None:
-        self.config, self.groups, self.chunks, self.optimizer = config, groups, chunks, optimizer
-        training = config.training
-        self.num_micro_batches = training.global_batch_size // (training.micro_batch_size * groups.dp.size())
+        self.groups, self.chunks, self.optimizer = groups, chunks, optimizer
+        self.start_stage(config)
         self.mixers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, SSEMixer)]
         settings = chunks[0].config
         settings.finalize_model_grads_func = finalize_model_grads
@@ -63,6 +63,16 @@ class Trainer:
         assert settings.overlap_p2p_comm == (len(chunks) > 1) and settings.batch_p2p_comm != settings.overlap_p2p_comm
         assert settings.calculate_per_token_loss
         self.communicator = P2PCommunicator(pp_group=groups.pp, config=settings)
+
+    def start_stage(self, config: RunConfig) -> None:
+        """Go on with other settings of sequences, batch and rotary base."""
+        self.config = config
+        training = config.training
+        self.num_micro_batches = training.global_batch_size // (training.micro_batch_size * self.groups.dp.size())
+        for chunk in self.chunks:
+            for module in chunk.modules():
+                if isinstance(module, SoftmaxAttention):
+                    module.rotary_base = config.model.softmax.rotary_base
 
     def train_step(self, batches: Iterator[Batch]) -> StepResult:
         """Take one global batch from `batches`, and one optimizer step unless a loss or gradient is not finite."""

@@ -18,7 +18,7 @@ Trace = list[tuple[dict[str, float], float]]
 
 def take_steps(run: Run, last_step: int) -> Trace:
     """Train a run up to `last_step`."""
-    batches, _ = build_data_iterators(run.config, run.groups, run.consumed_samples)
+    batches, _ = build_data_iterators(run.stage, run.groups, run.consumed_samples)
     trace = []
     for step in range(run.first_step, last_step + 1):
         set_learning_rate(run.trainer.optimizer, run.learning_rate(step))

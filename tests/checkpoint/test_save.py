@@ -91,7 +91,7 @@ def resume_from_weights_alone(folder: Path, weights: Path) -> str:
 def samples_of(folder: Path, sections: dict[str, Any], resume: Path | None, last_step: int) -> list[list[int]]:
     """The first tokens of all sequences that this rank takes, step by step, with a checkpoint at the end."""
     run = start(small_run(folder, **sections), resume)
-    batches, _ = build_data_iterators(run.config, run.groups, run.consumed_samples)
+    batches, _ = build_data_iterators(run.stage, run.groups, run.consumed_samples)
     seen = []
     for _ in range(run.first_step, last_step + 1):
         taken = [next(batches) for _ in range(run.trainer.num_micro_batches)]

@@ -52,7 +52,8 @@ WRONG = {
     ),
     "unknown section": (
         ("optimizer:", "optimiser:"),
-        "17: optimiser: got an unknown key, allowed model, parallel, data, training, optimizer, checkpoint, monitor"
+        "17: optimiser: got an unknown key, allowed model, parallel, data, training, optimizer, stages, checkpoint, "
+        "monitor"
         "; did you mean optimizer?",
     ),
     "missing key": (
@@ -71,7 +72,7 @@ WRONG = {
     "fraction for a count": (("  steps: 10", "  steps: 1.5"), "15: training.steps: got 1.5, allowed an integer"),
     "bool for a count": (("  steps: 10", "  steps: true"), "15: training.steps: got true, allowed an integer"),
     "zero": (("  steps: 10", "  steps: 0"), "15: training.steps: got 0, allowed at least 1"),
-    "null for a required value": (("  steps: 10", "  steps:"), "15: training.steps: got null, allowed an integer"),
+    "null for a required value": (("  steps: 10", "  steps:"), "15: training.steps: got nothing, allowed a value, ..."),
     "negative rate": (
         ("learning_rate: 1e-3", "learning_rate: -1e-3"),
         "18: optimizer.learning_rate: got -0.001, allowed more than 0.0",
@@ -214,7 +215,7 @@ WRONG = {
 WRONG_OVERRIDES = {
     "training.steps=ten": "training.steps: got 'ten', allowed an integer",
     "training.step=3": "training.step: got an unknown key, ...; did you mean training.steps?",
-    "steps=3": "got 'steps=3', allowed section.key=value",
+    "steps=3": "steps: got an unknown key, ...; did you mean training.steps?",
     "training.steps": "got 'training.steps', allowed section.key=value",
     "training.steps.more=3": "training.steps.more: training.steps holds a value (10), not a section",
     "model.sse={num_heads: 4": "model.sse: not valid YAML: expected ',' or '}', but got '<stream end>'",
@@ -353,7 +354,7 @@ IGNORED = {
     "model.sse.num_partitions=0 model.sse.form=mask": "model.sse.form is ignored: model.sse.num_partitions is 0",
     "model.transformer.cp_comm_type=p2p": "model.transformer.cp_comm_type is ignored: "
     "only bf16 softmax layers with parallel.context above 1 use it",
-    "training.validation_interval=5": "training.validation_interval is ignored: data.validation is null",
+    "training.validation_interval=5": "training.validation_interval is ignored: there is no validation data",
     "optimizer.warmup_steps=11": "optimizer.schedule is ignored: the warm-up has 11 steps, the run 10",
     "optimizer.decay_steps=5": "optimizer.decay_steps is ignored: optimizer.schedule is cosine, not wsd",
     "optimizer.schedule=constant optimizer.min_learning_rate=1e-4": "optimizer.min_learning_rate is ignored: "

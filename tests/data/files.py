@@ -27,9 +27,12 @@ def random_documents(num_documents: int, longest: int, seed: int = 0) -> list[li
     return [[*generator.integers(0, END, length).tolist(), END] for length in lengths]
 
 
-def data_parallel_groups(rank: int = 0, size: int = 1) -> ProcessGroupCollection:
-    """The data-parallel group of a rank, as far as the data reads it."""
-    data, context = (SimpleNamespace(rank=lambda r=r: r, size=lambda n=n: n) for r, n in ((rank, size), (0, 1)))
+def data_parallel_groups(
+    rank: int = 0, size: int = 1, context_rank: int = 0, context_size: int = 1
+) -> ProcessGroupCollection:
+    """The data-parallel and context groups of a rank, as far as the data reads them."""
+    sizes = ((rank, size), (context_rank, context_size))
+    data, context = (SimpleNamespace(rank=lambda r=r: r, size=lambda n=n: n) for r, n in sizes)
     return SimpleNamespace(dp=data, cp=context)  # type: ignore[return-value]
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_sse.config import Source
 from megatron_sse.data import checks
-from megatron_sse.data.checks import check_data
+from megatron_sse.data.sources import check_data
 from megatron_sse.errors import UserError
 from tests.data.files import random_documents, run_config, write_tokens
 
@@ -58,7 +59,7 @@ def test_bad_file(name, tmp_path):
         sections = {**sections, "model": {"vocab_size": 300}}
     config = run_config(prefix, **{section: dict(values) for section, values in sections.items()})
     if "data" in sections:
-        config.data.train = prefix
+        config.data.train = [Source(prefix=prefix)]
     spoil(prefix)
     with pytest.raises(UserError, match=message) as caught:
         check_data(config)

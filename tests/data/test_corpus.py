@@ -6,9 +6,9 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_sse.data import corpus
-from megatron_sse.data.checks import check_data
 from megatron_sse.data.corpus import prepare_corpus
 from megatron_sse.data.metadata import read_metadata
+from megatron_sse.data.sources import check_data
 from megatron_sse.data.tokenizer import END_OF_DOCUMENT, decode, encode_document
 from megatron_sse.errors import UserError
 from tests.data.files import run_config

@@ -3,6 +3,7 @@ from itertools import islice
 import pytest
 import torch
 
+from megatron_sse.config import plan_stages
 from megatron_sse.data.iterators import build_data_iterators
 from tests.data.files import END, data_parallel_groups, random_documents, run_config, write_tokens
 
@@ -27,7 +28,12 @@ def global_batches(config, size, steps, consumed=0):
     micro = config.training.micro_batch_size
     rounds = GLOBAL_BATCH // (micro * size)
     by_rank = [
-        list(islice(build_data_iterators(config, data_parallel_groups(rank, size), consumed)[0], steps * rounds))
+        list(
+            islice(
+                build_data_iterators(plan_stages(config)[0], data_parallel_groups(rank, size), consumed)[0],
+                steps * rounds,
+            )
+        )
         for rank in range(size)
     ]
     rows = [by_rank[rank][index].tokens_BL for index in range(steps * rounds) for rank in range(size)]
@@ -53,7 +59,7 @@ def test_a_resumed_run_goes_on_as_the_first_one_would(prefix, steps_before, size
 def test_resuming_with_another_global_batch_size_skips_and_repeats_nothing(prefix):
     whole = global_batches(run_config(prefix), 1, 4).flatten(0, 1)
     config = run_config(prefix, training={"global_batch_size": 2})
-    resumed = list(islice(build_data_iterators(config, data_parallel_groups(), 2 * GLOBAL_BATCH)[0], 8))
+    resumed = list(islice(build_data_iterators(plan_stages(config)[0], data_parallel_groups(), 2 * GLOBAL_BATCH)[0], 8))
     assert torch.equal(torch.cat([batch.tokens_BL for batch in resumed]), whole[2 * GLOBAL_BATCH :])
 
 
@@ -87,7 +93,7 @@ def test_labels_masks_and_documents_are_what_a_loop_over_the_file_finds(prefix, 
     tokens = all_tokens(prefix).tolist()
     config = run_config(prefix, data={"reset_at_documents": reset, "validation": prefix})
     config.training.validation_batches = 2
-    batches = list(build_data_iterators(config, data_parallel_groups(), 0)[1]())
+    batches = list(build_data_iterators(plan_stages(config)[0], data_parallel_groups(), 0)[1]())
     assert len(batches) == 2 * GLOBAL_BATCH // 2
     samples = iter(validation_samples(len(tokens)))
     for batch in batches:
@@ -110,16 +116,16 @@ def test_labels_masks_and_documents_are_what_a_loop_over_the_file_finds(prefix, 
 
 def test_validation_is_the_same_each_time_and_at_any_data_parallel_size(prefix):
     config = run_config(prefix, data={"validation": prefix}, training={"validation_batches": 2})
-    factory = build_data_iterators(config, data_parallel_groups(), 24)[1]
+    factory = build_data_iterators(plan_stages(config)[0], data_parallel_groups(), 24)[1]
     whole = torch.cat([batch.tokens_BL for batch in factory()])
     assert torch.equal(whole, torch.cat([batch.tokens_BL for batch in factory()]))
     tokens = all_tokens(prefix)
     expected = [tokens[sample * LENGTH : (sample + 1) * LENGTH] for sample in validation_samples(len(tokens))]
     assert torch.equal(whole, torch.stack(expected))
-    ranks = [build_data_iterators(config, data_parallel_groups(rank, 2), 0)[1]() for rank in range(2)]
+    ranks = [build_data_iterators(plan_stages(config)[0], data_parallel_groups(rank, 2), 0)[1]() for rank in range(2)]
     rows = [batch.tokens_BL for pair in zip(*ranks, strict=True) for batch in pair]
     assert torch.equal(torch.cat(rows), whole)
 
 
 def test_no_validation_file_no_validation(prefix):
-    assert build_data_iterators(run_config(prefix), data_parallel_groups(), 0)[1] is None
+    assert build_data_iterators(plan_stages(run_config(prefix))[0], data_parallel_groups(), 0)[1] is None

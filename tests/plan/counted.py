@@ -48,7 +48,7 @@ class TrafficByGroup(Traffic):
 def count_step(folder: Path, sections: dict[str, Any]) -> tuple[dict[str, int], int, int]:
     """Bytes by axis that this rank sends in a step, its pipeline stage and its context rank."""
     run = start(small_run(folder, **sections))
-    batches, _ = build_data_iterators(run.config, run.groups, 0)
+    batches, _ = build_data_iterators(run.stage, run.groups, 0)
     with TrafficByGroup() as traffic:
         run.trainer.train_step(batches)
     by_axis = dict.fromkeys(AXES.values(), 0)

@@ -59,7 +59,7 @@ def measure(folder: Path, runs: list[dict[str, Any]]) -> list[tuple[int, int, in
         run = start(small_run(folder, **sections))
         weights, gradients = held(run)
         kept = kept_by_pass(run)
-        batches, _ = build_data_iterators(run.config, run.groups, 0)
+        batches, _ = build_data_iterators(run.stage, run.groups, 0)
         run.trainer.train_step(batches)
         found.append((kept, weights, gradients, optimizer_bytes(run)))
         destroy_groups()

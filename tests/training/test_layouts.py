@@ -40,7 +40,7 @@ class Part:
 def train(folder: Path, sections: dict[str, Any], num_steps: int) -> tuple[list[float], dict[str, Part], int]:
     """Losses, the first step's gradients by name in the whole model, and the tensor rank."""
     run = start(small_run(folder, model=MODEL, data=DATA, **sections))
-    iterator, _ = build_data_iterators(run.config, run.groups, 0)
+    iterator, _ = build_data_iterators(run.stage, run.groups, 0)
     losses, gradients = [], {}
     for step in range(1, num_steps + 1):
         set_learning_rate(run.trainer.optimizer, run.learning_rate(step))

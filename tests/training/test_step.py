@@ -17,7 +17,7 @@ from tests.workers import run_workers
 
 def batches_of(run: Run) -> list[Batch]:
     """This rank's micro-batches of one step."""
-    iterator, _ = build_data_iterators(run.config, run.groups, 0)
+    iterator, _ = build_data_iterators(run.stage, run.groups, 0)
     return [next(iterator) for _ in range(run.trainer.num_micro_batches)]
 
 
@@ -28,7 +28,7 @@ def weights(run: Run) -> list[torch.Tensor]:
 def train_steps(folder: Path, distributed_optimizer: bool) -> list[tuple[dict[str, float], float]]:
     """Losses and gradient norm of five steps."""
     run = start(small_run(folder, parallel={"distributed_optimizer": distributed_optimizer}))
-    iterator, _ = build_data_iterators(run.config, run.groups, 0)
+    iterator, _ = build_data_iterators(run.stage, run.groups, 0)
     results = []
     for step in range(1, 6):
         set_learning_rate(run.trainer.optimizer, run.learning_rate(step))

@@ -73,13 +73,13 @@ def test_other_inputs_and_options_are_refused(half: Path) -> None:
         ({"unit_bytes": 65}, "unit_bytes"),
         ({"format": "chat"}, "format"),
     ):
-        with pytest.raises(UserError, match=rf"^--output: .*out\.building holds a build .*: {name} has changed; give"):
+        with pytest.raises(UserError, match=rf"^--output: .*out\.building holds a build .*: {name} differs; give"):
             run(out, half, **options)
     other = write_lines(half.parent / "b.jsonl", records())
-    with pytest.raises(UserError, match=rf"{other} has changed"):
+    with pytest.raises(UserError, match=rf"{other} differs"):
         run(out, half, other)
     half.write_bytes(half.read_bytes() + b"\n")
-    with pytest.raises(UserError, match=rf"{half} has changed; give the same, or delete .*out\.building to start anew"):
+    with pytest.raises(UserError, match=rf"{half} differs; give the same, or delete .*out\.building to start anew"):
         run(out, half)
 
 

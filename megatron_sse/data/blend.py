@@ -1,0 +1,84 @@
+"""Token files mixed by weights, and the order in which a run sees their samples."""
+
+from __future__ import annotations
+
+import numpy as np
+from megatron.core.datasets import helpers
+
+from megatron_sse.data.dataset import Sample, TokenDataset
+
+
+class SampleOrder:
+    """Position -> sample: each epoch is a permutation of its own, a function of the seed's numbers and the epoch."""
+
+    def __init__(self, num_samples: int, seed: list[int]):
+        self.num_samples = num_samples
+        self.seed = seed
+        self.epoch = -1
+        self.permutation = np.empty(0, dtype=np.int64)
+
+    def __getitem__(self, position: int) -> int:
+        epoch, rest = divmod(position, self.num_samples)
+        if epoch != self.epoch:
+            generator = np.random.Generator(np.random.PCG64([*self.seed, epoch]))
+            self.permutation = generator.permutation(self.num_samples)
+            self.epoch = epoch
+        return int(self.permutation[rest])
+
+
+class Blend:
+    """Datasets whose samples follow each other in the shares of their weights, the same whatever the length of the run.
+
+    A dataset that is shorter than its share is seen in several epochs.
+    """
+
+    def __init__(self, datasets: list[TokenDataset], weights: list[float]) -> None:
+        self.datasets = datasets
+        self.weight_N = np.array(weights, dtype=np.float64) / sum(weights)
+        self._grow(1)
+
+    def _grow(self, size: int) -> None:
+        """Places of the first `size` positions: which dataset, and how many of its samples came before."""
+        self.dataset_S, self.place_S = np.zeros(size, dtype=np.int16), np.zeros(size, dtype=np.int64)
+        helpers.build_blending_indices(
+            self.dataset_S, self.place_S, self.weight_N, len(self.datasets), size, False
+        )
+
+    def place(self, position: int) -> tuple[int, int]:
+        """The dataset at a position, and how many of its samples came before."""
+        if position >= len(self.dataset_S):
+            # What is there does not change: each position follows from those before it.
+            self._grow(max(position + 1, 2 * len(self.dataset_S)))
+        return int(self.dataset_S[position]), int(self.place_S[position])
+
+    def shares(self, size: int) -> list[int]:
+        """How many of the first `size` positions each dataset has."""
+        self.place(size - 1)
+        return np.bincount(self.dataset_S[:size], minlength=len(self.datasets)).tolist()
+
+
+class TrainingOrder:
+    """The samples of a blend in the order in which a run sees them, endlessly; a function of seed and position alone.
+
+    seed: numbers; those of run and stage.
+    """
+
+    def __init__(self, blend: Blend, seed: list[int]) -> None:
+        self.blend = blend
+        self.orders = [SampleOrder(len(dataset), [*seed, number]) for number, dataset in enumerate(blend.datasets)]
+
+    def __getitem__(self, position: int) -> Sample:
+        number, place = self.blend.place(position)
+        return self.blend.datasets[number][self.orders[number][place]]
+
+
+class ValidationSamples:
+    """`size` samples, always the same: of each dataset as many as its weight asks, evenly over it."""
+
+    def __init__(self, blend: Blend, size: int) -> None:
+        self.blend, self.counts = blend, blend.shares(size)
+
+    def __getitem__(self, position: int) -> Sample:
+        number, place = self.blend.place(position)
+        dataset = self.blend.datasets[number]
+        return dataset[place * len(dataset) // self.counts[number]]

@@ -1,0 +1,48 @@
+"""Warns of a loss or gradient norm far above those of the steps before."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+
+# Steps that a value is compared with: at least, at most.
+SHORTEST, LONGEST = 20, 100
+# Where the values hardly differ, this part of their median counts as their deviation.
+SMALLEST_DEVIATION = 0.02
+# The median absolute deviation of a normal distribution times this is its standard deviation.
+TO_STANDARD = 1.4826
+
+
+class Spikes:
+    """Compares each value with the last ones of its name. factor: deviations above their median that make a spike."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+        self.count = 0
+        self._last: dict[str, deque[float]] = {}
+
+    def check(self, values: dict[str, float]) -> list[str]:
+        """Count the values of a step; a text for each that is a spike. What is not finite is left out."""
+        found = [text for name, value in values.items() if (text := self._check(name, value)) is not None]
+        self.count += bool(found)
+        return found
+
+    def _check(self, name: str, value: float) -> str | None:
+        if not math.isfinite(value):
+            return None
+        last = self._last.setdefault(name, deque(maxlen=LONGEST))
+        text = None
+        if len(last) >= SHORTEST:
+            median = statistics.median(last)
+            spread = TO_STANDARD * statistics.median(abs(other - median) for other in last)
+            deviation = max(spread, SMALLEST_DEVIATION * abs(median), 1e-12)
+            if value > median + self.factor * deviation:
+                above = (value - median) / deviation
+                text = f"{name} {value:.4g} is {above:.0f} deviations above {median:.4g}, the median of the last {len(last)} steps"
+        last.append(value)
+        return text
+
+    def forget(self) -> None:
+        """Compare no more with what was before, as when another stage of the run begins."""
+        self._last.clear()
