@@ -88,9 +88,9 @@ def find_inputs(
     """
     inputs = Inputs()
     for name in given:
-        path = Path(os.path.abspath(name))
+        path = Path(name)
         if path.is_dir():
-            if output.is_relative_to(path):
+            if output.is_relative_to(os.path.abspath(path)):
                 raise UserError(f"--output: {output} lies in {path}, which is read; give a path elsewhere")
             _add_folder(inputs, path, format, columns, unit_bytes)
         elif path.is_file():

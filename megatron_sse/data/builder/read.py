@@ -85,9 +85,10 @@ def _read_lines(unit: Unit, tally: Tally, report: Callable[[int], None]) -> Iter
 def _plain_lines(file: BinaryIO, unit: Unit, report: Callable[[int], None]) -> Iterator[tuple[Place, bytes]]:
     """Lines that start in the unit's bytes; the last may end behind them."""
     if unit.begin:
-        # The line that the byte before belongs to is that of the unit before.
+        # The line that the byte before belongs to is of a unit before; it may be longer than this one.
         file.seek(unit.begin - 1)
-        file.readline()
+        while file.tell() < unit.end and not file.readline(_REPORT_BYTES).endswith(b"\n"):
+            pass
     reported = unit.begin
     while (start := file.tell()) < unit.end and (line := file.readline()):
         yield Place(unit.path, offset=start), line.removeprefix(_BOM) if start == 0 else line

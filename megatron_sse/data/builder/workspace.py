@@ -67,7 +67,7 @@ class Workspace:
         name = changed[0]
         what = _first_file(before.get(name), self.plan[name]) if name == "inputs" else name
         raise UserError(
-            f"--output: {self.folder} holds a build that was begun otherwise: {what} has changed; give the same, or "
+            f"--output: {self.folder} holds a build that was begun otherwise: {what} differs; give the same, or "
             f"delete {self.folder} to start anew"
         )
 

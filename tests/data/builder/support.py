@@ -3,13 +3,17 @@
 import gzip
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from megatron_sse.checkpoint import durable
+from megatron_sse.data.builder import command
 from megatron_sse.data.builder.command import Request, build
 from megatron_sse.data.tokenizer import decode
 
@@ -35,10 +39,15 @@ def records(texts: Sequence[str] = TEXTS) -> list[dict[str, Any]]:
     return [{"id": number, "text": text} for number, text in enumerate(texts)]
 
 
-def run(output: Path, *inputs: Path, **options: Any) -> int:
-    """A build in units of 64 bytes, in this process."""
+def run(output: Path, *inputs: Path, picture: bool = False, **options: Any) -> int:
+    """A build in units of 64 bytes, in this process, which neither waits for the disk nor, without `picture`, draws."""
     given = {"workers": 1, "unit_bytes": 64, **options}
-    return build(Request(inputs=[str(path) for path in inputs], output=str(output), **given))
+    request = Request(inputs=[str(path) for path in inputs], output=str(output), **given)
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(durable.os, "fsync"))
+        if not picture:
+            stack.enter_context(patch.object(command, "draw_lengths"))
+        return build(request)
 
 
 def documents(prefix: Path) -> list[np.ndarray]:

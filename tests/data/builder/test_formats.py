@@ -19,9 +19,10 @@ from tests.data.builder.support import TEXTS, documents, files, records, run, te
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
 @pytest.mark.parametrize("unit_bytes", [1, 7, 64, 1 << 20])
 def test_jsonl(tmp_path: Path, name: str, unit_bytes: int) -> None:
-    path = write_lines(tmp_path / name, records())
-    assert run(tmp_path / "out", path, unit_bytes=unit_bytes) == 0
-    assert texts(tmp_path / "out") == TEXTS
+    # A unit for each byte needs few of them.
+    given = TEXTS if unit_bytes > 1 else ["a", "ü", "b"]
+    assert run(tmp_path / "out", write_lines(tmp_path / name, records(given)), unit_bytes=unit_bytes) == 0
+    assert texts(tmp_path / "out") == given
     assert all(document[-1] == END_OF_DOCUMENT for document in documents(tmp_path / "out"))
 
 
@@ -117,7 +118,7 @@ def test_metadata_counts_and_the_code_length_of_the_files_own_frequencies(tmp_pa
 
 
 def test_summary_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(tmp_path / "out", write_lines(tmp_path / "a.jsonl", records(["a" * 3, "b" * 4, "c" * 100, ""])))
+    run(tmp_path / "out", write_lines(tmp_path / "a.jsonl", records(["a" * 3, "b" * 4, "c" * 100, ""])), picture=True)
     printed = capsys.readouterr().out
     assert "3 documents, 110 tokens, 107 bytes of text" in printed
     assert "1.0280 tokens per byte" in printed and "left out: 1 x empty document" in printed

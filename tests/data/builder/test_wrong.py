@@ -19,7 +19,7 @@ TURNS = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
 # Name: (a line between good ones, options, what is refused, the kind that is counted)
 LINES: dict[str, tuple[Any, dict[str, Any], str, str]] = {
     "broken": (b'{"text": "a', {}, "broken JSON", "broken JSON"),
-    "deep": (b"[" * 100_000, {}, "broken JSON", "broken JSON"),
+    "deep": (b"[" * 100_000, {"unit_bytes": 1 << 16}, "broken JSON", "broken JSON"),
     "no object": (b'["text"]', {}, "a JSON list, needed an object", "broken JSON"),
     "invalid": (b'{"text": "a\xff"}', {}, r"invalid UTF-8 at byte 11 \(b'\\xff\"}", "invalid UTF-8"),
     "surrogate": (b'{"text": "\\ud83d"}', {}, "invalid UTF-8 .surrogates", "invalid UTF-8"),
@@ -199,6 +199,6 @@ def test_without_matplotlib_there_is_a_note(
 ) -> None:
     find = installed.importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "matplotlib" else find(name))
-    run(tmp_path / "out", write_lines(tmp_path / "a.jsonl", records()))
+    run(tmp_path / "out", write_lines(tmp_path / "a.jsonl", records()), picture=True)
     assert "out.lengths.png: needs matplotlib" in capsys.readouterr().out
     assert not (tmp_path / "out.lengths.png").exists()
