@@ -31,7 +31,8 @@ def check_data(config: RunConfig) -> None:
         sources = name_sources(stage.train_key, stage.config.data.train)
         for (key, source), dataset, count in zip(sources, blend.datasets, blend.shares(samples), strict=True):
             epochs = count / len(dataset)
-            logger.info("%s: %s: %s; %.3g epochs", key, source.prefix, dataset.packing.account, epochs)
+            place = f"stage {stage.number + 1}: " if config.stages else ""
+            logger.info("%s%s: %s: %s; %.3g epochs", place, key, source.prefix, dataset.packing.account, epochs)
         open_validation(stage.config)
 
 

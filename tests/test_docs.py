@@ -1,0 +1,75 @@
+"""The pages about training: every command in them runs, on a model made small, and every link leads somewhere."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SMALL = ["model.num_layers=2", "model.layers=sse, softmax", "model.hidden_size=32", "model.sse.num_heads=2"]
+SMALL += ["model.sse.head_dim=8", "model.softmax.num_heads=2", "data.validation=null"]
+RUNS = {
+    "quickstart": [*SMALL, "data.sequence_length=64", "training.steps=2"],
+    "stages": [*SMALL, "stages=[{tokens: 2000, sequence_length: 64}, {tokens: 500, sequence_length: 256}]"],
+}
+COMMANDS = list(
+    dict.fromkeys(
+        command
+        for page in ("train", "go_long")
+        for command in re.findall(
+            r"^ {4,}((?:\./run\.sh|\.venv/bin/megatron-sse) .*)$", (ROOT / f"docs/{page}.md").read_text(), re.MULTILINE
+        )
+    )
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the commands run: with the project's configurations, and without corpus and runs."""
+    folder = tmp_path_factory.mktemp("checkout")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    return folder
+
+
+def run(command: str, folder: Path) -> str:
+    """Run a command of a page; ./run.sh without its set-up, and training on small models."""
+    program, *arguments = shlex.split(command)
+    call = ["-m", "megatron_sse"]
+    if program == "./run.sh":
+        name = Path(arguments[0]).stem
+        call = ["-m", "megatron_sse.launch"]
+        # Of a run that goes on, one step.
+        arguments += [
+            "training.steps=3" if part == "training.steps=2" and len(arguments) > 1 else part for part in RUNS[name]
+        ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *call, *arguments], cwd=folder, env=environment, text=True, capture_output=True
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(command: str, folder: Path) -> None:
+    said = run(command, folder)
+    if "training.steps=120" in command:
+        assert "resumed from runs/quickstart/checkpoints/iter_0000002" in said and "step 3/3" in said
+    if "stages.yaml" in command and "run.sh" in command:
+        assert "stage 2 of 2: steps 3 to 4" in said and "checkpoint saved" in said
+
+
+def test_there_are_commands() -> None:
+    assert len(COMMANDS) >= 6
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
