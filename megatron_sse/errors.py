@@ -1,4 +1,9 @@
-"""The one kind of error that is a user's to mend."""
+"""The one kind of error that is a user's to mend, and exit statuses."""
+
+USER_ERROR_EXIT = 2
+# Too many steps were not finite: the same steps would be again.
+NOT_FINITE_EXIT = 3
+INTERRUPT_EXIT = 130
 
 
 class UserError(Exception):

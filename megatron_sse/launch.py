@@ -1,35 +1,17 @@
 """Starts the processes of a run on this machine: `python -m megatron_sse.launch CONFIG [section.key=value ...]`."""
 
 import os
-import re
 import shlex
-import signal
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
-from types import FrameType
 
-import psutil
 import torch
-from torch.distributed import run as torchrun
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from megatron_sse.cli import INTERRUPT_EXIT, USER_ERROR_EXIT, prepare_data, set_up_logging
+from megatron_sse.agent import run_torchrun
+from megatron_sse.cli import prepare_data
 from megatron_sse.config import RunConfig, check_world_size, load_config
-from megatron_sse.errors import UserError
-
-DEFAULT_PORT = 29500
-
-
-@dataclass(frozen=True)
-class Nodes:
-    """The machines of a run: how many, which one this is, and where the first one listens."""
-
-    count: int
-    rank: int
-    address: str
-    port: int
+from megatron_sse.errors import INTERRUPT_EXIT, USER_ERROR_EXIT, UserError
+from megatron_sse.logs import open_log, set_up_logging
+from megatron_sse.nodes import Nodes, find_nodes
 
 
 def main(arguments: list[str]) -> int:
@@ -44,57 +26,26 @@ def main(arguments: list[str]) -> int:
         num_gpus = torch.cuda.device_count()
         per_node = count_processes(config, nodes.count, num_gpus)
         prepare_data(config)
+        open_log(config, f"node_{nodes.rank}")
+        set_number_of_threads(per_node, num_gpus)
+        command = build_command(arguments, nodes, per_node, config.parallel.max_restarts)
+        threads = os.environ.get("OMP_NUM_THREADS")
+        print(f"{f'OMP_NUM_THREADS={threads} ' if threads else ''}torchrun {shlex.join(command)}", flush=True)
+        return run_torchrun(command, nodes, config.parallel.timeout_minutes)
     except UserError as error:
         print(error, file=sys.stderr)
         return USER_ERROR_EXIT
     except KeyboardInterrupt:
         return INTERRUPT_EXIT
+
+
+def set_number_of_threads(per_node: int, num_gpus: int) -> None:
+    """Share the cores of a machine without GPUs, unless OMP_NUM_THREADS is set; say where GPUs stay idle."""
     if not num_gpus:
         cores = len(os.sched_getaffinity(0))
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // per_node)))
     elif per_node < num_gpus:
         print(f"uses {per_node} of {num_gpus} GPUs, as many as parallel and training.global_batch_size can feed")
-    command = build_command(arguments, nodes, per_node)
-    threads = os.environ.get("OMP_NUM_THREADS")
-    print(f"{f'OMP_NUM_THREADS={threads} ' if threads else ''}torchrun {shlex.join(command)}", flush=True)
-    return run_torchrun(command)
-
-
-def find_nodes(environment: Mapping[str, str]) -> Nodes:
-    """The machines by NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT; under srun by Slurm's variables; else this one.
-
-    Raises UserError for a variable that is missing or no number in its range.
-    """
-    slurm = "NNODES" not in environment and "SLURM_NNODES" in environment
-    count = _number(environment, "SLURM_NNODES" if slurm else "NNODES", 1, 1 << 20, default=1)
-    port = _number(environment, "MASTER_PORT", 1, 65535, default=DEFAULT_PORT)
-    if count == 1:
-        return Nodes(1, 0, environment.get("MASTER_ADDR", "localhost"), port)
-    rank = _number(environment, "SLURM_NODEID" if slurm else "NODE_RANK", 0, count - 1)
-    address = environment.get("MASTER_ADDR", "")
-    if slurm:
-        if environment.get("SLURM_LOCALID", "0") != "0":
-            raise UserError("SLURM_LOCALID: got a second task on this node, allowed one: srun --ntasks-per-node=1")
-        address = address or first_host(environment.get("SLURM_JOB_NODELIST", ""))
-    if not address:
-        missing = "SLURM_JOB_NODELIST" if slurm else "MASTER_ADDR"
-        raise UserError(f"{missing}: not set, allowed the first node's address, since there are {count} nodes")
-    return Nodes(count, rank, address, port)
-
-
-def first_host(node_list: str) -> str:
-    """First host of Slurm's notation: gpu[03-07,12],login1 is gpu03."""
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", node_list)
-    return re.sub(r"\[([^,\]-]*)[^\]]*\]", r"\1", first[0] if first else "")
-
-
-def _number(environment: Mapping[str, str], name: str, low: int, high: int, default: int | None = None) -> int:
-    text = environment.get(name)
-    if text is None and default is not None:
-        return default
-    if text is None or not text.isdecimal() or not low <= int(text) <= high:
-        raise UserError(f"{name}: got {text or 'nothing'}, allowed a number from {low} to {high}")
-    return int(text)
 
 
 def count_processes(config: RunConfig, num_nodes: int, num_gpus: int) -> int:
@@ -128,39 +79,15 @@ def _fits(config: RunConfig, world_size: int) -> bool:
     return True
 
 
-def build_command(arguments: list[str], nodes: Nodes, per_node: int) -> list[str]:
+def build_command(arguments: list[str], nodes: Nodes, per_node: int, max_restarts: int) -> list[str]:
     """torchrun's arguments."""
     if nodes.count == 1:
         place = ["--standalone"]
     else:
-        place = [f"--nnodes={nodes.count}", f"--node-rank={nodes.rank}"]
-        place += [f"--master-addr={nodes.address}", f"--master-port={nodes.port}"]
+        place = [f"--nnodes={nodes.count}", "--rdzv-backend=c10d", f"--rdzv-endpoint={nodes.address}:{nodes.port}"]
+    if max_restarts:
+        place.append(f"--max-restarts={max_restarts}")
     return [f"--nproc-per-node={per_node}", *place, "-m", "megatron_sse", "train", *arguments]
-
-
-def run_torchrun(command: list[str]) -> int:
-    """Run torchrun with these arguments; the exit status of the first process that failed, 128 + a signal's number."""
-    # A terminated run saves and ends by itself: torchrun would kill it after 30 seconds.
-    signal.signal(signal.SIGTERM, _pass_on)
-    options = torchrun.parse_args(["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *command])
-    try:
-        torchrun.run(options)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        # A user's error has been printed by its rank; of a killed process nothing has.
-        if failure.exitcode < 0:
-            print(f"rank {rank} was killed by {failure.signal_name()}", file=sys.stderr)
-        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-    except SignalException as stop:
-        return 128 + stop.sigval
-    except KeyboardInterrupt:
-        return INTERRUPT_EXIT
-    return 0
-
-
-def _pass_on(signum: int, frame: FrameType | None) -> None:
-    for child in psutil.Process().children():
-        child.send_signal(signum)
 
 
 if __name__ == "__main__":

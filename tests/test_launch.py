@@ -1,9 +1,6 @@
-"""The launcher: processes per machine, machines by environment, signals and exit status."""
+"""The launcher of one machine: its number of processes, signals, restarts and exit status."""
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import psutil
@@ -11,11 +8,12 @@ import pytest
 
 from megatron_sse.config import RunConfig, load_config
 from megatron_sse.errors import UserError
-from megatron_sse.launch import Nodes, build_command, count_processes, find_nodes, first_host
+from megatron_sse.launch import build_command, count_processes
+from megatron_sse.nodes import Nodes
+from tests.launchers import start_launcher
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
-SLURM = {"SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "gpu[07-08]"}
 
 
 def load(*overrides: str) -> RunConfig:
@@ -57,107 +55,51 @@ def test_layouts_that_do_not_fit_the_machines(overrides: str, nodes: int, gpus: 
         count_processes(load(*overrides.split()), nodes, gpus)
 
 
-def test_nodes_by_environment() -> None:
-    assert find_nodes({}) == Nodes(1, 0, "localhost", 29500)
-    explicit = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "first", "MASTER_PORT": "1234"}
-    assert find_nodes(explicit) == Nodes(2, 1, "first", 1234)
-    assert find_nodes(SLURM) == Nodes(2, 1, "gpu07", 29500)
-    assert find_nodes(SLURM | explicit) == Nodes(2, 1, "first", 1234)
-    assert find_nodes(SLURM | {"MASTER_ADDR": "other"}).address == "other"
-
-
-WRONG_NODES = [
-    ({"NNODES": "two"}, "NNODES: got two, allowed a number from 1 to"),
-    ({"NNODES": "2", "MASTER_ADDR": "a"}, "NODE_RANK: got nothing, allowed a number from 0 to 1"),
-    ({"NNODES": "2", "MASTER_ADDR": "a", "NODE_RANK": "2"}, "NODE_RANK: got 2, allowed a number from 0 to 1"),
-    ({"NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR: not set, allowed the first node's address"),
-    ({"MASTER_PORT": "70000"}, "MASTER_PORT: got 70000, allowed a number from 1 to 65535"),
-    (SLURM | {"SLURM_LOCALID": "1"}, "SLURM_LOCALID: got a second task on this node"),
-    ({"SLURM_NNODES": "2", "SLURM_NODEID": "0"}, "SLURM_JOB_NODELIST: not set"),
-]
-
-
-@pytest.mark.parametrize(("environment", "message"), WRONG_NODES)
-def test_wrong_environment(environment: dict[str, str], message: str) -> None:
-    with pytest.raises(UserError, match=f"^{message}"):
-        find_nodes(environment)
-
-
-HOSTS = {
-    "login1": "login1",
-    "a,b": "a",
-    "gpu[03-07,12],login1": "gpu03",
-    "gpu[9,11]": "gpu9",
-    "rack[1-2]n[03-04]": "rack1n03",
-    "node-a-[1-3].cluster": "node-a-1.cluster",
-    "": "",
-}
-
-
-@pytest.mark.parametrize("node_list", HOSTS)
-def test_first_host(node_list: str) -> None:
-    assert first_host(node_list) == HOSTS[node_list]
-
-
 def test_commands() -> None:
-    one = build_command(["a.yaml", "training.steps=3"], Nodes(1, 0, "localhost", 29500), 2)
+    one = build_command(["a.yaml", "training.steps=3"], Nodes(1, 0, "localhost", 29500), 2, 0)
     assert one == "--nproc-per-node=2 --standalone -m megatron_sse train a.yaml training.steps=3".split()
-    two = build_command(["a.yaml"], Nodes(2, 1, "gpu07", 1234), 8)
-    assert two[:3] == ["--nproc-per-node=8", "--nnodes=2", "--node-rank=1"]
-    assert two[3:5] == ["--master-addr=gpu07", "--master-port=1234"]
-
-
-def start(script: str, folder: Path) -> subprocess.Popen[str]:
-    """torchrun by the launcher on two processes that run `script`; each prints a line once it is ready."""
-    path = folder / "script.py"
-    path.write_text("import os, signal, sys, threading\nrank = int(os.environ['RANK'])\n" + script)
-    call = "import sys; from megatron_sse.launch import run_torchrun; sys.exit(run_torchrun(sys.argv[1:]))"
-    command = [sys.executable, "-c", call, "--nproc-per-node=2", "--standalone", str(path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
-
-
-def send_when_ready(process: subprocess.Popen[str], signum: int) -> list[psutil.Process]:
-    """Send a signal once both processes have printed a line; returns what ran below the launcher."""
-    assert process.stdout is not None
-    assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
-    below = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signum)
-    return below
-
-
-WAIT = "print('ready', flush=True)\nthreading.Event().wait()\n"
+    two = build_command(["a.yaml"], Nodes(2, 1, "gpu07", 1234), 8, 3)
+    place = "--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=gpu07:1234 --max-restarts=3"
+    assert two == f"--nproc-per-node=8 {place} -m megatron_sse train a.yaml".split()
 
 
 def test_exit_status_of_a_users_error(tmp_path: Path) -> None:
-    process = start("sys.exit('one line' and 2 if rank == 0 else 0)", tmp_path)
-    _, errors = process.communicate()
-    assert process.returncode == 2
-    assert "Traceback" not in errors
+    launcher = start_launcher(tmp_path, "sys.exit('one line' and 2 if rank == 0 else 0)", per_node=2, max_restarts=3)
+    assert launcher.end() == 2
+    assert launcher.output == ""
 
 
 def test_killed_process_is_named(tmp_path: Path) -> None:
-    process = start("if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\n" + WAIT, tmp_path)
-    _, errors = process.communicate()
-    assert process.returncode == 128 + signal.SIGKILL
-    assert "rank 1 was killed by SIGKILL" in errors and "Traceback" not in errors
+    launcher = start_launcher(tmp_path, "die() if rank == 1 else wait()", per_node=2)
+    assert launcher.end() == 128 + signal.SIGKILL
+    assert launcher.output == "rank 1 was killed by SIGKILL\n"
+
+
+def test_a_killed_process_starts_its_neighbours_again(tmp_path: Path) -> None:
+    script = "say(f'{rank} {restart}')\nif not restart: die() if rank == 1 else wait()\n"
+    launcher = start_launcher(tmp_path, script, per_node=2, max_restarts=3)
+    assert launcher.end() == 0
+    *before, restart, first, second = launcher.output.splitlines()
+    assert "1 0" in before and restart.endswith("W restart 1 of 3: rank 1 was killed by SIGKILL")
+    assert {first, second} == {"0 1", "1 1"}
 
 
 def test_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
-    process = start("try:\n  " + WAIT.replace("\n", "\n  ") + "\nexcept KeyboardInterrupt: sys.exit(130)", tmp_path)
-    below = send_when_ready(process, signal.SIGINT)
-    _, errors = process.communicate()
-    assert process.returncode == 130
+    script = "try:\n  say('ready')\n  wait()\nexcept KeyboardInterrupt: sys.exit(130)"
+    launcher = start_launcher(tmp_path, script, per_node=2, max_restarts=3)
+    launcher.wait_for("ready\nready\n")
+    below = psutil.Process(launcher.process.pid).children(recursive=True)
+    launcher.send(signal.SIGINT)
+    assert launcher.end() == 130
     assert len(below) >= 2 and not any(child.is_running() for child in below)
-    assert "Traceback" not in errors
+    assert launcher.output == "ready\nready\n"
 
 
 def test_termination_lets_the_processes_finish(tmp_path: Path) -> None:
     script = "done = threading.Event()\nsignal.signal(signal.SIGTERM, lambda *_: done.set())\n"
-    script += "print('ready', flush=True)\nwhile not done.wait(0.05): pass\nopen(f'saved{rank}', 'w').close()\n"
-    process = start(f"os.chdir({str(tmp_path)!r})\n" + script, tmp_path)
-    send_when_ready(process, signal.SIGTERM)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
-    assert (tmp_path / "saved0").exists() and (tmp_path / "saved1").exists()
+    script += "say('ready')\nwhile not done.wait(0.05): pass\nsay('saved')\n"
+    launcher = start_launcher(tmp_path, script, per_node=2, max_restarts=3)
+    launcher.wait_for("ready\nready\n")
+    launcher.send(signal.SIGTERM)
+    assert launcher.end() == 0
+    assert launcher.output == "ready\nready\nsaved\nsaved\n"

@@ -175,6 +175,7 @@ class ParallelConfig(Section):
     data: Count | None = None
     distributed_optimizer: bool = False
     timeout_minutes: Positive = 30.0
+    max_restarts: Size0 = 0
 
     @property
     def replica_size(self) -> int:

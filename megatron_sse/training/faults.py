@@ -1,12 +1,17 @@
 """What a process says when others are gone: which ones, and what it was waiting for."""
 
+import logging
+import os
 import re
 import time
 import traceback
 from types import TracebackType
 
+import psutil
 import torch.distributed as dist
 from torch.distributed import ProcessGroup, distributed_c10d
+
+logger = logging.getLogger(__name__)
 
 # The others that lost a peer say so within this time of each other; one that does not is gone itself.
 SECONDS_TO_ANSWER = 2.0
@@ -19,7 +24,8 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 def leave_for_peers(error: BaseException) -> None:
-    """Leave a line for the others, who lose contact once this process has ended."""
+    """Leave a line for the others, who lose contact once this process has ended; the traceback goes to the log."""
+    logger.debug("failed", exc_info=error)
     _leave(f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
@@ -41,6 +47,13 @@ def name_lost_peers(error: BaseException) -> str:
     causes = failed or ([f"no answer from rank {', '.join(silent)}"] if silent else ["contact was lost"])
     reason = "timed out" if re.search("[Tt]imed out|[Tt]imeout", str(error)) else "lost its peers"
     return f"rank {rank}: {_describe_wait(error.__traceback__)} {reason}; {'; '.join(causes)}"
+
+
+def seconds_since_launch() -> float:
+    """Age of the process that started this one and starts it again after a fault; 0 where there is none."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0.0
+    return time.time() - psutil.Process(os.getppid()).create_time()
 
 
 def _describe_wait(trace: TracebackType | None) -> str:

@@ -24,20 +24,18 @@ from megatron_sse.config import RunConfig, StageRun, plan_stages, stage_of_step
 from megatron_sse.data.batch import Batch
 from megatron_sse.data.fingerprint import describe_data
 from megatron_sse.data.iterators import ValidationFactory, build_data_iterators
-from megatron_sse.errors import SharedUserError, UserError
+from megatron_sse.errors import INTERRUPT_EXIT, NOT_FINITE_EXIT, SharedUserError, UserError
 from megatron_sse.model import build_model
 from megatron_sse.monitor import Monitor
 from megatron_sse.monitor.memory import is_out_of_memory, report_out_of_memory
 from megatron_sse.parallel.device import Device, setup_device
 from megatron_sse.parallel.groups import init_groups, init_process_group
-from megatron_sse.training.faults import is_lost_peer, leave_for_peers, name_lost_peers
+from megatron_sse.training.faults import is_lost_peer, leave_for_peers, name_lost_peers, seconds_since_launch
 from megatron_sse.training.optimizer import build_optimizer, set_learning_rate
 from megatron_sse.training.schedule import learning_rate
 from megatron_sse.training.step import StepResult, Trainer, wrap_model
 
 logger = logging.getLogger(__name__)
-
-EXIT_INTERRUPTED = 130
 
 
 class NonFiniteError(Exception):
@@ -47,13 +45,13 @@ class NonFiniteError(Exception):
 class Signals:
     """SIGTERM, or the time being up, asks for an end after the running step; SIGINT ends the run at once.
 
-    minutes: after which the time is up, from now on.
+    minutes: after which the time is up, from the launch on.
     """
 
     def __init__(self, minutes: float | None = None) -> None:
         self.terminate = False
         self.interrupt = False
-        self.end = math.inf if minutes is None else time.monotonic() + 60 * minutes
+        self.end = math.inf if minutes is None else time.monotonic() + 60 * minutes - seconds_since_launch()
         signal.signal(signal.SIGTERM, self._on_terminate)
         signal.signal(signal.SIGINT, self._on_interrupt)
 
@@ -77,8 +75,8 @@ class Signals:
 def train(config: RunConfig) -> int:
     """Run the training that `config` describes in this process and its peers; returns the exit code.
 
-    0: all steps done, or ended by SIGTERM or the time, and saved; 1: too many steps were not finite, the last
-    checkpoint could not be saved, or another process was lost; 130: SIGINT, nothing saved. Raises UserError, before
+    0: all steps done, or ended by SIGTERM or the time, and saved; 1: the last checkpoint could not be saved, or
+    another process was lost; 3: too many steps were not finite; 130: SIGINT, nothing saved. Raises UserError, before
     any process group exists where it can be known by then, where there is nothing to resume from.
     """
     candidates, weights = find_checkpoints(config), find_weights(config)
@@ -100,7 +98,7 @@ def train(config: RunConfig) -> int:
     except (NonFiniteError, SaveError) as error:
         if dist.get_rank() == 0:
             logger.error("%s", error)
-        return 1
+        return NOT_FINITE_EXIT if isinstance(error, NonFiniteError) else 1
     except SharedUserError:
         raise
     except UserError as error:
@@ -111,7 +109,7 @@ def train(config: RunConfig) -> int:
         if signals.interrupt:
             if dist.get_rank() == 0:
                 logger.error("interrupted; nothing saved since the last checkpoint")
-            return EXIT_INTERRUPTED
+            return INTERRUPT_EXIT
         if is_lost_peer(error):
             logger.error("%s", name_lost_peers(error))
             return 1
@@ -166,6 +164,7 @@ class Run:
         step, batches, make_validation = self.first_step - 1, None, None
         while step < training.steps and not self._is_over(signals):
             step += 1
+            logger.debug("step %d", step)
             if batches is None or step > self.stage.end:
                 batches, make_validation = self._enter(stage_of_step(self.stages, step))
             self.monitor.before_step(step)

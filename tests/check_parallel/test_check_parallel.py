@@ -53,16 +53,6 @@ def test_quickstart_passes(capfd: pytest.CaptureFixture[str]) -> None:
         assert any(line.startswith(row) for line in lines), row
 
 
-def test_disabled_hand_off_is_seen(tmp_path: Path) -> None:
-    status, numbers = run(tmp_path, ["cp2", "dp2"], broken.hand_off_disabled)
-    assert status == 1
-    assert numbers["layouts"]["dp2"]["verdict"] == "same"
-    assert numbers["layouts"]["cp2"]["verdict"] == "different"
-    wrong = wrong_tensors(numbers, "cp2")
-    assert "output of layer 0" in wrong and "output of embedding" not in wrong
-    assert numbers["layouts"]["cp2"]["errors"]["output of layer 0"] > 1e-3
-
-
 def test_forgotten_router_sum_is_seen(tmp_path: Path) -> None:
     status, numbers = run(tmp_path, ["tp2", "cp2"], broken.router_sum_forgotten)
     assert status == 1

@@ -1,0 +1,173 @@
+"""Runs the processes of this machine under torch's elastic agent, which starts them again together with the others'."""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from dataclasses import fields
+from types import FrameType
+
+import psutil
+from torch.distributed import DistError
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
+    RendezvousConnectionError,
+    RendezvousTimeoutError,
+)
+from torch.distributed.launcher import LaunchConfig
+
+from megatron_sse.errors import INTERRUPT_EXIT, NOT_FINITE_EXIT, USER_ERROR_EXIT, UserError
+from megatron_sse.nodes import Meeting, Nodes, meet
+
+logger = logging.getLogger(__name__)
+
+# What would come again, and what somebody wanted.
+FINAL_EXITS = (USER_ERROR_EXIT, NOT_FINITE_EXIT, INTERRUPT_EXIT)
+
+
+class Agent(LocalElasticAgent):
+    """torch's agent, which says why it starts the processes again, and does not where that would be of no use."""
+
+    def __init__(self, spec: WorkerSpec, restarts_left: int):
+        super().__init__(spec, DefaultLogsSpecs())
+        self._remaining_restarts = restarts_left
+        self.is_ending, self.is_done = False, False
+        # Of the processes' last end.
+        self.status, self.reason = 0, ""
+
+    @property
+    def restarts_left(self) -> int:
+        return self._remaining_restarts
+
+    def on_terminate(self, signum: int, frame: FrameType | None) -> None:
+        """Pass SIGTERM on: a run saves and ends by itself, while torch would kill it after 30 seconds."""
+        self.is_ending = True
+        state = self._worker_group.state
+        if state == WorkerState.HEALTHY:
+            for child in psutil.Process().children():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.send_signal(signum)
+        elif state != WorkerState.SUCCEEDED:
+            raise SignalException("ended while starting", signal.Signals(signum))
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result = super()._monitor_workers(worker_group)
+        if result.state == WorkerState.SUCCEEDED and not self._all_are_done(worker_group):
+            # They start again with those of another node that fails now.
+            result = RunResult(WorkerState.HEALTHY)
+        if result.state == WorkerState.HEALTHY and worker_group.spec.rdzv_handler.is_closed():
+            raise RendezvousClosedError
+        if result.failures:
+            self.status, self.reason = first_failure(result.failures)
+            if self.is_ending or self.status in FINAL_EXITS:
+                self._remaining_restarts = 0
+        return result
+
+    def _all_are_done(self, worker_group: WorkerGroup) -> bool:
+        assert worker_group.store is not None
+        number = worker_group.store.add("done", 0 if self.is_done else 1)
+        self.is_done = True
+        return number == worker_group.group_world_size
+
+    def _restart_workers(self, worker_group: WorkerGroup) -> None:
+        total = worker_group.spec.max_restarts
+        used = total - self._remaining_restarts
+        if self.reason:
+            logger.warning("restart %d of %d: %s", used, total, self.reason)
+        else:
+            logger.warning("starting again with another node; restarts of this one: %d of %d", used, total)
+        self.reason, self.is_done = "", False
+        super()._restart_workers(worker_group)
+
+
+def first_failure(failures: Mapping[int, ProcessFailure]) -> tuple[int, str]:
+    """Exit status and cause, by the processes that failed: the one that must not be tried again, else the first."""
+    final = [rank for rank in failures if failures[rank].exitcode in FINAL_EXITS]
+    rank = (final or sorted(failures, key=lambda rank: failures[rank].timestamp))[0]
+    failure = failures[rank]
+    if failure.exitcode < 0:
+        return 128 - failure.exitcode, f"rank {rank} was killed by {failure.signal_name()}"
+    return failure.exitcode, f"rank {rank} ended with exit status {failure.exitcode}"
+
+
+def run_torchrun(command: list[str], nodes: Nodes, timeout_minutes: float) -> int:
+    """Do what torchrun does with these arguments; the exit status of the first process that failed, 128 + a signal's
+    number. Where the first machine is lost, wait for it to be started again, if there are restarts left."""
+    # All that torch says here is said by the processes or below.
+    for name in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    options = torchrun.parse_args(command)
+    if options.standalone:
+        options.rdzv_backend, options.rdzv_endpoint = "c10d", "localhost:0"
+    config, program, arguments = torchrun.config_from_args(options)
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGINT,SIGHUP,SIGQUIT"
+    restarts_left = config.max_restarts
+    while True:
+        agent = None
+        try:
+            meeting = meet(nodes, timeout_minutes)
+            agent = Agent(_describe(config, program, arguments, meeting), restarts_left)
+            return _run(agent, meeting)
+        except KeyboardInterrupt:
+            return INTERRUPT_EXIT
+        except SignalException as stop:
+            return 128 + stop.sigval
+        except (RendezvousConnectionError, DistError) as error:
+            lost = f"contact with {nodes.address}:{nodes.port} was lost"
+            restarts_left = 0 if agent is None or agent.is_ending or nodes.rank == 0 else agent.restarts_left
+            if not restarts_left:
+                print(f"{lost} ({' '.join(str(error).split())})", file=sys.stderr)
+                return 1
+            restarts_left -= 1
+            logger.warning("restart %d of %d: %s", config.max_restarts - restarts_left, config.max_restarts, lost)
+
+
+def _describe(config: LaunchConfig, program: object, arguments: list[str], meeting: Meeting) -> WorkerSpec:
+    names = {field.name for field in fields(WorkerSpec)} & {field.name for field in fields(config)}
+    same = {name: getattr(config, name) for name in names}
+    return WorkerSpec(
+        **same,
+        local_world_size=config.nproc_per_node,
+        entrypoint=program,
+        args=tuple(arguments),
+        rdzv_handler=meeting,
+    )
+
+
+def _run(agent: Agent, meeting: Meeting) -> int:
+    """Run the agent to the end of its processes, and tell the other machines of a bad one."""
+    nodes = meeting.nodes
+    signal.signal(signal.SIGTERM, agent.on_terminate)
+    try:
+        result = agent.run()
+        if result is not None and result.state == WorkerState.SUCCEEDED:
+            return 0
+        status, reason = agent.status or 1, agent.reason
+        # A user's error has been printed by its rank; of a killed process nothing has.
+        if status > 128:
+            print(reason, file=sys.stderr)
+    except SignalException as stop:
+        status, reason = 128 + stop.sigval, f"node {nodes.rank} got {stop.sigval.name}"
+    except KeyboardInterrupt:
+        status, reason = INTERRUPT_EXIT, f"node {nodes.rank} got SIGINT"
+    except RendezvousClosedError:
+        status, reason = meeting.why_ended()
+        print(f"ended with another node: {reason}", file=sys.stderr)
+    except RendezvousTimeoutError:
+        status, reason = 1, f"parallel.timeout_minutes: not all {nodes.count} nodes met in time"
+        print(reason, file=sys.stderr)
+    except UserError as error:
+        meeting.end(USER_ERROR_EXIT, str(error))
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    meeting.end(status, reason)
+    return status

@@ -1,0 +1,57 @@
+"""What is logged: the console's lines, and a file for each process with all that it says."""
+
+import faulthandler
+import logging
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import TextIO
+
+from megatron_sse.config import RunConfig
+from megatron_sse.errors import UserError
+
+logger = logging.getLogger("megatron_sse")
+
+_FORMAT = "%(asctime)s %(levelname).1s %(message)s"
+
+
+def set_up_logging(rank: int, stream: TextIO | None = None) -> None:
+    """Lines of this package on `stream` (stdout), from rank 0; of others warnings alone."""
+    console = logging.StreamHandler(stream or sys.stdout)
+    console.setLevel(logging.WARNING if rank else logging.INFO)
+    console.setFormatter(logging.Formatter(_FORMAT, "%H:%M:%S"))
+    logging.basicConfig(level=logging.WARNING, handlers=[console])
+    logger.setLevel(logging.INFO)
+
+
+def open_log(config: RunConfig, name: str) -> None:
+    """Write all that this process logs to logs/NAME.log in the run folder too, after what is there.
+
+    So do Python's calls at the moment of a crash, or of signal SIGUSR1, which shows where a process hangs.
+    Raises UserError where nothing can be written.
+    """
+    folder = Path(config.monitor.folder)
+    try:
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        file = _File(folder / "logs" / f"{name}.log")
+    except OSError as error:
+        raise UserError(
+            f"monitor.folder: got {folder}, allowed a folder that can be written to ({error.strerror})"
+        ) from None
+    file.setFormatter(logging.Formatter(_FORMAT))
+    logging.getLogger().addHandler(file)
+    logger.setLevel(logging.DEBUG)
+    faulthandler.enable(file.stream)
+    faulthandler.register(signal.SIGUSR1, file.stream)
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    place = f"process {os.getpid()} on {socket.gethostname()}"
+    logger.debug("%s: %s%s", name, place, f", restart {restart}" if restart != "0" else "")
+
+
+class _File(logging.FileHandler):
+    """On a disk that is full lines are lost, and the run goes on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass

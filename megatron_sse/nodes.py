@@ -1,0 +1,184 @@
+"""The machines of a run: which they are, and how they meet at the first one."""
+
+import logging
+import os
+import re
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+from torch.distributed import DistError, TCPStore
+from torch.distributed.elastic.rendezvous import (
+    RendezvousConnectionError,
+    RendezvousInfo,
+    RendezvousParameters,
+    RendezvousStoreInfo,
+)
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
+
+from megatron_sse.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_PORT = 29500
+# Time for the other machines to stop their processes, which they kill after 30 seconds, when the run has failed.
+SECONDS_TO_LEAVE = 40.0
+RUN_ID = "megatron_sse"
+_ENDED = "ended"
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The machines of a run: how many, which one this is, and where the first one listens."""
+
+    count: int
+    rank: int
+    address: str
+    port: int
+
+
+def find_nodes(environment: Mapping[str, str]) -> Nodes:
+    """The machines by NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT; under srun by Slurm's variables; else this one.
+
+    Raises UserError for a variable that is missing or no number in its range.
+    """
+    slurm = "NNODES" not in environment and "SLURM_NNODES" in environment
+    count = _number(environment, "SLURM_NNODES" if slurm else "NNODES", 1, 1 << 20, default=1)
+    port = _number(environment, "MASTER_PORT", 1, 65535, default=DEFAULT_PORT)
+    if count == 1:
+        return Nodes(1, 0, "localhost", port)
+    rank = _number(environment, "SLURM_NODEID" if slurm else "NODE_RANK", 0, count - 1)
+    address = environment.get("MASTER_ADDR", "")
+    if slurm:
+        if environment.get("SLURM_LOCALID", "0") != "0":
+            raise UserError("SLURM_LOCALID: got a second task on this node, allowed one: srun --ntasks-per-node=1")
+        address = address or first_host(environment.get("SLURM_JOB_NODELIST", ""))
+    if not address:
+        missing = "SLURM_JOB_NODELIST" if slurm else "MASTER_ADDR"
+        raise UserError(f"{missing}: not set, allowed the first node's address, since there are {count} nodes")
+    return Nodes(count, rank, address, port)
+
+
+def first_host(node_list: str) -> str:
+    """First host of Slurm's notation: gpu[03-07,12],login1 is gpu03."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", node_list)
+    return re.sub(r"\[([^,\]-]*)[^\]]*\]", r"\1", first[0] if first else "")
+
+
+def _number(environment: Mapping[str, str], name: str, low: int, high: int, default: int | None = None) -> int:
+    text = environment.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not text.isdecimal() or not low <= int(text) <= high:
+        raise UserError(f"{name}: got {text or 'nothing'}, allowed a number from {low} to {high}")
+    return int(text)
+
+
+class Meeting(DynamicRendezvousHandler):
+    """torch's rendezvous with ranks by node number. Each time all have met, their processes get a store of their own.
+
+    The first machine keeps the stores, so that they outlive any process and no other machine's name has to be known.
+    """
+
+    nodes: Nodes
+    # What the machines tell each other, and what the processes of the present round do.
+    store: TCPStore
+    processes_store: TCPStore
+    has_met = False
+
+    @property
+    def use_agent_store(self) -> bool:
+        return True
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """Wait until all machines are here. Raises RendezvousError; UserError where two have one number."""
+        met = super().next_rendezvous()
+        self.has_met = True
+        try:
+            met.store.set(f"node/{met.rank}", str(self.nodes.rank))
+            keys = [f"node/{rank}" for rank in range(met.world_size)]
+            numbers = sorted(map(int, met.store.multi_get(keys)))
+            if numbers != list(range(self.nodes.count)):
+                raise UserError(
+                    f"NODE_RANK: got {', '.join(map(str, numbers))} on {self.nodes.count} nodes, allowed each "
+                    f"number from 0 to {self.nodes.count - 1} once"
+                )
+            if self.nodes.rank == 0:
+                self.processes_store = TCPStore(self.nodes.address, 0, is_master=True, wait_for_workers=False)
+                met.store.set("port", str(self.processes_store.port))
+            port = int(met.store.get("port"))
+        except DistError as error:
+            raise RendezvousConnectionError(str(error)) from error
+        return RendezvousInfo(met.store, self.nodes.rank, met.world_size, RendezvousStoreInfo(self.nodes.address, port))
+
+    def end(self, status: int, reason: str) -> None:
+        """Tell the other machines that the run is over, with an exit status and its cause; the first one that does
+        is heard. The machine where all meet stays until they have heard it, up to SECONDS_TO_LEAVE seconds."""
+        try:
+            self.store.compare_set(_ENDED, "", f"{status} {reason}")
+            self.set_closed()
+            number = self.store.add("left", 1)
+            here = self.nodes.count if self.has_met else len(self._state_holder.state.participants)
+            end = time.monotonic() + SECONDS_TO_LEAVE
+            while self.nodes.rank == 0 and number < here and time.monotonic() < end:
+                time.sleep(0.1)
+                number = self.store.add("left", 0)
+        # It is gone.
+        except (DistError, RendezvousConnectionError):
+            pass
+
+    def why_ended(self) -> tuple[int, str]:
+        """Exit status and cause of a run that another machine has ended."""
+        if not self.store.check([_ENDED]):
+            return 1, "another machine ended the run"
+        status, _, reason = self.store.get(_ENDED).decode().partition(" ")
+        return int(status), reason
+
+
+def meet(nodes: Nodes, timeout_minutes: float) -> Meeting:
+    """Make the place where the machines meet, or find it. next_rendezvous then waits for them.
+
+    Raises UserError where the first machine cannot listen, RendezvousConnectionError where it does not answer.
+    """
+    # The store that torch would make for the processes needs names that other machines know.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    end = time.monotonic() + 60 * timeout_minutes
+    if nodes.count > 1:
+        place = f"{nodes.address}:{nodes.port}"
+        logger.info("node %d of %d, waiting for the others at %s", nodes.rank, nodes.count, place)
+    if nodes.rank:
+        _wait_for_first(nodes, end)
+    count = nodes.count
+    # Alone, any port will do.
+    endpoint = f"{nodes.address}:{nodes.port if count > 1 else 0}"
+    parameters = RendezvousParameters("c10d", endpoint, RUN_ID, count, count, is_host=nodes.rank == 0)
+    try:
+        backend, store = create_backend(parameters)
+    except RendezvousConnectionError as error:
+        if nodes.rank:
+            raise
+        raise UserError(
+            f"MASTER_ADDR, MASTER_PORT: got {endpoint}, allowed an address of this node and a free port "
+            f"({str(error.__cause__).splitlines()[0]})"
+        ) from None
+    # Sorted by this name, the machines are in the order of their numbers.
+    name = f"{nodes.rank:07d} {socket.gethostname()}"
+    timeout = RendezvousTimeout(join=timedelta(minutes=timeout_minutes))
+    meeting: Meeting = Meeting.from_backend(RUN_ID, store, backend, count, count, name, timeout)
+    meeting.nodes, meeting.store = nodes, store
+    return meeting
+
+
+def _wait_for_first(nodes: Nodes, end: float) -> None:
+    # torch's own wait hears no signals.
+    while True:
+        try:
+            socket.create_connection((nodes.address, nodes.port), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise RendezvousConnectionError(f"{nodes.address}:{nodes.port} does not answer ({error})") from error
+        time.sleep(1)

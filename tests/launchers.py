@@ -1,0 +1,95 @@
+"""Launchers in processes of their own, as many as there would be machines, whose processes run a small script."""
+
+import os
+import socket
+import sys
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+SECONDS_TO_END = 120
+# Ends with its launcher, as a training process does.
+SCRIPT = """\
+import ctypes, os, signal, sys, threading, time
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+rank, restart = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+def say(text): print(text, flush=True)
+def wait(): threading.Event().wait()
+def die(): os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Launcher:
+    """One launcher and the file that it and its processes write to."""
+
+    process: BaseProcess
+    log: Path
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def wait_for(self, text: str) -> None:
+        """Until the output has `text`; fails where the launcher ends without it."""
+        while text not in self.output:
+            self.process.join(0.05)
+            assert self.process.exitcode is None or text in self.output, self.output
+
+    def send(self, signum: int) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, signum)
+
+    def end(self) -> int | None:
+        """Its exit status."""
+        self.process.join(SECONDS_TO_END)
+        self.process.kill()
+        self.process.join()
+        return self.process.exitcode
+
+
+def start_launcher(
+    folder: Path, script: str, rank: int = 0, count: int = 1, port: int = 0, per_node: int = 1, max_restarts: int = 0
+) -> Launcher:
+    """The launcher of machine `rank` of `count`, with `per_node` processes that run `script` after SCRIPT."""
+    path = folder / f"script{rank}.py"
+    path.write_text(SCRIPT + script)
+    log = folder / f"output{rank}"
+    log.touch()
+    # All imports are made once, in the process that the others are forked from.
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["megatron_sse.launch", __name__])
+    process = context.Process(target=_launch, args=(str(path), str(log), rank, count, port, per_node, max_restarts))
+    process.start()
+    return Launcher(process, log)
+
+
+def _launch(script: str, log: str, rank: int, count: int, port: int, per_node: int, max_restarts: int) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    from megatron_sse.agent import run_torchrun
+    from megatron_sse.errors import USER_ERROR_EXIT, UserError
+    from megatron_sse.launch import build_command
+    from megatron_sse.logs import set_up_logging
+    from megatron_sse.nodes import Nodes
+
+    set_up_logging(rank=0)
+    nodes = Nodes(count, rank, "localhost", port)
+    command = build_command([], nodes, per_node, max_restarts)
+    command = [*command[: command.index("-m")], script]
+    try:
+        status = run_torchrun(command, nodes, timeout_minutes=1)
+    except UserError as error:
+        print(error)
+        status = USER_ERROR_EXIT
+    sys.stdout.flush()
+    sys.exit(status)

@@ -1,0 +1,118 @@
+"""The launchers of several machines: restarts, what is not tried again, and how each learns of the others' end."""
+
+import signal
+from pathlib import Path
+
+from tests.launchers import Launcher, free_port, start_launcher
+
+
+def start_all(folder: Path, script: str, count: int = 2, max_restarts: int = 2) -> list[Launcher]:
+    port = free_port()
+    return [start_launcher(folder, script, rank, count, port, 1, max_restarts) for rank in range(count)]
+
+
+def test_a_killed_process_starts_all_again(tmp_path: Path) -> None:
+    """Also rank 0, which would wait for it for ever."""
+    script = 'say(f\'{rank} of {os.environ["WORLD_SIZE"]} at {os.environ["MASTER_PORT"]}\')\n'
+    script += "again = os.path.exists('again')\nif rank == 1 and not again: open('again', 'w').close(); die()\n"
+    script += "if not again: wait()\n"
+    first, second = start_all(tmp_path, f"os.chdir({str(tmp_path)!r})\n" + script)
+    assert [first.end(), second.end()] == [0, 0], first.output + second.output
+    assert "W starting again with another node; restarts of this one: 0 of 2" in first.output
+    assert "W restart 1 of 2: rank 1 was killed by SIGKILL" in second.output
+    # In a store of their own each time.
+    places = [[line for line in node.output.splitlines() if " of 2 at " in line] for node in (first, second)]
+    assert [len(lines) for lines in places] == [2, 2]
+    assert places[0][0] != places[0][1]
+    assert [line.replace("0 of", "1 of") for line in places[0]] == places[1]
+
+
+def test_restarts_are_counted(tmp_path: Path) -> None:
+    first, second = start_all(tmp_path, "sys.exit(7 if rank == 1 else wait())", max_restarts=1)
+    assert [first.end(), second.end()] == [7, 7], first.output + second.output
+    assert second.output.count("restart 1 of 1: rank 1 ended with exit status 7") == 1
+    assert second.output.count("restart ") == 1
+    assert "ended with another node: rank 1 ended with exit status 7" in first.output
+
+
+def test_a_users_error_is_not_tried_again(tmp_path: Path) -> None:
+    first, second = start_all(tmp_path, "sys.exit('wrong' and 2 if rank == 1 else wait())")
+    assert [first.end(), second.end()] == [2, 2], first.output + second.output
+    assert "restart" not in first.output + second.output
+    assert first.output.splitlines()[1:] == ["ended with another node: rank 1 ended with exit status 2"]
+
+
+def test_an_interrupt_ends_all(tmp_path: Path) -> None:
+    """The others lose their peers, and do not start again."""
+    script = "signal.signal(signal.SIGINT, lambda *_: sys.exit(130))\nsay('ready')\nwait()\n"
+    first, second = nodes = start_all(tmp_path, script)
+    for node in nodes:
+        node.wait_for("ready")
+    first.send(signal.SIGINT)
+    assert [first.end(), second.end()] == [130, 130], first.output + second.output
+    assert "ended with another node: node 0 got SIGINT" in second.output
+    assert "restart" not in second.output and "Traceback" not in first.output + second.output
+
+
+def test_sigterm_waits_for_the_processes_and_starts_nothing(tmp_path: Path) -> None:
+    """One that fails while it saves is not started again, and then no machine ends well."""
+    script = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(5 * rank))\nsay('ready')\nwait()\n"
+    first, second = nodes = start_all(tmp_path, script)
+    for node in nodes:
+        node.wait_for("ready")
+        node.send(signal.SIGTERM)
+    assert [first.end(), second.end()] == [5, 5], first.output + second.output
+    assert "restart" not in first.output + second.output
+
+
+def test_waiting_for_the_other_machines_can_be_ended(tmp_path: Path) -> None:
+    for signum, rank, status in ((signal.SIGTERM, 0, 143), (signal.SIGINT, 0, 130), (signal.SIGINT, 1, 130)):
+        folder = tmp_path / f"{signum}{rank}"
+        folder.mkdir()
+        node = start_launcher(folder, "", rank, 2, free_port())
+        node.wait_for(f"node {rank} of 2, waiting")
+        node.send(signum)
+        assert node.end() == status, node.output
+        assert "Traceback" not in node.output
+
+
+def test_two_machines_of_one_number(tmp_path: Path) -> None:
+    port = free_port()
+    nodes = []
+    for name, rank in (("a", 0), ("b", 1), ("c", 1)):
+        (tmp_path / name).mkdir()
+        nodes.append(start_launcher(tmp_path / name, "", rank, 3, port))
+    assert [node.end() for node in nodes] == [2, 2, 2], [node.output for node in nodes]
+    for node in nodes:
+        assert "NODE_RANK: got 0, 1, 1 on 3 nodes, allowed each number from 0 to 2 once" in node.output
+
+
+def test_a_port_that_is_taken(tmp_path: Path) -> None:
+    port = free_port()
+    first = start_launcher(tmp_path, "", 0, 2, port)
+    first.wait_for("waiting")
+    (tmp_path / "other").mkdir()
+    second = start_launcher(tmp_path / "other", "", 0, 2, port)
+    assert second.end() == 2, second.output
+    assert (
+        f"MASTER_ADDR, MASTER_PORT: got localhost:{port}, allowed an address of this node and a free" in second.output
+    )
+    first.send(signal.SIGTERM)
+    assert first.end() == 143
+
+
+def test_the_first_machine_may_be_lost(tmp_path: Path) -> None:
+    """Its launcher is killed, with it the place where all meet, and is started again."""
+    script = "say(f'ready {restart}')\nif not os.path.exists('again'): wait()\n"
+    first, second = nodes = start_all(tmp_path, f"os.chdir({str(tmp_path)!r})\n" + script)
+    for node in nodes:
+        node.wait_for("ready")
+    first.send(signal.SIGKILL)
+    assert first.end() == -signal.SIGKILL
+    second.wait_for("restart 1 of 2")
+    (tmp_path / "again").touch()
+    port = int(second.output.partition("localhost:")[2].partition("\n")[0])
+    first = start_launcher(tmp_path, f"os.chdir({str(tmp_path)!r})\n" + script, 0, 2, port, 1, 2)
+    assert [first.end(), second.end()] == [0, 0], first.output + second.output
+    assert f"restart 1 of 2: contact with localhost:{port} was lost" in second.output
+    assert "ready 1" in second.output
