@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,11 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.patches import Patch
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
 
-from megatron_sse.plot.layouts import draw_layout, layout_legend
+from megatron_sse.plot.axes import label_steps
+from megatron_sse.plot.layouts import draw_layout, find_layout, layout_legend
 from megatron_sse.plot.loads import draw_entropy, draw_loads
 from megatron_sse.plot.read import Curve, RunLog
 
@@ -110,10 +112,7 @@ def draw_all(runs: list[RunLog], folder: Path) -> list[Picture]:
             pictures.append(
                 _draw_side_by_side(runs, draw_entropy, folder / "router_entropy.png", "Router entropy", note)
             )
-        note = "A box is a process with its rank, a row a pipeline stage with its layers."
-        pictures.append(
-            _draw_side_by_side(runs, draw_layout, folder / "layouts.png", "Layouts", note, grid=False, legend=True)
-        )
+        pictures.append(_draw_layouts(runs, folder / "layouts.png"))
     return pictures
 
 
@@ -123,17 +122,20 @@ def _draw_curves(plot: CurvePlot, runs: list[RunLog], folder: Path) -> Picture:
     for number, run in enumerate(runs):
         curve = [(step, value) for step, value in run.curve(plot.tag) if math.isfinite(value)]
         # Dashed once the colours are used up.
-        line: dict[str, Any] = {
-            "color": COLOURS[number % len(COLOURS)],
-            "linestyle": "-" if number < len(COLOURS) else "--",
-        }
+        style = "-" if number < len(COLOURS) else "--"
+        # Runs that are alike lie on each other: the first ones are wider.
+        width = 1.5 if plot.smooth else 1.5 + 1.2 * min(3, len(runs) - 1 - number)
+        line = {"color": COLOURS[number % len(COLOURS)], "linestyle": style, "linewidth": width}
         _draw_curve(axes, curve, run.name, line, plot.smooth)
         if plot.name == "loss":
             axes.plot(*_columns(run.curve("validation/loss")), "o", color=line["color"], mec="white", ms=6, zorder=4)
-    axes.set(xlabel="step", ylabel=plot.unit, title=plot.title)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(ylabel=plot.unit, title=plot.title)
+    label_steps(axes)
     if plot.log:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     if plot.from_zero:
         axes.set_ylim(bottom=0)
     if plot.name == "throughput":
@@ -147,10 +149,10 @@ def _draw_curves(plot: CurvePlot, runs: list[RunLog], folder: Path) -> Picture:
 def _draw_curve(axes: Axes, curve: Curve, name: str, line: dict[str, Any], smooth: bool) -> None:
     steps, values = _columns(curve)
     if smooth and len(values) >= MANY:
-        axes.plot(steps, values, linewidth=0.8, alpha=0.3, **line)
+        axes.plot(steps, values, **{**line, "linewidth": 0.8, "alpha": 0.3})
         values = running_mean(values)
     # A single point has no line.
-    axes.plot(steps, values, linewidth=1.6, label=name, marker="." if len(values) == 1 else "", **line)
+    axes.plot(steps, values, label=name, marker="." if len(values) == 1 else "", **line)
 
 
 def _columns(curve: Curve) -> tuple[list[int], list[float]]:
@@ -167,27 +169,32 @@ def running_mean(values: list[float]) -> list[float]:
     return means
 
 
+def _draw_layouts(runs: list[RunLog], path: Path) -> Picture:
+    note = "A box is a process with its rank, a row a pipeline stage with its layers."
+    height = 1.5 + 0.55 * max(find_layout(run).pipeline for run in runs)
+    return _draw_side_by_side(runs, draw_layout, path, "Layouts", note, height, layout_legend(runs))
+
+
 def _draw_side_by_side(
     runs: list[RunLog],
     draw: Callable[[Axes, RunLog], None],
     path: Path,
     title: str,
     note: str,
-    grid: bool = True,
-    legend: bool = False,
+    height: float = HEIGHT,
+    legend: Sequence[Patch] = (),
 ) -> Picture:
-    """A plot of each run, up to three in a row."""
-    columns = min(COLUMNS, len(runs))
+    """A plot of each run, up to three in a row, each `height` inches high."""
+    columns = 2 if len(runs) == 4 else min(COLUMNS, len(runs))
     rows = -(-len(runs) // columns)
-    figure = Figure(figsize=(max(WIDTH, 4.2 * columns), HEIGHT * rows), layout="constrained")
+    figure = Figure(figsize=(WIDTH if columns == 1 else 2 * WIDTH, height * rows), layout="constrained")
     figure.suptitle(title)
-    all_axes = figure.subplots(rows, columns, squeeze=False).flat
+    all_axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, run in zip(all_axes, runs, strict=False):
-        axes.grid(grid)
         draw(axes, run)
-    for axes in list(all_axes)[len(runs) :]:
+    for axes in all_axes[len(runs) :]:
         axes.axis("off")
     if legend:
-        figure.legend(handles=layout_legend(runs), loc="outside lower center", ncols=6)
+        figure.legend(handles=legend, loc="outside lower center", ncols=min(len(legend), 2 * columns + 2))
     figure.savefig(path)
     return Picture(path, title, note, wide=columns > 1)

@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.patches import Patch, Rectangle
 
 from megatron_sse.config.pattern import expand_pattern
@@ -83,7 +84,7 @@ def draw_layout(axes: Axes, run: RunLog) -> None:
         name = f"copy {copy + 1}" if copies == layout.data else f"copy 1 of {layout.data}"
         if layout.data > 1:
             axes.text(left + per_copy / 2, -0.15, name, ha="center", va="bottom")
-    axes.set(xlim=(-LAYERS_WIDTH - 0.4, max(width, 4)), ylim=(max(layout.pipeline, 3), -0.5))
+    axes.set(xlim=(-LAYERS_WIDTH - 0.4, max(width, 4)), ylim=(layout.pipeline, -0.5))
 
 
 LAYERS_WIDTH = 3.0
@@ -105,11 +106,11 @@ def _draw_process(
         axes.text(place + 0.5, stage + 0.5, str(rank), ha="center", va="center")
 
 
-def part_colour(part: int, num_parts: int) -> tuple[float, ...]:
-    """Light grey for whole sequences, else shades of purple from the first part to the last."""
+def part_colour(part: int, num_parts: int) -> str:
+    """White for whole sequences, else shades of purple from the first part to the last."""
     if num_parts == 1:
-        return (0.93, 0.93, 0.93, 1.0)
-    return matplotlib.colormaps["Purples"](0.15 + 0.5 * part / (num_parts - 1))
+        return "#FFFFFF"
+    return to_hex(matplotlib.colormaps["Purples"](0.25 + 0.4 * part / (num_parts - 1)))
 
 
 def layout_legend(runs: list[RunLog]) -> list[Patch]:

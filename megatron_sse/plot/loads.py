@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, TwoSlopeNorm
-from matplotlib.ticker import MaxNLocator
 
+from megatron_sse.plot.axes import label_steps
 from megatron_sse.plot.read import Curve, RunLog
 
 # Shares beyond twice the even one look the same.
@@ -35,8 +35,8 @@ def draw_loads(axes: Axes, run: RunLog) -> None:
     mesh = axes.pcolormesh(_edges(steps), np.arange(len(rows) + 1), load_RS, cmap="RdBu_r", norm=NORM)
     axes.figure.colorbar(mesh, ax=axes, label="load", ticks=[0, 0.5, 1, 1.5, 2], extend="max")
     _label_layers(axes, {layer: len(partitions) for layer, partitions in shares.items()})
-    axes.set(xlabel="step", ylabel="layer, its partitions")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylabel("layer, its partitions")
+    label_steps(axes)
     axes.grid(False)
 
 
@@ -69,8 +69,8 @@ def draw_entropy(axes: Axes, run: RunLog) -> None:
         _line(axes, curve, colours(number))
     num_partitions = max(len(partitions) for partitions in run.shares().values())
     axes.axhline(math.log(num_partitions), color="#555555", linestyle="--", linewidth=1)
-    axes.set(xlabel="step", ylabel="nats", ylim=(0, 1.08 * math.log(num_partitions) or 1))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(ylabel="nats", ylim=(0, 1.08 * math.log(num_partitions) or 1))
+    label_steps(axes)
     layers = list(entropies)
     norm = BoundaryNorm(np.arange(len(layers) + 1) - 0.5, len(layers))
     bar = axes.figure.colorbar(ScalarMappable(norm, colours), ax=axes, label="layer")

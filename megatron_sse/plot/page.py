@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import math
 from html import escape
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import yaml
 
 from megatron_sse.plot.figures import COLOURS, Picture
 from megatron_sse.plot.layouts import find_layout
@@ -18,7 +21,7 @@ h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin: 2em 0 .6em; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .3em 1.4em .3em 0; border-bottom: 1px solid #e4e4e4; vertical-align: top; }
-th { font-weight: 600; } td.number { text-align: right; }
+th { font-weight: 600; } td { max-width: 26em; overflow-wrap: anywhere; }
 .mark { display: inline-block; width: .8em; height: .8em; border-radius: 50%; margin-right: .5em; }
 .pictures { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1.6em 2em; }
 @media (max-width: 900px) { .pictures { grid-template-columns: minmax(0, 1fr); } }
@@ -82,9 +85,9 @@ def _differences(runs: list[RunLog]) -> tuple[list[str], list[list[str]]]:
 
 
 def _show(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    return str(value)
+    """A value as it would stand in YAML, in one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True)
+    return text.removesuffix("...\n").strip()
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:

@@ -41,14 +41,15 @@ class RunLog:
     def shares(self) -> dict[int, dict[int, Curve]]:
         """Share of the writes by layer and partition, both counted from 1."""
         found: dict[int, dict[int, Curve]] = {}
-        for tag in sorted(self.scalars):
-            if match := _SHARE.fullmatch(tag):
-                found.setdefault(int(match[1]), {})[int(match[2])] = self.scalars[tag]
+        matches = [match for tag in self.scalars if (match := _SHARE.fullmatch(tag))]
+        for layer, partition, tag in sorted((int(match[1]), int(match[2]), match[0]) for match in matches):
+            found.setdefault(layer, {})[partition] = self.scalars[tag]
         return found
 
     def entropies(self) -> dict[int, Curve]:
         """Entropy of the router by layer, in nats."""
-        return {int(match[1]): self.scalars[tag] for tag in sorted(self.scalars) if (match := _ENTROPY.fullmatch(tag))}
+        matches = [match for tag in self.scalars if (match := _ENTROPY.fullmatch(tag))]
+        return {layer: self.scalars[tag] for layer, tag in sorted((int(match[1]), match[0]) for match in matches)}
 
 
 def read_runs(folders: list[str]) -> list[RunLog]:

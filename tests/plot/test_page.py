@@ -29,7 +29,7 @@ def test_pictures_are_there_and_not_empty(drawn: Path) -> None:
     assert sorted(path.name for path in drawn.iterdir()) == sorted([f"{n}.png" for n in PICTURES] + ["index.html"])
     for path in drawn.glob("*.png"):
         pixels = np.asarray(Image.open(path).convert("RGB"))
-        assert pixels.shape[0] >= 400 and pixels.shape[1] >= 800
+        assert pixels.shape[0] >= 250 and pixels.shape[1] >= 800
         colours = {tuple(colour) for colour in pixels.reshape(-1, 3)}
         assert len(colours) > 50, path
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sse.errors import UserError
-from megatron_sse.plot.read import read_runs, read_scalars
+from megatron_sse.plot.read import RunLog, read_runs, read_scalars
 from tests.plot.runs import write_events, write_run
 
 
@@ -21,6 +21,14 @@ def test_all_scalars_are_read(tmp_path: Path) -> None:
     assert list(run.entropies()) == [1, 3]
     assert {layer: list(shares) for layer, shares in run.shares().items()} == {1: [1, 2, 3, 4], 3: [1, 2, 3, 4]}
     assert run.shares()[1][4] == [(10, pytest.approx(0.4)), (20, pytest.approx(0.4))]
+
+
+def test_partitions_and_layers_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    tags = [f"sse/layer_{layer:02d}/share_{partition}" for layer in (9, 10, 100) for partition in range(1, 13)]
+    tags += [f"sse/layer_{layer:02d}/router_entropy" for layer in (9, 10, 100)]
+    run = RunLog("run", {}, {tag: [(1, 0.0)] for tag in sorted(tags)})
+    assert {layer: list(shares) for layer, shares in run.shares().items()} == {n: [*range(1, 13)] for n in (9, 10, 100)}
+    assert list(run.shares()) == list(run.entropies()) == [9, 10, 100]
 
 
 def test_ten_thousands_of_steps_are_all_read(tmp_path: Path) -> None:
@@ -50,9 +58,8 @@ def test_a_file_that_was_cut_off_gives_what_is_whole(tmp_path: Path) -> None:
 
 def test_names_tell_runs_apart(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / name, steps=1) for name in ("one/run", "two/run", "other")]
-    assert [run.name for run in read_runs([str(folder) for folder in folders])] == ["one/run", "two/run", "tmp/other"][
-        :2
-    ] + [f"{tmp_path.name}/other"]
+    names = [run.name for run in read_runs([str(folder) for folder in folders])]
+    assert names == ["one/run", "two/run", f"{tmp_path.name}/other"]
 
 
 def test_wrong_folders(tmp_path: Path) -> None:

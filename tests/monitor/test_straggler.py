@@ -1,0 +1,72 @@
+"""A rank that has more work than the others is named; ranks that wait for it, or have other work, are not."""
+
+import logging
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sse.monitor.straggler import compare
+from megatron_sse.training.loop import Signals
+from tests.monitor.events import read_events
+from tests.training.support import small_run, start
+from tests.workers import run_workers
+
+# The extra work is many times that of the model, so that noise cannot hide it.
+FACTOR = 2.0
+
+
+def test_ranks_are_compared_with_the_median_of_the_others() -> None:
+    assert compare([1.0, 1.0, 3.0, 1.0], [0, 0, 0, 0]) == {0: 1.0, 1: 1.0, 2: 3.0, 3: 1.0}
+    assert compare([2.0, 5.0], [0, 0]) == {0: 0.4, 1: 2.5}
+
+
+def test_stages_differ_in_their_work() -> None:
+    assert compare([1.0, 1.0, 3.0, 3.0], [0, 0, 1, 1]) == {0: 1.0, 1: 1.0, 2: 1.0, 3: 1.0}
+    assert compare([1.0, 2.0, 3.0, 3.0], [0, 0, 1, 1])[1] == 2.0
+    assert compare([1.0, 3.0], [0, 1]) == {}
+    assert compare([0.0, 0.0], [0, 0]) == {}
+
+
+def run_with_a_slow_rank(folder: Path, parallel: dict[str, Any], slow: int | None) -> list[str]:
+    """Warnings of a run in which one rank has extra work in each forward pass of its SSE layer."""
+    training = {"steps": 6, "global_batch_size": 4, "micro_batch_size": 2, "precision": "fp32"}
+    monitor = {"tensorboard": True, "health_interval": 3, "straggler_factor": FACTOR}
+    run = start(small_run(folder, training=training, monitor=monitor, parallel=parallel))
+    if slow == int(os.environ["RANK"]):
+        square = torch.randn(256, 256)
+        [mixer] = run.trainer.mixers
+        mixer.register_forward_hook(lambda *_: [square @ square for _ in range(100)] and None)
+    lines: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("megatron_sse.monitor.monitor")
+    logger.addHandler(handler)
+    run.run(Signals())
+    logger.removeHandler(handler)
+    return lines
+
+
+# In a tensor group the others wait inside of the passes, with copies of the model after them.
+@pytest.mark.parametrize("parallel", [{"tensor": 2}, {}], ids=str)
+@pytest.mark.parametrize("slow", [1, None])
+def test_the_slow_rank_is_named_and_equal_ranks_are_not(
+    tmp_path: Path, parallel: dict[str, Any], slow: int | None
+) -> None:
+    small_run(tmp_path)
+    lines, *others = run_workers(2, run_with_a_slow_rank, tmp_path, parallel, slow)
+    assert others == [[]]
+    events = read_events(tmp_path / "run")
+    ratios = events["straggler/slowest_over_median"]
+    assert [step for step, _ in ratios] == [3, 6]
+    if slow is None:
+        assert lines == [] and all(1 <= ratio < FACTOR for _, ratio in ratios)
+        return
+    assert [line.split(":")[0] for line in lines] == [
+        f"step {step}/6 | slowest rank 1 ({socket.gethostname()})" for step in (3, 6)
+    ]
+    assert [rank for _, rank in events["straggler/slowest_rank"]] == [1, 1]
+    assert f"{ratios[0][1]:.2f} x the median of the others" in lines[0]
