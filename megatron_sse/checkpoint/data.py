@@ -23,14 +23,8 @@ def check_same_data(checkpoint: Path, config: RunConfig, stages: list[StageRun])
 
     Raises SharedUserError where they differ, unless checkpoint.changed_data is accept: then a warning says so.
     """
-    path = checkpoint / DATA
-    try:
-        saved = json.loads(path.read_text())
-    except FileNotFoundError:
-        return
-    changed = _differences(saved, describe_data(stage_of_step(stages, read_manifest(checkpoint).step)))
     every: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, "; ".join(changed))
+    dist.all_gather_object(every, "; ".join(changed_data(checkpoint, stages)))
     text = next((other for other in every if other), None)
     if text is None:
         return
@@ -43,8 +37,16 @@ def check_same_data(checkpoint: Path, config: RunConfig, stages: list[StageRun])
         logger.warning("%s: was trained on other data: %s; the order of samples changes", checkpoint, text)
 
 
-def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Which entries are others than they were; files are compared by content, not by name."""
+def changed_data(checkpoint: Path, stages: list[StageRun]) -> list[str]:
+    """How the data that a checkpoint was trained on last differs from this run's; nothing where it does not say.
+
+    Files are compared by content, not by name.
+    """
+    try:
+        saved: dict[str, Any] = json.loads((checkpoint / DATA).read_text())
+    except FileNotFoundError:
+        return []
+    now = describe_data(stage_of_step(stages, read_manifest(checkpoint).step))
     found = [
         f"{key} {show(saved.get(key))} then, {show(value)} now"
         for key, value in now.items()

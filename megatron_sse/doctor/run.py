@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 
 from megatron_sse.checkpoint.architecture import CONFIG, changed_settings
+from megatron_sse.checkpoint.data import changed_data
 from megatron_sse.checkpoint.folders import find_all_damage, find_checkpoints, find_weights
 from megatron_sse.checkpoint.manifest import read_manifest
 from megatron_sse.config import DataConfig, RunConfig, Source, load_config, plan_stages
@@ -119,6 +121,12 @@ def _check_checkpoint(config: RunConfig, key: str, path: Path) -> Finding:
     if key == "resume" and manifest.step >= config.training.steps:
         advice = "raise training.steps"
         return Finding(BAD, f"checkpoint.{key}", f"{path}: all {config.training.steps} steps are done; {advice}")
+    if key == "resume" and config.checkpoint.changed_data == "refuse":
+        # What is wrong with the files is found by check_token_files.
+        with contextlib.suppress(OSError):
+            if changed := changed_data(path, plan_stages(config)):
+                advice = "restore it, or set checkpoint.changed_data: accept"
+                return Finding(BAD, f"checkpoint.{key}", f"{path} is of other data: {'; '.join(changed)}; {advice}")
     return Finding(GOOD, f"checkpoint.{key}", f"{path}: whole, of this model, step {manifest.step}")
 
 

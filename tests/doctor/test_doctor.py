@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_sse.checkpoint.data import DATA
 from megatron_sse.cli import main
+from megatron_sse.config import load_config, plan_stages
+from megatron_sse.data.fingerprint import describe_data
 from megatron_sse.doctor.command import find_all
 from megatron_sse.doctor.finding import BAD, GOOD
 from tests.checkpoint.support import train_and_save
@@ -104,6 +107,16 @@ def test_a_cross_says_what_is_wrong(
     mark, said = marks(folder, *overrides)[name]
     assert mark == BAD and text in said and "\n" not in said
     assert main(["doctor", str(folder / "run.yaml"), *overrides]) == 1
+
+
+def test_other_data_than_the_checkpoints(folder: Path) -> None:
+    stage = plan_stages(load_config(folder / "run.yaml"))[0]
+    (checkpoint,) = folder.rglob("iter_*")
+    (checkpoint / DATA).write_text(json.dumps(describe_data(stage)))
+    assert marks(folder)["checkpoint.resume"][0] == GOOD
+    mark, text = marks(folder, "training.seed=6")["checkpoint.resume"]
+    assert mark == BAD and "training.seed 5 then, 6 now" in text and "changed_data: accept" in text
+    assert marks(folder, "training.seed=6", "checkpoint.changed_data=accept")["checkpoint.resume"][0] == GOOD
 
 
 def test_a_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
