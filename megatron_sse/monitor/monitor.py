@@ -42,6 +42,7 @@ class Monitor:
         self.folder = Path(config.monitor.folder)
         self.is_writer = dist.get_rank() == 0
         self.num_processes = dist.get_world_size()
+        self.spikes = Spikes(config.monitor.spike_factor) if config.monitor.spike_factor else None
         self.start_stage(config)
         self.peak_flops = peak_flops(device.description)
         self.metadata = _validation_metadata(config)
@@ -49,7 +50,6 @@ class Monitor:
         self.tokens, self.seconds = 0, 0.0
         self.mean_seconds: float | None = None
         self.writer: SummaryWriter | None = None
-        self.spikes = Spikes(config.monitor.spike_factor) if config.monitor.spike_factor else None
         self.stragglers: Stragglers | None = None
         if config.monitor.straggler_factor and self.num_processes > 1:
             self.stragglers = Stragglers(config.monitor.straggler_factor, groups.pp.rank(), device.type)
@@ -65,6 +65,9 @@ class Monitor:
     def start_stage(self, config: RunConfig) -> None:
         """Go on with the settings of a stage: its sequence length decides the operations per token."""
         self.config = config
+        if self.spikes is not None:
+            # Longer sequences and other texts have another loss.
+            self.spikes.forget()
         self.flops_per_token = train_flops_per_token(config.model, config.data.sequence_length)
 
     def before_step(self, step: int) -> None:

@@ -38,8 +38,8 @@ class Spikes:
             spread = TO_STANDARD * statistics.median(abs(other - median) for other in last)
             deviation = max(spread, SMALLEST_DEVIATION * abs(median), 1e-12)
             if value > median + self.factor * deviation:
-                above = (value - median) / deviation
-                text = f"{name} {value:.4g} is {above:.0f} deviations above {median:.4g}, the median of the last {len(last)} steps"
+                above = f"{(value - median) / deviation:.0f} deviations above {median:.4g}"
+                text = f"{name} {value:.4g} is {above}, the median of the last {len(last)} steps"
         last.append(value)
         return text
 

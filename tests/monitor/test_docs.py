@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "observe.md").read_text()
 COMMANDS = re.findall(r"^    (?:\.venv/bin/|\./)([^\[\]\n]*(?:'[^']*')?)$", PAGE, re.MULTILINE)
 SMALL = ["model.hidden_size=32", "model.sse.head_dim=8", "model.layers=[sse,gla,softmax]", "data.sequence_length=32"]
-SMALL += ["training.steps=20", "training.micro_batch_size=2", "training.validation_interval=0", "data.corpus=null"]
+SMALL += ["model.num_layers=3", "training.global_batch_size=2", "training.micro_batch_size=1", "data.corpus=null"]
+SMALL += ["training.steps=12", "training.validation_interval=0", "training.validation_batches=1"]
 
 
 def test_the_commands_are_these() -> None:
@@ -39,7 +40,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the page's runs have been made, smaller and shorter, on tokens of their own."""
     folder = tmp_path_factory.mktemp("observe")
     write_tokens(str(folder / "train"), random_documents(300, 40))
-    Metadata("bytes", 64, 300, 6000, 6000, 4.5).write(folder / "train.json")
+    Metadata("bytes", 257, 300, 6000, 6000, 4.5).write(folder / "train.json")
     for command in COMMANDS[:2]:
         _, path, *overrides = shlex.split(command)
         data = [f"data.{name}={folder}/train" for name in ("train", "validation")]
