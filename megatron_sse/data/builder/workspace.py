@@ -74,7 +74,7 @@ class Workspace:
     def _clear(self, everything: bool) -> None:
         """Delete what broken-off writes left, or all but the lock."""
         for path in self.folder.iterdir():
-            if path.name == "lock" or not (everything or path.name.startswith("partial-") or path.name == JOINED):
+            if path.name == "lock" or not (everything or path.name.startswith("partial-")):
                 continue
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sse.data import writer
-from megatron_sse.data.builder import command, workspace
+from megatron_sse.data.builder import command, parts, workspace
 from megatron_sse.data.builder.command import Request, build
 
 # Where the build dies: name of the point, and what it has done by then.
 POINTS = ("third part", "sixth part", "joined", "bin named", "idx named", "half removed")
+# In the process that builds parts, so with one worker.
+WITHIN = "within a part"
 
 
 def die() -> None:
@@ -36,17 +38,18 @@ def before(module: Any, name: str, is_there: Callable[..., bool]) -> None:
 
 
 def set_point(point: str, building: Path) -> None:
-    if point.endswith("part"):
-        wanted = {"third part": 3, "sixth part": 6}[point]
-        parts = command.build_parts
+    if wanted := {"third part": 3, "sixth part": 6}.get(point):
+        call = command.build_parts
 
         def build_parts(*arguments: Any) -> Any:
-            for number in parts(*arguments):
+            for number in call(*arguments):
                 if len(list(building.glob("part-*"))) >= wanted:
                     die()
                 yield number
 
         command.build_parts = build_parts  # type: ignore[assignment]
+    elif point == WITHIN:
+        before(parts, "fsync", lambda path: path.name == "lengths" and len(list(building.glob("part-*"))) >= 2)
     elif point == "joined":
         before(command, "publish", lambda *_: True)
     elif point == "bin named":

@@ -60,6 +60,10 @@ def test_answers_and_ends_count(tmp_path: Path) -> None:
     assert metadata is not None and metadata.loss_mask
     sizes = [len(text.encode()) for text in ("174 cm 🐈\nwords and words\n", "174 cm 🐈", "174 cm 🐈\n")]
     assert metadata.label_bytes == sum(sizes) and metadata.label_tokens == sum(sizes) + 2
+    labels = np.concatenate(documents(tmp_path / "out"))[np.concatenate(mask_of(tmp_path / "out")) == 1]
+    share = np.unique(labels, return_counts=True)[1] / len(labels)
+    expected = -len(labels) * (share * np.log2(share)).sum() / sum(sizes)
+    assert np.isclose(metadata.unigram_bits_per_byte, expected)
     # A loss is one of labels: ln 2 nats for each.
     assert np.isclose(metadata.bits_per_byte(np.log(2)), (sum(sizes) + 2) / sum(sizes))
 

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_sse.data.builder import command, workers
 from megatron_sse.errors import UserError
-from tests.data.builder.killed import POINTS
+from tests.data.builder.killed import POINTS, WITHIN
 from tests.data.builder.support import TEXTS, documents, files, make_tokenizer, records, run, write_lines
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[3]
 @pytest.mark.parametrize("count", [1, 2])
 def test_killed_at_each_point_in_turn(tmp_path: Path, count: int) -> None:
     path = write_lines(tmp_path / "a.jsonl", records([text * 3 for text in TEXTS] * 12))
-    for point in (*POINTS, "never"):
+    for point in (*((WITHIN,) if count == 1 else ()), *POINTS, "never"):
         call = [sys.executable, "-m", "tests.data.builder.killed", point, str(count), str(tmp_path / "out"), str(path)]
         process = subprocess.run(call, cwd=ROOT, start_new_session=True, capture_output=True, text=True)
         assert process.returncode == (0 if point == "never" else -signal.SIGKILL), process.stderr
