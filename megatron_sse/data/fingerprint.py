@@ -6,15 +6,29 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from megatron_sse.config import StageRun
+from megatron_sse.config import DataConfig, Source, StageRun
+from megatron_sse.data.checks import check_exists
+from megatron_sse.data.sources import name_sources
+from megatron_sse.data.tasks.dataset import TaskDataset
 
 # Of larger files this many blocks of this size, evenly spread.
 BLOCKS, BLOCK_BYTES = 1024, 1 << 16
 
 
 def describe_data(stage: StageRun) -> dict[str, Any]:
-    """The settings of a stage that decide which samples it sees and in which order, and the contents of its files."""
+    """The settings of a stage that decide which samples it sees and in which order, and the contents of its files
+    and tasks.
+
+    Raises UserError where a file is missing.
+    """
     data = stage.config.data
+    files: list[dict[str, str]] = []
+    for key, source in name_sources(stage.train_key, data.train):
+        if source.prefix is not None:
+            check_exists(key, source.prefix)
+            files.append({"prefix": source.prefix, "hash": hash_file(source.prefix)})
+        else:
+            files.append({"prefix": str(source), "hash": hash_task(source, data)})
     return {
         "training.seed": stage.config.training.seed,
         "data.sequence_length": data.sequence_length,
@@ -25,8 +39,18 @@ def describe_data(stage: StageRun) -> dict[str, Any]:
         "stage": stage.number,
         "samples before the stage": stage.first_sample,
         "weights": [source.weight for source in data.train],
-        "files": [{"prefix": source.prefix, "hash": hash_file(source.prefix)} for source in data.train],
+        "files": files,
     }
+
+
+def hash_task(source: Source, data: DataConfig) -> str:
+    """Of a task's settings and of a sample, which shows changes of how it is made."""
+    assert source.task is not None
+    sample = TaskDataset(source.task, data, [0])[0]
+    digest = hashlib.sha256(source.task.model_dump_json().encode())
+    for array_G1 in (sample.tokens_G1, sample.labels_G1, sample.counts_G1):
+        digest.update(b"" if array_G1 is None else array_G1.tobytes())
+    return digest.hexdigest()
 
 
 def hash_file(prefix: str) -> str:

@@ -57,10 +57,11 @@ def _check_blend(
     key: str, blend: list[Source], data: DataConfig, vocab_size: int, open_samples: Callable[[], object]
 ) -> Iterator[Finding]:
     """Every file of a blend, then whether samples can be made of them."""
-    if data.corpus is not None and not Path(blend[0].prefix + ".idx").exists():
-        yield Finding(OPEN, key, f"{blend[0].prefix} will be built from data.corpus {data.corpus}")
+    prefixes = [source.prefix for source in blend if source.prefix]
+    if data.corpus is not None and prefixes and not Path(prefixes[0] + ".idx").exists():
+        yield Finding(OPEN, key, f"{prefixes[0]} will be built from data.corpus {data.corpus}")
         return
-    findings = [finding for name in name_sources(key, blend) for finding in _check_token_file(*name, vocab_size)]
+    findings = [finding for name in name_sources(key, blend) for finding in _check_source(*name, vocab_size)]
     yield from findings
     try:
         if BAD not in {finding.mark for finding in findings}:
@@ -69,7 +70,10 @@ def _check_blend(
         yield Finding(BAD, key, str(error).removeprefix(f"{key}: "))
 
 
-def _check_token_file(key: str, source: Source, vocab_size: int) -> Iterator[Finding]:
+def _check_source(key: str, source: Source, vocab_size: int) -> Iterator[Finding]:
+    if source.prefix is None:
+        yield Finding(GOOD, key, f"{source}: samples are made when they are needed")
+        return
     try:
         index = check_token_file(key, source.prefix, vocab_size).index
         metadata = read_metadata(source.prefix)
@@ -123,7 +127,7 @@ def _check_checkpoint(config: RunConfig, key: str, path: Path) -> Finding:
         return Finding(BAD, f"checkpoint.{key}", f"{path}: all {config.training.steps} steps are done; {advice}")
     if key == "resume" and config.checkpoint.changed_data == "refuse":
         # What is wrong with the files is found by check_token_files.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(UserError):
             if changed := changed_data(path, plan_stages(config)):
                 advice = "restore it, or set checkpoint.changed_data: accept"
                 return Finding(BAD, f"checkpoint.{key}", f"{path} is of other data: {'; '.join(changed)}; {advice}")

@@ -145,7 +145,7 @@ class Monitor:
             self.writer.close()
             self._log(f"TensorBoard events: {self.folder}/tensorboard (tensorboard --logdir {self.folder}/tensorboard)")
         if (self.folder / "checkpoints").is_dir():
-            self._log(f"checkpoint: {self.folder}/checkpoints (the same command with more training.steps goes on)")
+            self._log(f"checkpoint: {self.folder}/checkpoints (the same command goes on from there)")
 
     def _find_windows(self) -> list[ProfileWindow | MemoryWindow]:
         """The steps that are to be recorded on this rank."""
@@ -191,4 +191,4 @@ class Monitor:
 def _validation_metadata(config: RunConfig) -> Metadata | None:
     """Of the validation file, where there is one alone: a loss over several is no mean over either's bytes."""
     files = config.data.validation or []
-    return read_metadata(files[0].prefix) if len(files) == 1 else None
+    return read_metadata(files[0].prefix) if len(files) == 1 and files[0].prefix else None
