@@ -21,7 +21,7 @@ from megatron_sse.data.builder.join import count_parts, join_parts
 from megatron_sse.data.builder.parts import Counts
 from megatron_sse.data.builder.summary import describe_build
 from megatron_sse.data.builder.tally import EMPTY, WRONG
-from megatron_sse.data.builder.workers import build_parts
+from megatron_sse.data.builder.workers import build_parts, describe
 from megatron_sse.data.builder.workspace import Workspace, make_joined
 from megatron_sse.data.histogram import draw_lengths
 from megatron_sse.data.metadata import read_metadata
@@ -91,7 +91,10 @@ def build(request: Request) -> int:
         if counts is None:
             counts = _build_parts(request, space, inputs, job)
             _check_counts(counts, request, job, space)
-            _join(space, inputs, job, files, counts, name)
+            try:
+                _join(space, inputs, job, files, counts, name)
+            except OSError as error:
+                raise UserError(describe(error)) from None
             space.finish(counts)
         space.remove()
     metadata = read_metadata(str(prefix))
@@ -108,7 +111,7 @@ def _make_job(request: Request) -> tuple[Job, encode.TokenizerFiles | None, str]
     """The job, the tokenizer's files, and the tokenizer's name with the hash of its content. Raises UserError."""
     refused = (*(WRONG if request.wrong == REFUSE else ()), *((EMPTY,) if request.empty == REFUSE else ()))
     template: str | None = chat.DEFAULT_TEMPLATE
-    files, end, name, special = None, None, encode.BYTES, {}
+    files, end, name, special, token = None, None, encode.BYTES, {}, ""
     if request.tokenizer != encode.BYTES:
         files = encode.find_tokenizer(request.tokenizer)
         token, end = files.end(request.end)
@@ -157,7 +160,7 @@ def _build_parts(request: Request, space: Workspace, inputs: Inputs, job: Job) -
         logger.info("going on: %d of %d parts are done", len(inputs.units) - len(todo), len(inputs.units))
     workers = min(request.workers or len(os.sched_getaffinity(0)), max(len(todo), 1))
     try:
-        with _progress(inputs.size, "reading", done) as report:
+        with _Progress(inputs.size, "reading", done) as report:
             for _ in build_parts(space.folder, job, todo, workers, report):
                 pass
     except KeyboardInterrupt:
@@ -180,7 +183,7 @@ def _check_counts(counts: Counts, request: Request, job: Job, space: Workspace) 
         raise UserError(f"INPUT: no documents in {', '.join(request.inputs)}; left out: {found or 'nothing'}")
 
 
-class _progress:
+class _Progress:
     """A bar with rate and time left. In the block: a function that takes bytes done."""
 
     def __init__(self, total: int, name: str, done: int = 0):
@@ -203,10 +206,10 @@ def _join(
     space: Workspace, inputs: Inputs, job: Job, files: encode.TokenizerFiles | None, counts: Counts, name: str
 ) -> None:
     joined = make_joined(space.folder)
-    dtype_bytes = encode.token_type(job.encoder().vocab_size).itemsize
-    with _progress(counts.tokens * (dtype_bytes + job.has_mask), "joining") as report:
-        end = job.encoder().end
-        join_parts(space.folder, len(inputs.units), joined, counts, name, end, job.has_mask, report)
+    encoder = job.encoder()
+    width = encode.token_type(encoder.vocab_size).itemsize + job.has_mask
+    with _Progress(counts.tokens * width, "joining") as report:
+        join_parts(space.folder, len(inputs.units), joined, counts, name, encoder.end, job.has_mask, report)
     if files is not None:
         shutil.copyfile(files.path, joined / TOKENIZER)
         (joined / SETTINGS).write_text(json.dumps(files.settings, indent=2, ensure_ascii=False) + "\n")

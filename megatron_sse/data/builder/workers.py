@@ -35,7 +35,7 @@ def build_parts(building: Path, job: Job, todo: Todo, workers: int, report: Call
         try:
             build_part(building, number, unit, maker, report)
         except OSError as error:
-            raise UserError(_describe(error)) from None
+            raise UserError(describe(error)) from None
         yield number
 
 
@@ -118,7 +118,8 @@ class _Worker:
             pass
 
 
-def _describe(error: OSError) -> str:
+def describe(error: OSError) -> str:
+    """An error of the file system in one line."""
     return (
         f"{error.filename or 'the token file'}: {error.strerror or error}; mend it, the same command goes on from here"
     )
@@ -145,7 +146,7 @@ def serve(orders: IO[bytes], replies: IO[bytes]) -> None:
     except UserError as error:
         reply(wrong=str(error))
     except OSError as error:
-        reply(wrong=_describe(error))
+        reply(wrong=describe(error))
     except Exception:
         reply(failed=traceback.format_exc())
 

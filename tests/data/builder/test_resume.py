@@ -12,7 +12,7 @@ import pytest
 from megatron_sse.data.builder import command, workers
 from megatron_sse.errors import UserError
 from tests.data.builder.killed import POINTS, WITHIN
-from tests.data.builder.support import TEXTS, documents, files, make_tokenizer, records, run, write_lines
+from tests.data.builder.support import TEXTS, documents, files, records, run, write_lines
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -123,15 +123,16 @@ def test_workers_that_fail_and_that_are_killed(tmp_path: Path, monkeypatch: pyte
         run(tmp_path / "out2", path, workers=2)
 
 
-def test_a_folder_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("function", ["parts.fsync", "join.copy_into"])
+def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device", "tokens")
 
     path = write_lines(tmp_path / "a.jsonl", records())
-    make_tokenizer(tmp_path / "tiny")
     with monkeypatch.context() as patch:
-        patch.setattr("megatron_sse.data.builder.parts.fsync", full)
+        patch.setattr(f"megatron_sse.data.builder.{function}", full)
         with pytest.raises(UserError, match=r"^tokens: No space left on device; mend it, the same command goes on"):
-            run(tmp_path / "out", path, tokenizer=str(tmp_path / "tiny"))
-    run(tmp_path / "out", path, tokenizer=str(tmp_path / "tiny"))
+            run(tmp_path / "out", path)
+    assert not (tmp_path / "out.bin").exists()
+    run(tmp_path / "out", path)
     assert len(documents(tmp_path / "out")) == len(TEXTS)
