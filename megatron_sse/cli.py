@@ -60,6 +60,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     check.add_argument("--json", metavar="FILE", type=Path, help="file to write all numbers to")
     _add_conversions(jobs)
     _add_generation(jobs)
+    _add_evaluation(jobs)
     _add_data(jobs)
     look = jobs.add_parser(
         "inspect",
@@ -159,6 +160,37 @@ def _add_generation(jobs: Any) -> None:
     )
     generate.add_argument("--save-cache", metavar="FILE", help="file to write the sequences' states to")
     generate.add_argument("--load-cache", metavar="FILE", help="states to go on from")
+
+
+def _add_evaluation(jobs: Any) -> None:
+    evaluate = jobs.add_parser(
+        "evaluate",
+        help="measure what a model predicts and recalls",
+        description="Loss by position (perplexity), associative recall (mqar), numbers hidden in long texts (needle). "
+        "Lists are numbers with commas. docs/evaluate.md explains the tasks.",
+    )
+    # The tables go to stdout.
+    evaluate.set_defaults(job=_evaluate, logs=sys.stderr)
+    evaluate.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint, run folder or Hugging Face folder")
+    evaluate.add_argument("tasks", metavar="TASK", nargs="+", help="perplexity, mqar, needle")
+    evaluate.add_argument("--output", metavar="FOLDER", default="evaluation", help="for JSON and PNG files")
+    evaluate.add_argument("--lengths", metavar="LIST", help="tokens of a sequence; default the model's own")
+    evaluate.add_argument("--data", metavar="PREFIX", help="perplexity: token file; default the model's validation")
+    evaluate.add_argument(
+        "--tokens", metavar="N", type=int, default=1 << 18, help="perplexity: of the file; default 262144"
+    )
+    evaluate.add_argument("--pairs", metavar="LIST", help="mqar: pairs in a sequence; default as trained, or 32")
+    evaluate.add_argument("--keys", metavar="N", type=int, help="mqar: keys to choose from; default as trained, or 64")
+    evaluate.add_argument("--values", metavar="N", type=int, help="mqar: values; default as trained, or 32")
+    evaluate.add_argument("--variants", metavar="LIST", help="needle: default as trained, or all")
+    evaluate.add_argument("--depths", metavar="LIST", default="0,25,50,75,100", help="needle: percent of the text")
+    evaluate.add_argument("--digits", metavar="N", type=int, help="needle: of a number; default as trained, or 7")
+    evaluate.add_argument("--samples", metavar="N", type=int, default=20, help="of each cell; default 20")
+    evaluate.add_argument("--seed", metavar="N", type=int, default=0, help="of the samples; default 0")
+    evaluate.add_argument("--batch", metavar="N", type=int, default=8, help="sequences at once; default 8")
+    evaluate.add_argument("--chunk", metavar="N", type=int, default=2048, help="of their tokens at once; default 2048")
+    evaluate.add_argument("--precision", choices=("fp32", "bf16"), help="default the checkpoint's")
+    evaluate.add_argument("--any-length", action="store_true", help="go beyond the length that it was trained on")
 
 
 def _add_plot(jobs: Any) -> None:
@@ -274,6 +306,14 @@ def _score(options: argparse.Namespace, rank: int) -> int:
 
 def _generate(options: argparse.Namespace, rank: int) -> int:
     from megatron_sse.inference.command import Request, run
+
+    given = vars(options).items()
+    return run(Request(**{name: value for name, value in given if name not in ("job", "logs")}))
+
+
+def _evaluate(options: argparse.Namespace, rank: int) -> int:
+    from megatron_sse.evaluation.command import run
+    from megatron_sse.evaluation.request import Request
 
     given = vars(options).items()
     return run(Request(**{name: value for name, value in given if name not in ("job", "logs")}))

@@ -197,9 +197,10 @@ def _write_config(save: _Save, folder: Path) -> None:
     if save.data is not None:
         (folder / DATA).write_text(json.dumps(save.data, indent=2) + "\n")
     # What the tokens mean, where the token file says it.
+    prefix = next((source.prefix for source in save.config.data.train if source.prefix), None)
     for suffix, name in TOKENIZER_FILES.items():
-        beside = Path(save.config.data.train[0].prefix + suffix)
-        if beside.is_file():
+        beside = Path(f"{prefix}{suffix}")
+        if prefix is not None and beside.is_file():
             shutil.copyfile(beside, folder / name)
     for path in folder.iterdir():
         fsync(path)

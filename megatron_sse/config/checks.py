@@ -26,7 +26,8 @@ class Problem:
 
 def find_problem(config: RunConfig) -> Problem | None:
     """The first contradiction in the settings."""
-    for check in (_layers, _linear_layers, _recurrences, _softmax_layers, context_problems, _sizes, _pipeline, _run):
+    layers = _layers, _linear_layers, _recurrences, _softmax_layers
+    for check in (*layers, context_problems, _sizes, _tasks, _pipeline, _run):
         for key, given, allowed in check(config):
             return Problem(key, f"got {show(given)}, allowed {allowed}")
     return None
@@ -167,11 +168,29 @@ def _sizes(config: RunConfig) -> Found:
         yield "data.validation_share", data.validation_share, "0.0 where data.validation is given"
     if data.corpus is not None:
         for key, blend in (("data.train", data.train), ("data.validation", data.validation)):
-            if blend is not None and len(blend) > 1:
-                yield key, f"{len(blend)} token files", "one with data.corpus"
+            files = [source for source in blend or [] if source.prefix]
+            if len(files) > 1:
+                yield key, f"{len(files)} token files", "one with data.corpus"
     if config.data.corpus is not None and model.vocab_size != BYTE_VOCABULARY:
         allowed = f"{BYTE_VOCABULARY} (256 byte values and the end of a document) with data.corpus"
         yield "model.vocab_size", model.vocab_size, allowed
+
+
+def _tasks(config: RunConfig) -> Found:
+    data, vocab_size = config.data, config.model.vocab_size
+    blends = {"data.train": data.train, "data.validation": data.validation or []}
+    named = [(f"{key}.{number}", source) for key, blend in blends.items() for number, source in enumerate(blend)]
+    for key, source in named:
+        mqar = source.mqar
+        if source.needle is not None and vocab_size < BYTE_VOCABULARY:
+            yield "model.vocab_size", vocab_size, f"{BYTE_VOCABULARY} or more: {key}.needle is text of byte tokens"
+        if mqar is None:
+            continue
+        if mqar.pairs > min(mqar.keys, data.sequence_length // 3):
+            allowed = f"at most its {mqar.keys} keys, and {data.sequence_length // 3}, a third of data.sequence_length"
+            yield f"{key}.mqar.pairs", mqar.pairs, allowed
+        if vocab_size < (needed := mqar.keys + mqar.values + 1):
+            yield "model.vocab_size", vocab_size, f"{needed} or more: {key}.mqar has keys, values and a token for gaps"
 
 
 def _pipeline(config: RunConfig) -> Found:

@@ -13,6 +13,7 @@ from megatron_sse.config.stages import derive_from_stages, find_stage_problem
 Recurrence = Literal["gla", "gdn"]
 KeyMap = Literal["softmax", "silu", "topk_softmax", "one_minus_decay"]
 Schedule = Literal["cosine", "wsd", "constant"]
+NeedleVariant = Literal["single", "multi_key", "multi_value", "multi_query"]
 
 Count = Annotated[int, Field(ge=1)]
 Size0 = Annotated[int, Field(ge=0)]
@@ -183,17 +184,58 @@ class ParallelConfig(Section):
         return self.tensor * self.pipeline * self.context
 
 
-class Source(Section):
-    """A token file of a blend. weight: its share of the samples, as compared with the others'."""
+class MQARTask(Section):
+    """Multi-query associative recall: `pairs` of keys and values, and later every key again, which asks for its value.
 
-    prefix: str
+    keys, values: how many there are to choose from.
+    """
+
+    pairs: Count
+    keys: Count
+    values: Count
+
+
+class NeedleTask(Section):
+    """Numbers of `digits` digits, each with a name, hidden in a text of byte tokens that ends by asking for them."""
+
+    variant: NeedleVariant = "single"
+    digits: Count = 7
+
+
+class Source(Section):
+    """A part of a blend: a token file, or a task whose samples are made of a seed. weight: its share of the samples, as
+    compared with the others'."""
+
+    prefix: str | None = None
+    mqar: MQARTask | None = None
+    needle: NeedleTask | None = None
     weight: Positive = 1.0
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> "Source":
+        given = [name for name in SOURCES if getattr(self, name) is not None]
+        if len(given) != 1:
+            text = f"got {' and '.join(given) or 'none of them'}, allowed one of {', '.join(SOURCES)}"
+            raise PydanticCustomError("setting", "{text}", {"text": text})
+        return self
+
+    @property
+    def task(self) -> MQARTask | NeedleTask | None:
+        return self.mqar or self.needle
+
+    def __str__(self) -> str:
+        return self.prefix or ("mqar" if self.mqar else "needle")
+
+
+SOURCES = ("prefix", "mqar", "needle")
 
 
 def _as_blend(value: Any) -> Any:
-    """A file's prefix alone is a blend of one."""
+    """A file's prefix or a source alone is a blend of one."""
     if isinstance(value, str):
         return [{"prefix": value}]
+    if isinstance(value, dict):
+        return [value]
     if value is not None and not (isinstance(value, list) and value):
         text = f"got {show(value)}, allowed a prefix or a list of {{prefix: ..., weight: ...}}"
         raise PydanticCustomError("setting", "{text}", {"text": text})
@@ -212,6 +254,10 @@ class DataConfig(Section):
     packing: Literal["in_order", "best_fit"] = "in_order"
     long_documents: Literal["continue", "cut"] = "continue"
     reset_at_documents: bool = True
+
+    def sources(self) -> list[Source]:
+        """Those of training, then those of validation."""
+        return [*self.train, *(self.validation or [])]
 
 
 class Stage(Section):

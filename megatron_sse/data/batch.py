@@ -17,7 +17,7 @@ from megatron_sse.parallel.sharding import ContextShard
 @dataclass
 class Batch:
     """Attributes:
-    tokens_BL, labels_BL: int64 [B, L], a token and the one after it; this context rank's part.
+    tokens_BL, labels_BL: int64 [B, L], a token and the one after it, or what should be there; this context rank's part.
     loss_mask_BL: float32 [B, L], 0 where the label does not count.
     layout: the documents of the batch.
     loss_tokens: labels that count, those of all context ranks.
@@ -42,12 +42,13 @@ def make_batch(
     sequences start documents.
     """
     tokens_BG1 = np.stack([sample.tokens_G1 for sample in samples])
+    labels_BG1 = np.stack([sample.tokens_G1 if sample.labels_G1 is None else sample.labels_G1 for sample in samples])
     starts_BG1 = np.stack([sample.starts_G1 for sample in samples])
     counts_BG1 = np.stack([sample.counts_G1 for sample in samples])
     if not reset_at_documents:
         starts_BG1 = np.zeros_like(starts_BG1)
     # Shifted before they are split: the label of a part's last token is the next part's first token.
-    tokens_BG, labels_BG = tokens_BG1[:, :-1], tokens_BG1[:, 1:]
+    tokens_BG, labels_BG = tokens_BG1[:, :-1], labels_BG1[:, 1:]
     counts_BG = counts_BG1[:, 1:] & ~starts_BG1[:, 1:]
     real_BG = np.arange(tokens_BG.shape[1]) < np.array([[sample.length] for sample in samples])
     column_L = (shard or ContextShard()).columns(tokens_BG.shape[1])

@@ -1,11 +1,16 @@
-"""Token files mixed by weights, and the order in which a run sees their samples."""
+"""Token files and tasks mixed by weights, and the order in which a run sees their samples."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 from megatron.core.datasets import helpers
 
 from megatron_sse.data.dataset import Sample, TokenDataset
+from megatron_sse.data.tasks.dataset import TaskDataset
+
+Dataset = TokenDataset | TaskDataset
 
 
 class SampleOrder:
@@ -32,7 +37,7 @@ class Blend:
     A dataset that is shorter than its share is seen in several epochs.
     """
 
-    def __init__(self, datasets: list[TokenDataset], weights: list[float]) -> None:
+    def __init__(self, datasets: Sequence[Dataset], weights: list[float]) -> None:
         self.datasets = datasets
         self.weight_N = np.array(weights, dtype=np.float64) / sum(weights)
         self._grow(1)
@@ -40,9 +45,7 @@ class Blend:
     def _grow(self, size: int) -> None:
         """Places of the first `size` positions: which dataset, and how many of its samples came before."""
         self.dataset_S, self.place_S = np.zeros(size, dtype=np.int16), np.zeros(size, dtype=np.int64)
-        helpers.build_blending_indices(
-            self.dataset_S, self.place_S, self.weight_N, len(self.datasets), size, False
-        )
+        helpers.build_blending_indices(self.dataset_S, self.place_S, self.weight_N, len(self.datasets), size, False)
 
     def place(self, position: int) -> tuple[int, int]:
         """The dataset at a position, and how many of its samples came before."""
@@ -65,7 +68,11 @@ class TrainingOrder:
 
     def __init__(self, blend: Blend, seed: list[int]) -> None:
         self.blend = blend
-        self.orders = [SampleOrder(len(dataset), [*seed, number]) for number, dataset in enumerate(blend.datasets)]
+        self.orders = [
+            # Of a task each sample is seen once.
+            range(len(dataset)) if isinstance(dataset, TaskDataset) else SampleOrder(len(dataset), [*seed, number])
+            for number, dataset in enumerate(blend.datasets)
+        ]
 
     def __getitem__(self, position: int) -> Sample:
         number, place = self.blend.place(position)

@@ -34,8 +34,8 @@ def prepare_corpus(config: RunConfig) -> None:
     if config.data.corpus is None:
         return
     blends = {"training": config.data.train, "validation": config.data.validation or []}
-    prefixes = {part: source.prefix for part, blend in blends.items() for source in blend}
-    missing = {part: prefix for part, prefix in prefixes.items() if prefix and not Path(prefix + ".idx").exists()}
+    prefixes = {part: source.prefix for part, blend in blends.items() for source in blend if source.prefix}
+    missing = {part: prefix for part, prefix in prefixes.items() if not Path(prefix + ".idx").exists()}
     if not missing:
         return
     parts = split_documents(read_documents(Path(sysconfig.get_paths()["stdlib"])))

@@ -21,12 +21,14 @@ class Sample:
         starts_G1: bool, where documents start; padding is one of its own.
         counts_G1: bool, whether a token counts as a label: no padding, and not what a loss mask leaves out.
         length: tokens before the padding.
+        labels_G1: int64, what should stand at each place, where that is not the tokens; the first is no label.
     """
 
     tokens_G1: np.ndarray
     starts_G1: np.ndarray
     counts_G1: np.ndarray
     length: int
+    labels_G1: np.ndarray | None = None
 
 
 class TokenDataset:

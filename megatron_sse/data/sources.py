@@ -1,4 +1,4 @@
-"""The token files that a run's settings name: checked, packed and mixed."""
+"""The token files and tasks that a run's settings name: checked, packed and mixed."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_sse.config import DataConfig, RunConfig, Source, StageRun, plan_stages
-from megatron_sse.data.blend import Blend, ValidationSamples
+from megatron_sse.config import DataConfig, MQARTask, NeedleTask, RunConfig, Source, StageRun, plan_stages
+from megatron_sse.data.blend import Blend, Dataset, ValidationSamples
 from megatron_sse.data.checks import TokenFile, check_token_file
 from megatron_sse.data.dataset import TokenDataset
+from megatron_sse.data.tasks.dataset import TaskDataset
+from megatron_sse.data.tasks.needle import least_room
 from megatron_sse.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+# First of the numbers that the samples of tasks are made of.
+_TRAINING, _VALIDATION = 0, 1
 
 
 def check_data(config: RunConfig) -> None:
@@ -30,9 +35,12 @@ def check_data(config: RunConfig) -> None:
         samples = stage.steps * training.global_batch_size
         sources = name_sources(stage.train_key, stage.config.data.train)
         for (key, source), dataset, count in zip(sources, blend.datasets, blend.shares(samples), strict=True):
-            epochs = count / len(dataset)
-            place = f"stage {stage.number + 1}: " if config.stages else ""
-            logger.info("%s%s: %s: %s; %.3g epochs", place, key, source.prefix, dataset.packing.account, epochs)
+            place = f"stage {stage.number + 1}: {key}" if config.stages else key
+            if isinstance(dataset, TaskDataset):
+                logger.info("%s: %s: %s samples, each made when it is needed", place, source, f"{count:,}")
+            else:
+                epochs = count / len(dataset)
+                logger.info("%s: %s: %s; %.3g epochs", place, source, dataset.packing.account, epochs)
         open_validation(stage.config)
 
 
@@ -40,37 +48,29 @@ def is_unbuilt(data: DataConfig) -> bool:
     """Whether data.corpus is asked for a file that is not there yet."""
     blends = [data.train, data.validation or []]
     return data.corpus is not None and any(
-        not Path(source.prefix + ".idx").exists() for blend in blends for source in blend
+        source.prefix and not Path(source.prefix + ".idx").exists() for blend in blends for source in blend
     )
 
 
 def open_training(stage: StageRun) -> Blend:
-    """The checked training files of a stage. Raises UserError."""
-    key, data, vocab_size = stage.train_key, stage.config.data, stage.config.model.vocab_size
-    files = [check_token_file(name, source.prefix, vocab_size) for name, source in name_sources(key, data.train)]
-    if data.validation_share:
-        files = [split_file(file, data.validation_share)[0] for file in files]
-    blend = _make_blend(files, data.train, data)
-    for (name, _), dataset in zip(name_sources(key, data.train), blend.datasets, strict=True):
-        _check_samples(name, dataset, 1, data, "the sequence length")
+    """The checked training files and the tasks of a stage. Raises UserError."""
+    config, key = stage.config, stage.train_key
+    blend = _open_blend(key, config.data.train, config, [_TRAINING, config.training.seed, stage.number], part=0)
+    for (name, _), dataset in zip(name_sources(key, config.data.train), blend.datasets, strict=True):
+        _check_samples(name, dataset, 1, config.data, "the sequence length")
     return blend
 
 
 def open_validation(config: RunConfig) -> ValidationSamples | None:
-    """The samples of training.validation_batches global batches: of the checked validation files, or of the training
-    files' last documents; None without. Raises UserError."""
-    data, training, vocab_size = config.data, config.training, config.model.vocab_size
+    """The samples of training.validation_batches global batches: of data.validation, or of the training files' last
+    documents and the training tasks; None without. Those of tasks are in no training. Raises UserError."""
+    data, training = config.data, config.training
     samples = training.validation_batches * training.global_batch_size
-    if data.validation is not None:
-        key, sources = "data.validation", data.validation
-        files = [check_token_file(name, source.prefix, vocab_size) for name, source in name_sources(key, sources)]
-    elif data.validation_share:
-        key, sources = "data.train", data.train
-        files = [check_token_file(name, source.prefix, vocab_size) for name, source in name_sources(key, sources)]
-        files = [split_file(file, data.validation_share)[1] for file in files]
-    else:
+    if data.validation is None and not data.validation_share:
         return None
-    blend = _make_blend(files, sources, data)
+    key = "data.train" if data.validation is None else "data.validation"
+    sources = data.validation or data.train
+    blend = _open_blend(key, sources, config, [_VALIDATION], part=1)
     names = [name for name, _ in name_sources(key, sources)]
     for name, dataset, count in zip(names, blend.datasets, blend.shares(samples), strict=True):
         _check_samples(name, dataset, count, data, "training.validation_batches")
@@ -78,10 +78,12 @@ def open_validation(config: RunConfig) -> ValidationSamples | None:
 
 
 def name_sources(key: str, sources: list[Source]) -> list[tuple[str, Source]]:
-    """Each source with its dotted key; a file alone has that of the blend."""
+    """Each source with its dotted key; one alone has that of the blend."""
     if len(sources) == 1:
         return [(key, sources[0])]
-    return [(f"{key}.{number}.prefix", source) for number, source in enumerate(sources)]
+    return [
+        (f"{key}.{number}.{'prefix' if source.prefix else source}", source) for number, source in enumerate(sources)
+    ]
 
 
 def split_file(file: TokenFile, share: float) -> tuple[TokenFile, TokenFile]:
@@ -96,11 +98,35 @@ def split_file(file: TokenFile, share: float) -> tuple[TokenFile, TokenFile]:
     return replace(file, offsets_D1=offsets_D1[: first + 1]), replace(file, offsets_D1=offsets_D1[first:])
 
 
-def _make_blend(files: list[TokenFile], sources: list[Source], data: DataConfig) -> Blend:
-    return Blend([TokenDataset(file, data) for file in files], [source.weight for source in sources])
+def _open_blend(key: str, sources: list[Source], config: RunConfig, seed: list[int], part: int) -> Blend:
+    """seed: numbers, of the tasks. part: 0 or 1, of files that data.validation_share splits."""
+    data = config.data
+    datasets: list[Dataset] = []
+    for number, (name, source) in enumerate(name_sources(key, sources)):
+        if source.prefix is None:
+            assert source.task is not None
+            datasets.append(open_task(name, source.task, data, [*seed, number]))
+            continue
+        file = check_token_file(name, source.prefix, config.model.vocab_size)
+        datasets.append(
+            TokenDataset(split_file(file, data.validation_share)[part] if data.validation_share else file, data)
+        )
+    return Blend(datasets, [source.weight for source in sources])
 
 
-def _check_samples(key: str, dataset: TokenDataset, needed: int, data: DataConfig, lower: str) -> None:
+def open_task(key: str, task: MQARTask | NeedleTask, data: DataConfig, seed: list[int]) -> TaskDataset:
+    """The samples of a task. Raises UserError where they are longer than data.sequence_length."""
+    if isinstance(task, NeedleTask) and (least := least_room(task, len)) > data.sequence_length:
+        raise UserError(
+            f"{key}: got data.sequence_length {data.sequence_length}, allowed {least} or more for needle "
+            f"{task.variant} with {task.digits} digits"
+        )
+    return TaskDataset(task, data, seed)
+
+
+def _check_samples(key: str, dataset: Dataset, needed: int, data: DataConfig, lower: str) -> None:
+    if isinstance(dataset, TaskDataset):
+        return
     account = dataset.packing.account
     if account.samples < needed:
         raise UserError(

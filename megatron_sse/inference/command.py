@@ -4,26 +4,22 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
-from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_sse.config import RunConfig
 from megatron_sse.convert.model import Model, open_model
 from megatron_sse.errors import SharedUserError, UserError
 from megatron_sse.inference.cache import Cache, read_cache
-from megatron_sse.inference.load import build_and_load, inference_config
+from megatron_sse.inference.load import build_and_load, inference_config, tensor_group
 from megatron_sse.inference.prompts import check_length, check_tokens, read_prompts, read_tokens
 from megatron_sse.inference.run import DEFAULT_CHUNK, generate
 from megatron_sse.inference.sampling import Sampler
 from megatron_sse.inference.text import Tokenizer, open_tokenizer
-from megatron_sse.parallel.device import Device, setup_device
-from megatron_sse.parallel.groups import destroy_groups, init_groups, init_process_group
+from megatron_sse.parallel.device import Device
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +93,7 @@ def run(request: Request) -> int:
     except UserError as error:
         # All processes read the same.
         raise SharedUserError(str(error)) from None
-    with _tensor_group(world_size) as (groups, device):
+    with tensor_group(world_size) as (groups, device):
         net = build_and_load(job.model, job.config, groups, device)
         cache = Cache(net, len(job.prompts) or 1) if job.kept is None else Cache.restore(job.kept, net)
         session = _Session(request, job, net, device)
@@ -115,7 +111,8 @@ def _prepare(request: Request, world_size: int) -> _Job:
     model = open_model("CHECKPOINT", request.checkpoint)
     config = inference_config(model, request.precision, world_size)
     vocab_size, goes_on = config.model.vocab_size, request.load_cache is not None
-    tokenizer = None if request.tokens is not None else open_tokenizer(model)
+    instead = ", or give token numbers with --tokens"
+    tokenizer = None if request.tokens is not None else open_tokenizer(model, instead)
     if request.tokens is not None:
         prompts = read_tokens(request.tokens, vocab_size, goes_on)
     else:
@@ -139,18 +136,9 @@ def _settings(config: RunConfig) -> dict:
 
 def _check_length(request: Request, config: RunConfig, num_before: int) -> None:
     if not request.any_length:
-        check_length(config.model, config.data.sequence_length, num_before + request.max_tokens)
-
-
-@contextmanager
-def _tensor_group(size: int) -> Iterator[tuple[ProcessGroupCollection, Device]]:
-    device = setup_device(int(os.environ.get("LOCAL_RANK", "0")))
-    init_process_group(device)
-    try:
-        yield init_groups(tensor=size), device
-    finally:
-        destroy_groups()
-        dist.destroy_process_group()
+        num_tokens = num_before + request.max_tokens
+        given = f"--max-tokens: got sequences of {num_tokens} tokens with their prompts"
+        check_length(config.model, config.data.sequence_length, num_tokens, given)
 
 
 class _Session:

@@ -1,8 +1,11 @@
 """A model for generation, from any folder that holds one."""
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
@@ -14,7 +17,8 @@ from megatron_sse.convert.model import OURS, Model
 from megatron_sse.model import build_model
 from megatron_sse.model.attention import TorchAttention
 from megatron_sse.model.initialize import global_name, own_part
-from megatron_sse.parallel.device import Device
+from megatron_sse.parallel.device import Device, setup_device
+from megatron_sse.parallel.groups import destroy_groups, init_groups, init_process_group
 
 
 def inference_config(model: Model, precision: str | None, tensor: int = 1) -> RunConfig:
@@ -45,3 +49,15 @@ def _tensors(model: Model) -> Iterable[tuple[str, Tensor]]:
     if model.kind == OURS:
         return ((link.ours, model.weights.get(link.ours)) for link in model.links)
     return to_ours(model.links, model.weights)
+
+
+@contextmanager
+def tensor_group(size: int) -> Iterator[tuple[ProcessGroupCollection, Device]]:
+    """All processes together as one tensor group, and the device of this one."""
+    device = setup_device(int(os.environ.get("LOCAL_RANK", "0")))
+    init_process_group(device)
+    try:
+        yield init_groups(tensor=size), device
+    finally:
+        destroy_groups()
+        dist.destroy_process_group()

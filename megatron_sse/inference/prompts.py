@@ -48,15 +48,18 @@ def check_tokens(name: str, prompt: Sequence[int], vocab_size: int) -> None:
             raise UserError(f"{name}: got token {token}, allowed 0 to {vocab_size - 1}")
 
 
-def check_length(model: ModelConfig, trained_length: int, num_tokens: int) -> None:
-    """Raise UserError where a sequence would reach positions that softmax layers have never seen."""
+def check_length(model: ModelConfig, trained_length: int, num_tokens: int, given: str) -> None:
+    """Raise UserError where a sequence would reach positions that softmax layers have never seen.
+
+    given: the option, and what was got.
+    """
     softmax = model.softmax
     if "softmax" not in model.layer_kinds() or not softmax.rotary_base or softmax.window is not None:
         return
     if num_tokens > trained_length:
         raise UserError(
-            f"--max-tokens: got sequences of {num_tokens} tokens with their prompts, allowed {trained_length}, the "
-            "length (data.sequence_length) that the softmax layers' positions were trained for; --any-length goes on"
+            f"{given}, allowed {trained_length}, the length (data.sequence_length) that the softmax layers' positions "
+            "were trained for; --any-length goes on"
         )
 
 

@@ -40,7 +40,7 @@ def prefill(model: GPTModel, cache: Cache, prompts: Sequence[Sequence[int]], chu
     """
     assert all(map(len, prompts))
     last = [torch.empty(0)] * len(prompts)
-    for pieces in _cut([len(prompt) for prompt in prompts], chunk):
+    for pieces in cut([len(prompt) for prompt in prompts], chunk):
         slots, starts, counts = zip(*pieces, strict=True)
         tokens = [torch.as_tensor(prompts[slot][start : start + count]) for slot, start, count in pieces]
         hidden_T1d = feed(model, cache, torch.cat(tokens), slots, counts)
@@ -53,7 +53,7 @@ def prefill(model: GPTModel, cache: Cache, prompts: Sequence[Sequence[int]], chu
     return torch.stack(last)
 
 
-def _cut(lengths: Sequence[int], chunk: int) -> Iterator[list[tuple[int, int, int]]]:
+def cut(lengths: Sequence[int], chunk: int) -> Iterator[list[tuple[int, int, int]]]:
     """Chunks of the sequences one after the other, each a list of (sequence, first token, number of tokens)."""
     pieces: list[tuple[int, int, int]] = []
     room = chunk

@@ -69,17 +69,22 @@ class FolderTokenizer:
         return add
 
 
-def open_tokenizer(model: Model) -> Tokenizer:
-    """The tokenizer of a model's folder; byte tokens where the model was trained on them. Raises UserError."""
+def open_tokenizer(model: Model, instead: str = "") -> Tokenizer:
+    """The tokenizer of a model's folder; byte tokens where the model was trained on them.
+
+    instead: what else a user can do without one, after a comma. Raises UserError.
+    """
     there = [name for name in ("tokenizer_config.json", "tokenizer.json") if (model.folder / name).is_file()]
     if there:
         return _read_tokenizer(model, there[0])
-    metadata = read_metadata(model.config.data.train[0].prefix)
-    if model.config.model.vocab_size == VOCAB_SIZE or (metadata is not None and metadata.tokenizer == "bytes"):
+    first = model.config.data.train[0]
+    metadata = read_metadata(first.prefix) if first.prefix else None
+    of_bytes = first.needle is not None or (metadata is not None and metadata.tokenizer == "bytes")
+    if of_bytes or model.config.model.vocab_size == VOCAB_SIZE:
         return ByteTokenizer()
     raise UserError(
         f"{model.folder}: no tokenizer (tokenizer.json), and {model.config.model.vocab_size} tokens are not the "
-        f"{VOCAB_SIZE} byte tokens; put the tokenizer's files there, or give token numbers with --tokens"
+        f"{VOCAB_SIZE} byte tokens; put the tokenizer's files there{instead}"
     )
 
 

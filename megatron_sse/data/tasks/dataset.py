@@ -1,0 +1,57 @@
+"""Samples of a task for training and validation."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatron_sse.config import DataConfig, MQARTask, NeedleTask
+from megatron_sse.data.dataset import Sample
+from megatron_sse.data.tasks.mqar import make_recall
+from megatron_sse.data.tasks.needle import make_needle
+from megatron_sse.data.tokenizer import END_OF_DOCUMENT
+
+# More than any run sees.
+ENDLESS = 1 << 62
+
+
+class TaskDataset:
+    """Each sample follows from its number and the seed's numbers; only answers count as labels."""
+
+    def __init__(self, task: MQARTask | NeedleTask, data: DataConfig, seed: list[int]) -> None:
+        self.task, self.length, self.seed = task, data.sequence_length, seed
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, number: int) -> Sample:
+        generator = np.random.Generator(np.random.PCG64([*self.seed, number]))
+        if isinstance(self.task, MQARTask):
+            return _recall_sample(generator, self.task, self.length)
+        return _needle_sample(generator, self.task, self.length)
+
+
+def _recall_sample(generator: np.random.Generator, task: MQARTask, length: int) -> Sample:
+    """A value is asked for where its key stands again; what follows there is not the value."""
+    recall = make_recall(generator, task, length)
+    tokens_G1 = np.append(recall.tokens_L, 0)
+    labels_G1, counts_G1 = tokens_G1.copy(), np.zeros(length + 1, dtype=bool)
+    labels_G1[recall.place_P + 1], counts_G1[recall.place_P + 1] = recall.answer_P, True
+    return Sample(tokens_G1, _starts(length + 1, length + 1), counts_G1, length + 1, labels_G1)
+
+
+def _needle_sample(generator: np.random.Generator, task: NeedleTask, length: int) -> Sample:
+    """Byte tokens of a text, its answer and the end of the document, which both count; then padding."""
+    # The sample has one token more than the model reads, and the end takes one.
+    needle = make_needle(generator, task, length, None, len)
+    prompt, answer = needle.prompt.encode(), needle.answer.encode()
+    tokens = [*prompt, *answer, END_OF_DOCUMENT]
+    tokens_G1, counts_G1 = np.zeros(length + 1, dtype=np.int64), np.zeros(length + 1, dtype=bool)
+    tokens_G1[: len(tokens)], counts_G1[len(prompt) : len(tokens)] = tokens, True
+    return Sample(tokens_G1, _starts(length + 1, len(tokens)), counts_G1, len(tokens))
+
+
+def _starts(room: int, length: int) -> np.ndarray:
+    """One document, then, where there is room, padding."""
+    starts_G1 = np.zeros(room, dtype=bool)
+    starts_G1[[0, *range(length, min(length + 1, room))]] = True
+    return starts_G1

@@ -1,0 +1,1 @@
+"""How well a model recalls and predicts: perplexity by position, associative recall, needles."""

@@ -1,0 +1,80 @@
+"""Numbers found in long texts, by where they stand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.core.models.gpt import GPTModel
+
+from megatron_sse.config import NeedleTask
+from megatron_sse.data.tasks.needle import VARIANTS, Needle, least_room, make_needle, score_answer
+from megatron_sse.evaluation.read import Reader
+from megatron_sse.evaluation.recall import sample_generator
+from megatron_sse.inference.cache import Cache
+from megatron_sse.inference.run import generate
+from megatron_sse.inference.sampling import Sampler
+from megatron_sse.inference.text import Tokenizer
+
+
+@dataclass(frozen=True)
+class Found:
+    """score: share of the numbers asked for that were answered, mean over the samples. depth: of the first of them."""
+
+    variant: str
+    length: int
+    depth: float
+    score: float
+
+
+def measure_needles(
+    reader: Reader, tokenizer: Tokenizer, task: NeedleTask, length: int, depth: float, samples: int, seed: int
+) -> Found:
+    """Greedy answers to `samples` texts of at most `length` tokens, answer included, at least least_length of them."""
+    made = make_samples(tokenizer, task, length, depth, samples, seed)
+    score = 0.0
+    for first in range(0, samples, reader.batch):
+        group = made[first : first + reader.batch]
+        texts = answer(reader, tokenizer, group)
+        score += sum(score_answer(text, needle.numbers) for text, needle in zip(texts, group, strict=True))
+    return Found(task.variant, length, depth, score / samples)
+
+
+def make_samples(
+    tokenizer: Tokenizer, task: NeedleTask, length: int, depth: float, samples: int, seed: int
+) -> list[Needle]:
+    """The texts of a length and depth; other depths hide other numbers in other texts."""
+    room = length - _num_before(tokenizer)
+    place = length, list(VARIANTS).index(task.variant), round(depth * 1e6)
+    return [
+        make_needle(sample_generator(seed, *place, number), task, room, depth, lambda text: count(tokenizer, text))
+        for number in range(samples)
+    ]
+
+
+def least_length(tokenizer: Tokenizer, task: NeedleTask) -> int:
+    """Tokens of the longest text without filler, answer included."""
+    return _num_before(tokenizer) + least_room(task, lambda text: count(tokenizer, text))
+
+
+def _num_before(tokenizer: Tokenizer) -> int:
+    """Tokens that a tokenizer puts before a text."""
+    return len(tokenizer.encode("a")) - len(tokenizer.encode("a", goes_on=True))
+
+
+def count(tokenizer: Tokenizer, text: str) -> int:
+    """Tokens of a text that others come before."""
+    return len(tokenizer.encode(text, goes_on=True))
+
+
+def answer(reader: Reader, tokenizer: Tokenizer, needles: list[Needle]) -> list[str]:
+    """What the model says, in as many tokens as the longest right answer has."""
+    net: GPTModel = reader.net
+    prompts = [tokenizer.encode(needle.prompt) for needle in needles]
+    num_tokens = max(count(tokenizer, needle.answer) for needle in needles)
+    decoders, texts = [tokenizer.stream() for _ in needles], [""] * len(needles)
+    sampler = Sampler(reader.vocab_size)
+    for tokens in generate(net, Cache(net, len(needles)), prompts, num_tokens, sampler, tokenizer.end, reader.chunk):
+        for slot, token in enumerate(tokens):
+            if token is not None and token != tokenizer.end:
+                texts[slot] += decoders[slot](token)
+    return texts

@@ -1,0 +1,96 @@
+"""Loss by position: how much a model gains from what it has read before.
+
+Documents are cut into pieces of a length, which share one token with the piece before: every token but a document's
+first is predicted exactly once at each length, from what its piece has before it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+from megatron_sse.config import RunConfig
+from megatron_sse.data.checks import TokenFile, check_token_file
+from megatron_sse.data.metadata import read_metadata
+from megatron_sse.data.sources import split_file
+from megatron_sse.errors import UserError
+from megatron_sse.evaluation.read import Reader
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Tokens with `first` to 2 x `first` - 1 tokens of their piece before them. loss: nats per token."""
+
+    first: int
+    tokens: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Losses:
+    """On a file's first tokens, in pieces of `length` tokens. loss: nats per token. bits_per_byte: where the file says
+    how many bytes its tokens stand for, by the mean over the file."""
+
+    file: str
+    length: int
+    tokens: int
+    loss: float
+    bits_per_byte: float | None
+    buckets: list[Bucket]
+
+
+def validation_files(config: RunConfig, prefix: str | None) -> list[TokenFile]:
+    """The checked file at a prefix; without one the model's validation files, or the held-out part of its training
+    files. Raises UserError."""
+    data, vocab_size = config.data, config.model.vocab_size
+    if prefix is not None:
+        return [check_token_file("--data", prefix, vocab_size)]
+    key = "data.validation" if data.validation is not None else "data.train"
+    sources = data.validation or (data.train if data.validation_share else [])
+    files = [check_token_file(key, source.prefix, vocab_size) for source in sources if source.prefix]
+    if not files:
+        raise UserError("--data: got nothing, allowed a token file's prefix: the model names no validation data")
+    return files if data.validation is not None else [split_file(file, data.validation_share)[1] for file in files]
+
+
+def measure_losses(reader: Reader, file: TokenFile, length: int, num_tokens: int) -> Losses:
+    """Losses on the documents of a file, up to its first `num_tokens` tokens; only what its loss mask leaves in."""
+    pieces, counted = cut_documents(file, length, num_tokens)
+    # The last token of a piece is only predicted.
+    fed = [tokens[:-1] for tokens in pieces]
+    labels_T = np.concatenate([tokens[1:] for tokens in pieces]) if pieces else np.zeros(0, dtype=np.int64)
+    begin_P = np.cumsum([0, *map(len, fed)])
+    sums_K, counts_K = np.zeros((2, 64))
+    for sequence_W, place_W, logits_WV in reader.logits(fed, counted):
+        label_W = torch.from_numpy(labels_T[begin_P[sequence_W] + place_W]).to(logits_WV.device)
+        loss_W = cross_entropy(logits_WV, label_W, reduction="none").double().cpu().numpy()
+        power_W = np.floor(np.log2(place_W + 1)).astype(np.int64)
+        sums_K += np.bincount(power_W, loss_W, minlength=64)
+        counts_K += np.bincount(power_W, minlength=64)
+    tokens = int(counts_K.sum())
+    loss = float(sums_K.sum() / tokens) if tokens else math.nan
+    buckets = [Bucket(1 << int(k), int(counts_K[k]), sums_K[k] / counts_K[k]) for k in np.flatnonzero(counts_K)]
+    metadata = read_metadata(file.prefix)
+    bits = None if metadata is None else metadata.bits_per_byte(loss)
+    return Losses(file.prefix, length, tokens, loss, bits, buckets)
+
+
+def cut_documents(file: TokenFile, length: int, num_tokens: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Pieces of `length` tokens and the one after, int64, the last of each document shorter, and which of the tokens
+    behind the first count. num_tokens: of the file's first documents; what is beyond is left out."""
+    tokens_T = np.memmap(file.prefix + ".bin", dtype=file.index.dtype, mode="r")
+    mask_T = None if file.mask_path is None else np.memmap(file.mask_path, dtype=np.uint8, mode="r")
+    pieces: list[np.ndarray] = []
+    counted: list[np.ndarray] = []
+    stop = int(file.offsets_D1[0]) + num_tokens
+    for begin, end in zip(file.offsets_D1[:-1].tolist(), file.offsets_D1[1:].tolist(), strict=True):
+        end = min(end, stop)
+        for first in range(begin, end - 1, length):
+            last = min(first + length, end - 1)
+            pieces.append(np.array(tokens_T[first : last + 1], dtype=np.int64))
+            counted.append(np.ones(last - first, bool) if mask_T is None else mask_T[first + 1 : last + 1] != 0)
+    return pieces, counted

@@ -1,0 +1,75 @@
+"""Results as PNG files; needs matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from megatron_sse.evaluation.needles import Found
+from megatron_sse.evaluation.perplexity import Losses
+from megatron_sse.evaluation.recall import Recalled
+from megatron_sse.evaluation.report import show_depth
+
+
+def draw_losses(path: Path, results: Sequence[Losses]) -> None:
+    """A line for each length: loss over the tokens before."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for losses in results:
+        firsts = [bucket.first for bucket in losses.buckets]
+        axes.plot(firsts, [bucket.loss for bucket in losses.buckets], marker="o", label=f"pieces of {losses.length:,}")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel("tokens before, from this many to twice as many")
+    axes.set_ylabel("loss, nats per token")
+    axes.set_title(results[0].file)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def draw_recall(path: Path, results: Sequence[Recalled]) -> None:
+    """Accuracy by length and number of pairs."""
+    cells = {(f"{recalled.length:,}", f"{recalled.pairs:,}"): recalled.accuracy for recalled in results}
+    columns = [f"{length:,}" for length in sorted({recalled.length for recalled in results})]
+    rows = [f"{pairs:,}" for pairs in sorted({recalled.pairs for recalled in results})]
+    _draw_map(path, "mqar: share of values recalled", columns, rows, cells, "length in tokens", "pairs")
+
+
+def draw_needles(path: Path, results: Sequence[Found]) -> None:
+    """Share of numbers found by length and depth; of one variant."""
+    cells = {(f"{found.length:,}", show_depth(found.depth)): found.score for found in results}
+    columns = [f"{length:,}" for length in sorted({found.length for found in results})]
+    rows = [show_depth(depth) for depth in sorted({found.depth for found in results})]
+    title = f"needle, {results[0].variant}: share of numbers found"
+    _draw_map(path, title, columns, rows, cells, "length in tokens", "depth of the first number")
+
+
+def _draw_map(
+    path: Path,
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[str],
+    cells: Mapping[tuple[str, str], float],
+    column_name: str,
+    row_name: str,
+) -> None:
+    """A heat map of shares by (column, row), with their numbers; what is missing stays white."""
+    figure = Figure(figsize=(2.5 + 0.9 * len(columns), 1.8 + 0.6 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    values = [[cells.get((column, row), float("nan")) for column in columns] for row in rows]
+    picture = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    for (column, row), value in cells.items():
+        # Dark on light, and the other way round.
+        colour = "black" if value > 0.6 else "white"
+        place = columns.index(column), rows.index(row)
+        axes.text(*place, f"{value:.2f}", ha="center", va="center", color=colour)
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xlabel(column_name)
+    axes.set_ylabel(row_name)
+    axes.set_title(title, wrap=True)
+    figure.colorbar(picture)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,48 @@
+"""Logits after chosen tokens of sequences, in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from megatron_sse.inference.cache import Cache
+from megatron_sse.inference.run import cut, feed, logits_of
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A model, and how much of its input is in memory at once: `batch` sequences, `chunk` of their tokens."""
+
+    net: GPTModel
+    vocab_size: int
+    batch: int
+    chunk: int
+
+    def logits(
+        self, sequences: Sequence[np.ndarray], wanted: Sequence[np.ndarray]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, Tensor]]:
+        """Of the W wanted tokens of each chunk: sequence [W], place in it [W], logits after it [W, vocab_size], fp32.
+
+        sequences: tokens, int64, each at least one. wanted: bool, as long as they are.
+        """
+        for first in range(0, len(sequences), self.batch):
+            group = sequences[first : first + self.batch]
+            cache = Cache(self.net, len(group))
+            for pieces in cut([len(tokens) for tokens in group], self.chunk):
+                slots, begins, counts = (np.array(column) for column in zip(*pieces, strict=True))
+                chosen = [(slot, slice(begin, begin + count)) for slot, begin, count in pieces]
+                tokens_T = torch.from_numpy(np.concatenate([group[slot][part] for slot, part in chosen]))
+                wanted_T = np.concatenate([wanted[first + slot][part] for slot, part in chosen])
+                hidden_T1d = feed(self.net, cache, tokens_T, slots.tolist(), counts.tolist())
+                if not wanted_T.any():
+                    continue
+                sequence_T = first + np.repeat(slots, counts)
+                place_T = np.concatenate([np.arange(part.start, part.stop) for _, part in chosen])
+                row_W = torch.from_numpy(np.flatnonzero(wanted_T)).to(hidden_T1d.device)
+                logits_WV = logits_of(self.net, hidden_T1d[row_W])[:, : self.vocab_size]
+                yield sequence_T[wanted_T], place_T[wanted_T], logits_WV

@@ -1,0 +1,53 @@
+"""Accuracy at multi-query associative recall."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_sse.config import MQARTask
+from megatron_sse.data.tasks.mqar import make_recall
+from megatron_sse.evaluation.read import Reader
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Questions asked `first` to 2 x `first` - 1 tokens after their value."""
+
+    first: int
+    questions: int
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """accuracy: share of questions whose value is the likeliest token. chance: that of guessing a value."""
+
+    length: int
+    pairs: int
+    accuracy: float
+    chance: float
+    distances: list[Distance]
+
+
+def measure_recall(reader: Reader, task: MQARTask, length: int, samples: int, seed: int) -> Recalled:
+    """Accuracy on `samples` sequences of a length; seed, length, pairs and their number decide them."""
+    made = [make_recall(sample_generator(seed, length, task.pairs, number), task, length) for number in range(samples)]
+    wanted = [np.isin(np.arange(length), recall.place_P) for recall in made]
+    answer_SL, distance_SL = np.zeros((2, samples, length), dtype=np.int64)
+    for number, recall in enumerate(made):
+        answer_SL[number, recall.place_P], distance_SL[number, recall.place_P] = recall.answer_P, recall.distance_P
+    right_K, asked_K = np.zeros((2, 64))
+    for sequence_W, place_W, logits_WV in reader.logits([recall.tokens_L for recall in made], wanted):
+        right_W = logits_WV.argmax(-1).cpu().numpy() == answer_SL[sequence_W, place_W]
+        power_W = np.floor(np.log2(distance_SL[sequence_W, place_W])).astype(np.int64)
+        right_K += np.bincount(power_W, right_W, minlength=64)
+        asked_K += np.bincount(power_W, minlength=64)
+    distances = [Distance(1 << int(k), int(asked_K[k]), right_K[k] / asked_K[k]) for k in np.flatnonzero(asked_K)]
+    return Recalled(length, task.pairs, float(right_K.sum() / asked_K.sum()), 1 / task.values, distances)
+
+
+def sample_generator(seed: int, *place: int) -> np.random.Generator:
+    """Random numbers of one sample."""
+    return np.random.Generator(np.random.PCG64([seed, *place]))

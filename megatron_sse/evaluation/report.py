@@ -1,0 +1,108 @@
+"""Results as tables of text and as one JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import megatron.core
+import torch
+
+from megatron_sse import __version__
+from megatron_sse.errors import UserError
+from megatron_sse.evaluation.needles import Found
+from megatron_sse.evaluation.perplexity import Losses
+from megatron_sse.evaluation.recall import Recalled
+
+RESULTS = "results.json"
+VERSIONS = {"megatron_sse": __version__, "torch": torch.__version__, "megatron_core": megatron.core.__version__}
+
+
+def tabulate_losses(results: Sequence[Losses]) -> str:
+    """Loss and number of tokens by the tokens before, for each length; of one file."""
+    first = results[0]
+    header = ["tokens before", *(text for losses in results for text in (f"length {losses.length:,}", "tokens"))]
+    rows = []
+    for begin in sorted({bucket.first for losses in results for bucket in losses.buckets}):
+        row = [span(begin)]
+        for losses in results:
+            there = [bucket for bucket in losses.buckets if bucket.first == begin]
+            row += [f"{there[0].loss:.4f}", f"{there[0].tokens:,}"] if there else ["-", "-"]
+        rows.append(row)
+    rows.append(["all", *(text for losses in results for text in (f"{losses.loss:.4f}", f"{losses.tokens:,}"))])
+    if first.bits_per_byte is not None:
+        rows.append(["bits per byte", *(text for losses in results for text in (f"{losses.bits_per_byte:.4f}", ""))])
+    return _table(f"perplexity: {first.file}, nats per token", header, rows)
+
+
+def tabulate_recall(results: Sequence[Recalled]) -> str:
+    """Accuracy by length and pairs, then by distance for each length."""
+    lengths, pairs = _values(results, "length"), _values(results, "pairs")
+    cells = {(recalled.length, recalled.pairs): recalled for recalled in results}
+    columns = [f"{number:,} pairs" for number in pairs]
+    accuracy = {place: recalled.accuracy for place, recalled in cells.items()}
+    rows = [[f"{length:,}", *(_share(accuracy.get((length, number))) for number in pairs)] for length in lengths]
+    title = f"mqar: share of values recalled (by chance {results[0].chance:.3f})"
+    tables = [_table(title, ["length", *columns], rows)]
+    for length in lengths:
+        there = {number: cells[length, number].distances for number in pairs if (length, number) in cells}
+        rows = []
+        for begin in sorted({distance.first for distances in there.values() for distance in distances}):
+            shares = {n: d.accuracy for n, distances in there.items() for d in distances if d.first == begin}
+            rows.append([span(begin), *(_share(shares.get(number)) for number in pairs)])
+        tables.append(_table(f"mqar: by tokens since the value, length {length:,}", ["tokens", *columns], rows))
+    return "\n".join(tables)
+
+
+def tabulate_needles(results: Sequence[Found]) -> str:
+    """Share of numbers found by depth and length; of one variant."""
+    cells = {(found.length, found.depth): found.score for found in results}
+    lengths = _values(results, "length")
+    rows = [
+        [show_depth(depth), *(_share(cells[length, depth]) for length in lengths)]
+        for depth in _values(results, "depth")
+    ]
+    title = f"needle, {results[0].variant}: share of numbers found, by length and depth"
+    return _table(title, ["depth", *(f"{length:,}" for length in lengths)], rows)
+
+
+def span(first: int) -> str:
+    """The whole numbers of a bucket."""
+    return f"{first:,}" if first == 1 else f"{first:,} to {2 * first - 1:,}"
+
+
+def show_depth(depth: float) -> str:
+    return f"{100 * depth:g} %"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _values(results: Sequence[Any], name: str) -> list[Any]:
+    """Different values of an attribute, in order."""
+    return sorted({getattr(result, name) for result in results})
+
+
+def _table(title: str, header: list[str], rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
+    return "\n".join([title, *lines, ""])
+
+
+def write_results(folder: Path, about: dict[str, Any], results: dict[str, list[Any]]) -> Path:
+    """Write results.json, which appears complete or not at all. Raises UserError."""
+    path = folder / RESULTS
+    content = about | {"versions": VERSIONS}
+    content |= {task: [asdict(result) for result in found] for task, found in results.items()}
+    partial = folder / f"{RESULTS}.partial"
+    try:
+        partial.write_text(json.dumps(content, indent=2) + "\n")
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"--output: {path} cannot be written ({error.strerror})") from None
+    return path
