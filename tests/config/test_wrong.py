@@ -234,6 +234,13 @@ WRONG_OVERRIDES = {
     "allowed vanilla while parallel.context is above 1",
     "model.transformer.add_qkv_bias=true": "model.transformer.add_qkv_bias: got true, "
     "allowed nothing: use model.softmax.qkv_bias",
+    "monitor.profile_steps=[3,2]": "monitor.profile_steps: got [3, 2], "
+    "allowed the first and the last of some steps, such as [10, 12]",
+    "monitor.profile_steps=5": "monitor.profile_steps: got 5, allowed the first and the last of ...",
+    "monitor.memory_steps=[0,1]": "monitor.memory_steps: got [0, 1], allowed the first and the last of ...",
+    "monitor.memory_steps=[1,11]": "monitor.memory_steps: got [1, 11], allowed steps up to training.steps 10",
+    "monitor.profile_ranks=[-1]": "monitor.profile_ranks.0: got -1, allowed at least 0",
+    "monitor.spike_factor=-1": "monitor.spike_factor: got -1, allowed at least 0.0",
     "model.softmax.rotary_scaling.factor=0.5": "model.softmax.rotary_scaling.factor: got 0.5, allowed at least 1.0",
     "model.softmax.rotary_scaling.factor=8 model.softmax.rotary_scaling.low_turns=4": "model.softmax.rotary_scaling."
     "low_turns: got 4.0, allowed less than model.softmax.rotary_scaling.high_turns 4.0",
@@ -331,6 +338,8 @@ IGNORED = {
     "model.sse.num_partitions=0 model.sse.form=mask": "model.sse.form is ignored: model.sse.num_partitions is 0",
     "model.transformer.cp_comm_type=p2p": "model.transformer.cp_comm_type is ignored: "
     "only bf16 softmax layers with parallel.context above 1 use it",
+    "monitor.profile_ranks=[1]": "monitor.profile_ranks is ignored: "
+    "monitor.profile_steps and monitor.memory_steps are null",
     "training.validation_interval=5": "training.validation_interval is ignored: there is no validation data",
     "optimizer.warmup_steps=11": "optimizer.schedule is ignored: the warm-up has 11 steps, the run 10",
     "optimizer.decay_steps=5": "optimizer.decay_steps is ignored: optimizer.schedule is cosine, not wsd",

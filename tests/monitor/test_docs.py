@@ -23,7 +23,13 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "observe.md").read_text()
 COMMANDS = re.findall(r"^    (?:\.venv/bin/|\./)([^\[\]\n]*(?:'[^']*')?)$", PAGE, re.MULTILINE)
 SMALL = ["model.hidden_size=32", "model.sse.head_dim=8", "model.layers=[sse,gla,softmax]", "data.sequence_length=32"]
-SMALL += ["model.num_layers=3", "training.global_batch_size=2", "training.micro_batch_size=1", "data.corpus=null"]
+SMALL += [
+    "model.num_layers=3",
+    "model.sse.num_partitions=2",
+    "training.global_batch_size=2",
+    "training.micro_batch_size=1",
+    "data.corpus=null",
+]
 SMALL += ["training.steps=12", "training.validation_interval=0", "training.validation_batches=1"]
 
 
