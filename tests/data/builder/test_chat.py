@@ -9,12 +9,15 @@ import pyarrow.parquet as parquet
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from megatron_sse.config import plan_stages
 from megatron_sse.data.builder.chat import DEFAULT_TEMPLATE, ChatError, Template
 from megatron_sse.data.builder.encode import ByteEncoder
+from megatron_sse.data.iterators import build_data_iterators
 from megatron_sse.data.metadata import read_metadata
 from megatron_sse.data.tokenizer import END_OF_DOCUMENT, decode
 from megatron_sse.errors import UserError
 from tests.data.builder.support import documents, make_tokenizer, run, write_lines
+from tests.data.files import data_parallel_groups, run_config
 
 TURNS = [
     {"role": "system", "content": "Be brief."},
@@ -66,6 +69,19 @@ def test_answers_and_ends_count(tmp_path: Path) -> None:
     assert np.isclose(metadata.unigram_bits_per_byte, expected)
     # A loss is one of labels: ln 2 nats for each.
     assert np.isclose(metadata.bits_per_byte(np.log(2)), (sum(sizes) + 2) / sum(sizes))
+
+
+def test_training_counts_the_answers_alone(tmp_path: Path) -> None:
+    run(tmp_path / "out", write_lines(tmp_path / "a.jsonl", [{"messages": TURNS}]), format="chat")
+    sections: dict[str, Any] = {
+        "model": {"vocab_size": 257},
+        "data": {"sequence_length": 256, "packing": "best_fit"},
+        "training": {"global_batch_size": 1, "micro_batch_size": 1},
+    }
+    config = run_config(str(tmp_path / "out"), **sections)
+    batch = next(build_data_iterators(plan_stages(config)[0], data_parallel_groups(), 0)[0])
+    labels = batch.labels_BL[batch.loss_mask_BL > 0].numpy()
+    assert decode(labels) == "174 cm 🐈\nwords and words\n" and labels[-1] == END_OF_DOCUMENT
 
 
 @pytest.mark.parametrize("template", [CLOSED, MARKED])
