@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_sse.config import load_config
 from megatron_sse.data.metadata import Metadata
 from megatron_sse.model import build_model
 from megatron_sse.monitor import Monitor
+from megatron_sse.monitor.flops import train_flops_per_token
 from megatron_sse.monitor.health import find_mixers
 from megatron_sse.parallel.device import setup_device
 from megatron_sse.parallel.groups import init_groups
 from tests.data.files import run_config
+from tests.monitor.events import read_events
 from tests.workers import run_workers
 
 PARTITIONS = 4
@@ -45,11 +46,11 @@ def fake_means(layer, tensor_rank, data_rank):
     return {name: torch.as_tensor(value, dtype=torch.float32) for name, value in means.items()}
 
 
-def run_monitor(folder, layout=None, steps=4, log_interval=1):
+def run_monitor(folder, layout=None, steps=4, log_interval=1, memory_steps=None):
     """A run of `steps` steps; returns what this rank logged."""
-    config = small_config(folder, layout, log_interval=log_interval)
+    config = small_config(folder, layout, log_interval=log_interval, memory_steps=memory_steps)
     parallel = config.parallel
-    groups = init_groups(parallel.tensor, parallel.pipeline, parallel.virtual_pipeline)
+    groups = init_groups(parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, parallel.context)
     device = setup_device(0)
     chunks = build_model(config, groups, device)
     for mixer in find_mixers(chunks):
@@ -70,19 +71,13 @@ def run_monitor(folder, layout=None, steps=4, log_interval=1):
     return lines
 
 
-def read_events(folder):
-    """Steps and values by scalar name."""
-    events = EventAccumulator(str(Path(folder) / "run" / "tensorboard"))
-    events.Reload()
-    return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
-
-
 LAYOUTS = {
     "one process": (1, {}),
     "TP2": (2, {"tensor": 2}),
     "PP2": (2, {"pipeline": 2}),
     "PP2 with virtual stages": (2, {"pipeline": 2, "virtual_pipeline": 2}),
     "DP2": (2, {}),
+    "CP2": (2, {"context": 2}),
 }
 
 
@@ -91,7 +86,7 @@ def test_events_are_complete_at_any_layout(name, tmp_path):
     world_size, layout = LAYOUTS[name]
     by_rank = run_workers(world_size, run_monitor, str(tmp_path), layout)
     assert by_rank[1:] == [[]] * (world_size - 1), "only rank 0 speaks"
-    scalars = read_events(tmp_path)
+    scalars = read_events(tmp_path / "run")
     assert scalars["train/loss"] == [(step, 2.5) for step in range(1, 5)]
     assert scalars["train/balance_loss"][-1] == (4, 1.25)
     assert scalars["optimizer/learning_rate"] == [(step, pytest.approx(1e-3 * step)) for step in range(1, 5)]
@@ -99,6 +94,10 @@ def test_events_are_complete_at_any_layout(name, tmp_path):
     assert scalars["speed/tokens_per_second"] == [(step, pytest.approx(4000 / step)) for step in range(1, 5)]
     assert scalars["memory/peak_gib"][0][1] > 0.1
     assert "speed/mfu" not in scalars
+    assert scalars["speed/processes"][-1] == (4, world_size)
+    flops = train_flops_per_token(small_config(tmp_path).model, 16) * 4000 / world_size
+    assert scalars["speed/tflops_per_gpu"][0] == (1, pytest.approx(flops / 1e12))
+    assert len(list((tmp_path / "run/tensorboard").iterdir())) == 1
     assert scalars["validation/loss"] == [(4, pytest.approx(math.log(2)))]
     assert scalars["validation/bits_per_byte"] == [(4, pytest.approx(1.5))]
 
@@ -137,7 +136,15 @@ def test_log_interval_gives_means_over_its_steps(tmp_path):
     (lines,) = run_workers(1, run_monitor, str(tmp_path), None, 10, 4)
     assert [line.split(" |")[0] for line in lines if "tokens/s" in line] == ["step 4/10", "step 8/10", "step 10/10"]
     # Steps 5 to 8 take 0.25 s times their number.
-    assert read_events(tmp_path)["speed/tokens_per_second"][1] == (8, pytest.approx(4000 / (0.25 * (5 + 6 + 7 + 8))))
+    assert read_events(tmp_path / "run")["speed/tokens_per_second"][1] == (
+        8,
+        pytest.approx(4000 / (0.25 * (5 + 6 + 7 + 8))),
+    )
+
+
+def test_memory_steps_without_a_gpu_say_so(tmp_path):
+    (lines,) = run_workers(1, run_monitor, str(tmp_path), None, 1, 1, [1, 1])
+    assert lines[0] == "monitor.memory_steps is ignored: there is no GPU whose memory could be recorded"
 
 
 def test_the_saved_settings_load_to_the_same_run(tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sse.monitor.straggler import compare
+from megatron_sse.monitor.straggler import ComputeClock, compare
 from megatron_sse.training.loop import Signals
 from tests.monitor.events import read_events
 from tests.training.support import small_run, start
@@ -29,6 +29,31 @@ def test_stages_differ_in_their_work() -> None:
     assert compare([1.0, 2.0, 3.0, 3.0], [0, 0, 1, 1])[1] == 2.0
     assert compare([1.0, 3.0], [0, 1]) == {}
     assert compare([0.0, 0.0], [0, 0]) == {}
+
+
+class FakeEvent:
+    """A stand-in for torch.cuda.Event on a device whose time goes on by a second with every event."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        FakeEvent.now += 1.0
+        self.at = FakeEvent.now
+
+    def elapsed_time(self, end: "FakeEvent") -> float:
+        return 1000 * (end.at - self.at)
+
+
+def test_on_a_gpu_events_around_the_passes_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    clock = ComputeClock("cuda")
+    for name in ("forward-backward", "forward-compute", "forward-recv", "backward-compute"):
+        clock(name, log_level=1).start()
+        clock(name).stop()
+    assert clock.take() == 2.0 and clock.take() == 0.0
 
 
 def run_with_a_slow_rank(folder: Path, parallel: dict[str, Any], slow: int | None) -> list[str]:
