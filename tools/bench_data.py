@@ -22,7 +22,7 @@ import psutil
 from megatron_sse.data.corpus import read_documents
 
 MIB = 1 << 20
-SAMPLE_SECONDS = 0.05
+SAMPLE_SECONDS = 0.1
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +19,9 @@ from megatron_sse.installed import require
 BYTES = "bytes"
 # Largest vocabulary of 16-bit tokens.
 _UINT16_TOKENS = 1 << 16
+# Characters of a text that is encoded at once, and those that are looked at to cut it.
+_PIECE, _WINDOW, _TRIES = 1 << 20, 256, 8
+_LINE_START = re.compile(r"\n(?=\S)")
 
 
 class Encoder(Protocol):
@@ -79,11 +84,11 @@ class FileEncoder:
         self.behind = behind if behind[-1:] == [end] else [*behind, end]
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        encoded = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return self._join(self.before, *(part.ids for part in encoded), self.behind)
+        pieces = (piece for text in texts for piece in self._pieces(text))
+        return self._join(self.before, *(self._array(self._ids(piece)) for piece in pieces), self.behind)
 
     def encode_parts(self, prompt: str, completion: str) -> tuple[np.ndarray, int]:
-        parts = [part.ids for part in self.tokenizer.encode_batch_fast([prompt, completion], add_special_tokens=False)]
+        parts = [self._ids(prompt), self._ids(completion)]
         return self._join(self.before, *parts, self.behind), len(self.before) + len(parts[0])
 
     def encode_spans(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -92,10 +97,33 @@ class FileEncoder:
         span_T = np.full(len(last_T), -1)
         for number, (begin, end) in enumerate(spans):
             span_T[(last_T >= begin) & (last_T < end)] = number
-        return self._join(encoded.ids), span_T
+        return self._array(encoded.ids), span_T
 
-    def _join(self, *parts: list[int]) -> np.ndarray:
-        return np.concatenate([np.array(part, dtype=self.dtype) for part in parts])
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    def _array(self, ids: list[int]) -> np.ndarray:
+        return np.array(ids, dtype=self.dtype)
+
+    def _join(self, *parts: list[int] | np.ndarray) -> np.ndarray:
+        return np.concatenate([np.asarray(part, dtype=self.dtype) for part in parts])
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        """A text in pieces with the tokens of the whole; the library needs some 430 bytes per token that it makes."""
+        begin = 0
+        while len(text) - begin > _PIECE and (cut := self._find_cut(text, begin + _PIECE)):
+            yield text[begin:cut]
+            begin = cut
+        yield text[begin:]
+
+    def _find_cut(self, text: str, begin: int) -> int | None:
+        """A line's start behind `begin` where tokens do not depend on what is on the other side, as far as seen."""
+        for found in islice(_LINE_START.finditer(text, begin), _TRIES):
+            cut = found.end()
+            left, right = text[cut - _WINDOW : cut], text[cut : cut + _WINDOW]
+            if self._ids(left + right) == self._ids(left) + self._ids(right):
+                return cut
+        return None
 
 
 def read_tokenizer(path: Path) -> Any:

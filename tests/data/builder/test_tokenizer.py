@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 
+from megatron_sse.data.builder import encode
 from megatron_sse.data.builder.encode import token_type
 from megatron_sse.data.metadata import read_metadata
 from tests.data.builder.support import TEXTS, documents, files, make_tokenizer, records, run, write_lines
@@ -27,6 +28,30 @@ def test_tokens_are_those_of_the_library(tmp_path: Path, begin: bool) -> None:
     # Worked on by processes, and by the file instead of its folder.
     run(tmp_path / "two", path, tokenizer=str(tmp_path / "tiny/tokenizer.json"), workers=2)
     assert files(tmp_path / "two") == files(tmp_path / "out")
+
+
+def long_text() -> str:
+    """Lines that end in all ways, and begin with spaces, line ends and words."""
+    generator = np.random.default_rng(0)
+    words = ["def", "f(x):", " ", "\n", "\n\n", "\n    ", ".\n", "🐈\n", "12\n", "\t", "ü", "word", "\r\n", "words"]
+    return "".join(words[number] for number in generator.integers(0, len(words), 20_000))
+
+
+@pytest.mark.parametrize("depends", [False, True])
+def test_a_long_text_is_cut_where_that_changes_no_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, depends: bool
+) -> None:
+    tokenizer = make_tokenizer(tmp_path / "tiny", begin=True)
+    if depends:
+        # A space before the first word of what is encoded, so that no cut can be right.
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        tokenizer.save(str(tmp_path / "tiny/tokenizer.json"))
+    monkeypatch.setattr(encode, "_PIECE", 1_000)
+    encoder = encode.FileEncoder(tmp_path / "tiny/tokenizer.json", end=1)
+    text = long_text()
+    pieces = list(encoder._pieces(text))
+    assert "".join(pieces) == text and (len(pieces) == 1 if depends else max(map(len, pieces)) < 2_000)
+    assert encoder.encode([text]).tolist() == [*tokenizer.encode(text).ids, 1]
 
 
 def test_what_the_file_says_about_cutting_and_padding_is_not_done(tmp_path: Path) -> None:
