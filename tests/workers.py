@@ -30,7 +30,9 @@ class WorkerPool:
     """`world_size` processes that have joined one gloo world and run what they are sent."""
 
     def __init__(self, world_size: int) -> None:
-        context = get_context("spawn")
+        # Forked from one process that has loaded what takes most processes seconds to load.
+        context = get_context("forkserver")
+        context.set_forkserver_preload(["megatron_sse.training.loop"])
         port = _free_port()
         self._pipes: list[Connection] = []
         self._processes: list[BaseProcess] = []
