@@ -59,17 +59,25 @@ class Agent(LocalElasticAgent):
             raise SignalException("ended while starting", signal.Signals(signum))
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        meeting, store = worker_group.spec.rdzv_handler, worker_group.store
+        assert store is not None
         result = super()._monitor_workers(worker_group)
-        if result.state == WorkerState.SUCCEEDED and not self._all_are_done(worker_group):
-            # They start again with those of another node that fails now.
-            result = RunResult(WorkerState.HEALTHY)
-        if result.state == WorkerState.HEALTHY and worker_group.spec.rdzv_handler.is_closed():
-            raise RendezvousClosedError
         if result.failures:
             self.status, self.reason = first_failure(result.failures)
+            # The first cause, of which those that lose contact are a consequence.
+            self.reason = store.compare_set("reason", "", self.reason).decode()
             if self.is_ending or self.status in FINAL_EXITS:
                 self._remaining_restarts = 0
-        return result
+            return result
+        if result.state == WorkerState.SUCCEEDED and self._all_are_done(worker_group):
+            return result
+        # Also where those of this machine have ended well: they start again with the others.
+        if meeting.is_closed():
+            raise RendezvousClosedError
+        if meeting.num_nodes_waiting():
+            self.status, self.reason = 1, store.compare_set("reason", "", "a node was started again").decode()
+            return RunResult(WorkerState.UNHEALTHY)
+        return RunResult(WorkerState.HEALTHY)
 
     def _all_are_done(self, worker_group: WorkerGroup) -> bool:
         assert worker_group.store is not None
@@ -79,12 +87,8 @@ class Agent(LocalElasticAgent):
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         total = worker_group.spec.max_restarts
-        used = total - self._remaining_restarts
-        if self.reason:
-            logger.warning("restart %d of %d: %s", used, total, self.reason)
-        else:
-            logger.warning("starting again with another node; restarts of this one: %d of %d", used, total)
-        self.reason, self.is_done = "", False
+        logger.warning("restart %d of %d: %s", total - self._remaining_restarts, total, self.reason)
+        self.is_done = False
         super()._restart_workers(worker_group)
 
 
