@@ -243,7 +243,7 @@ class Run:
 
     def _seed(self, step: int) -> None:
         # Random numbers of a step (dropout) depend on the step and rank alone: a resumed run draws the same.
-        rank = self.groups.pp.rank() * self.groups.dp.size() + self.groups.dp.rank()
+        rank = self.groups.pp.rank() * self.groups.dp_cp.size() + self.groups.dp_cp.rank()
         model_parallel_cuda_manual_seed(self.config.training.seed + 100_003 * step + 1_009 * rank)
 
     def _report(self, step: int, result: StepResult, rate: float, seconds: float) -> None:
