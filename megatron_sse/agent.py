@@ -5,7 +5,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from types import FrameType
 
@@ -134,7 +134,9 @@ def run_torchrun(command: list[str], nodes: Nodes, timeout_minutes: float) -> in
             logger.warning("restart %d of %d: %s", config.max_restarts - restarts_left, config.max_restarts, lost)
 
 
-def _describe(config: LaunchConfig, program: object, arguments: list[str], meeting: Meeting) -> WorkerSpec:
+def _describe(
+    config: LaunchConfig, program: Callable[..., object] | str, arguments: list[str], meeting: Meeting
+) -> WorkerSpec:
     names = {field.name for field in fields(WorkerSpec)} & {field.name for field in fields(config)}
     same = {name: getattr(config, name) for name in names}
     return WorkerSpec(

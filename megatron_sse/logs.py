@@ -35,7 +35,7 @@ def open_log(config: RunConfig, name: str) -> None:
     folder = Path(config.monitor.folder)
     try:
         (folder / "logs").mkdir(parents=True, exist_ok=True)
-        file = _File(folder / "logs" / f"{name}.log")
+        file = _File(folder / "logs" / f"{name}.log", encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"monitor.folder: got {folder}, allowed a folder that can be written to ({error.strerror})"
@@ -43,6 +43,7 @@ def open_log(config: RunConfig, name: str) -> None:
     file.setFormatter(logging.Formatter(_FORMAT))
     logging.getLogger().addHandler(file)
     logger.setLevel(logging.DEBUG)
+    assert file.stream is not None
     faulthandler.enable(file.stream)
     faulthandler.register(signal.SIGUSR1, file.stream)
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
-from torch.distributed import DistError, TCPStore
+from torch.distributed import DistError, Store, TCPStore
 from torch.distributed.elastic.rendezvous import (
     RendezvousConnectionError,
     RendezvousInfo,
@@ -85,7 +85,7 @@ class Meeting(DynamicRendezvousHandler):
 
     nodes: Nodes
     # What the machines tell each other, and what the processes of the present round do.
-    store: TCPStore
+    store: Store
     processes_store: TCPStore
     has_met = False
 

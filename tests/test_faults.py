@@ -1,4 +1,7 @@
-"""Faults in numbers and in input (F19 to F31), each with what has to happen. F1 to F18: tests/checkpoint."""
+"""Faults in numbers and in input (F19 to F31), each with what has to happen.
+
+F1 to F18: tests/checkpoint; F20: tests/monitor/test_spikes.py.
+"""
 
 import json
 import re
