@@ -65,11 +65,11 @@ def train_tokenizer(folder: Path, texts: list[str], vocabulary: int) -> Path:
     return folder
 
 
-def measure(text: Path, output: Path, tokenizer: str, workers: int) -> tuple[float, float, str]:
-    """Seconds from start to end, peak MiB of all processes together (shared pages counted in part), and the output."""
+def measure(text: Path, output: Path, tokenizer: str, workers: int) -> tuple[float, float, float, str]:
+    """Seconds by the clock and of the processor, peak MiB of all processes together, and the output."""
     command = [sys.executable, "-m", "megatron_sse", "data", "build", str(text), "--output", str(output)]
     command += ["--tokenizer", tokenizer, "--workers", str(workers)]
-    started, peak = time.perf_counter(), 0
+    started, before, peak = time.perf_counter(), processor_seconds(), 0
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
         while process.poll() is None:
@@ -80,11 +80,17 @@ def measure(text: Path, output: Path, tokenizer: str, workers: int) -> tuple[flo
             errors.seek(0)
             raise RuntimeError(errors.read().decode())
     assert process.stdout is not None
-    return seconds, peak / MIB, process.stdout.read()
+    return seconds, processor_seconds() - before, peak / MIB, process.stdout.read()
+
+
+def processor_seconds() -> float:
+    """Of all processes that were started and have ended, and of those that they started."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def memory(pid: int) -> int:
-    """Proportional set size of a process and all that it started, in bytes."""
+    """Proportional set size (a shared page is counted in parts) of a process and all that it started, in bytes."""
     total = 0
     try:
         process = psutil.Process(pid)
@@ -109,7 +115,10 @@ def main() -> None:
     versions = ", ".join(f"{name} {version(name)}" for name in ("tokenizers", "numpy"))
     print(f"Commit {commit}, python {platform.python_version()}, {versions}; {processor()}; {args.workers} workers")
     print(f"Load before the start: {os.getloadavg()[0]:.1f}\n")
-    print("| tokenizer | text, MiB | tokens, millions | s | MB/s | peak memory, MiB |\n|---|---|---|---|---|---|")
+    print(
+        "| tokenizer | text, MiB | tokens, millions | s | MB/s | processor s | MB per processor s | peak memory, MiB |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     try:
         trained = train_tokenizer(folder / "bpe", texts, args.vocabulary)
         for name, tokenizer, size in (
@@ -118,12 +127,12 @@ def main() -> None:
         ):
             text = folder / "text.jsonl"
             num_bytes = write_texts(text, texts, size * MIB)
-            seconds, peak, printed = measure(text, folder / "out", tokenizer, args.workers)
+            seconds, busy, peak, printed = measure(text, folder / "out", tokenizer, args.workers)
             found = re.search(r"([\d,]+) tokens", printed)
             assert found is not None
             tokens = int(found.group(1).replace(",", ""))
-            cells = f"{num_bytes / MIB:,.0f} | {tokens / 1e6:,.1f} | {seconds:.1f} | {num_bytes / seconds / 1e6:.1f}"
-            print(f"| {name} | {cells} | {peak:,.0f} |")
+            speeds = " | ".join(f"{each:.1f} | {num_bytes / each / 1e6:.1f}" for each in (seconds, busy))
+            print(f"| {name} | {num_bytes / MIB:,.0f} | {tokens / 1e6:,.1f} | {speeds} | {peak:,.0f} |", flush=True)
             for path in [text, *folder.glob("out*")]:
                 path.unlink()
     finally:
