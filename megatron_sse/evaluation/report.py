@@ -90,7 +90,8 @@ def _values(results: Sequence[Any], name: str) -> list[Any]:
 
 def _table(title: str, header: list[str], rows: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
+    cells = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in (header, *rows)]
+    lines = ["  ".join(row).rstrip() for row in cells]
     return "\n".join([title, *lines, ""])
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from megatron_sse.checkpoint.weights import write_weights
+from megatron_sse.config import Source
 from megatron_sse.convert.layout import SSE_NAMES, model_links
 from megatron_sse.convert.model import make_run_config
 
@@ -25,9 +26,12 @@ def model(layers: str = "sse", sse: dict[str, Any] | None = None, **others: Any)
     return BASE | {"layers": layers, "sse": SSE | (sse or {})} | others
 
 
-def make_checkpoint(folder: Path, section: dict[str, Any], length: int = 256, precision: str = "fp32") -> Path:
+def make_checkpoint(
+    folder: Path, section: dict[str, Any], length: int = 256, precision: str = "fp32", validation: str | None = None
+) -> Path:
     """A checkpoint of a random model whose weights are large enough for each to matter."""
     config = make_run_config(section, length, precision, "test")
+    config.data.validation = validation and [Source(prefix=validation)]
     generator = torch.Generator("cpu").manual_seed(1)
     tensors = {}
     for link in model_links(config.model, SSE_NAMES):
