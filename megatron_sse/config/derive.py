@@ -68,4 +68,4 @@ def _describe_stage(config: RunConfig, stage: StageRun, data_size: int) -> list[
 def _check_profile_ranks(config: RunConfig, world_size: int) -> None:
     beyond = [rank for rank in config.monitor.profile_ranks if rank >= world_size]
     if beyond:
-        raise UserError(f"monitor.profile_ranks: got {beyond[0]}, allowed ranks below {world_size}, the number of processes")
+        raise UserError(f"monitor.profile_ranks: got {beyond[0]}, allowed ranks below {world_size}, the world size")

@@ -128,9 +128,9 @@ def _check_checkpoint(config: RunConfig, key: str, path: Path) -> Finding:
     if key == "resume" and config.checkpoint.changed_data == "refuse":
         # What is wrong with the files is found by check_token_files.
         with contextlib.suppress(UserError):
-            if changed := changed_data(path, plan_stages(config)):
+            if other := changed_data(path, plan_stages(config)):
                 advice = "restore it, or set checkpoint.changed_data: accept"
-                return Finding(BAD, f"checkpoint.{key}", f"{path} is of other data: {'; '.join(changed)}; {advice}")
+                return Finding(BAD, f"checkpoint.{key}", f"{path} is of other data: {'; '.join(other)}; {advice}")
     return Finding(GOOD, f"checkpoint.{key}", f"{path}: whole, of this model, step {manifest.step}")
 
 

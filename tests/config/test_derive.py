@@ -52,5 +52,5 @@ def test_description() -> None:
         assert part in text
     with pytest.raises(UserError, match="got 3 processes"):
         describe_run(config, 3)
-    with pytest.raises(UserError, match="^monitor.profile_ranks: got 4, allowed ranks below 4, the number of processes$"):
+    with pytest.raises(UserError, match="^monitor.profile_ranks: got 4, allowed ranks below 4, the world size$"):
         describe_run(load_config(REFERENCE, ["monitor.profile_ranks=[0,4]", "monitor.profile_steps=[1,2]"]), 4)
