@@ -124,6 +124,9 @@ def run_torchrun(command: list[str], nodes: Nodes, timeout_minutes: float) -> in
             return INTERRUPT_EXIT
         except SignalException as stop:
             return 128 + stop.sigval
+        except RendezvousTimeoutError as error:
+            print(error, file=sys.stderr)
+            return 1
         except (RendezvousConnectionError, DistError) as error:
             lost = f"contact with {nodes.address}:{nodes.port} was lost"
             restarts_left = 0 if agent is None or agent.is_ending or nodes.rank == 0 else agent.restarts_left

@@ -15,6 +15,7 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousInfo,
     RendezvousParameters,
     RendezvousStoreInfo,
+    RendezvousTimeoutError,
 )
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
@@ -141,29 +142,23 @@ class Meeting(DynamicRendezvousHandler):
 def meet(nodes: Nodes, timeout_minutes: float) -> Meeting:
     """Make the place where the machines meet, or find it. next_rendezvous then waits for them.
 
-    Raises UserError where the first machine cannot listen, RendezvousConnectionError where it does not answer.
+    Raises UserError where the first machine cannot listen, RendezvousTimeoutError where it does not answer,
+    RendezvousConnectionError where it was lost at once.
     """
     # The store that torch would make for the processes needs names that other machines know.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    end = time.monotonic() + 60 * timeout_minutes
-    if nodes.count > 1:
-        place = f"{nodes.address}:{nodes.port}"
-        logger.info("node %d of %d, waiting for the others at %s", nodes.rank, nodes.count, place)
+    count, endpoint = nodes.count, f"{nodes.address}:{nodes.port}"
+    if count > 1:
+        logger.info("node %d of %d, waiting for the others at %s", nodes.rank, count, endpoint)
     if nodes.rank:
-        _wait_for_first(nodes, end)
-    count = nodes.count
-    # Alone, any port will do.
-    endpoint = f"{nodes.address}:{nodes.port if count > 1 else 0}"
+        _wait_for_first(nodes, timeout_minutes)
+    elif count > 1:
+        _check_place(nodes)
+    else:
+        # Any port will do.
+        endpoint = f"{nodes.address}:0"
     parameters = RendezvousParameters("c10d", endpoint, RUN_ID, count, count, is_host=nodes.rank == 0)
-    try:
-        backend, store = create_backend(parameters)
-    except RendezvousConnectionError as error:
-        if nodes.rank:
-            raise
-        raise UserError(
-            f"MASTER_ADDR, MASTER_PORT: got {endpoint}, allowed an address of this node and a free port "
-            f"({str(error.__cause__).splitlines()[0]})"
-        ) from None
+    backend, store = create_backend(parameters)
     # Sorted by this name, the machines are in the order of their numbers.
     name = f"{nodes.rank:07d} {socket.gethostname()}"
     timeout = RendezvousTimeout(join=timedelta(minutes=timeout_minutes))
@@ -172,13 +167,30 @@ def meet(nodes: Nodes, timeout_minutes: float) -> Meeting:
     return meeting
 
 
-def _wait_for_first(nodes: Nodes, end: float) -> None:
-    # torch's own wait hears no signals.
+def _check_place(nodes: Nodes) -> None:
+    try:
+        with socket.create_server(("", nodes.port)):
+            socket.create_connection((nodes.address, nodes.port), timeout=10).close()
+    except OSError as error:
+        raise UserError(
+            f"MASTER_ADDR, MASTER_PORT: got {nodes.address}:{nodes.port}, allowed a free port and an address under "
+            f"which this node, the first one, can be reached ({error.strerror or error})"
+        ) from None
+
+
+def _wait_for_first(nodes: Nodes, timeout_minutes: float) -> None:
+    """As torch does, but interrupted by signals, and telling."""
+    end, is_told = time.monotonic() + 60 * timeout_minutes, False
     while True:
         try:
             socket.create_connection((nodes.address, nodes.port), timeout=5).close()
             return
         except OSError as error:
-            if time.monotonic() > end:
-                raise RendezvousConnectionError(f"{nodes.address}:{nodes.port} does not answer ({error})") from error
+            reason = error.strerror or str(error)
+        place = f"{nodes.address}:{nodes.port}"
+        if time.monotonic() > end:
+            raise RendezvousTimeoutError(f"parallel.timeout_minutes: no answer from {place} ({reason})")
+        if not is_told:
+            logger.info("no answer from %s yet (%s)", place, reason)
+            is_told = True
         time.sleep(1)

@@ -56,7 +56,14 @@ class Launcher:
 
 
 def start_launcher(
-    folder: Path, script: str, rank: int = 0, count: int = 1, port: int = 0, per_node: int = 1, max_restarts: int = 0
+    folder: Path,
+    script: str,
+    rank: int = 0,
+    count: int = 1,
+    port: int = 0,
+    per_node: int = 1,
+    max_restarts: int = 0,
+    address: str = "localhost",
 ) -> Launcher:
     """The launcher of machine `rank` of `count`, with `per_node` processes that run `script` after SCRIPT."""
     path = folder / f"script{rank}.py"
@@ -66,12 +73,13 @@ def start_launcher(
     # All imports are made once, in the process that the others are forked from.
     context = get_context("forkserver")
     context.set_forkserver_preload(["megatron_sse.launch", __name__])
-    process = context.Process(target=_launch, args=(str(path), str(log), rank, count, port, per_node, max_restarts))
+    place = (count, rank, address, port)
+    process = context.Process(target=_launch, args=(str(path), str(log), place, per_node, max_restarts))
     process.start()
     return Launcher(process, log)
 
 
-def _launch(script: str, log: str, rank: int, count: int, port: int, per_node: int, max_restarts: int) -> None:
+def _launch(script: str, log: str, place: tuple[int, int, str, int], per_node: int, max_restarts: int) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -83,7 +91,7 @@ def _launch(script: str, log: str, rank: int, count: int, port: int, per_node: i
     from megatron_sse.nodes import Nodes
 
     set_up_logging(rank=0)
-    nodes = Nodes(count, rank, "localhost", port)
+    nodes = Nodes(*place)
     command = build_command([], nodes, per_node, max_restarts)
     command = [*command[: command.index("-m")], script]
     try:

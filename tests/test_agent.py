@@ -1,6 +1,7 @@
 """The launchers of several machines: restarts, what is not tried again, and how each learns of the others' end."""
 
 import signal
+import socket
 from pathlib import Path
 
 from tests.launchers import Launcher, free_port, start_launcher
@@ -88,18 +89,20 @@ def test_two_machines_of_one_number(tmp_path: Path) -> None:
         assert "NODE_RANK: got 0, 1, 1 on 3 nodes, allowed each number from 0 to 2 once" in node.output
 
 
-def test_a_port_that_is_taken(tmp_path: Path) -> None:
+def test_places_that_are_none(tmp_path: Path) -> None:
     port = free_port()
-    first = start_launcher(tmp_path, "", 0, 2, port)
-    first.wait_for("waiting")
+    message = "MASTER_ADDR, MASTER_PORT: got {}:{}, allowed a free port and an address under which this node, the "
+    message += "first one, can be reached ("
+    with socket.create_server(("", port)):
+        launcher = start_launcher(tmp_path, "", 0, 2, port)
+        assert launcher.end() == 2
+    assert message.format("localhost", port) + "Address already in use" in launcher.output
     (tmp_path / "other").mkdir()
-    second = start_launcher(tmp_path / "other", "", 0, 2, port)
-    assert second.end() == 2, second.output
-    assert (
-        f"MASTER_ADDR, MASTER_PORT: got localhost:{port}, allowed an address of this node and a free" in second.output
-    )
-    first.send(signal.SIGTERM)
-    assert first.end() == 143
+    launcher = start_launcher(tmp_path / "other", "", 0, 2, port, address="no.such.host.invalid")
+    assert launcher.end() == 2
+    assert message.format("no.such.host.invalid", port) in launcher.output
+    for folder in (tmp_path, tmp_path / "other"):
+        assert len((folder / "output0").read_text().splitlines()) == 2
 
 
 def test_the_first_machine_may_be_lost(tmp_path: Path) -> None:
