@@ -146,7 +146,7 @@ def test_the_same_order_at_any_layout_and_after_a_resume(tmp_path: Path) -> None
     prefix = str(tmp_path / "file")
     write_tokens(prefix, random_documents(60, 40))
     blend = [{"prefix": prefix, "weight": 1.0}, MQAR | {"weight": 3.0}]
-    config = run_config("x", data={"train": blend, "validation": MQAR})
+    config = run_config("x", data={"train": blend})
     expected = samples_of(config, 1, 0, 64)
     assert samples_of(config, 2, 0, 64) == expected == [*expected[:32], *samples_of(config, 2, 32, 32)]
     order = TrainingOrder(open_training(plan_stages(config)[0]), [5, 0])
@@ -154,9 +154,15 @@ def test_the_same_order_at_any_layout_and_after_a_resume(tmp_path: Path) -> None
     assert len(made) == 48 and len({expected[position] for position in made}) == 48
     other = run_config("x", data={"train": blend}, training={"seed": 6})
     assert not {expected[position] for position in made} & set(samples_of(other, 1, 0, 64))
+
+
+def test_validation_has_samples_of_its_own() -> None:
+    config = run_config("x", data={"train": MQAR, "validation": MQAR})
     held_out = open_validation(config)
     tokens = {tuple(held_out[position].tokens_G1[:-1].tolist()) for position in range(64)}
-    assert len(tokens) == 64 and not tokens & set(expected)
+    assert len(tokens) == 64 and not tokens & set(samples_of(config, 1, 0, 64))
+    other = open_validation(run_config("x", data={"train": MQAR, "validation": MQAR}, training={"seed": 6}))
+    assert tokens == {tuple(other[position].tokens_G1[:-1].tolist()) for position in range(64)}
 
 
 def test_stages_of_a_task_and_a_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
