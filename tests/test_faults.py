@@ -56,7 +56,7 @@ def put(name: str, offset: int, kind: str, value: int) -> Change:
 
 
 def another_vocabulary(folder: Path) -> None:
-    values = {"tokenizer": "bytes", "vocab_size": 50, "documents": 60, "tokens": 300, "bytes": 240}
+    values = {"tokenizer": "bytes", "vocab_size": 70, "documents": 60, "tokens": 300, "bytes": 240}
     (folder / "train.json").write_text(json.dumps(values | {"unigram_bits_per_byte": 4.5}))
 
 
@@ -155,7 +155,7 @@ FAULTS: dict[str, Fault] = {
         refused,
         another_vocabulary,
         "",
-        r"model.vocab_size: 64 given, but {folder}/train.json says 50 .tokenizer bytes.; set model.vocab_size: 50",
+        r"model.vocab_size: 64 given, but {folder}/train.json says 70 .tokenizer bytes.; set model.vocab_size: 70",
     ),
     "F31 vocabulary of a built corpus": partial(
         refused,

@@ -60,7 +60,7 @@ def check_token_file(key: str, prefix: str, vocab_size: int) -> TokenFile:
             "index, build it again"
         )
     metadata = read_metadata(prefix)
-    if metadata is not None and metadata.vocab_size != vocab_size:
+    if metadata is not None and metadata.vocab_size > vocab_size:
         raise UserError(
             f"model.vocab_size: {vocab_size} given, but {prefix}.json says {metadata.vocab_size} "
             f"(tokenizer {metadata.tokenizer}); set model.vocab_size: {metadata.vocab_size}"

@@ -85,7 +85,7 @@ def _check_source(key: str, source: Source, vocab_size: int) -> Iterator[Finding
     if metadata is None:
         yield Finding(OPEN, "tokenizer", f"{source.prefix}.json is not there: the tokenizer is not known")
     else:
-        vocabulary = f"{metadata.vocab_size:,} tokens, as model.vocab_size"
+        vocabulary = f"{metadata.vocab_size:,} tokens, model.vocab_size {vocab_size:,}"
         yield Finding(GOOD, "tokenizer", f"{metadata.tokenizer}, {vocabulary}")
 
 

@@ -70,7 +70,7 @@ def damage(pattern: str, change: Callable[[bytes], bytes]) -> Callable[[Path], N
 
 def describe(folder: Path) -> None:
     fields = {"documents": 1, "tokens": 1, "bytes": 1, "unigram_bits_per_byte": 1.0}
-    (folder / "train.json").write_text(json.dumps({"tokenizer": "words", "vocab_size": 60, **fields}))
+    (folder / "train.json").write_text(json.dumps({"tokenizer": "words", "vocab_size": 70, **fields}))
 
 
 def nothing(folder: Path) -> None:
@@ -85,7 +85,7 @@ WRONG: list[tuple[Callable[[Path], None], list[str], str, str]] = [
     (damage("train.bin", lambda data: data[:-6]), [], "data.train", "truncated"),
     (damage("train.bin", lambda data: b"\xff\xff" + data[2:]), [], "data.train", "token id 65535 at token 0"),
     (lambda folder: (folder / "train.idx").unlink(), [], "data.train", "train.idx not found"),
-    (describe, [], "data.train", "set model.vocab_size: 60"),
+    (describe, [], "data.train", "set model.vocab_size: 70"),
     (nothing, ["data.validation=nowhere"], "data.validation", "nowhere.idx not found"),
     (nothing, ["model.hidden_size=64"], "checkpoint.resume", "model.hidden_size: 32 in the checkpoint, 64 in this run"),
     (nothing, ["model.vocab_size=200"], "checkpoint.resume", "is of another model"),
