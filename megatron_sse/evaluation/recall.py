@@ -35,13 +35,15 @@ def measure_recall(reader: Reader, task: MQARTask, length: int, samples: int, se
     """Accuracy on `samples` sequences of a length; seed, length, pairs and their number decide them."""
     made = [make_recall(sample_generator(seed, length, task.pairs, number), task, length) for number in range(samples)]
     wanted = [np.isin(np.arange(length), recall.place_P) for recall in made]
-    answer_SL, distance_SL = np.zeros((2, samples, length), dtype=np.int64)
-    for number, recall in enumerate(made):
-        answer_SL[number, recall.place_P], distance_SL[number, recall.place_P] = recall.answer_P, recall.distance_P
+    # All questions, in order: Q.
+    place_Q = np.concatenate([number * length + recall.place_P for number, recall in enumerate(made)])
+    answer_Q = np.concatenate([recall.answer_P for recall in made])
+    distance_Q = np.concatenate([recall.distance_P for recall in made])
     right_K, asked_K = np.zeros((2, 64))
     for sequence_W, place_W, logits_WV in reader.logits([recall.tokens_L for recall in made], wanted):
-        right_W = logits_WV.argmax(-1).cpu().numpy() == answer_SL[sequence_W, place_W]
-        power_W = np.floor(np.log2(distance_SL[sequence_W, place_W])).astype(np.int64)
+        question_W = np.searchsorted(place_Q, sequence_W * length + place_W)
+        right_W = logits_WV.argmax(-1).cpu().numpy() == answer_Q[question_W]
+        power_W = np.floor(np.log2(distance_Q[question_W])).astype(np.int64)
         right_K += np.bincount(power_W, right_W, minlength=64)
         asked_K += np.bincount(power_W, minlength=64)
     distances = [Distance(1 << int(k), int(asked_K[k]), right_K[k] / asked_K[k]) for k in np.flatnonzero(asked_K)]
