@@ -25,7 +25,7 @@ from megatron_sse.errors import UserError
 logger = logging.getLogger(__name__)
 
 DEFAULT_PORT = 29500
-# Time for the other machines to stop their processes, which they kill after 30 seconds, when the run has failed.
+# Time for the other machines to stop their processes, which they kill after 30 seconds.
 SECONDS_TO_LEAVE = 40.0
 RUN_ID = "megatron_sse"
 _ENDED = "ended"
@@ -161,7 +161,7 @@ def meet(nodes: Nodes, timeout_minutes: float) -> Meeting:
     backend, store = create_backend(parameters)
     # Sorted by this name, the machines are in the order of their numbers.
     name = f"{nodes.rank:07d} {socket.gethostname()}"
-    timeout = RendezvousTimeout(join=timedelta(minutes=timeout_minutes))
+    timeout = RendezvousTimeout(join=timedelta(minutes=timeout_minutes, seconds=SECONDS_TO_LEAVE))
     meeting: Meeting = Meeting.from_backend(RUN_ID, store, backend, count, count, name, timeout)
     meeting.nodes, meeting.store = nodes, store
     return meeting
