@@ -163,6 +163,8 @@ def _run(agent: Agent, meeting: Meeting) -> int:
         # A user's error has been printed by its rank; of a killed process nothing has.
         if status > 128:
             print(reason, file=sys.stderr)
+        elif result is not None and result.state == WorkerState.UNHEALTHY:
+            print(f"no restarts are left: {reason}", file=sys.stderr)
     except SignalException as stop:
         status, reason = 128 + stop.sigval, f"node {nodes.rank} got {stop.sigval.name}"
     except KeyboardInterrupt:
