@@ -52,7 +52,7 @@ def test_of_the_folder(tmp_path: Path, file: str) -> None:
 
 def test_missing_and_damaged(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "model", model(vocab_size=280))
-    with pytest.raises(UserError, match="no tokenizer .* --tokens"):
+    with pytest.raises(UserError, match="no tokenizer .* put the tokenizer's files there"):
         open_tokenizer(open_model("", folder))
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="tokenizer.json: the tokenizer cannot be read"):
