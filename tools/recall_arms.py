@@ -1,0 +1,119 @@
+"""The arms of the study of recall: models put over configs/recall_mqar.yaml, and the claim that each belongs to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_sse.config import ModelConfig, RunConfig, load_config
+from megatron_sse.config.derive import count_parameters
+from megatron_sse.errors import UserError
+
+BASE = "n8k1"
+PURE6 = "sse6"
+
+CLAIMS = {
+    "a": "recall rises with the number of partitions at equal parameters",
+    "b": "softmax key map against SiLU",
+    "c": "weights on write and read, one of them, neither",
+    "e": "SSE-GDN: post_norm gate against reference",
+    "f": "hybrids 5:1 against pure SSE and softmax only",
+    "g": "with and without balance loss",
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A model of the study.
+
+    claims: keys of CLAIMS. overrides: settings put over the file's. parameters_as: arm whose number of parameters it
+    is given, by the width of its MLP. state_as: arm that it is to have as many elements of state as.
+    """
+
+    claims: str
+    overrides: tuple[str, ...]
+    parameters_as: str | None = BASE
+    state_as: str | None = None
+
+
+def _sse(*settings: str) -> tuple[str, ...]:
+    return tuple(f"model.sse.{setting}" for setting in settings)
+
+
+_SIX = ("model.num_layers=6",)
+# Empty, so that no setting of SSE layers is ignored.
+_SOFTMAX = ("model.layers=softmax", "model.sse={}", "model.softmax.num_heads=2")
+
+ARMS = {
+    "n1k1": Arm("a", _sse("num_partitions=1")),
+    "n2k1": Arm("a", _sse("num_partitions=2")),
+    "n4k1": Arm("a", _sse("num_partitions=4")),
+    BASE: Arm("abceg", _sse("num_partitions=8"), None),
+    "n16k1": Arm("a", _sse("num_partitions=16")),
+    # An SSE layer without partitions is gated linear attention.
+    "gla": Arm("a", _sse("num_partitions=0")),
+    "gla_large_heads": Arm("a", _sse("num_partitions=0", "head_dim=24"), state_as=BASE),
+    "gla_value_heads": Arm("a", _sse("num_partitions=0", "num_value_heads=18"), state_as=BASE),
+    "softmax": Arm("a", _SOFTMAX),
+    "silu": Arm("b", _sse("num_partitions=8", "key_map=silu"), state_as=BASE),
+    "gla_silu": Arm("b", _sse("num_partitions=0", "key_map=silu"), state_as="gla"),
+    "write_only": Arm("c", _sse("num_partitions=8", "weight_reads=false"), state_as=BASE),
+    "read_only": Arm("c", _sse("num_partitions=8", "weight_writes=false"), state_as=BASE),
+    "no_weights": Arm("c", _sse("num_partitions=8", "weight_writes=false", "weight_reads=false"), state_as=BASE),
+    "gdn_post_norm": Arm("e", _sse("recurrence=gdn", "gate=post_norm"), state_as=BASE),
+    "gdn_reference": Arm("e", _sse("recurrence=gdn", "gate=reference"), state_as=BASE),
+    "gdn": Arm("e", _sse("recurrence=gdn", "num_partitions=0")),
+    PURE6: Arm("f", _SIX, None),
+    "hybrid6": Arm("f", (*_SIX, "model.layers=5*sse, softmax", "model.softmax.num_heads=2"), PURE6),
+    "softmax6": Arm("f", (*_SIX, *_SOFTMAX), PURE6),
+    "no_balance": Arm("g", _sse("num_partitions=8", "balance_loss=0.0"), state_as=BASE),
+}
+
+
+def find_arms(names: str | None) -> list[str]:
+    """Names of arms given with commas; all without any. Raises UserError."""
+    found = list(ARMS) if names is None else [name.strip() for name in names.split(",")]
+    for name in found:
+        if name not in ARMS or found.count(name) > 1:
+            raise UserError(f"--arms: got {name!r}, allowed {', '.join(ARMS)}, each once")
+    return found
+
+
+def arm_settings(name: str, path: Path, settings: list[str]) -> list[str]:
+    """All settings of an arm: those given for all arms, its own, and the width of the MLP that matches parameters."""
+    arm, given = ARMS[name], [*settings, *ARMS[name].overrides]
+    if arm.parameters_as is None:
+        return given
+    wanted = num_parameters(load_config(path, [*settings, *ARMS[arm.parameters_as].overrides]).model)
+    # Parameters grow by the same number with each unit of width.
+    one, two = (num_parameters(load_config(path, [*given, f"model.ffn_hidden_size={width}"]).model) for width in (1, 2))
+    return [*given, f"model.ffn_hidden_size={max(1, 1 + round((wanted - one) / (two - one)))}"]
+
+
+def num_parameters(model: ModelConfig) -> int:
+    """Of the whole model."""
+    return sum(count_parameters(model).values())
+
+
+def state_elements(config: RunConfig) -> int:
+    """Numbers that all layers keep of a sequence: states of all banks, keys and values of all tokens seen."""
+    model, sse, softmax = config.model, config.model.sse, config.model.softmax
+    total = 0
+    for kind in model.layer_kinds():
+        if kind == "softmax":
+            total += 2 * softmax.num_kv_heads * softmax.head_dim * (softmax.window or config.data.sequence_length)
+        else:
+            banks = 1 + (sse.num_partitions if kind == "sse" else 0)
+            total += banks * sse.num_value_heads * sse.head_dim * sse.value_head_dim
+    return total
+
+
+def tabulate_arms(configs: dict[str, RunConfig]) -> str:
+    """Markdown: claims, parameters and state of each arm, and what they are matched to."""
+    lines = ["| arm | claims | parameters | as | state elements | as |", "|---|---|---|---|---|---|"]
+    for name, config in configs.items():
+        arm = ARMS[name]
+        parameters, state = num_parameters(config.model), state_elements(config)
+        like = [arm.parameters_as or "-", arm.state_as or "-"]
+        lines.append(f"| {name} | {', '.join(arm.claims)} | {parameters:,} | {like[0]} | {state:,} | {like[1]} |")
+    return "\n".join(lines)

@@ -1,0 +1,149 @@
+"""What the checkpoints of a run of recall have learned: `python -m megatron_sse.tools.recall_measure RUN OUTPUT`.
+
+Besides accuracy and loss: how often a question reads a partition that its pair was written to, how many tokens each
+partition gets, and the effective rank of the states. All on samples that no training sees.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from megatron_sse.config import MQARTask
+from megatron_sse.convert.model import open_model
+from megatron_sse.data.tasks.mqar import Recall, make_recall
+from megatron_sse.evaluation.read import Reader
+from megatron_sse.evaluation.recall import measure_recall, sample_generator
+from megatron_sse.inference.cache import Cache
+from megatron_sse.inference.load import build_and_load, inference_config, tensor_group
+from megatron_sse.inference.run import feed, logits_of
+from megatron_sse.kernels import Routes
+from megatron_sse.model.cache import BankCache
+from megatron_sse.model.router import Router
+
+SEED = 0
+BATCH = 32
+
+
+def measure_run(folder: Path, samples: int) -> list[dict[str, Any]]:
+    """A point for each checkpoint of a run, by step."""
+    points = []
+    with tensor_group(1) as (groups, device):
+        for checkpoint in sorted((folder / "checkpoints").glob("iter_*")):
+            model = open_model("RUN", checkpoint)
+            config = inference_config(model, None)
+            net = build_and_load(model, config, groups, device)
+            task = next(source.mqar for source in config.data.train if source.mqar is not None)
+            length = config.data.sequence_length
+            reader = Reader(net, config.model.vocab_size, BATCH, BATCH * length)
+            recalled = measure_recall(reader, task, length, samples, SEED)
+            point = {"step": int(checkpoint.name.removeprefix("iter_")), "accuracy": recalled.accuracy}
+            points.append(point | look(net, config.model.vocab_size, make_samples(task, length, samples)))
+    return points
+
+
+def make_samples(task: MQARTask, length: int, samples: int) -> list[Recall]:
+    """Those that accuracy is measured on."""
+    return [make_recall(sample_generator(SEED, length, task.pairs, number), task, length) for number in range(samples)]
+
+
+@torch.no_grad()
+def look(net: GPTModel, vocab_size: int, recalls: list[Recall]) -> dict[str, Any]:
+    """Loss of the answers in nats, and a record of each SSE layer: see _describe."""
+    losses: list[Tensor] = []
+    picks: dict[int, list[Routes]] = {}
+    states: dict[int, list[Tensor]] = {}
+    hooks = []
+    for layer in net.decoder.layers:
+        if isinstance(router := getattr(layer.self_attention, "router", None), Router):
+            kept = picks.setdefault(layer.self_attention.layer_number, [])
+            hooks.append(router.register_forward_hook(lambda _, args, out, kept=kept: kept.append(out[0])))
+    for first in range(0, len(recalls), BATCH):
+        group = recalls[first : first + BATCH]
+        cache, lengths = Cache(net, len(group)), [len(recall.tokens_L) for recall in group]
+        tokens_T = torch.from_numpy(np.concatenate([recall.tokens_L for recall in group]))
+        hidden_T1d = feed(net, cache, tokens_T, range(len(group)), lengths)
+        row_W, answer_W = (torch.from_numpy(x).to(hidden_T1d.device) for x in _questions(group))
+        logits_WV = logits_of(net, hidden_T1d[row_W])[:, :vocab_size]
+        losses.append(torch.nn.functional.cross_entropy(logits_WV, answer_W, reduction="none"))
+        for number, kind in cache.layers.items():
+            if isinstance(kind, BankCache):
+                states.setdefault(number, []).append(kind.states_XBHKV)
+    for hook in hooks:
+        hook.remove()
+    layers = [_describe(number, recalls, picks.get(number), torch.cat(kept)) for number, kept in states.items()]
+    return {"loss": float(torch.cat(losses).mean()), "layers": layers}
+
+
+def _questions(recalls: list[Recall]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the questions among the tokens of all sequences, and their answers."""
+    length = len(recalls[0].tokens_L)
+    rows = [number * length + recall.place_P for number, recall in enumerate(recalls)]
+    return np.concatenate(rows), np.concatenate([recall.answer_P for recall in recalls])
+
+
+def _describe(number: int, recalls: list[Recall], routes: list[Routes] | None, states_XBHKV: Tensor) -> dict[str, Any]:
+    """An SSE layer; the shared bank comes first among the ranks."""
+    record: dict[str, Any] = {"layer": number, "rank_B": effective_rank(states_XBHKV).tolist()}
+    if routes is not None:
+        write_TW = torch.cat([part.bank_TP[:, : part.num_writers] for part in routes]).cpu().numpy()
+        read_TR = torch.cat([part.bank_TP[:, : part.num_readers] for part in routes]).cpu().numpy()
+        count_N = np.bincount(write_TW.flatten(), minlength=routes[0].num_partitions)
+        record |= {"share_N": (count_N / count_N.sum()).tolist()} | match(write_TW, read_TR, recalls)
+    return record
+
+
+def match(write_TW: np.ndarray, read_TR: np.ndarray, recalls: list[Recall]) -> dict[str, float]:
+    """Share of questions that read a partition that their pair was written to.
+
+    Args:
+        write_TW, read_TR: partitions that each token of all sequences, one after the other, writes to and reads.
+
+    Returns:
+        match_key: by where the key's token was written; match_value: by where the value's token was, which alone can
+        hold the pair; match_chance: for questions paired with any of the values, so that a router that sends all to
+        one partition is seen to.
+    """
+    row_W, _ = _questions(recalls)
+    value_W = row_W - np.concatenate([recall.distance_P for recall in recalls])
+    read_WR = read_TR[row_W]
+
+    def share(wrote_WW: np.ndarray) -> float:
+        return float((wrote_WW[:, :, None] == read_WR[:, None, :]).any((1, 2)).mean())
+
+    shifts = np.random.default_rng(SEED).integers(1, len(row_W), size=16)
+    chance = float(np.mean([share(np.roll(write_TW[value_W], shift, 0)) for shift in shifts]))
+    return {
+        "match_key": share(write_TW[value_W - 1]),
+        "match_value": share(write_TW[value_W]),
+        "match_chance": chance,
+    }
+
+
+def effective_rank(states_XBHKV: Tensor) -> Tensor:
+    """Exponential of the entropy of the singular values as shares, [B]: means over sequences and heads; 0 if empty."""
+    value_XBHS = torch.linalg.svdvals(states_XBHKV.float())
+    total_XBH1 = value_XBHS.sum(-1, keepdim=True)
+    share_XBHS = value_XBHS / total_XBH1.clamp(min=1e-20)
+    rank_XBH = torch.special.entr(share_XBHS).sum(-1).exp() * (total_XBH1[..., 0] > 0)
+    return rank_XBH.mean((0, 2))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", metavar="RUN", type=Path, help="run folder")
+    parser.add_argument("output", metavar="OUTPUT", type=Path, help="JSON file to write")
+    parser.add_argument("--samples", type=int, default=100, help="sequences; default 100")
+    options = parser.parse_args()
+    options.output.write_text(json.dumps(measure_run(options.run, options.samples), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""Report of the study of recall: a table, JSON and plots of all results in a folder; needs matplotlib."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from statistics import mean, median, pstdev
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from megatron_sse.errors import UserError
+from megatron_sse.plot.axes import label_steps
+from megatron_sse.tools.recall_arms import ARMS, BASE, CLAIMS
+
+Result = dict[str, Any]
+BY_N = ("n1k1", "n2k1", "n4k1", "n8k1", "n16k1")
+LEVELS = ("gla", "gla_large_heads", "gla_value_heads", "softmax")
+
+
+def read_results(output: Path) -> dict[str, list[Result]]:
+    """Results of each arm by seed, arms in their order. Raises UserError where there is none."""
+    found = {}
+    for arm in ARMS:
+        results = [json.loads(path.read_text()) for path in output.glob(f"{arm}/seed_*/result.json")]
+        if results:
+            found[arm] = sorted(results, key=lambda result: result["seed"])
+    if not found:
+        raise UserError(f"--output: {output} has no results")
+    return found
+
+
+def last_match(layers: list[dict[str, Any]]) -> float:
+    """Share of questions that read where their value was written, in the last layer that has partitions; NaN if none
+    has."""
+    return next((layer["match_value"] for layer in reversed(layers) if "match_value" in layer), math.nan)
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """std: of these values themselves."""
+    return {
+        "median": median(values),
+        "min": min(values),
+        "max": max(values),
+        "mean": mean(values),
+        "std": pstdev(values),
+    }
+
+
+def write_report(output: Path, found: dict[str, list[Result]], wanted: list[tuple[str, int]]) -> str:
+    """Write report.md, results.json and plots; returns the report. wanted: arms and seeds asked for."""
+    have = {(arm, result["seed"]) for arm, results in found.items() for result in results}
+    missing = [run for run in wanted if run not in have]
+    summary: dict[str, dict[str, Any]] = {}
+    for arm, results in found.items():
+        summary[arm] = {"seeds": [result["seed"] for result in results]}
+        for name in ("accuracy", "loss", "seconds"):
+            summary[arm][name] = spread([result[name] for result in results])
+        matches = [last_match(result["points"][-1]["layers"]) for result in results]
+        if not math.isnan(matches[0]):
+            summary[arm]["match"] = spread(matches)
+    text = _tabulate(found, summary, missing)
+    content = {
+        "claims": CLAIMS,
+        "missing": [f"{arm}, seed {seed}" for arm, seed in missing],
+        "summary": summary,
+        "runs": [result for results in found.values() for result in results],
+    }
+    try:
+        (output / "results.json").write_text(json.dumps(content, indent=1) + "\n")
+        (output / "report.md").write_text(text)
+        draw_accuracy(output / "accuracy.png", found)
+        draw_partitions(output / "partitions.png", found)
+        draw_match(output / "match.png", found)
+        draw_training(output / "training.png", found)
+    except OSError as error:
+        raise UserError(f"--output: {output} cannot be written ({error.strerror})") from None
+    return text
+
+
+def _tabulate(found: dict[str, list[Result]], summary: dict[str, Any], missing: list[tuple[str, int]]) -> str:
+    runs = [result for results in found.values() for result in results]
+    steps = sorted({result["settings"]["training"]["steps"] for result in runs})
+    commits = sorted({result["commit"] for result in runs})
+    samples = sorted({result["samples"] for result in runs})
+    lines = [f"Steps: {_list(steps)}. Sequences measured: {_list(samples)}. Commits: {', '.join(commits)}.", ""]
+    if missing:
+        lines += [f"Missing: {'; '.join(f'{arm}, seed {seed}' for arm, seed in missing)}.", ""]
+    lines += [
+        "Accuracy over seeds; match: share of questions that read a partition that their value was written to, in the "
+        "last SSE layer, and that of questions paired with any value. State: elements for each sequence.",
+        "",
+        "| arm | claims | seeds | median | min | max | mean | std | match | by chance | parameters | state | s |",
+        "|---" * 13 + "|",
+    ]
+    for arm, results in found.items():
+        accuracy, match = summary[arm]["accuracy"], summary[arm].get("match")
+        numbers = " | ".join(f"{accuracy[name]:.3f}" for name in ("median", "min", "max", "mean", "std"))
+        matches = "- | -"
+        if match:
+            chance = median(result["points"][-1]["layers"][-1].get("match_chance", 0.0) for result in results)
+            matches = f"{match['median']:.3f} | {chance:.3f}"
+        sizes = f"{results[0]['parameters']:,} | {results[0]['state_elements']:,}"
+        seconds = summary[arm]["seconds"]["median"]
+        lines.append(
+            f"| {arm} | {', '.join(ARMS[arm].claims)} | {len(results)} | {numbers} | {matches} | {sizes} "
+            f"| {seconds:.0f} |"
+        )
+    lines += ["", *(f"- {key}: {claim}" for key, claim in CLAIMS.items()), "", *_bars(summary)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _list(numbers: list[int]) -> str:
+    return " and ".join(f"{number:,}" for number in numbers)
+
+
+def _bars(summary: dict[str, Any]) -> list[str]:
+    """What medians were hoped to be, and whether they are."""
+    middle = {arm: values["accuracy"]["median"] for arm, values in summary.items()}
+    bars = [("n8k1 at least 0.80", lambda: middle[BASE] >= 0.8)]
+    bars += [("n8k1 at least 0.30 above no_weights", lambda: middle[BASE] - middle["no_weights"] >= 0.3)]
+    bars += [("gla at most 0.50", lambda: middle["gla"] <= 0.5)]
+    bars += [("softmax at least 0.99", lambda: middle["softmax"] >= 0.99)]
+    lines = []
+    for name, holds in bars:
+        try:
+            lines.append(f"- {name}: {'holds' if holds() else 'does not hold'}")
+        except KeyError:
+            lines.append(f"- {name}: not measured")
+    return lines
+
+
+def draw_accuracy(path: Path, found: dict[str, list[Result]]) -> None:
+    """Every seed of every arm, and the medians."""
+    figure = Figure(figsize=(8, 1.5 + 0.3 * len(found)), layout="constrained")
+    axes = figure.subplots()
+    for row, results in enumerate(found.values()):
+        accuracies = [result["accuracy"] for result in results]
+        axes.plot(accuracies, [row] * len(accuracies), "o", color="tab:blue", alpha=0.6)
+        axes.plot(median(accuracies), row, "|", color="black", markersize=16)
+    axes.set_yticks(range(len(found)), list(found))
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    _finish(axes, "accuracy of every seed; bars: medians")
+    _limit(axes.set_xlim)
+    axes.set_xlabel("share of values recalled")
+    figure.savefig(path, dpi=120)
+
+
+def draw_partitions(path: Path, found: dict[str, list[Result]]) -> None:
+    """Accuracy against N, beside models without partitions."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    rising = [found[arm] for arm in BY_N if arm in found]
+    for results in rising:
+        axes.plot([result["partitions"] for result in results], [result["accuracy"] for result in results], "o", c="C0")
+    if rising:
+        middle = [median(result["accuracy"] for result in results) for results in rising]
+        axes.plot([results[0]["partitions"] for results in rising], middle, "-", c="C0", label="SSE, median")
+    for number, arm in enumerate((arm for arm in LEVELS if arm in found), 1):
+        middle_of_arm = median(result["accuracy"] for result in found[arm])
+        axes.axhline(middle_of_arm, color=f"C{number}", linestyle="--", label=f"{arm}, median")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
+    axes.set_xlabel("partitions")
+    axes.set_ylabel("share of values recalled")
+    _finish(axes, "accuracy by number of partitions, equal parameters")
+    _limit(axes.set_ylim)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def draw_match(path: Path, found: dict[str, list[Result]]) -> None:
+    """Accuracy against match: the end of every run, and the way there."""
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    axes = figure.subplots()
+    ended = {arm: results[0]["points"][-1]["layers"] for arm, results in found.items()}
+    routed = {arm: found[arm] for arm, layers in ended.items() if not math.isnan(last_match(layers))}
+    for number, (arm, results) in enumerate(routed.items()):
+        colour, marker = f"C{number % 10}", "os^D"[number // 10 % 4]
+        for result in results:
+            ways = [(last_match(point["layers"]), point["accuracy"]) for point in result["points"]]
+            axes.plot([way[0] for way in ways], [way[1] for way in ways], "-", color=colour, alpha=0.2, linewidth=1)
+        ends = [(last_match(result["points"][-1]["layers"]), result["accuracy"]) for result in results]
+        axes.plot([end[0] for end in ends], [end[1] for end in ends], marker, color=colour, label=arm)
+    axes.set_xlabel("share of questions that read where their value was written, last SSE layer")
+    axes.set_ylabel("share of values recalled")
+    _finish(axes, "accuracy against match; lines: while training")
+    _limit(axes.set_xlim)
+    _limit(axes.set_ylim)
+    if routed:
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def draw_training(path: Path, found: dict[str, list[Result]]) -> None:
+    """With and without balance loss: largest share of a partition, rank of the states, match, over training."""
+    figure = Figure(figsize=(14, 4.5), layout="constrained")
+    columns = figure.subplots(1, 3)
+    for number, arm in enumerate(arm for arm in (BASE, "no_balance") if arm in found):
+        for result in found[arm]:
+            steps = [point["step"] for point in result["points"]]
+            lasts = [point["layers"][-1] for point in result["points"]]
+            curves = (
+                [max(layer["share_N"]) for layer in lasts],
+                [mean(layer["rank_B"][1:]) for layer in lasts],
+                [layer["match_value"] for layer in lasts],
+            )
+            for axes, curve in zip(columns, curves, strict=True):
+                label = arm if result is found[arm][0] else None
+                axes.plot(steps, curve, ".-", color=f"C{number}", alpha=0.7, label=label)
+    titles = ("largest share of tokens of a partition", "effective rank of partitions, mean", "match")
+    for axes, title in zip(columns, titles, strict=True):
+        label_steps(axes)
+        _finish(axes, f"{title}, last layer")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _finish(axes: Axes, title: str) -> None:
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+
+
+def _limit(set_limits: Any) -> None:
+    set_limits(-0.03, 1.03)
