@@ -11,6 +11,8 @@ from megatron_sse.errors import UserError
 
 BASE = "n8k1"
 PURE6 = "sse6"
+# By which numbers of parameters that are called equal may differ, as a share.
+TOLERANCE = 0.02
 
 CLAIMS = {
     "a": "recall rises with the number of partitions at equal parameters",
@@ -108,12 +110,22 @@ def state_elements(config: RunConfig) -> int:
     return total
 
 
-def tabulate_arms(configs: dict[str, RunConfig]) -> str:
-    """Markdown: claims, parameters and state of each arm, and what they are matched to."""
-    lines = ["| arm | claims | parameters | as | state elements | as |", "|---|---|---|---|---|---|"]
-    for name, config in configs.items():
-        arm = ARMS[name]
-        parameters, state = num_parameters(config.model), state_elements(config)
-        like = [arm.parameters_as or "-", arm.state_as or "-"]
-        lines.append(f"| {name} | {', '.join(arm.claims)} | {parameters:,} | {like[0]} | {state:,} | {like[1]} |")
+def tabulate_arms(names: list[str], path: Path, settings: list[str]) -> str:
+    """Markdown: claims, parameters and state of arms, and what they are equal to, or are not with these settings."""
+    lines = ["| arm | claims | parameters | as | state | as |", "|---|---|---|---|---|---|"]
+
+    def sizes(name: str) -> tuple[int, int]:
+        config = load_config(path, arm_settings(name, path, settings))
+        return num_parameters(config.model), state_elements(config)
+
+    for name in names:
+        arm, (parameters, state) = ARMS[name], sizes(name)
+        as_parameters, as_state = arm.parameters_as or "-", arm.state_as or "-"
+        if arm.parameters_as and abs(parameters / (other := sizes(arm.parameters_as)[0]) - 1) > TOLERANCE:
+            as_parameters = f"not equal: {arm.parameters_as} has {other:,}"
+        if arm.state_as and state != (other := sizes(arm.state_as)[1]):
+            as_state = f"not equal: {arm.state_as} has {other:,}"
+        lines.append(
+            f"| {name} | {', '.join(arm.claims)} | {parameters:,} | {as_parameters} | {state:,} | {as_state} |"
+        )
     return "\n".join(lines)

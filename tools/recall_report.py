@@ -176,8 +176,8 @@ def draw_match(path: Path, found: dict[str, list[Result]]) -> None:
     """Accuracy against match: the end of every run, and the way there."""
     figure = Figure(figsize=(8, 6), layout="constrained")
     axes = figure.subplots()
-    ended = {arm: results[0]["points"][-1]["layers"] for arm, results in found.items()}
-    routed = {arm: found[arm] for arm, layers in ended.items() if not math.isnan(last_match(layers))}
+    # With one partition there is nothing to match.
+    routed = {arm: results for arm, results in found.items() if results[0]["partitions"] > 1}
     for number, (arm, results) in enumerate(routed.items()):
         colour, marker = f"C{number % 10}", "os^D"[number // 10 % 4]
         for result in results:

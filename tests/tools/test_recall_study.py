@@ -15,7 +15,7 @@ from megatron_sse.config import RunConfig, ignored_settings, load_config
 from megatron_sse.data.tasks.mqar import Recall
 from megatron_sse.inference.load import tensor_group
 from megatron_sse.model import build_model
-from megatron_sse.tools.recall_arms import ARMS, BASE, arm_settings, num_parameters, state_elements
+from megatron_sse.tools.recall_arms import ARMS, BASE, arm_settings, num_parameters, state_elements, tabulate_arms
 from megatron_sse.tools.recall_measure import effective_rank, look, make_samples
 from megatron_sse.tools.recall_report import write_report
 from megatron_sse.tools.recall_study import ROOT, main
@@ -43,6 +43,16 @@ def test_arm(arm: str, configs: dict[str, RunConfig]) -> None:
         assert state_elements(config) == state_elements(configs[matched.state_as])
     others = [other.model for name, other in configs.items() if name != arm]
     assert config.model not in others
+
+
+def test_table() -> None:
+    """Says what other settings make unequal."""
+    table = tabulate_arms([BASE, "gla_large_heads"], CONFIG, [])
+    assert table.endswith("| gla_large_heads | a | 109,136 | n8k1 | 2,304 | n8k1 |")
+    table = tabulate_arms(["gla_large_heads"], CONFIG, ["model.sse.num_heads=4", "model.ffn_hidden_size=8"])
+    assert "| not equal: n8k1 has 48,592 | 4,608 | n8k1 |" in table
+    table = tabulate_arms(["gla_large_heads"], CONFIG, ["model.sse.head_dim=16"])
+    assert "| 2,304 | not equal: n8k1 has 9,216 |" in table
 
 
 def test_state_elements(configs: dict[str, RunConfig]) -> None:
