@@ -95,6 +95,11 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _written(path: Path) -> list[tuple[int, str]]:
+    """Sorts event files by their time, then by their process and their number in it: all of them parts of the name."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in path.name.split(".")]
+
+
 def read_scalars(folder: Path) -> dict[str, Curve]:
     """Scalars of all event files of a run. Raises UserError where there is none.
 
@@ -104,8 +109,7 @@ def read_scalars(folder: Path) -> dict[str, Curve]:
     # A file that was cut off gives what can be read of it.
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
     scalars: dict[str, Curve] = {}
-    # The names begin with the time.
-    for path in sorted((folder / "tensorboard").glob("events.out.tfevents.*")):
+    for path in sorted((folder / "tensorboard").glob("events.out.tfevents.*"), key=_written):
         events = EventAccumulator(str(path), size_guidance={SCALARS: 0}, purge_orphaned_data=False)
         events.Reload()
         found = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}

@@ -43,6 +43,14 @@ def test_a_resumed_run_takes_the_place_of_what_it_repeats(tmp_path: Path) -> Non
     assert read_scalars(tmp_path)["train/loss"] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0)]
 
 
+def test_event_files_of_one_second_are_read_in_their_order(tmp_path: Path) -> None:
+    for number, value in ((9, 1.0), (10, 2.0)):
+        write_events(tmp_path, losses(1, 2, value=value))
+        [path] = (path for path in (tmp_path / "tensorboard").iterdir() if not path.name.endswith("host.1.9"))
+        path.rename(path.with_name(f"events.out.tfevents.1700000000.host.1.{number}"))
+    assert read_scalars(tmp_path)["train/loss"] == [(1, 2.0), (2, 2.0)]
+
+
 def test_a_tag_that_the_resumed_run_has_not_written_yet(tmp_path: Path) -> None:
     write_events(tmp_path, losses(2, 4, value=1.0) | {3: {"validation/loss": 1.0}, 6: {"validation/loss": 1.0}})
     write_events(tmp_path, losses(5, value=2.0))
