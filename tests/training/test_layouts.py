@@ -102,7 +102,7 @@ def test_like_one_process(world_size: int, parallel: dict[str, Any], one_process
 
 @pytest.mark.parametrize(("world_size", "parallel"), RECOMPUTED, ids=str)
 def test_recomputed_like_one_process(world_size: int, parallel: dict[str, Any], one_process: OneProcess) -> None:
-    compare(world_size, parallel, "full", one_process)
+    compare(world_size, parallel, "full", one_process, NUM_STEPS)
 
 
 @pytest.mark.parametrize(("world_size", "parallel"), HAND_OFFS, ids=str)
