@@ -1,6 +1,5 @@
 """F20: a loss or gradient norm far above the last ones is warned of, and nothing else is."""
 
-import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_sse.monitor.spikes import LONGEST, SHORTEST, Spikes
-from megatron_sse.training.loop import Signals
-from tests.monitor.events import read_events
+from tests.monitor.events import read_events, run_and_listen
 from tests.training.support import small_run, start
 from tests.workers import run_workers
 
@@ -92,14 +90,7 @@ def run_with_a_high_rate(folder: Path, high_at: int | None) -> list[str]:
     run = start(small_run(folder, training=training, monitor={"tensorboard": True}))
     rate = run.learning_rate
     run.learning_rate = lambda step: 3.0 if step == high_at else rate(step)  # type: ignore[method-assign]
-    lines: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("megatron_sse.monitor.monitor")
-    logger.addHandler(handler)
-    run.run(Signals())
-    logger.removeHandler(handler)
-    return lines
+    return run_and_listen(run)
 
 
 @pytest.mark.parametrize("high_at", [30, None])

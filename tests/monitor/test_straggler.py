@@ -1,6 +1,5 @@
 """A rank that has more work than the others is named; ranks that wait for it, or have other work, are not."""
 
-import logging
 import os
 import socket
 from pathlib import Path
@@ -10,8 +9,7 @@ import pytest
 import torch
 
 from megatron_sse.monitor.straggler import ComputeClock, compare
-from megatron_sse.training.loop import Signals
-from tests.monitor.events import read_events
+from tests.monitor.events import read_events, run_and_listen
 from tests.training.support import small_run, start
 from tests.workers import run_workers
 
@@ -65,14 +63,7 @@ def run_with_a_slow_rank(folder: Path, parallel: dict[str, Any], slow: int | Non
         square = torch.randn(256, 256)
         [mixer] = run.trainer.mixers
         mixer.register_forward_hook(lambda *_: [square @ square for _ in range(100)] and None)
-    lines: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("megatron_sse.monitor.monitor")
-    logger.addHandler(handler)
-    run.run(Signals())
-    logger.removeHandler(handler)
-    return lines
+    return run_and_listen(run)
 
 
 # In a tensor group the others wait inside of the passes, with copies of the model after them.
