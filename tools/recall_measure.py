@@ -24,6 +24,7 @@ from megatron_sse.evaluation.recall import measure_recall, sample_generator
 from megatron_sse.inference.cache import Cache
 from megatron_sse.inference.load import build_and_load, inference_config, tensor_group
 from megatron_sse.inference.run import feed, logits_of
+from megatron_sse.inspection.rank import effective_rank
 from megatron_sse.kernels import Routes
 from megatron_sse.model.cache import BankCache
 from megatron_sse.model.router import Router
@@ -125,15 +126,6 @@ def match(write_TW: np.ndarray, read_TR: np.ndarray, recalls: list[Recall]) -> d
         "match_value": share(write_TW[value_W]),
         "match_chance": chance,
     }
-
-
-def effective_rank(states_XBHKV: Tensor) -> Tensor:
-    """Exponential of the entropy of the singular values as shares, [B]: means over sequences and heads; 0 if empty."""
-    value_XBHS = torch.linalg.svdvals(states_XBHKV.float())
-    total_XBH1 = value_XBHS.sum(-1, keepdim=True)
-    share_XBHS = value_XBHS / total_XBH1.clamp(min=1e-20)
-    rank_XBH = torch.special.entr(share_XBHS).sum(-1).exp() * (total_XBH1[..., 0] > 0)
-    return rank_XBH.mean((0, 2))
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from megatron_sse.data.tasks.mqar import Recall
 from megatron_sse.inference.load import tensor_group
 from megatron_sse.model import build_model
 from megatron_sse.tools.recall_arms import ARMS, BASE, arm_settings, num_parameters, state_elements, tabulate_arms
-from megatron_sse.tools.recall_measure import effective_rank, look, make_samples
+from megatron_sse.tools.recall_measure import look, make_samples
 from megatron_sse.tools.recall_report import write_report
 from megatron_sse.tools.recall_study import ROOT, main
 
@@ -101,14 +101,6 @@ def test_match(router: str, key: float, value: float, chance: float, configs: di
         assert layer["match_value"] == pytest.approx(value, abs=0.04 if router == "random" else 0)
         assert layer["match_chance"] == pytest.approx(chance, abs=0.04)
         assert len(layer["rank_B"]) == 9
-
-
-def test_effective_rank() -> None:
-    """Of whole, one and no directions, [X, B, H, K, V]."""
-    one = torch.zeros(4, 4)
-    one[0] = torch.arange(4)
-    states = torch.stack((3 * torch.eye(4), one, torch.zeros(4, 4)))[None, :, None]
-    assert effective_rank(states).tolist() == pytest.approx([4, 1, 0])
 
 
 def interrupt_when_saved(checkpoints: Path, ended: threading.Event) -> None:

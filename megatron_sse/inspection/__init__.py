@@ -1,0 +1,1 @@
+"""What SSE layers do with a text: use of partitions, rank of states, how long states remember."""
