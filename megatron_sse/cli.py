@@ -71,6 +71,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     look.add_argument("checkpoint", metavar="DIR", help="a checkpoint, a folder of checkpoints or a run folder")
     look.add_argument("--tensors", action="store_true", help="list every tensor")
     look.add_argument("--sizes", action="store_true", help="check sizes, and hashes of files below 1 MiB only")
+    _add_state_inspection(jobs)
     _add_plot(jobs)
     options, rest = parser.parse_known_args(arguments)
     # argparse takes no settings after an option.
@@ -191,6 +192,27 @@ def _add_evaluation(jobs: Any) -> None:
     evaluate.add_argument("--chunk", metavar="N", type=int, default=2048, help="of their tokens at once; default 2048")
     evaluate.add_argument("--precision", choices=("fp32", "bf16"), help="default the checkpoint's")
     evaluate.add_argument("--any-length", action="store_true", help="go beyond the length that it was trained on")
+
+
+def _add_state_inspection(jobs: Any) -> None:
+    look = jobs.add_parser(
+        "inspect-states",
+        help="show what SSE layers do with a text",
+        description="Use of partitions, effective rank of the states, half-lives of their decay, layer by layer, over "
+        "all tokens of some texts. docs/states.md explains the numbers.",
+    )
+    # The tables go to stdout.
+    look.set_defaults(job=_inspect_states, logs=sys.stderr)
+    look.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint, run folder or Hugging Face folder")
+    look.add_argument("--prompt", metavar="TEXT", dest="prompts", action="append", default=[], help="may be repeated")
+    look.add_argument(
+        "--prompt-file", metavar="FILE", dest="prompt_files", action="append", default=[], help="text; may be repeated"
+    )
+    look.add_argument("--tokens", metavar="FILE", help="token numbers, a line for each text")
+    look.add_argument("--output", metavar="FOLDER", default="states", help="for JSON and PNG files; default states")
+    look.add_argument("--chunk", metavar="N", type=int, default=2048, help="tokens of a text at once; default 2048")
+    look.add_argument("--precision", choices=("fp32", "bf16"), help="default the checkpoint's")
+    look.add_argument("--any-length", action="store_true", help="go beyond the length that it was trained on")
 
 
 def _add_plot(jobs: Any) -> None:
@@ -336,6 +358,13 @@ def _inspect(options: argparse.Namespace, rank: int) -> int:
     from megatron_sse.checkpoint.inspect import inspect
 
     return inspect(options.checkpoint, options.tensors, hashes=not options.sizes)
+
+
+def _inspect_states(options: argparse.Namespace, rank: int) -> int:
+    from megatron_sse.inspection.command import Request, run
+
+    given = vars(options).items()
+    return run(Request(**{name: value for name, value in given if name not in ("job", "logs")}))
 
 
 def _plot(options: argparse.Namespace, rank: int) -> int:

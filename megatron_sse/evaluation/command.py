@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -19,11 +18,18 @@ from megatron_sse.evaluation.needles import Found, measure_needles
 from megatron_sse.evaluation.perplexity import Losses, measure_losses, validation_files
 from megatron_sse.evaluation.read import Reader
 from megatron_sse.evaluation.recall import Recalled, measure_recall
-from megatron_sse.evaluation.report import tabulate_losses, tabulate_needles, tabulate_recall, write_results
+from megatron_sse.evaluation.report import (
+    make_folder,
+    tabulate_losses,
+    tabulate_needles,
+    tabulate_recall,
+    write_results,
+)
 from megatron_sse.evaluation.request import MQAR, NEEDLE, PERPLEXITY, Request, needle_tasks, recall_tasks
 from megatron_sse.inference.load import build_and_load, inference_config, tensor_group
 from megatron_sse.inference.prompts import check_length
 from megatron_sse.inference.text import Tokenizer, open_tokenizer
+from megatron_sse.installed import has_pictures, warn_without_pictures
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +59,8 @@ def run(request: Request) -> int:
     except UserError as error:
         # All processes read the same.
         raise SharedUserError(str(error)) from None
-    if is_writer and not has_pictures():
-        logger.warning('no pictures: matplotlib is not installed: pip install "megatron-sse[plot]"')
+    if is_writer:
+        warn_without_pictures()
     with tensor_group(world_size) as (groups, device):
         net = build_and_load(job.model, job.config, groups, device)
         reader = Reader(net, job.config.model.vocab_size, request.batch, request.chunk)
@@ -85,10 +91,7 @@ def _prepare(request: Request, world_size: int) -> _Job:
         [] if tokenizer is None else needle_tasks(request, config, lengths, tokenizer),
         tokenizer,
     )
-    try:
-        Path(request.output).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output: {request.output} cannot be made ({error.strerror})") from None
+    make_folder(request.output)
     return job
 
 
@@ -153,11 +156,6 @@ _TABLES: dict[str, Callable[[Sequence[Any]], str]] = {
     MQAR: tabulate_recall,
     NEEDLE: tabulate_needles,
 }
-
-
-def has_pictures() -> bool:
-    """Whether what draws pictures is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def _draw(task: str, path: Path, results: list[Any]) -> None:

@@ -36,7 +36,7 @@ def tabulate_losses(results: Sequence[Losses]) -> str:
     rows.append(["all", *(text for losses in results for text in (f"{losses.loss:.4f}", f"{losses.tokens:,}"))])
     if first.bits_per_byte is not None:
         rows.append(["bits per byte", *(text for losses in results for text in (f"{losses.bits_per_byte:.4f}", ""))])
-    return _table(f"perplexity: {first.file}, nats per token", header, rows)
+    return table(f"perplexity: {first.file}, nats per token", header, rows)
 
 
 def tabulate_recall(results: Sequence[Recalled]) -> str:
@@ -47,14 +47,14 @@ def tabulate_recall(results: Sequence[Recalled]) -> str:
     accuracy = {place: recalled.accuracy for place, recalled in cells.items()}
     rows = [[f"{length:,}", *(_share(accuracy.get((length, number))) for number in pairs)] for length in lengths]
     title = f"mqar: share of values recalled (by chance {results[0].chance:.3f})"
-    tables = [_table(title, ["length", *columns], rows)]
+    tables = [table(title, ["length", *columns], rows)]
     for length in lengths:
         there = {number: cells[length, number].distances for number in pairs if (length, number) in cells}
         rows = []
         for begin in sorted({distance.first for distances in there.values() for distance in distances}):
             shares = {n: d.accuracy for n, distances in there.items() for d in distances if d.first == begin}
             rows.append([span(begin), *(_share(shares.get(number)) for number in pairs)])
-        tables.append(_table(f"mqar: by tokens since the value, length {length:,}", ["tokens", *columns], rows))
+        tables.append(table(f"mqar: by tokens since the value, length {length:,}", ["tokens", *columns], rows))
     return "\n".join(tables)
 
 
@@ -67,7 +67,7 @@ def tabulate_needles(results: Sequence[Found]) -> str:
         for depth in _values(results, "depth")
     ]
     title = f"needle, {results[0].variant}: share of numbers found, by length and depth"
-    return _table(title, ["depth", *(f"{length:,}" for length in lengths)], rows)
+    return table(title, ["depth", *(f"{length:,}" for length in lengths)], rows)
 
 
 def span(first: int) -> str:
@@ -88,7 +88,8 @@ def _values(results: Sequence[Any], name: str) -> list[Any]:
     return sorted({getattr(result, name) for result in results})
 
 
-def _table(title: str, header: list[str], rows: list[list[str]]) -> str:
+def table(title: str, header: list[str], rows: list[list[str]]) -> str:
+    """Columns as wide as they need, their cells to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     cells = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in (header, *rows)]
     lines = ["  ".join(row).rstrip() for row in cells]
@@ -96,14 +97,25 @@ def _table(title: str, header: list[str], rows: list[list[str]]) -> str:
 
 
 def write_results(folder: Path, about: dict[str, Any], results: dict[str, list[Any]]) -> Path:
-    """Write results.json, which appears complete or not at all. Raises UserError."""
-    path = folder / RESULTS
-    content = about | {"versions": VERSIONS}
-    content |= {task: [asdict(result) for result in found] for task, found in results.items()}
-    partial = folder / f"{RESULTS}.partial"
+    """Write results.json. Raises UserError."""
+    found = {task: [asdict(result) for result in results[task]] for task in results}
+    return write_json(folder / RESULTS, about, found)
+
+
+def write_json(path: Path, about: dict[str, Any], results: dict[str, Any]) -> Path:
+    """Write a file with the versions, which appears complete or not at all. Raises UserError."""
+    partial = path.with_name(f"{path.name}.partial")
     try:
-        partial.write_text(json.dumps(content, indent=2) + "\n")
+        partial.write_text(json.dumps(about | {"versions": VERSIONS} | results, indent=2) + "\n")
         os.replace(partial, path)
     except OSError as error:
         raise UserError(f"--output: {path} cannot be written ({error.strerror})") from None
     return path
+
+
+def make_folder(path: str) -> None:
+    """The folder for results. Raises UserError."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output: {path} cannot be made ({error.strerror})") from None

@@ -1,0 +1,131 @@
+"""`megatron-sse inspect-states`: what SSE layers do with texts, as tables, JSON and pictures."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_sse.config import RunConfig
+from megatron_sse.convert.model import Model, open_model
+from megatron_sse.errors import SharedUserError, UserError
+from megatron_sse.evaluation.report import make_folder, write_json
+from megatron_sse.inference.load import build_and_load, inference_config, tensor_group
+from megatron_sse.inference.prompts import check_length, check_tokens, read_prompts, read_tokens
+from megatron_sse.inference.run import DEFAULT_CHUNK
+from megatron_sse.inference.text import open_tokenizer
+from megatron_sse.inspection.measure import Layer, measure_layers
+from megatron_sse.inspection.report import tabulate, to_json
+from megatron_sse.installed import has_pictures, warn_without_pictures
+
+logger = logging.getLogger(__name__)
+
+RESULTS = "states.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What `megatron-sse inspect-states` was asked for; docs/states.md explains each."""
+
+    checkpoint: str
+    prompts: Sequence[str] = ()
+    prompt_files: Sequence[str] = ()
+    tokens: str | None = None
+    output: str = "states"
+    chunk: int = DEFAULT_CHUNK
+    precision: str | None = None
+    any_length: bool = False
+
+    def check(self) -> None:
+        """Raise UserError for what cannot be meant."""
+        if self.chunk < 1:
+            raise UserError(f"--chunk: got {self.chunk}, allowed 1 or more")
+        has_text = bool(self.prompts or self.prompt_files)
+        if self.tokens is not None and has_text:
+            raise UserError("--tokens: got text too, allowed one of both")
+        if self.tokens is None and not has_text:
+            raise UserError("got no text, allowed one or more with --prompt, --prompt-file or --tokens")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A request whose files have been read and found to fit. texts: token ids."""
+
+    model: Model
+    config: RunConfig
+    texts: list[list[int]]
+
+
+def run(request: Request) -> int:
+    """Measure, print and write; returns the exit status. Raises UserError.
+
+    Under torchrun all processes together are one tensor group.
+    """
+    world_size, is_writer = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
+    try:
+        job = _prepare(request, world_size)
+    except UserError as error:
+        # All processes read the same.
+        raise SharedUserError(str(error)) from None
+    if is_writer:
+        warn_without_pictures()
+    with tensor_group(world_size) as (groups, device):
+        net = build_and_load(job.model, job.config, groups, device)
+        start = time.perf_counter()
+        layers = measure_layers(net, job.config.model.layer_kinds(), job.texts, request.chunk, groups.tp)
+        seconds, peak = time.perf_counter() - start, device.peak_memory_bytes()
+    num_tokens = sum(map(len, job.texts))
+    logger.info("%d tokens in %.2f s; peak memory %.0f MB", num_tokens, seconds, peak / 1e6)
+    if is_writer:
+        _show(request, job, layers)
+    return 0
+
+
+def _prepare(request: Request, world_size: int) -> _Job:
+    request.check()
+    model = open_model("CHECKPOINT", request.checkpoint)
+    config = inference_config(model, request.precision, world_size)
+    if set(config.model.layer_kinds()) == {"softmax"}:
+        raise UserError(
+            f"CHECKPOINT: got {request.checkpoint}, whose layers are all softmax, allowed a model with sse, gla or gdn "
+            "layers"
+        )
+    texts = _read_texts(request, model, config)
+    if not request.any_length:
+        longest = max(map(len, texts))
+        check_length(config.model, config.data.sequence_length, longest, f"got a text of {longest} tokens")
+    make_folder(request.output)
+    return _Job(model, config, texts)
+
+
+def _read_texts(request: Request, model: Model, config: RunConfig) -> list[list[int]]:
+    vocab_size = config.model.vocab_size
+    if request.tokens is not None:
+        return read_tokens(request.tokens, vocab_size, goes_on=False)
+    tokenizer = open_tokenizer(model, ", or give token numbers with --tokens")
+    texts = read_prompts(request.prompts, request.prompt_files, tokenizer, goes_on=False)
+    for number, text in enumerate(texts, 1):
+        check_tokens(f"text {number}", text, vocab_size)
+    return texts
+
+
+def _show(request: Request, job: _Job, layers: list[Layer]) -> None:
+    """Print the tables, draw the pictures and write all numbers."""
+    folder = Path(request.output)
+    print(tabulate(layers))
+    about = {
+        "checkpoint": str(job.model.folder),
+        "settings": asdict(request) | {"precision": job.config.training.precision},
+        "model": job.config.model.model_dump(mode="json"),
+        "tokens": [len(text) for text in job.texts],
+    }
+    path = write_json(folder / RESULTS, about, {"layers": to_json(layers)})
+    if has_pictures():
+        # matplotlib is an extra.
+        from megatron_sse.inspection.pictures import draw_all
+
+        draw_all(folder, layers)
+    logger.info("written to %s", path)

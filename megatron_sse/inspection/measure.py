@@ -1,0 +1,225 @@
+"""Numbers of every layer over all tokens of some texts, in memory that does not grow with them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from megatron_sse.errors import UserError
+from megatron_sse.inference.run import feed
+from megatron_sse.inspection.half_life import HalfLives, Spread, spread
+from megatron_sse.inspection.rank import effective_rank
+from megatron_sse.inspection.watch import WatchedCache
+from megatron_sse.kernels import BankInputs, Routes
+from megatron_sse.model.mixer import SSEMixer
+from megatron_sse.parallel.collectives import sum_value
+
+logger = logging.getLogger(__name__)
+
+# Ranks are measured after so many tokens, four times as many, and so on.
+_FIRST_MARK = 16
+
+
+@dataclass(frozen=True)
+class Use:
+    """How a layer's partitions are used.
+
+    write_share_N, read_share_N: share of all writes, and of all reads, that each partition gets.
+    written, read: partitions in effect, the exponential of the shares' entropy.
+    top_probability: mean of the router's largest probability.
+    """
+
+    write_share_N: list[float]
+    read_share_N: list[float]
+    written: float
+    read: float
+    top_probability: float
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Effective ranks of the states after some tokens, means over heads and texts.
+
+    tokens: mean over the texts. texts: those that are so long. shared: None without a shared bank.
+    """
+
+    tokens: int
+    texts: int
+    shared: float | None
+    partition_N: list[float]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Half-lives over tokens, heads and channels.
+
+    shared: in tokens. sparse_writes: in writes to the bank, all partitions together; sparse_tokens: the same, each
+    divided by the writes that its partition gets per token. None where nothing was written.
+    """
+
+    shared: Spread | None
+    sparse_writes: Spread | None
+    sparse_tokens: Spread | None
+    partition_writes_N: list[Spread | None]
+    partition_tokens_N: list[Spread | None]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer; softmax layers have a kind alone.
+
+    most: largest possible rank. growth: ranks as texts are read, the last at the end of the longest. end: at the ends
+    of all texts. use: None without partitions.
+    """
+
+    layer: int
+    kind: str
+    most: int | None = None
+    use: Use | None = None
+    growth: list[Rank] = field(default_factory=list)
+    end: Rank | None = None
+    half_life: Memory | None = None
+
+
+class LayerSums:
+    """What is added up of an SSE layer: a watcher of its banks."""
+
+    def __init__(self, mixer: SSEMixer, device: torch.device):
+        self.number, num_partitions = mixer.layer_number, mixer.num_partitions
+        self.num_partitions, self.most = num_partitions, min(mixer.key_dim, mixer.value_dim)
+        self.has_shared, self.num_tokens = False, 0
+        self.shared, self.sparse = HalfLives(1, device), HalfLives(num_partitions, device)
+        self.writes_N = torch.zeros(num_partitions, dtype=torch.int64, device=device)
+        self.reads_N = torch.zeros_like(self.writes_N)
+        self.top = torch.zeros((), dtype=torch.float64, device=device)
+        self.marks: dict[int, list[Tensor]] = {}
+        self.ends: list[tuple[int, Tensor]] = []
+
+    def see(self, shared: BankInputs | None, sparse: BankInputs | None, routes: Routes | None) -> None:
+        if shared is not None:
+            self.has_shared = True
+            _check_finite(shared.g)
+            self.shared.add(shared.g, torch.zeros_like(shared.g.flatten(1)[:, :1], dtype=torch.int64))
+        if sparse is None or routes is None:
+            return
+        _check_finite(sparse.g)
+        self.num_tokens += len(routes.bank_TP)
+        write_TP, read_TP = (routes.bank_TP[:, :count] for count in (routes.num_writers, routes.num_readers))
+        self.sparse.add(sparse.g, write_TP)
+        self.writes_N += write_TP.flatten().bincount(minlength=self.num_partitions)
+        self.reads_N += read_TP.flatten().bincount(minlength=self.num_partitions)
+        self.top += routes.prob_TN.amax(-1).double().sum()
+
+    def note_rank(self, states_XBHKV: Tensor, tokens: int, is_mark: bool, is_end: bool) -> None:
+        """The states after some tokens of a text. is_mark, is_end: what they count for."""
+        _check_finite(states_XBHKV)
+        rank_B = effective_rank(states_XBHKV)
+        if is_mark:
+            self.marks.setdefault(tokens, []).append(rank_B)
+        if is_end:
+            self.ends.append((tokens, rank_B))
+
+    def layer(self, kind: str, group: dist.ProcessGroup) -> Layer:
+        """The numbers, of the heads on all tensor ranks."""
+        ranks = []
+        for tokens, states in self.marks.items():
+            ranks.append(self._rank([(tokens, state_B) for state_B in states], group))
+        return Layer(
+            layer=self.number,
+            kind=kind,
+            most=self.most,
+            use=self._use() if self.num_partitions else None,
+            growth=sorted(ranks, key=lambda rank: rank.tokens),
+            end=self._rank(self.ends, group),
+            half_life=self._memory(group),
+        )
+
+    def _use(self) -> Use:
+        write_share_N, read_share_N = (count_N.double() / count_N.sum() for count_N in (self.writes_N, self.reads_N))
+        written, read = (float(torch.special.entr(x).sum().exp()) for x in (write_share_N, read_share_N))
+        top = float(self.top) / self.num_tokens
+        return Use(write_share_N.tolist(), read_share_N.tolist(), written, read, top)
+
+    def _rank(self, found: Sequence[tuple[int, Tensor]], group: dist.ProcessGroup) -> Rank:
+        tokens = round(float(np.mean([tokens for tokens, _ in found])))
+        # Every tensor rank has as many heads.
+        mean_B = sum_value(torch.stack([rank_B for _, rank_B in found]).mean(0), group) / group.size()
+        rank_B = mean_B.tolist()
+        first = len(rank_B) - self.num_partitions
+        return Rank(tokens, len(found), rank_B[0] if self.has_shared else None, rank_B[first:])
+
+    def _memory(self, group: dist.ProcessGroup) -> Memory:
+        shared_1B, sparse_NB = (sum_value(x.counts_NB, group).cpu().numpy() for x in (self.shared, self.sparse))
+        per_token_N = self.writes_N.cpu().numpy() / max(self.num_tokens, 1)
+        one_N = np.ones(self.num_partitions)
+        banks = [slice(number, number + 1) for number in range(self.num_partitions)]
+        return Memory(
+            shared=spread(shared_1B, np.ones(1)),
+            sparse_writes=spread(sparse_NB, one_N),
+            sparse_tokens=spread(sparse_NB, per_token_N),
+            partition_writes_N=[spread(sparse_NB[bank], one_N[bank]) for bank in banks],
+            partition_tokens_N=[spread(sparse_NB[bank], per_token_N[bank]) for bank in banks],
+        )
+
+
+def measure_layers(
+    net: GPTModel, kinds: Sequence[str], texts: Sequence[Sequence[int]], chunk: int, group: dist.ProcessGroup
+) -> list[Layer]:
+    """Every layer's numbers, each text read from empty states.
+
+    Args:
+        kinds: of the layers, first to last.
+        texts: token ids, at least one of each.
+        chunk: tokens that go through the model at once.
+        group: tensor group.
+
+    Raises UserError for a model whose numbers are not finite.
+    """
+    device = next(net.parameters()).device
+    mixers = [layer.self_attention for layer in net.decoder.layers]
+    sums = {mixer.layer_number: LayerSums(mixer, device) for mixer in mixers if isinstance(mixer, SSEMixer)}
+    marks = rank_marks(max(map(len, texts)))
+    for number, tokens in enumerate(texts, 1):
+        cache = WatchedCache(net, 1, sums)
+        for start, end in pieces(len(tokens), marks, chunk):
+            feed(net, cache, torch.tensor(tokens[start:end]), [0], [end - start])
+            if end in marks or end == len(tokens):
+                for layer, sum_ in sums.items():
+                    sum_.note_rank(cache.banks(layer).states_XBHKV, end, end in marks, end == len(tokens))
+            if end in marks and end > chunk:
+                logger.info("text %d of %d: %d of %d tokens", number, len(texts), end, len(tokens))
+    return [
+        sums[number].layer(kind, group) if number in sums else Layer(number, kind)
+        for number, kind in enumerate(kinds, 1)
+    ]
+
+
+def _check_finite(x: Tensor) -> None:
+    if not x.isfinite().all():
+        raise UserError("CHECKPOINT: got a model whose decays or states are not finite, it has diverged")
+
+
+def rank_marks(longest: int) -> list[int]:
+    """Numbers of tokens after which ranks are measured, up to the length of the longest text."""
+    marks, mark = [], _FIRST_MARK
+    while mark < longest:
+        marks.append(mark)
+        mark *= 4
+    return [*marks, longest]
+
+
+def pieces(length: int, marks: Sequence[int], chunk: int) -> Iterator[tuple[int, int]]:
+    """First token and end of pieces of at most `chunk` tokens, which end at the marks."""
+    start = 0
+    for end in [*(mark for mark in marks if mark < length), length]:
+        while start < end:
+            stop = min(start + chunk, end)
+            yield start, stop
+            start = stop

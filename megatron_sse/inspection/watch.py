@@ -1,0 +1,61 @@
+"""A cache that is watched: what SSE layers hand to their banks is seen on its way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from megatron_sse.inference.cache import Cache
+from megatron_sse.kernels import BankInputs, BankOutputs, Routes
+from megatron_sse.model.cache import BankCache, CachedLayout
+
+
+class Watcher(Protocol):
+    def see(self, shared: BankInputs | None, sparse: BankInputs | None, routes: Routes | None) -> None:
+        """What the banks of a layer are handed for some tokens."""
+        ...
+
+
+class WatchedCache(Cache):
+    """A cache whose SSE layers show `watchers`, by layer number, what they hand to it."""
+
+    def __init__(self, model: GPTModel, num_sequences: int, watchers: Mapping[int, Watcher]):
+        super().__init__(model, num_sequences)
+        self.watched = dict(self.layers) | {
+            number: _WatchedBanks(self.banks(number), watcher) for number, watcher in watchers.items()
+        }
+
+    def banks(self, number: int) -> BankCache:
+        """What an SSE layer keeps."""
+        kept = self.layers[number]
+        assert isinstance(kept, BankCache)
+        return kept
+
+    def layout(self, slots: Sequence[int], counts: Sequence[int]) -> CachedLayout:
+        return replace(super().layout(slots, counts), layers=self.watched)
+
+
+class _WatchedBanks:
+    """Stands in for what a layer keeps."""
+
+    def __init__(self, kept: BankCache, watcher: Watcher):
+        self._kept, self._watcher = kept, watcher
+
+    def attend(
+        self,
+        shared: BankInputs,
+        sparse: BankInputs | None,
+        v_THV: Tensor,
+        routes: Routes | None,
+        layout: CachedLayout,
+        **options: Any,
+    ) -> BankOutputs:
+        self._watcher.see(shared, sparse, routes)
+        return self._kept.attend(shared, sparse, v_THV, routes, layout, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._kept, name)
