@@ -1,5 +1,6 @@
 """A hybrid trains alike in every layout: losses, and the first step's gradient of every parameter."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,18 @@ from tests.workers import run_workers
 NUM_STEPS = 20
 # Of layouts with context ranks, where rounding differs more: to 1e-5 for the first 20, to 1e-4 for all.
 NUM_CONTEXT_STEPS = 50
-MODEL = {
-    "num_layers": 4,
+MODEL: dict[str, Any] = {
     "hidden_size": 32,
     "vocab_size": 64,
-    "layers": "sse, gdn, sse, softmax",
+    "input_convolution": 3,
     "sse": {"num_heads": 2, "head_dim": 8, "num_partitions": 3, "num_writers": 2, "num_readers": 1},
     "softmax": {"num_heads": 4, "num_kv_heads": 2, "window": 24, "qk_norm": True},
 }
 DATA = {"sequence_length": 32}
-TRAINING = {"micro_batch_size": 2}
+# Two micro-batches, over pipeline stages or copies of the model. Where there are none, one does, and fewer layers: the
+# time of so small a model is that of its number of calls.
+DEEP = {"model": MODEL | {"num_layers": 4, "layers": "sse, gdn, sse, softmax"}, "training": {"micro_batch_size": 2}}
+FLAT = {"model": MODEL | {"num_layers": 3, "layers": "sse, gdn, softmax"}, "training": {"micro_batch_size": 4}}
 
 
 class Part:
@@ -39,7 +42,7 @@ class Part:
 
 def train(folder: Path, sections: dict[str, Any], num_steps: int) -> tuple[list[float], dict[str, Part], int]:
     """Losses, the first step's gradients by name in the whole model, and the tensor rank."""
-    run = start(small_run(folder, model=MODEL, data=DATA, **sections))
+    run = start(small_run(folder, data=DATA, **sections))
     iterator, _ = build_data_iterators(run.stage, run.groups, 0)
     losses, gradients = [], {}
     for step in range(1, num_steps + 1):
@@ -52,13 +55,31 @@ def train(folder: Path, sections: dict[str, Any], num_steps: int) -> tuple[list[
     return losses, gradients, run.groups.tp.rank()
 
 
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float], dict[str, torch.Tensor]]:
-    folder = tmp_path_factory.mktemp("layouts")
-    small_run(folder, model=MODEL, data=DATA)
-    [(losses, parts, _)] = run_workers(1, train, folder, {"training": TRAINING}, NUM_CONTEXT_STEPS)
+@dataclass(frozen=True)
+class OneProcess:
+    """A run of one process: its losses, and the first step's gradients."""
+
+    folder: Path
+    sections: dict[str, Any]
+    losses: list[float]
+    gradients: dict[str, torch.Tensor]
+
+
+def run_one_process(folder: Path, sections: dict[str, Any]) -> OneProcess:
+    small_run(folder, data=DATA, **sections)
+    [(losses, parts, _)] = run_workers(1, train, folder, sections, NUM_CONTEXT_STEPS)
     assert losses[-1] < losses[0] - 0.1
-    return folder, losses, {name: part.gradient for name, part in parts.items()}
+    return OneProcess(folder, sections, losses, {name: part.gradient for name, part in parts.items()})
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> OneProcess:
+    return run_one_process(tmp_path_factory.mktemp("deep"), DEEP)
+
+
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory: pytest.TempPathFactory) -> OneProcess:
+    return run_one_process(tmp_path_factory.mktemp("flat"), FLAT)
 
 
 LAYOUTS = [
@@ -92,48 +113,52 @@ HAND_OFFS = [
     (4, {"context": 4, "hand_off": "two_level", "context_per_node": 2}),
 ]
 
-OneProcess = tuple[Path, list[float], dict[str, torch.Tensor]]
-
 
 @pytest.mark.parametrize(("world_size", "parallel"), LAYOUTS, ids=str)
-def test_like_one_process(world_size: int, parallel: dict[str, Any], one_process: OneProcess) -> None:
-    compare(world_size, parallel, "none", one_process)
+def test_like_one_process(world_size: int, parallel: dict[str, Any], deep: OneProcess, flat: OneProcess) -> None:
+    compare(world_size, parallel, "none", deep, flat)
 
 
 @pytest.mark.parametrize(("world_size", "parallel"), RECOMPUTED, ids=str)
-def test_recomputed_like_one_process(world_size: int, parallel: dict[str, Any], one_process: OneProcess) -> None:
-    compare(world_size, parallel, "full", one_process, NUM_STEPS)
+def test_recomputed_like_one_process(
+    world_size: int, parallel: dict[str, Any], deep: OneProcess, flat: OneProcess
+) -> None:
+    compare(world_size, parallel, "full", deep, flat, NUM_STEPS)
 
 
 @pytest.mark.parametrize(("world_size", "parallel"), HAND_OFFS, ids=str)
-def test_hand_offs_like_one_process(world_size: int, parallel: dict[str, Any], one_process: OneProcess) -> None:
-    compare(world_size, parallel, "none", one_process, NUM_STEPS)
+def test_hand_offs_like_one_process(
+    world_size: int, parallel: dict[str, Any], deep: OneProcess, flat: OneProcess
+) -> None:
+    compare(world_size, parallel, "none", deep, flat, NUM_STEPS)
 
 
-def test_eight_processes_like_one(one_process: OneProcess) -> None:
-    compare(8, {"context": 2, "tensor": 2, "pipeline": 2}, "none", one_process)
+def test_eight_processes_like_one(deep: OneProcess, flat: OneProcess) -> None:
+    compare(8, {"context": 2, "tensor": 2, "pipeline": 2}, "none", deep, flat)
 
 
 def compare(
     world_size: int,
     parallel: dict[str, Any],
     recompute: str,
-    one_process: OneProcess,
+    deep: OneProcess,
+    flat: OneProcess,
     num_steps: int | None = None,
 ) -> None:
     """Train in a layout and hold losses and gradients against those of one process."""
-    folder, expected_losses, expected_gradients = one_process
-    sections = {"parallel": parallel, "training": TRAINING | {"recompute": recompute}}
     tensor_size = parallel.get("tensor", 1)
+    expected = flat if 1 < world_size == tensor_size * parallel.get("context", 1) else deep
+    training = expected.sections["training"] | {"recompute": recompute}
+    sections = expected.sections | {"parallel": parallel, "training": training}
     seen = set()
     if num_steps is None:
         num_steps = NUM_CONTEXT_STEPS if "context" in parallel else NUM_STEPS
-    for losses, parts, tensor_rank in run_workers(world_size, train, folder, sections, num_steps):
-        assert losses[:NUM_STEPS] == pytest.approx(expected_losses[: min(NUM_STEPS, num_steps)], rel=1e-5)
-        assert losses == pytest.approx(expected_losses[:num_steps], rel=1e-4)
+    for losses, parts, tensor_rank in run_workers(world_size, train, expected.folder, sections, num_steps):
+        assert losses[:NUM_STEPS] == pytest.approx(expected.losses[: min(NUM_STEPS, num_steps)], rel=1e-5)
+        assert losses == pytest.approx(expected.losses[:num_steps], rel=1e-4)
         for name, part in parts.items():
-            whole = expected_gradients[name]
+            whole = expected.gradients[name]
             error = (part.gradient - own_part(whole, part, tensor_rank, tensor_size)).norm() / whole.norm()
             assert error < 1e-5, f"{name}: {error:.1e}"
             seen.add(name)
-    assert seen == set(expected_gradients)
+    assert seen == set(expected.gradients)
