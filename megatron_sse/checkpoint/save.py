@@ -27,6 +27,7 @@ from megatron_sse.checkpoint.manifest import FileEntry, Manifest, describe_files
 from megatron_sse.checkpoint.shards import ShardWriter, Staging
 from megatron_sse.checkpoint.state import get_num_steps, is_distributed, model_state, optimizer_state
 from megatron_sse.config import RunConfig
+from megatron_sse.data.tokenizer import END_OF_DOCUMENT, VOCAB_SIZE
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,8 @@ TOKENIZER_FILES = {
     ".tokenizer.json": "tokenizer.json",
     ".tokenizer_config.json": "tokenizer_config.json",
 }
+# What the first of these says where texts are made while training.
+BYTE_TOKENS = {"tokenizer": "bytes", "vocab_size": VOCAB_SIZE, "end": END_OF_DOCUMENT}
 
 
 class SaveError(Exception):
@@ -202,6 +205,9 @@ def _write_config(save: _Save, folder: Path) -> None:
         beside = Path(f"{prefix}{suffix}")
         if prefix is not None and beside.is_file():
             shutil.copyfile(beside, folder / name)
+    is_described = any((folder / name).exists() for name in TOKENIZER_FILES.values())
+    if not is_described and any(source.needle is not None for source in save.config.data.train):
+        (folder / TOKENS).write_text(json.dumps(BYTE_TOKENS, indent=2) + "\n")
     for path in folder.iterdir():
         fsync(path)
 

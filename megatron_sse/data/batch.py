@@ -21,6 +21,7 @@ class Batch:
     loss_mask_BL: float32 [B, L], 0 where the label does not count.
     layout: the documents of the batch.
     loss_tokens: labels that count, those of all context ranks.
+    answers_BL: bool [B, L], the labels that are answers of a task; None where no sample is of one.
     """
 
     tokens_BL: Tensor
@@ -28,6 +29,7 @@ class Batch:
     loss_mask_BL: Tensor
     layout: TokenLayout
     loss_tokens: int
+    answers_BL: Tensor | None = None
 
 
 def make_batch(
@@ -51,6 +53,7 @@ def make_batch(
     tokens_BG, labels_BG = tokens_BG1[:, :-1], labels_BG1[:, 1:]
     counts_BG = counts_BG1[:, 1:] & ~starts_BG1[:, 1:]
     real_BG = np.arange(tokens_BG.shape[1]) < np.array([[sample.length] for sample in samples])
+    answers_BG = counts_BG & np.array([[sample.of_task] for sample in samples])
     column_L = (shard or ContextShard()).columns(tokens_BG.shape[1])
     return Batch(
         tokens_BL=to_device(tokens_BG[:, column_L], device),
@@ -58,4 +61,5 @@ def make_batch(
         loss_mask_BL=to_device(counts_BG[:, column_L].astype(np.float32), device),
         layout=TokenLayout.from_starts(starts_BG1[:, :-1], None if real_BG.all() else real_BG, device, shard),
         loss_tokens=int(counts_BG.sum()),
+        answers_BL=to_device(answers_BG[:, column_L], device) if answers_BG.any() else None,
     )

@@ -22,6 +22,7 @@ class Sample:
         counts_G1: bool, whether a token counts as a label: no padding, and not what a loss mask leaves out.
         length: tokens before the padding.
         labels_G1: int64, what should stand at each place, where that is not the tokens; the first is no label.
+        of_task: whether its labels are the answers of a task.
     """
 
     tokens_G1: np.ndarray
@@ -29,6 +30,7 @@ class Sample:
     counts_G1: np.ndarray
     length: int
     labels_G1: np.ndarray | None = None
+    of_task: bool = False
 
 
 class TokenDataset:

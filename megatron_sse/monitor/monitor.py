@@ -126,10 +126,16 @@ class Monitor:
         if step % monitor.health_interval == 0:
             self._report_health(step)
 
-    def validation(self, step: int, loss: float) -> None:
-        """Report the validation loss in nats per token after `step` steps."""
-        scalars = {"validation/loss": loss}
+    def validation(self, step: int, means: dict[str, float]) -> None:
+        """Report a validation after `step` steps.
+
+        means: "loss" in nats per token and, with tasks, "accuracy", the share of their answers' tokens that are right.
+        """
+        loss = means["loss"]
+        scalars = {f"validation/{name}": value for name, value in means.items()}
         line = f"step {step}/{self.config.training.steps} | validation loss {loss:.4f}"
+        if "accuracy" in means:
+            line += f" | accuracy {means['accuracy']:.3f}"
         if self.metadata is not None:
             scalars["validation/bits_per_byte"] = bits = self.metadata.bits_per_byte(loss)
             unigram = self.metadata.unigram_bits_per_byte

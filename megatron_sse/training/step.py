@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -24,6 +25,7 @@ from megatron_sse.config import RunConfig, uses_distributed_optimizer
 from megatron_sse.data.batch import Batch
 from megatron_sse.model import SSEMixer
 from megatron_sse.model.attention import SoftmaxAttention
+from megatron_sse.parallel.vocabulary import likeliest_tokens
 
 
 @dataclass(frozen=True)
@@ -99,20 +101,23 @@ class Trainer:
         return StepResult(losses, grad_norm, skipped=not finite)
 
     @torch.no_grad()
-    def validate(self, batches: Iterator[Batch]) -> float:
-        """Mean loss in nats per token over all batches of the iterator; the same on every rank."""
+    def validate(self, batches: Iterator[Batch]) -> dict[str, float]:
+        """Means over all batches of the iterator, the same on every rank: "loss" in nats per token; where there are
+        answers of tasks "accuracy", the share of their tokens that are the likeliest."""
         for chunk in self.chunks:
             chunk.eval()
         loss_sums: list[Tensor] = []
         while micro_batches := list(islice(batches, self.num_micro_batches)):
             loss_sums += self._run_schedule(micro_batches, forward_only=True)
-        return self._mean_losses(loss_sums)["loss"]
+        means = self._mean_losses(loss_sums)
+        return {name: means[name] for name in ("loss", "accuracy") if name in means}
 
     def _run_schedule(self, micro_batches: list[Batch], forward_only: bool) -> list[Tensor]:
+        score_step = partial(forward_and_score, vocab_size=self.config.model.vocab_size)
         virtual_size = self.config.parallel.virtual_pipeline
         run = get_forward_backward_func(self.groups.pp.size(), virtual_size if virtual_size > 1 else None)
         return run(
-            forward_step_func=forward_step,
+            forward_step_func=score_step if forward_only else forward_step,
             # Each virtual stage runs every micro-batch.
             data_iterator=[iter(micro_batches) for _ in self.chunks],
             model=self.chunks,
@@ -125,20 +130,23 @@ class Trainer:
         )
 
     def _mean_losses(self, loss_sums: list[Tensor]) -> dict[str, float]:
-        """Means over all ranks. loss_sums: [2] (sum of losses, tokens) per micro-batch, only on the last stage."""
-        totals_4 = torch.zeros(4, dtype=torch.float64, device=self.optimizer.get_loss_scale().device)
+        """Means over all ranks. loss_sums: of each micro-batch [2] (sum of losses, tokens), or [4] (right answers,
+        answers), only on the last stage."""
+        totals_6 = torch.zeros(6, dtype=torch.float64, device=self.optimizer.get_loss_scale().device)
         for loss_sum in loss_sums:
-            totals_4[:2] += loss_sum
+            totals_6[: len(loss_sum)] += loss_sum
         for mixer in self.mixers:
             means = mixer.metrics.means()
             if "balance_loss" in means:
-                totals_4[2] += means["balance_loss"]
-                totals_4[3] += 1
+                totals_6[4] += means["balance_loss"]
+                totals_6[5] += 1
         # All ranks of a tensor group have the same sums.
         for group in (self.groups.pp, self.groups.dp_cp):
-            dist.all_reduce(totals_4, group=group)
-        loss, tokens, balance_loss, num_layers = totals_4.tolist()
+            dist.all_reduce(totals_6, group=group)
+        loss, tokens, right, answers, balance_loss, num_layers = totals_6.tolist()
         losses = {"loss": loss / max(tokens, 1.0)}
+        if answers:
+            losses["accuracy"] = right / answers
         if num_layers:
             losses["balance_loss"] = balance_loss / num_layers
         return losses
@@ -160,6 +168,27 @@ def forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
     batch = next(batches)
     output = model(batch.tokens_BL, None, None, labels=batch.labels_BL, packed_seq_params=batch.layout)
     return output, partial(sum_losses, batch.loss_mask_BL)
+
+
+def forward_and_score(batches: Iterator[Batch], model: Any, vocab_size: int) -> tuple[Tensor, Any]:
+    """As forward_step, and where there are answers of tasks, the last stage also counts those that are right."""
+    batch = next(batches)
+    if batch.answers_BL is None:
+        return forward_step(iter([batch]), model)
+    output = model(batch.tokens_BL, None, None, packed_seq_params=batch.layout)
+    return output, partial(score, model.module, batch, vocab_size)
+
+
+def score(network: GPTModel, batch: Batch, vocab_size: int, logits_BLV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What sum_losses returns, with right answers and answers behind it. logits_BLV: of this tensor rank's tokens."""
+    answers_BL = batch.answers_BL
+    assert answers_BL is not None
+    token_A = likeliest_tokens(logits_BLV[answers_BL], vocab_size, network.pg_collection.tp)
+    right = (token_A == batch.labels_BL[answers_BL]).sum()
+    # It overwrites the logits, and takes labels and logits with B and L the other way round.
+    loss_LB = network.compute_language_model_loss(batch.labels_BL.T, logits_BLV)
+    loss, tokens, sums_2 = sum_losses(batch.loss_mask_BL, loss_LB.T)
+    return loss, tokens, torch.cat([sums_2, torch.stack([right, answers_BL.sum()])])
 
 
 def sum_losses(loss_mask_BL: Tensor, loss_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:

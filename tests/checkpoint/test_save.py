@@ -1,6 +1,7 @@
 """Saving in the background, starting from weights, and the order of samples after going on."""
 
 import ast
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -13,6 +14,7 @@ from megatron_sse.checkpoint.shards import ShardWriter
 from megatron_sse.checkpoint.state import held_by
 from megatron_sse.checkpoint.verify import first_whole
 from megatron_sse.checkpoint.weights import read_weights, write_weights
+from megatron_sse.convert import convert
 from megatron_sse.data.iterators import build_data_iterators
 from megatron_sse.parallel.groups import destroy_groups
 from megatron_sse.training.loop import Run
@@ -120,6 +122,29 @@ def test_the_order_of_samples_goes_on(tmp_path: Path, after: dict[str, Any], las
     resumed = run_workers(2, samples_of, tmp_path, sections | {"parallel": after}, checkpoint, 8)
     for step, expected in enumerate(whole[last_step:]):
         assert sorted(sum((ranks[step] for ranks in resumed), [])) == sorted(expected)
+
+
+def saved_folder(folder: Path, train: Any) -> Path:
+    """The checkpoint of a run that has taken no step."""
+    folder.mkdir()
+    data = {"train": train, "sequence_length": 128}
+    sections = {"model": {"vocab_size": 300}, "monitor": {"folder": str(folder / "run")}}
+    run = start(small_run(folder, data=data, **sections))
+    run._enter(run.stages[0])
+    save(run, 0)
+    return folder / "run/checkpoints/iter_0000000"
+
+
+def test_texts_made_while_training_are_of_byte_tokens(tmp_path: Path) -> None:
+    """So an exported model gets their tokenizer; other tasks have no texts."""
+    needle, mqar = {"needle": {"digits": 3}}, {"mqar": {"pairs": 4, "keys": 8, "values": 6}}
+    [saved] = run_workers(1, saved_folder, tmp_path / "needle", [mqar, needle])
+    described = json.loads((saved / "tokens.json").read_text())
+    assert (described["tokenizer"], described["end"]) == ("bytes", 256)
+    assert convert(str(saved), str(tmp_path / "exported")) == 0
+    assert len(json.loads((tmp_path / "exported/tokenizer.json").read_text())["model"]["vocab"]) == 256
+    [saved] = run_workers(1, saved_folder, tmp_path / "mqar", mqar)
+    assert not (saved / "tokens.json").exists()
 
 
 def test_every_torch_load_is_restricted() -> None:

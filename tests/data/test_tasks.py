@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_sse.config import MQARTask, NeedleTask, RunConfig, plan_stages
 from megatron_sse.data.blend import TrainingOrder
@@ -105,6 +106,7 @@ def test_only_answers_are_labels() -> None:
     config = run_config("x", data={"train": MQAR}, model={"vocab_size": 15})
     batch = next(build_data_iterators(plan_stages(config)[0], data_parallel_groups(), 0)[0])
     assert batch.loss_tokens == 2 * 4 == int(batch.loss_mask_BL.sum())
+    assert torch.equal(batch.answers_BL, batch.loss_mask_BL > 0)
     for tokens_L, labels_L, mask_L in zip(batch.tokens_BL, batch.labels_BL, batch.loss_mask_BL, strict=True):
         asked = mask_L.nonzero()[:, 0].tolist()
         tokens = tokens_L.tolist()
@@ -127,7 +129,7 @@ def test_needle_samples_are_texts_with_an_end() -> None:
         prompt = decode(tokens_G[~label_G])
         assert solve(Needle(prompt, answer, ())) == [answer.strip(" .")]
         assert np.flatnonzero(sample.starts_G1).tolist() == [0, *[sample.length] * (sample.length < 301)]
-        assert 240 < sample.length <= 301
+        assert 240 < sample.length <= 301 and sample.of_task
 
 
 def samples_of(config: RunConfig, data_size: int, consumed: int, count: int) -> list[tuple[int, ...]]:
@@ -225,3 +227,5 @@ def test_validation_and_training_of_a_share(tmp_path: Path) -> None:
     _, make_validation = build_data_iterators(plan_stages(config)[0], data_parallel_groups(), 0)
     batches = list(islice(make_validation(), 99))
     assert len(batches) == 4 and min(batch.loss_tokens for batch in batches) >= 4
+    # Half of 8 samples are of the task.
+    assert sum(int(batch.answers_BL.sum()) for batch in batches) == 4 * 4

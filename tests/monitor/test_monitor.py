@@ -65,7 +65,8 @@ def run_monitor(folder, layout=None, steps=4, log_interval=1, memory_steps=None)
     monitor = Monitor(config, groups, chunks, device)
     for step in range(1, steps + 1):
         monitor.step(step, LOSSES, 1e-3 * step, 0.5, tokens=1000, seconds=0.25 * step)
-    monitor.validation(steps, math.log(2))
+    monitor.validation(steps, {"loss": math.log(2)})
+    monitor.validation(steps, {"loss": math.log(2), "accuracy": 0.25})
     monitor.close()
     logger.removeHandler(handler)
     return lines
@@ -98,8 +99,9 @@ def test_events_are_complete_at_any_layout(name, tmp_path):
     flops = train_flops_per_token(small_config(tmp_path).model, 16) * 4000 / world_size
     assert scalars["speed/tflops_per_gpu"][0] == (1, pytest.approx(flops / 1e12))
     assert len(list((tmp_path / "run/tensorboard").iterdir())) == 1
-    assert scalars["validation/loss"] == [(4, pytest.approx(math.log(2)))]
-    assert scalars["validation/bits_per_byte"] == [(4, pytest.approx(1.5))]
+    assert scalars["validation/loss"] == [(4, pytest.approx(math.log(2)))] * 2
+    assert scalars["validation/bits_per_byte"] == [(4, pytest.approx(1.5))] * 2
+    assert scalars["validation/accuracy"] == [(4, 0.25)]
 
     # Ranks count 0 and 1 over the tensor group, 0 and 10 over data-parallel ranks: their means.
     offset = {"TP2": 0.5, "DP2": 5.0}.get(name, 0.0)
@@ -121,12 +123,13 @@ def test_events_are_complete_at_any_layout(name, tmp_path):
 def test_console_says_what_happens_and_where_things_are(tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (lines,) = run_workers(1, run_monitor, str(tmp_path))
-    steps, validation, rest = lines[:4], lines[4], lines[5:]
+    steps, validation, with_accuracy, rest = lines[:4], lines[4], lines[5], lines[6:]
     assert steps[2].startswith(
         "step 3/10 | loss 2.5000 | balance 1.2500 | lr 3.00e-03 | grad norm 0.500 | 1,333 tokens/s"
     )
     assert steps[0].endswith("2s left")
     assert validation == "step 4/10 | validation loss 0.6931 | 1.500 bits per byte (single-byte frequencies: 4.500)"
+    assert with_accuracy.startswith("step 4/10 | validation loss 0.6931 | accuracy 0.250 | 1.500 bits per byte")
     assert len(rest) == 2
     assert f"tensorboard --logdir {tmp_path}/run/tensorboard" in rest[0]
     assert f"{tmp_path}/run/checkpoints" in rest[1]

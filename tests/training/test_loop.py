@@ -76,7 +76,7 @@ def test_interval_keep_last_and_the_end_of_the_time(
 def validation_losses(folder: Path, sections: dict[str, Any]) -> list[tuple[int, float]]:
     run = start(small_run(folder, **sections))
     reported: list[tuple[int, float]] = []
-    run.monitor.validation = lambda step, loss: reported.append((step, loss))  # type: ignore[method-assign]
+    run.monitor.validation = lambda step, means: reported.append((step, means["loss"]))  # type: ignore[method-assign]
     run.run(Signals())
     return reported
 

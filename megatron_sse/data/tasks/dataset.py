@@ -36,7 +36,7 @@ def _recall_sample(generator: np.random.Generator, task: MQARTask, length: int) 
     tokens_G1 = np.append(recall.tokens_L, 0)
     labels_G1, counts_G1 = tokens_G1.copy(), np.zeros(length + 1, dtype=bool)
     labels_G1[recall.place_P + 1], counts_G1[recall.place_P + 1] = recall.answer_P, True
-    return Sample(tokens_G1, _starts(length + 1, length + 1), counts_G1, length + 1, labels_G1)
+    return Sample(tokens_G1, _starts(length + 1, length + 1), counts_G1, length + 1, labels_G1, of_task=True)
 
 
 def _needle_sample(generator: np.random.Generator, task: NeedleTask, length: int) -> Sample:
@@ -47,7 +47,7 @@ def _needle_sample(generator: np.random.Generator, task: NeedleTask, length: int
     tokens = [*prompt, *answer, END_OF_DOCUMENT]
     tokens_G1, counts_G1 = np.zeros(length + 1, dtype=np.int64), np.zeros(length + 1, dtype=bool)
     tokens_G1[: len(tokens)], counts_G1[len(prompt) : len(tokens)] = tokens, True
-    return Sample(tokens_G1, _starts(length + 1, len(tokens)), counts_G1, len(tokens))
+    return Sample(tokens_G1, _starts(length + 1, len(tokens)), counts_G1, len(tokens), of_task=True)
 
 
 def _starts(room: int, length: int) -> np.ndarray:

@@ -1,0 +1,31 @@
+"""The likeliest token of logits that are split between ranks is that of the whole."""
+
+import pytest
+import torch
+
+from megatron_sse.parallel.groups import init_groups
+from megatron_sse.parallel.vocabulary import likeliest_tokens
+from tests.workers import run_workers
+
+ROWS, PADDED = 50, 24
+
+
+def find_likeliest(logits_XV: torch.Tensor, vocab_size: int) -> list[int]:
+    group = init_groups(tensor=torch.distributed.get_world_size()).tp
+    part_XV = logits_XV.chunk(group.size(), dim=1)[group.rank()]
+    return likeliest_tokens(part_XV, vocab_size, group).tolist()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("vocab_size", [PADDED, 13, 5])
+def test_like_one_rank(world_size: int, vocab_size: int) -> None:
+    """Also where a rank has nothing but padding, where several are alike, and where all are below zero."""
+    logits_XV = torch.randint(-9, -1, (ROWS, PADDED), generator=torch.Generator().manual_seed(0)).bfloat16()
+    logits_XV[:, vocab_size:] = 7.0
+    expected = [row.index(max(row)) for row in logits_XV[:, :vocab_size].tolist()]
+    assert len(set(expected)) > 3
+    assert run_workers(world_size, find_likeliest, logits_XV, vocab_size) == [expected] * world_size
+
+
+def test_no_rows() -> None:
+    assert run_workers(2, find_likeliest, torch.empty(0, PADDED), PADDED) == [[], []]
