@@ -102,10 +102,11 @@ class LayerSums:
         self.marks: dict[int, list[Tensor]] = {}
         self.ends: list[tuple[int, Tensor]] = []
 
-    def see(self, shared: BankInputs | None, sparse: BankInputs | None, routes: Routes | None) -> None:
-        if shared is not None:
+    def see(self, shared: BankInputs, sparse: BankInputs | None, routes: Routes | None) -> None:
+        _check_finite(shared.g)
+        # Layers without a shared bank hand over keys of zero: nothing is written.
+        if shared.k_THK.any():
             self.has_shared = True
-            _check_finite(shared.g)
             self.shared.add(shared.g, torch.zeros_like(shared.g.flatten(1)[:, :1], dtype=torch.int64))
         if sparse is None or routes is None:
             return

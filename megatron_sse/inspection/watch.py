@@ -15,7 +15,7 @@ from megatron_sse.model.cache import BankCache, CachedLayout
 
 
 class Watcher(Protocol):
-    def see(self, shared: BankInputs | None, sparse: BankInputs | None, routes: Routes | None) -> None:
+    def see(self, shared: BankInputs, sparse: BankInputs | None, routes: Routes | None) -> None:
         """What the banks of a layer are handed for some tokens."""
         ...
 

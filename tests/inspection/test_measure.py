@@ -14,6 +14,8 @@ from megatron_sse.convert.model import open_model
 from megatron_sse.errors import UserError
 from megatron_sse.inference.load import build_and_load, inference_config, tensor_group
 from megatron_sse.inspection.measure import Layer, LayerSums, Rank, measure_layers, pieces, rank_marks
+from megatron_sse.inspection.pictures import draw_all
+from megatron_sse.inspection.report import tabulate
 from megatron_sse.parallel.device import setup_device
 from megatron_sse.parallel.groups import init_groups
 from tests.inference.support import SOFTMAX, make_checkpoint, model
@@ -169,6 +171,24 @@ def test_constant_decay(tmp_path: Path) -> None:
         for name in ("shared", "sparse_writes", "sparse_tokens"):
             assert found[name] == pytest.approx(spread, rel=WIDTH)
         assert found["partition_tokens_N"] == [pytest.approx(spread, rel=WIDTH), None, None]
+
+
+def test_without_shared_bank(tmp_path: Path) -> None:
+    """Whose keys are zero: those of the partitions alone have more than the input projection."""
+    folder = make_checkpoint(tmp_path / "model", model(sse={"key_map": "silu"}))
+
+    @torch.no_grad()
+    def empty(net: Any) -> None:
+        mixer = net.decoder.layers[1].self_attention
+        mixer.in_proj.weight.unflatten(0, (mixer.num_heads, -1))[:, mixer.key_dim : 2 * mixer.key_dim] = 0
+
+    first, second = measure(folder, TEXTS, 2048, empty)
+    assert first.end is not None and second.end is not None and second.half_life is not None
+    assert first.end.shared is not None and second.end.shared is None and second.half_life.shared is None
+    assert len(second.end.partition_N) == 3 and second.half_life.sparse_tokens is not None
+    row = tabulate([first, second]).split("at the end")[1].splitlines()[3].split()
+    assert row == ["2", "sse", "-", *(f"{rank:.2f}" for rank in second.end.partition_N)]
+    draw_all(tmp_path, [second])
 
 
 @pytest.mark.parametrize(("layer", "part"), [(0, "decay_gates.0.down"), (1, "in_proj")])
