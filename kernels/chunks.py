@@ -13,6 +13,8 @@ from torch import Tensor
 from megatron_sse.kernels.scan import scan_spans, scan_states
 from megatron_sse.kernels.segments import Segments, from_chunks, make_grid, to_chunks
 
+SMALLEST, LARGEST = 8, 32
+
 
 class ChunkAction(NamedTuple):
     """For each of M chunks (times heads): within [M, C, V], query [M, C, K], transition [M, K, 1] (a decay per channel)
@@ -24,12 +26,19 @@ class ChunkAction(NamedTuple):
     increment: Tensor
 
 
+def choose_chunk_size(num_rows: int, num_segments: int) -> int:
+    """Rows per chunk, a power of two: fewer where segments are short, as each fills whole chunks."""
+    size = LARGEST
+    while size > SMALLEST and 2 * size * num_segments > num_rows:
+        size //= 2
+    return size
+
+
 def run_chunks(
     act: Callable[..., ChunkAction],
     rows: tuple[Tensor, ...],
     segments: Segments,
     initial_SHKV: Tensor | None,
-    chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     """Output [T, H, V] and final states [S, H, K, V] of the recurrence whose chunks act as `act(*rows)` says.
 
@@ -38,7 +47,8 @@ def run_chunks(
         rows: [T, H, D] each, all fp32 or all fp64.
         segments, initial_SHKV: as in the recurrences.
     """
-    grid = make_grid(segments, rows[0].shape[0], rows[0].shape[1], chunk_size)
+    num_rows, num_heads = rows[0].shape[:2]
+    grid = make_grid(segments, num_rows, num_heads, choose_chunk_size(num_rows, segments.num_segments))
     within, query, transition, increment = _InBlocks.apply(act, *(to_chunks(x, grid) for x in rows))
     transition, increment = (x.unflatten(0, (-1, grid.num_heads)) for x in (transition, increment))
     if segments.edges is None:

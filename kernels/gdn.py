@@ -21,7 +21,6 @@ def chunk_gdn(
     beta_TH: Tensor,
     segments: Segments,
     initial_SHKV: Tensor | None = None,
-    chunk_size: int = 32,
 ) -> tuple[Tensor, Tensor]:
     """S <- exp(g) (I - beta k k^T) S + beta k v^T; o = q S / sqrt(K), restarted in every segment (arXiv 2412.06464).
 
@@ -31,14 +30,13 @@ def chunk_gdn(
         beta_TH: write strength, in [0, 1], or up to 2 where negative eigenvalues are allowed.
         segments: which rows form which segment, in which order.
         initial_SHKV: the state that enters each segment; None for zeros.
-        chunk_size: rows per chunk, a power of two.
 
     Returns:
         o_THV in v's dtype and final_SHKV; all arithmetic and the states are in fp32, or fp64 where an input is.
     """
     dtype = torch.promote_types(q_THK.dtype, torch.float32)
     rows = (q_THK, k_THK, v_THV, g_TH[..., None], beta_TH[..., None])
-    o_THV, final_SHKV = run_chunks(_act, tuple(x.to(dtype) for x in rows), segments, initial_SHKV, chunk_size)
+    o_THV, final_SHKV = run_chunks(_act, tuple(x.to(dtype) for x in rows), segments, initial_SHKV)
     return o_THV.to(v_THV.dtype), final_SHKV
 
 

@@ -4,6 +4,9 @@ A span of tokens acts on a state as S -> transition S + increment, whatever the 
 per key channel for GLA and a matrix for the delta rule. The same pair describes a rank's span to its neighbours.
 """
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,30 +57,30 @@ def scan_pieces(
 
 
 def _run_torch(a: Tensor, u: Tensor, initial_S: Tensor | None, pieces: Pieces, reverse: bool) -> tuple[Tensor, Tensor]:
-    order, restarts_G, end_S = range(len(u)), pieces.first_G, pieces.last_S
-    if reverse:
-        restarts_G = pieces.last_S[pieces.segment_G] == torch.arange(len(u), device=u.device)
-        a, order, end_S = _transposed(a), order[::-1], pieces.first_S
-    zero = u.new_zeros(())
-    start_G = zero.expand_as(u) if initial_S is None else initial_S[pieces.segment_G]
-    y, handed_on = torch.empty_like(u, memory_format=torch.contiguous_format), torch.zeros_like(u[0])
-    for g in order:
-        # Selected, not multiplied by zero: what is not finite stays in its segment.
-        torch.where(restarts_G[g], start_G[g], handed_on, out=y[g])
-        _step(a[g], y[g], u[g], out=handed_on)
-    final_S = apply_transition(a[end_S], y[end_S]) + u[end_S]
-    return y, torch.where(pieces.empty_S.view(-1, 1, 1, 1), zero if initial_S is None else initial_S, final_S)
+    a = _transposed(a) if reverse else a
+    state_S = u.new_zeros(len(pieces.first_S), *u.shape[1:]) if initial_S is None else initial_S.clone()
+    y = torch.zeros_like(u, memory_format=torch.contiguous_format)
+    waves = _waves(pieces)
+    for g in reversed(waves) if reverse else waves:
+        segment = pieces.segment_G[g]
+        y[g] = state_S[segment]
+        state_S[segment] = apply_transition(a[g], y[g]) + u[g]
+    return y, state_S
+
+
+def _waves(pieces: Pieces) -> Sequence[Tensor | slice]:
+    """Which pieces are computed at once, in order: the first ones of all segments, the second ones, and so on."""
+    if pieces.start_G.device.type != "cpu":
+        # One by one: their number in each wave is not known on the host. What is not used changes nothing.
+        return [slice(g, g + 1) for g in range(len(pieces.start_G))]
+    used = np.flatnonzero(pieces.end_G.numpy() > pieces.start_G.numpy())
+    step = pieces.step_G.numpy()[used]
+    order = torch.from_numpy(used[step.argsort(kind="stable")])
+    return order.split(np.bincount(step).tolist())
 
 
 def _transposed(transition: Tensor) -> Tensor:
     return transition if transition.shape[-1] == 1 else transition.transpose(-1, -2)
-
-
-def _step(a: Tensor, state: Tensor, increment: Tensor, out: Tensor) -> None:
-    if a.shape[-1] == 1:
-        torch.addcmul(increment, a, state, out=out)
-    else:
-        torch.baddbmm(increment, a, state, out=out)
 
 
 def scan_states(

@@ -67,7 +67,7 @@ class Pieces:
     size: rows per piece.
     start_G, end_G: int64, sorted positions start .. end - 1; end <= start for an empty piece.
     segment_G: int64, the segment of each piece.
-    first_G: bool, whether the piece opens its segment.
+    step_G: int64, the number of the piece in its segment, from 0.
     first_S, last_S: int64, the first and the last piece of each segment (of an empty one: any valid index).
     empty_S: bool.
     """
@@ -76,7 +76,7 @@ class Pieces:
     start_G: Tensor
     end_G: Tensor
     segment_G: Tensor
-    first_G: Tensor
+    step_G: Tensor
     first_S: Tensor
     last_S: Tensor
     empty_S: Tensor
@@ -97,7 +97,7 @@ def cut(segments: Segments, num_rows: int, size: int) -> Pieces:
         start_G=start_G,
         end_G=torch.minimum(start_G + size, segment_end_G),
         segment_G=segment_G,
-        first_G=step_G == 0,
+        step_G=step_G,
         first_S=piece_offsets_S1[:-1].clamp(max=len(piece_G) - 1),
         last_S=(piece_offsets_S1[1:] - 1).clamp(min=0),
         empty_S=pieces_S == 0,

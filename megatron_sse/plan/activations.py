@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from megatron_sse.kernels.chunks import choose_chunk_size
 from megatron_sse.kernels.triton.rows import CHUNK_SIZE, choose_chunks_per_piece
 from megatron_sse.plan.sizes import FP32, Mixer, Sizes
 
-TORCH_CHUNK = 32
 INT64 = 8
 
 
@@ -31,6 +31,9 @@ def layer_activations(sizes: Sizes, kind: str) -> Kept:
     hidden, inner = sizes.config.model.hidden_size, sizes.config.model.ffn_hidden_size // sizes.config.parallel.tensor
     # Both norms with their outputs, and the MLP: gate and up, and what SwiGLU makes of them.
     own = 2 * (_norm(sizes) + sizes.stream_tokens * hidden * sizes.element) + sizes.tokens * 5 * inner * sizes.element
+    # Torch keeps a copy for each token that the convolution looks back at.
+    copies = sizes.config.model.input_convolution if sizes.kernels == "torch" else 1
+    own += sizes.stream_tokens * hidden * sizes.element * copies if sizes.config.model.input_convolution else 0
     mixer = Kept(_softmax(sizes)) if kind == "softmax" else recurrent_activations(sizes, kind)
     return mixer.plus(own)
 
@@ -83,7 +86,7 @@ def recurrent_activations(sizes: Sizes, kind: str) -> Kept:
 def _inputs(sizes: Sizes, mixer: Mixer) -> int:
     """Projections, and what becomes of queries, keys and decays; for each token."""
     sse, element = sizes.config.model.sse, sizes.element
-    scalars = 2 * mixer.banks * mixer.value_heads if mixer.is_delta else 0
+    scalars = 2 * mixer.gates * mixer.value_heads if mixer.is_delta else 0
     kept = element * (mixer.maps * mixer.keys + mixer.values + scalars)
     if mixer.value_heads > mixer.heads:
         kept += element * mixer.values
@@ -94,7 +97,7 @@ def _inputs(sizes: Sizes, mixer: Mixer) -> int:
     if mixer.is_delta:
         kept += mixer.banks * FP32 * (3 * mixer.value_heads + 2 * (mixer.keys + mixer.heads))
     elif sse.decay == "gate":
-        kept += 2 * mixer.banks * FP32 * mixer.keys
+        kept += 2 * mixer.gates * FP32 * mixer.keys
     kept += sse.short_convolution * mixer.maps * mixer.keys * element
     return kept + element * mixer.values  # what goes into the output projection
 
@@ -104,7 +107,7 @@ def _low_ranks(sizes: Sizes, mixer: Mixer) -> int:
     sse = sizes.config.model.sse
     ranks = sse.value_head_dim * ((mixer.maps if mixer.partitions else 0) + sse.output_gate)
     if not mixer.is_delta and sse.decay == "gate":
-        ranks += sse.decay_low_rank * mixer.banks
+        ranks += sse.decay_low_rank * mixer.gates
     return sizes.stream_tokens * ranks * sizes.element
 
 
@@ -144,11 +147,12 @@ def _states(sizes: Sizes, mixer: Mixer, pieces: int) -> int:
 
 def _torch_recurrence(sizes: Sizes, mixer: Mixer) -> Kept:
     rows = sizes.tokens * (1 + _picks(sizes, mixer))
-    num_chunks = rows // TORCH_CHUNK + _segments(sizes, mixer)
+    size = choose_chunk_size(rows, _segments(sizes, mixer))
+    num_chunks = rows // size + _segments(sizes, mixer)
     gates = 2 if mixer.is_delta else mixer.key_dim
     # Queries, keys, values, decays, and the queries as they meet the entering state.
     width = FP32 * (3 * mixer.key_dim + mixer.value_dim + gates) + INT64
-    kept = mixer.value_heads * (num_chunks * TORCH_CHUNK * width + rows * INT64)
+    kept = mixer.value_heads * (num_chunks * size * width + rows * INT64)
     if mixer.partitions:
         kept += FP32 * rows * mixer.values + sizes.element * sizes.tokens * mixer.values
     normed = 5 if sizes.config.model.sse.output_gate else 2

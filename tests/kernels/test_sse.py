@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_sse.kernels import chunks
 from tests.kernels.cases import UNEVEN, Case, errors, make_inputs, outputs_and_gradients, run
 from tests.kernels.implementations import FORMS, attention, oracle
 
@@ -59,6 +60,21 @@ def test_matches_the_oracle(case: Case, form: str) -> None:
     actual = outputs_and_gradients(attention(form), case, make_inputs(case))
     worst = {name: error for name, error in errors(actual, expected(case)).items() if not error < 1e-12}
     assert not worst
+
+
+@pytest.mark.parametrize("size", [1, 4, 8, 16, 32, 64])
+@pytest.mark.parametrize("recurrence", ["gla", "gdn"])
+def test_any_chunk_size(recurrence: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(recurrence=recurrence, lengths=UNEVEN, initial=True)
+    monkeypatch.setattr(chunks, "choose_chunk_size", lambda *sizes: size)
+    actual = outputs_and_gradients(attention("varlen"), case, make_inputs(case))
+    worst = {name: error for name, error in errors(actual, expected(case)).items() if not error < 1e-12}
+    assert not worst
+
+
+@pytest.mark.parametrize(("rows", "segments", "size"), [(640, 10, 32), (639, 10, 16), (319, 10, 8), (10, 10, 8)])
+def test_chunk_size(rows: int, segments: int, size: int) -> None:
+    assert chunks.choose_chunk_size(rows, segments) == size
 
 
 @pytest.mark.parametrize("form", FORMS)
