@@ -4,9 +4,10 @@ import os
 import socket
 import sys
 from dataclasses import dataclass
-from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+from tests.workers import fork_context
 
 SECONDS_TO_END = 120
 # Ends with its launcher, as a training process does.
@@ -70,11 +71,8 @@ def start_launcher(
     path.write_text(SCRIPT + script)
     log = folder / f"output{rank}"
     log.touch()
-    # All imports are made once, in the process that the others are forked from.
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["megatron_sse.launch", __name__])
     place = (count, rank, address, port)
-    process = context.Process(target=_launch, args=(str(path), str(log), place, per_node, max_restarts))
+    process = fork_context().Process(target=_launch, args=(str(path), str(log), place, per_node, max_restarts))
     process.start()
     return Launcher(process, log)
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_sse.check_parallel import check_parallel
 from megatron_sse.config import load_config
 from megatron_sse.data.batch import Batch
 from megatron_sse.data.iterators import build_data_iterators
@@ -124,7 +123,7 @@ def broken_hand_off_seen(folder: Path, capfd: pytest.CaptureFixture[str]) -> Non
     """By the check of layouts, in the one that hands states off, from the first layer on."""
     config = load_config(QUICKSTART, ["model.layers=sse, softmax", "model.num_layers=2"])
     path = folder / "numbers.json"
-    assert check_parallel(config, ["cp2", "dp2"], json_path=path, prepare=broken.hand_off_disabled) == 1
+    assert broken.check_broken(config, ["cp2", "dp2"], path, broken.hand_off_disabled) == 1
     numbers = json.loads(path.read_text())
     layouts, allowed = numbers["layouts"], numbers["allowed"]
     assert layouts["dp2"]["verdict"] == "same" and layouts["cp2"]["verdict"] == "different"

@@ -7,8 +7,9 @@ import pickle
 import socket
 import traceback
 from collections.abc import Callable
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -26,13 +27,23 @@ class WorkerError(Exception):
     """A function failed on some rank; the message has the rank and its traceback."""
 
 
+def fork_context() -> ForkServerContext:
+    """Of processes that are forked from one that has loaded what takes most processes seconds to load.
+
+    There is one such process in each that runs tests: what it has loaded is the same for all of them.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["megatron_sse.training.loop", "megatron_sse.cli", "megatron_sse.launch"])
+    # Here, where no signal is blocked: those that are forked inherit that.
+    forkserver.ensure_running()
+    return context
+
+
 class WorkerPool:
     """`world_size` processes that have joined one gloo world and run what they are sent."""
 
     def __init__(self, world_size: int) -> None:
-        # Forked from one process that has loaded what takes most processes seconds to load.
-        context = get_context("forkserver")
-        context.set_forkserver_preload(["megatron_sse.training.loop"])
+        context = fork_context()
         port = _free_port()
         self._pipes: list[Connection] = []
         self._processes: list[BaseProcess] = []
@@ -120,6 +131,8 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
     groups.init_process_group(device.setup_device(rank))
+    # What is loaded stays: to look through it after every function would take a quarter of a second.
+    gc.freeze()
     # EOFError: the tests are over.
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:

@@ -1,12 +1,26 @@
-"""What the tests break in the processes of the command."""
+"""What the tests break in the processes of the command, and a run with such processes."""
 
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_sse.check_parallel import check_parallel, processes
+from megatron_sse.config import RunConfig
 from megatron_sse.kernels import Routes
 from megatron_sse.model import mixer as mixer_module
 from megatron_sse.model import router as router_module
+from tests.workers import fork_context
+
+
+def check_broken(config: RunConfig, layouts: list[str], json_path: Path, prepare: Callable[[], None]) -> int:
+    """check_parallel with something broken. Its processes are forked: each would load for longer than it computes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "get_context", lambda method: fork_context())
+        return check_parallel(config, layouts, json_path=json_path, prepare=prepare)
 
 
 def hand_off_disabled() -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_sse.check_parallel import check_parallel
 from megatron_sse.cli import main
 from megatron_sse.config import load_config
 from tests.check_parallel import broken
@@ -26,7 +25,7 @@ SMALL = ["model.layers=sse, softmax", "model.num_layers=2"]
 def run(folder: Path, layouts: list[str], prepare: Callable[[], None]) -> tuple[int, dict[str, Any]]:
     """Exit status, and what the JSON says of each layout."""
     path = folder / "numbers.json"
-    status = check_parallel(load_config(QUICKSTART, SMALL), layouts, json_path=path, prepare=prepare)
+    status = broken.check_broken(load_config(QUICKSTART, SMALL), layouts, path, prepare)
     return status, json.loads(path.read_text())
 
 

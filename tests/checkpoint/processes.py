@@ -6,10 +6,11 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+from tests.workers import fork_context
 
 # Where the fault happens: in a step, or while the second checkpoint is written, in the background or not.
 STEP, SAVE = "step", "save"
@@ -60,8 +61,7 @@ class Processes:
 
     def start(self) -> "Processes":
         # All imports are made once, in the process that the others are forked from.
-        context = get_context("forkserver")
-        context.set_forkserver_preload(["megatron_sse.training.loop", "megatron_sse.cli", __name__])
+        context = fork_context()
         port = _free_port()
         for rank in range(self.world_size):
             args = (rank, self.world_size, port, str(self.config), self.fault, str(self.log))
