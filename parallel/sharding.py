@@ -32,6 +32,17 @@ class ContextShard:
         backward = tuple((rank, 1) for rank in reversed(range(self.size)))
         return forward + backward if self.zigzag else forward
 
+    def chain_of_parts(self, num_parts: int) -> Chain:
+        """(rank, 0) of what `num_parts` tensor ranks hold of each context rank's tokens, in the order of the sequence.
+
+        Ranks count through the parts of a context rank first. No part may lie in two slots.
+        """
+        assert num_parts % self.num_slots == 0
+        per_slot = num_parts // self.num_slots
+        return tuple(
+            (rank * num_parts + slot * per_slot + part, 0) for rank, slot in self.chain for part in range(per_slot)
+        )
+
     def columns(self, length: int) -> np.ndarray:
         """Positions in a sequence of `length` tokens of this rank's tokens, slot after slot.
 

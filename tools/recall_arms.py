@@ -18,7 +18,8 @@ CLAIMS = {
     "a": "recall rises with the number of partitions at equal parameters",
     "b": "softmax key map against SiLU",
     "c": "weights on write and read, one of them, neither",
-    "e": "SSE-GDN: post_norm gate against reference",
+    "d": "with and without the shared bank",
+    "e": "SSE-GDN: the router's weights on values, on write strengths, or cancelled (the authors' code)",
     "f": "hybrids 5:1 against pure SSE and softmax only",
     "g": "with and without balance loss",
 }
@@ -50,7 +51,7 @@ ARMS = {
     "n1k1": Arm("a", _sse("num_partitions=1")),
     "n2k1": Arm("a", _sse("num_partitions=2")),
     "n4k1": Arm("a", _sse("num_partitions=4")),
-    BASE: Arm("abceg", _sse("num_partitions=8"), None),
+    BASE: Arm("abcdeg", _sse("num_partitions=8"), None),
     "n16k1": Arm("a", _sse("num_partitions=16")),
     # An SSE layer without partitions is gated linear attention.
     "gla": Arm("a", _sse("num_partitions=0")),
@@ -62,7 +63,9 @@ ARMS = {
     "write_only": Arm("c", _sse("num_partitions=8", "weight_reads=false"), state_as=BASE),
     "read_only": Arm("c", _sse("num_partitions=8", "weight_writes=false"), state_as=BASE),
     "no_weights": Arm("c", _sse("num_partitions=8", "weight_writes=false", "weight_reads=false"), state_as=BASE),
+    "no_shared": Arm("d", _sse("num_partitions=8", "shared_bank=false")),
     "gdn_post_norm": Arm("e", _sse("recurrence=gdn", "gate=post_norm"), state_as=BASE),
+    "gdn_beta": Arm("e", _sse("recurrence=gdn", "gate=beta"), state_as=BASE),
     "gdn_reference": Arm("e", _sse("recurrence=gdn", "gate=reference"), state_as=BASE),
     "gdn": Arm("e", _sse("recurrence=gdn", "num_partitions=0")),
     PURE6: Arm("f", _SIX, None),
@@ -105,7 +108,7 @@ def state_elements(config: RunConfig) -> int:
         if kind == "softmax":
             total += 2 * softmax.num_kv_heads * softmax.head_dim * (softmax.window or config.data.sequence_length)
         else:
-            banks = 1 + (sse.num_partitions if kind == "sse" else 0)
+            banks = sse.shared_bank + sse.num_partitions if kind == "sse" and sse.num_partitions else 1
             total += banks * sse.num_value_heads * sse.head_dim * sse.value_head_dim
     return total
 

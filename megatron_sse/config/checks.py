@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megatron_sse.config.context import context_problems
+from megatron_sse.config.context import context_problems, straddles_slots
 from megatron_sse.config.pattern import expand_pattern
 from megatron_sse.errors import UserError
 
@@ -91,6 +91,14 @@ def _linear_layers(config: RunConfig) -> Found:
         for name in ("num_writers", "num_readers"):
             if getattr(sse, name) > sse.num_partitions:
                 yield f"model.sse.{name}", getattr(sse, name), f"at most model.sse.num_partitions {sse.num_partitions}"
+        if sse.gate == "beta" and sse.recurrence == "gdn" and sse.num_writers > 1:
+            yield "model.sse.num_writers", sse.num_writers, "1 with model.sse.gate beta"
+    if not sse.shared_bank:
+        if "sse" in kinds and not sse.num_partitions:
+            yield "model.sse.shared_bank", False, "true while model.sse.num_partitions is 0"
+        if sse.short_convolution:
+            allowed = "0 while model.sse.shared_bank is false: it is on queries and keys of the shared bank"
+            yield "model.sse.short_convolution", sse.short_convolution, allowed
 
 
 def _recurrences(config: RunConfig) -> Found:
@@ -155,6 +163,9 @@ def _sizes(config: RunConfig) -> Found:
     if parallel.layout == "zigzag" and length % (2 * parallel.context * split):
         allowed = f"a multiple of {2 * parallel.context * split} with parallel.layout zigzag"
         yield "data.sequence_length", length, allowed
+    if parallel.layout == "zigzag" and straddles_slots(config):
+        allowed = "auto, contiguous with model.input_convolution, parallel.sequence and an odd parallel.tensor"
+        yield "parallel.layout", "zigzag", allowed
     if parallel.hand_off == "two_level" and parallel.context % parallel.context_per_node:
         yield (
             "parallel.context_per_node",

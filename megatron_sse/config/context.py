@@ -68,6 +68,11 @@ def context_problems(config: RunConfig) -> Iterator[tuple[str, Any, str]]:
             yield f"model.transformer.{name}", given[name], f"{only} while parallel.context is above 1"
 
 
+def straddles_slots(config: RunConfig) -> bool:
+    """Whether a convolution over parts of the sequence would meet one that lies in two slots of a zigzag layout."""
+    return bool(config.model.input_convolution and config.parallel.sequence and config.parallel.tensor % 2)
+
+
 def choose_layout(config: RunConfig) -> tuple[bool, str]:
     """Whether context ranks hold zigzag parts of the sequences (else contiguous ones), and why.
 
@@ -77,6 +82,8 @@ def choose_layout(config: RunConfig) -> tuple[bool, str]:
     parallel, model, length = config.parallel, config.model, config.data.sequence_length
     if parallel.context == 1 or parallel.layout != "auto":
         return parallel.layout == "zigzag" and parallel.context > 1, "as set"
+    if straddles_slots(config):
+        return False, "a tensor rank's part would lie in two slots"
     kinds = Counter(model.layer_kinds())
     linear, softmax = sum(kinds.values()) - kinds["softmax"], kinds["softmax"]
     if not softmax:

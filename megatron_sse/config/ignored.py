@@ -6,7 +6,7 @@ from megatron_sse.config.context import attention_kind
 from megatron_sse.config.schema import RunConfig, Section, SoftmaxConfig, SSEConfig
 
 _PARTITION_SETTINGS = ["num_writers", "num_readers", "form", "weight_writes", "weight_reads", "balance_loss"]
-_SPARSE_SETTINGS = ["recurrence", "num_partitions", *_PARTITION_SETTINGS]
+_SPARSE_SETTINGS = ["recurrence", "num_partitions", "shared_bank", *_PARTITION_SETTINGS]
 _GLA_SETTINGS = ["decay_low_rank", "decay_normalizer"]
 _GDN_SETTINGS = ["gate", "negative_eigenvalues"]
 _VALIDATION_SETTINGS = ["validation_interval", "validation_batches"]

@@ -53,7 +53,8 @@ class SSEConfig(Section):
     form: Literal["varlen", "mask"] = "varlen"
     weight_writes: bool = True
     weight_reads: bool = True
-    gate: Literal["post_norm", "reference"] = "post_norm"
+    gate: Literal["post_norm", "beta", "reference"] = "post_norm"
+    shared_bank: bool = True
     query_map: Literal["silu", "softmax"] = "silu"
     key_map: KeyMap | None = None
     key_topk: Count | None = None
@@ -117,6 +118,7 @@ class ModelConfig(Section):
     norm_epsilon: Positive = 1e-5
     init_std: Positive = 0.02
     tie_embeddings: bool = False
+    input_convolution: Size0 = 0
     sse: SSEConfig = Field(default_factory=SSEConfig)
     softmax: SoftmaxConfig = Field(default_factory=SoftmaxConfig)
     transformer: dict[str, Any] = Field(default_factory=dict)

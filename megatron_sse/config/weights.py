@@ -10,8 +10,9 @@ from megatron_sse.config.schema import ModelConfig
 class Weight:
     """One parameter of the built model.
 
-    part: what it belongs to: embedding, output, norms, mlp, or the kind of the mixer. size: elements of the whole.
-    split: whether tensor ranks hold equal parts of it, or all of it each. fp32: also in bf16 runs.
+    part: what it belongs to: embedding, output, norms, convolution, mlp, or the kind of the mixer.
+    size: elements of the whole. split: whether tensor ranks hold equal parts of it, or all of it each.
+    fp32: also in bf16 runs.
     summed: whether, under sequence parallelism, its gradient is summed over the tensor group once per step.
     """
 
@@ -47,7 +48,9 @@ def layer_weights(model: ModelConfig, kind: str) -> list[Weight]:
     hidden, inner = model.hidden_size, model.ffn_hidden_size
     mixer = _softmax_weights(model) if kind == "softmax" else _sse_weights(model, kind)
     mlp = [Weight("mlp", 2 * hidden * inner, split=True), Weight("mlp", hidden * inner, split=True)]
-    return [norm_weight(model), *mixer, norm_weight(model), *mlp]
+    width = model.input_convolution
+    convolution = [Weight("convolution", width * hidden, summed=True)] if width else []
+    return [norm_weight(model), *convolution, *mixer, norm_weight(model), *mlp]
 
 
 def _softmax_weights(model: ModelConfig) -> Iterator[Weight]:
@@ -65,7 +68,7 @@ def _sse_weights(model: ModelConfig, kind: str) -> Iterator[Weight]:
     sse, hidden, rank = model.sse, model.hidden_size, model.sse.value_head_dim
     is_delta = (sse.recurrence if kind == "sse" else kind) == "gdn"
     partitions = sse.num_partitions if kind == "sse" else 0
-    banks = 2 if partitions else 1  # kinds of banks: shared, sparse
+    banks = 2 if partitions and sse.shared_bank else 1  # kinds of banks: shared, sparse
     keys, values = sse.num_heads * sse.head_dim, sse.num_value_heads * sse.value_head_dim
     # With the key map one_minus_decay keys come from the decay.
     maps = 1 if sse.key_map == "one_minus_decay" else 2

@@ -171,6 +171,8 @@ def _differences(model: ModelConfig, family: Family) -> list[tuple[str, Any, str
     if kinds != {"softmax"}:
         return [("model.layers", ", ".join(sorted(kinds)), "softmax")]
     found: list[tuple[str, Any, str]] = []
+    if model.input_convolution:
+        found.append(("model.input_convolution", model.input_convolution, "0"))
     for key in ("qkv_bias", "qk_norm"):
         if getattr(softmax, key) != getattr(family, key):
             found.append((f"model.softmax.{key}", getattr(softmax, key), str(getattr(family, key)).lower()))

@@ -48,6 +48,10 @@ def layer_links(model: ModelConfig, names: Names, number: int, kind: str) -> Ite
     ours, theirs = f"decoder.layers.{number}.", f"model.layers.{number}."
     hidden, inner = model.hidden_size, model.ffn_hidden_size
     yield same(f"{ours}input_layernorm.weight", f"{theirs}{names.attention_norm}.weight", hidden)
+    if model.input_convolution:
+        part = Part(f"{theirs}{names.attention}_conv1d.weight", (hidden, 1, model.input_convolution))
+        name = f"{ours}self_attention.input_convolution.conv_weight"
+        yield Link(name, (part,), lambda tensor: tensor.squeeze(1), lambda tensor: [tensor.unsqueeze(1)])
     mixer = (f"{ours}self_attention.", f"{theirs}{names.attention}.")
     if kind == "softmax":
         yield from softmax_links(model.softmax, hidden, *mixer)
@@ -84,7 +88,7 @@ def mixer_links(
     keys = settings.num_heads * settings.head_dim
     values = settings.num_value_heads * settings.value_head_dim
     maps = "qk" if settings.key_map_of(recurrence) != "one_minus_decay" else "q"
-    kinds = 2 if num_partitions else 1
+    kinds = 2 if num_partitions and settings.shared_bank else 1
 
     yield _in_proj(settings, hidden, recurrence, maps, kinds, ours, theirs)
     yield same(f"{ours}out_proj.weight", f"{theirs}o_proj.weight", hidden, values)

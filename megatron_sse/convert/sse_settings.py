@@ -40,6 +40,7 @@ _DEFAULTS: Values = {
 _FIXED: Values = {
     "weight_writes": True,
     "weight_reads": True,
+    "shared_bank": True,
     "query_map": "silu",
     "decay_low_rank": 16,
     "decay_normalizer": 16.0,
@@ -155,6 +156,8 @@ def _differences(model: ModelConfig) -> list[tuple[str, Any, str]]:
     found: list[tuple[str, Any, str]] = []
     if kinds - {"sse", "softmax"} or "sse" not in kinds:
         found.append(("model.layers", ", ".join(sorted(kinds)), "sse, softmax"))
+    if model.input_convolution:
+        found.append(("model.input_convolution", model.input_convolution, "0"))
     if sse.num_heads is None:
         return found
     found += [(f"model.sse.{key}", getattr(sse, key), str(v)) for key, v in _FIXED.items() if getattr(sse, key) != v]

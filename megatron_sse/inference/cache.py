@@ -11,7 +11,7 @@ from megatron.core.models.gpt import GPTModel
 
 from megatron_sse.errors import UserError
 from megatron_sse.model.attention import SoftmaxAttention
-from megatron_sse.model.cache import BankCache, CachedLayout, KeyValueCache
+from megatron_sse.model.cache import BankCache, CachedLayout, KeyValueCache, Tail
 from megatron_sse.model.mixer import SSEMixer
 
 _FORMAT = 1
@@ -93,13 +93,12 @@ def read_cache(path: str, settings: dict) -> dict[str, Any]:
 
 
 def _make_bank_cache(mixer: SSEMixer, num_sequences: int, device: torch.device) -> BankCache:
-    dtype, width = mixer.config.params_dtype, mixer.settings.short_convolution
+    dtype = torch.promote_types(mixer.config.params_dtype, torch.float32)
     shape = (num_sequences, 1 + mixer.num_partitions, mixer.num_value_heads, mixer.key_dim, mixer.value_dim)
-    states = torch.zeros(shape, dtype=torch.promote_types(dtype, torch.float32), device=device)
-    if not width:
-        return BankCache(states, None)
-    num_channels = mixer.conv_weight.numel() // width
-    return BankCache(states, torch.zeros(num_sequences, width - 1, num_channels, dtype=dtype, device=device))
+    tails = _make_tails(mixer, num_sequences)
+    if mixer.settings.short_convolution:
+        tails["banks"] = _make_tail(mixer.conv_weight.flatten(0, -2), num_sequences)
+    return BankCache(torch.zeros(shape, dtype=dtype, device=device), tails)
 
 
 def _make_key_value_cache(attention: SoftmaxAttention, num_sequences: int, device: torch.device) -> KeyValueCache:
@@ -111,4 +110,17 @@ def _make_key_value_cache(attention: SoftmaxAttention, num_sequences: int, devic
         attention.num_query_groups_per_partition,
         attention.hidden_size_per_attention_head,
     )
-    return KeyValueCache(torch.zeros(shape, dtype=attention.config.params_dtype, device=device), window)
+    keys = torch.zeros(shape, dtype=attention.config.params_dtype, device=device)
+    return KeyValueCache(keys, window, _make_tails(attention, num_sequences))
+
+
+def _make_tails(mixer: SSEMixer | SoftmaxAttention, num_sequences: int) -> dict[str, Tail]:
+    """Of the convolution in front of a mixer."""
+    if not hasattr(mixer, "input_convolution"):
+        return {}
+    return {"input": _make_tail(mixer.input_convolution.conv_weight, num_sequences)}
+
+
+def _make_tail(weight_CW: torch.Tensor, num_sequences: int) -> Tail:
+    num_channels, width = weight_CW.shape
+    return Tail(weight_CW.detach().new_zeros(num_sequences, width - 1, num_channels))

@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_sse.config.schema import RotaryScaling
 from megatron_sse.model.cache import CachedLayout
+from megatron_sse.model.convolution import InputConvolution
 from megatron_sse.parallel.layout import TokenLayout
 from megatron_sse.parallel.routes import reroute
 from megatron_sse.parallel.zigzag import ZigzagLayout
@@ -34,6 +35,7 @@ class SoftmaxAttention(SelfAttention):
         layer_number: int,
         rotary_base: float,
         window: int | None,
+        input_convolution: int,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         rotary_scaling: RotaryScaling | None = None,
@@ -41,6 +43,8 @@ class SoftmaxAttention(SelfAttention):
         config = copy.copy(config)
         config.window_size = None if window is None else (window - 1, 0)
         super().__init__(config, submodules, layer_number, AttnMaskType.causal, cp_comm_type, pg_collection)
+        if input_convolution:
+            self.input_convolution = InputConvolution(config, input_convolution, layer_number, self.pg_collection)
         self.rotary_base, self.rotary_scaling = rotary_base, rotary_scaling
 
     def forward(
@@ -48,6 +52,8 @@ class SoftmaxAttention(SelfAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [L, B, d] (a part of L under sequence parallelism) to (output of the same shape, bias)."""
         layout = packed_seq_params
+        if hasattr(self, "input_convolution"):
+            hidden_states = self.input_convolution(hidden_states, layout)
         if layout.shard.size == 1 or layout.in_zigzag or not self.core_attention.wants_zigzag:
             return self._attend(hidden_states, attention_mask, layout)
         groups = self.pg_collection

@@ -148,6 +148,7 @@ def _softmax_spec(model: ModelConfig, backend: Backend) -> ModuleSpec:
             "rotary_base": model.softmax.rotary_base,
             "rotary_scaling": model.softmax.rotary_scaling,
             "window": model.softmax.window,
+            "input_convolution": model.input_convolution,
         },
         submodules=SelfAttentionSubmodules(
             linear_qkv=backend.column_parallel_linear,
@@ -166,6 +167,7 @@ def _sse_spec(kind: str, model: ModelConfig, backend: Backend, hand_off: HandOff
         "num_partitions": model.sse.num_partitions if kind == "sse" else 0,
         "backend": backend,
         "hand_off": hand_off,
+        "input_convolution": model.input_convolution,
     }
     return ModuleSpec(module=SSEMixer, params=params)
 

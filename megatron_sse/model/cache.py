@@ -61,14 +61,51 @@ class CachedLayout(TokenLayout):
         return self.length == self.num_documents
 
 
-class BankCache:
-    """The states of an SSE layer's banks, and the last tokens that its short convolution looks back at.
+class Tail:
+    """The last tokens of each sequence, which a convolution looks back at. rows_XWC: zeros before the sequence."""
 
-    states_XBHKV: fp32, fp64 for fp64 models. tail_XWC: zeros before the sequence; None without a convolution.
-    """
+    def __init__(self, rows_XWC: Tensor):
+        self.rows_XWC = rows_XWC
 
-    def __init__(self, states_XBHKV: Tensor, tail_XWC: Tensor | None):
-        self.states_XBHKV, self.tail_XWC = states_XBHKV, tail_XWC
+    def convolve(self, x_TC: Tensor, weight_CW: Tensor, layout: CachedLayout) -> Tensor:
+        """As kernels.short_convolution, behind the tokens kept."""
+        width, num_sequences = self.rows_XWC.shape[1], layout.num_documents
+        # Each sequence's new tokens stand behind its tail.
+        before_D = torch.arange(num_sequences, device=x_TC.device) * width
+        back_W = torch.arange(width, device=x_TC.device)
+        row_T = torch.arange(len(x_TC), device=x_TC.device) + before_D[layout.document_T] + width
+        x = x_TC.new_empty(len(x_TC) + num_sequences * width, x_TC.shape[1])
+        x[row_T] = x_TC
+        x[(layout.offsets_D1[:-1] + before_D)[:, None] + back_W] = self.rows_XWC[layout.slot_D]
+        position = row_T.new_zeros(len(x))
+        position[row_T] = layout.position_BL.flatten()
+        out_TC = short_convolution(x, weight_CW, position)[row_T]
+        self.rows_XWC[layout.slot_D] = x[(layout.offsets_D1[1:] + before_D)[:, None] + back_W]
+        return out_TC
+
+
+class LayerCache:
+    """What a layer keeps. tails: of the convolutions that it has, "input" in front of the mixer, "banks" inside."""
+
+    def __init__(self, tails: Mapping[str, Tail]):
+        self.tails = tails
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is kept, by name."""
+        return {name: tail.rows_XWC for name, tail in self.tails.items()}
+
+    def set_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """The other way round."""
+        for name, tail in self.tails.items():
+            tail.rows_XWC = tensors[name]
+
+
+class BankCache(LayerCache):
+    """The states of an SSE layer's banks. states_XBHKV: fp32, fp64 for fp64 models."""
+
+    def __init__(self, states_XBHKV: Tensor, tails: Mapping[str, Tail]):
+        super().__init__(tails)
+        self.states_XBHKV = states_XBHKV
 
     def attend(
         self,
@@ -98,40 +135,22 @@ class BankCache:
         self.states_XBHKV[layout.slot_D] = banks.final_DBHKV
         return banks
 
-    def convolve(self, x_TC: Tensor, weight_CW: Tensor, layout: CachedLayout) -> Tensor:
-        """As kernels.short_convolution, behind the tokens kept."""
-        assert self.tail_XWC is not None
-        width, num_sequences = self.tail_XWC.shape[1], layout.num_documents
-        # Each sequence's new tokens stand behind its tail.
-        before_D = torch.arange(num_sequences, device=x_TC.device) * width
-        back_W = torch.arange(width, device=x_TC.device)
-        row_T = torch.arange(len(x_TC), device=x_TC.device) + before_D[layout.document_T] + width
-        x = x_TC.new_empty(len(x_TC) + num_sequences * width, x_TC.shape[1])
-        x[row_T] = x_TC
-        x[(layout.offsets_D1[:-1] + before_D)[:, None] + back_W] = self.tail_XWC[layout.slot_D]
-        position = row_T.new_zeros(len(x))
-        position[row_T] = layout.position_BL.flatten()
-        out_TC = short_convolution(x, weight_CW, position)[row_T]
-        self.tail_XWC[layout.slot_D] = x[(layout.offsets_D1[1:] + before_D)[:, None] + back_W]
-        return out_TC
-
     def tensors(self) -> dict[str, Tensor]:
-        """What is kept, by name."""
-        tail = {} if self.tail_XWC is None else {"tail": self.tail_XWC}
-        return {"states": self.states_XBHKV, **tail}
+        return {"states": self.states_XBHKV, **super().tensors()}
 
     def set_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """The other way round."""
-        self.states_XBHKV, self.tail_XWC = tensors["states"], tensors.get("tail")
+        super().set_tensors(tensors)
+        self.states_XBHKV = tensors["states"]
 
 
-class KeyValueCache:
+class KeyValueCache(LayerCache):
     """Keys (rotated) and values of a softmax layer: all of them, or with a window a ring of its last ones.
 
     key_XRHK, value_XRHK: the token at position p stands in row p, in a ring in row p mod R.
     """
 
-    def __init__(self, key_XRHK: Tensor, window: int | None):
+    def __init__(self, key_XRHK: Tensor, window: int | None, tails: Mapping[str, Tail]):
+        super().__init__(tails)
         self.key_XRHK, self.value_XRHK, self.window = key_XRHK, torch.zeros_like(key_XRHK), window
 
     def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: CachedLayout, scale: float | None) -> Tensor:
@@ -195,11 +214,10 @@ class KeyValueCache:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is kept, by name."""
-        return {"key": self.key_XRHK, "value": self.value_XRHK}
+        return {"key": self.key_XRHK, "value": self.value_XRHK, **super().tensors()}
 
     def set_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """The other way round."""
+        super().set_tensors(tensors)
         self.key_XRHK, self.value_XRHK = tensors["key"], tensors["value"]
 
 

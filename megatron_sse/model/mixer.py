@@ -3,6 +3,7 @@
 With N = 0 partitions it is plain gated linear attention or the gated delta rule.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,19 +19,17 @@ from torch.nn.functional import silu
 
 from megatron_sse.config import SSEConfig
 from megatron_sse.config.schema import Recurrence
-from megatron_sse.kernels import BankInputs, BankOutputs, Edges, gated_norm, short_convolution, sse_attention
+from megatron_sse.kernels import BankInputs, BankOutputs, Edges, gated_norm, sse_attention
 from megatron_sse.model.backend import Backend
 from megatron_sse.model.cache import CachedLayout
+from megatron_sse.model.convolution import InputConvolution, convolve_slots
 from megatron_sse.model.features import constant_decay, delta_decay, gate_decay, map_key, map_query
 from megatron_sse.model.metrics import LayerMetrics
 from megatron_sse.model.projections import LowRank
 from megatron_sse.model.router import AttachLoss, Router
 from megatron_sse.parallel.collectives import sum_gradient
-from megatron_sse.parallel.halo import tokens_before
 from megatron_sse.parallel.handoff import HandOff, exclusive_scan
 from megatron_sse.parallel.layout import TokenLayout
-
-NUM_KINDS = 2  # of banks: shared, sparse
 
 
 class SSEMixer(MegatronModule):
@@ -51,6 +50,7 @@ class SSEMixer(MegatronModule):
         num_partitions: int,
         backend: Backend,
         hand_off: HandOff,
+        input_convolution: int,
         cp_comm_type: str | None = None,
     ):
         super().__init__(config)
@@ -58,7 +58,8 @@ class SSEMixer(MegatronModule):
         self.layer_number, self.settings, self.recurrence = layer_number, settings, recurrence
         self.num_partitions = num_partitions
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
-        self.num_kinds = NUM_KINDS if num_partitions else 1
+        self.has_shared = settings.shared_bank or not num_partitions
+        self.num_kinds = self.has_shared + (num_partitions > 0)  # of banks: shared, sparse
         self.key_map = settings.key_map_of(recurrence)
         self.has_keys = self.key_map != "one_minus_decay"
         self.num_heads = settings.num_heads // self.tp_group.size()
@@ -67,6 +68,8 @@ class SSEMixer(MegatronModule):
         self.key_dim, self.value_dim = settings.head_dim, settings.value_head_dim
         self.metrics = LayerMetrics()
 
+        if input_convolution:
+            self.input_convolution = InputConvolution(config, input_convolution, layer_number, pg_collection)
         self._build_projections(backend, pg_collection)
         self._build_decay(backend, pg_collection)
         if settings.short_convolution:
@@ -147,12 +150,20 @@ class SSEMixer(MegatronModule):
             the output, of the same shape, and no bias.
         """
         layout = packed_seq_params
+        if hasattr(self, "input_convolution"):
+            hidden_states = self.input_convolution(hidden_states, layout)
         shared, sparse, v_THV = self._bank_inputs(hidden_states, layout)
         routes, balance_loss = self.router(hidden_states, layout) if self.num_partitions else (None, None)
+        gate = self.settings.gate if self.recurrence == "gdn" else "post_norm"
+        weight_writes = self.settings.weight_writes
+        if gate == "beta" and sparse is not None and routes is not None:
+            # The one pick that is written.
+            weight_T1 = routes.weight_TP[:, :1] if weight_writes else 1
+            sparse, gate, weight_writes = replace(sparse, beta_TH=sparse.beta_TH * weight_T1), "post_norm", False
         options: dict[str, Any] = {
             "form": self.settings.form,
-            "gate": self.settings.gate if self.recurrence == "gdn" else "post_norm",
-            "weight_writes": self.settings.weight_writes,
+            "gate": gate,
+            "weight_writes": weight_writes,
             "weight_reads": self.settings.weight_reads,
         }
         if isinstance(layout, CachedLayout):
@@ -178,17 +189,22 @@ class SSEMixer(MegatronModule):
         v_THV = silu(v_THV.unflatten(-1, (self.group_size, self.value_dim)).flatten(1, 2))
         decays, betas = self._decays(hidden_LBd, rows[3])
 
-        queries, keys = [q_THK], [k_THK]
+        queries, keys = [], []
+        if self.has_shared:
+            queries, keys = [q_THK], [k_THK]
         if self.num_partitions:
             queries.append(q_THK + self._heads(self.query_lora(hidden_LBd)))
             keys.append(None if k_THK is None else k_THK + self._heads(self.key_lora(hidden_LBd)))
-        if self.settings.short_convolution:
+        if self.settings.short_convolution and self.has_shared:
             # After the sparse banks' queries and keys are formed: they do not see it, as in the authors' code.
             queries[0], keys[0] = self._convolve(q_THK, k_THK, layout)
         banks = []
         for q, k, g, beta in zip(queries, keys, decays, betas, strict=True):
             k, g = map_key(k, g, self.key_map, self.settings.key_topk)
             banks.append(BankInputs(map_query(q, self.settings.query_map), k, g, beta))
+        if not self.has_shared:
+            # Nothing is written to it: a comparison for studies, which costs as much as having it.
+            banks.insert(0, replace(banks[0], k_THK=torch.zeros_like(banks[0].k_THK)))
         return banks[0], banks[1] if self.num_partitions else None, v_THV
 
     def _decays(self, hidden_LBd: Tensor, scalars: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -210,21 +226,16 @@ class SSEMixer(MegatronModule):
         stacked = torch.stack((q_THK,) if k_THK is None else (q_THK, k_THK), dim=2)
         weight_CW = self.conv_weight.flatten(0, 2)
         if isinstance(layout, CachedLayout):
-            out = layout.layers[self.layer_number].convolve(stacked.flatten(1), weight_CW, layout).view_as(stacked)
+            out = layout.layers[self.layer_number].tails["banks"].convolve(stacked.flatten(1), weight_CW, layout)
         else:
-            out = self._convolve_slots(stacked.flatten(1), weight_CW, layout).view_as(stacked)
+            x_FBLC, position_FBL = (
+                x.view(layout.batch_size, layout.shard.num_slots, -1, *x.shape[1:]).transpose(0, 1)
+                for x in (stacked.flatten(1), layout.position_BL.flatten())
+            )
+            out = convolve_slots(x_FBLC, weight_CW, position_FBL, layout.shard.chain, self.cp_group)
+            out = out.transpose(0, 1).flatten(0, 2)
+        out = out.view_as(stacked)
         return out[:, :, 0], None if k_THK is None else out[:, :, 1]
-
-    def _convolve_slots(self, x_TC: Tensor, weight_CW: Tensor, layout: TokenLayout) -> Tensor:
-        width = weight_CW.shape[1] - 1
-        # Slot by slot, each behind the tokens before it, whose own outputs are dropped.
-        x_BFLC = x_TC.view(layout.batch_size, layout.shard.num_slots, -1, x_TC.shape[1])
-        x_FBLC = x_BFLC.transpose(0, 1)
-        x_FBLC = torch.cat((tokens_before(x_FBLC, width, layout.shard, self.cp_group), x_FBLC), dim=2)
-        position_FBL = layout.position_BL.view(*x_BFLC.shape[:3]).transpose(0, 1)
-        position_FBL = torch.nn.functional.pad(position_FBL, (width, 0))
-        out = short_convolution(x_FBLC.flatten(0, 2), weight_CW, position_FBL.flatten())
-        return out.view_as(x_FBLC)[:, :, width:].transpose(0, 1).flatten(0, 2)
 
     def _edges(self, layout: TokenLayout) -> Edges | None:
         """Documents that go on in other slots."""

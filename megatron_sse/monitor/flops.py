@@ -34,7 +34,7 @@ def forward_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     hidden = model.hidden_size
     total = 2.0 * hidden * model.vocab_size
     for kind in model.layer_kinds():
-        total += 2.0 * 3 * hidden * model.ffn_hidden_size
+        total += 2.0 * hidden * (3 * model.ffn_hidden_size + model.input_convolution)
         if kind == "softmax":
             total += softmax_flops(model.softmax, hidden, sequence_length)
         else:
@@ -47,6 +47,7 @@ def sse_flops(sse: SSEConfig, hidden: int, kind: str) -> float:
     keys, values = sse.num_heads * sse.head_dim, sse.num_value_heads * sse.value_head_dim
     recurrence = sse.recurrence if kind == "sse" else kind
     sparse = kind == "sse" and sse.num_partitions > 0
+    shared = sse.shared_bank or not sparse
 
     # With key = 1 - decay there is no key projection.
     maps = 1 if sse.key_map == "one_minus_decay" else 2
@@ -57,14 +58,14 @@ def sse_flops(sse: SSEConfig, hidden: int, kind: str) -> float:
         decay = hidden * 2 * sse.num_value_heads
     else:
         decay = sse.decay_low_rank * (hidden + keys) if sse.decay == "gate" else 0
-    weights += decay * (2 if sparse else 1)
+    weights += decay * (shared + sparse)
     if sse.output_gate:
         weights += sse.value_head_dim * (hidden + values)
     weights += maps * sse.short_convolution * keys
 
     # A write is k^T v, for the delta rule also k S; a read is q S: each a product with a key x value state.
-    writes = 1 + (sse.num_writers if sparse else 0)
-    reads = 1 + (sse.num_readers if sparse else 0)
+    writes = shared + (sse.num_writers if sparse else 0)
+    reads = shared + (sse.num_readers if sparse else 0)
     products = writes * (2 if recurrence == "gdn" else 1) + reads
     return 2.0 * (weights + products * values * sse.head_dim)
 

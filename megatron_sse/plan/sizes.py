@@ -67,6 +67,7 @@ class Sizes:
         return Mixer(
             is_delta=recurrence == "gdn",
             partitions=sse.num_partitions if kind == "sse" else 0,
+            shared_bank=sse.shared_bank,
             maps=1 if sse.key_map == "one_minus_decay" else 2,
             heads=sse.num_heads // tensor,
             value_heads=sse.num_value_heads // tensor,
@@ -81,6 +82,7 @@ class Mixer:
 
     is_delta: bool
     partitions: int
+    shared_bank: bool
     maps: int
     heads: int
     value_heads: int
@@ -91,6 +93,11 @@ class Mixer:
     def banks(self) -> int:
         """Kinds of banks: shared, sparse."""
         return 2 if self.partitions else 1
+
+    @property
+    def gates(self) -> int:
+        """Kinds of banks that have decays and write strengths of their own."""
+        return self.banks if self.shared_bank else 1
 
     @property
     def keys(self) -> int:

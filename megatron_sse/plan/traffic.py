@@ -12,8 +12,8 @@ from megatron_sse.plan.parameters import Chunk, chunk_buffers, chunk_weights, st
 from megatron_sse.plan.sizes import FP32, Sizes
 
 AXES = ("tensor", "pipeline", "context", "data")
-# Sums of the losses and tokens (four fp64 numbers) and the number of tokens, once per step.
-LOSS_SUMS = 32
+# Sums of losses, tokens, answers and layers (six fp64 numbers) and the number of tokens, once per step.
+LOSS_SUMS = 48
 TOKEN_COUNT = 4
 
 
@@ -67,6 +67,11 @@ def _layer_over_tensor(sizes: Sizes, kind: str) -> Passes:
     # The mixer and the MLP each: in by columns, out by rows.
     forward = 2 * (_columns(sizes, stream).forward + _rows(sizes, stream).forward)
     backward = 2 * (_columns(sizes, stream).backward + _rows(sizes, stream).backward)
+    if sequence:
+        # Tensor ranks hold parts of the sequence, on all context ranks.
+        part = config.data.sequence_length // (config.parallel.context * tensor)
+        halo = _input_halo(sizes, config.parallel.context * tensor, 1, part)
+        forward, backward = forward + halo, backward + halo
     if kind == "softmax":
         softmax = config.model.softmax
         if softmax.num_kv_heads < tensor:
@@ -78,7 +83,7 @@ def _layer_over_tensor(sizes: Sizes, kind: str) -> Passes:
     sse, mixer = config.model.sse, sizes.of_mixer(kind)
     ranks = [sse.value_head_dim] * (mixer.maps if mixer.partitions else 0)
     ranks += [sse.value_head_dim] if sse.output_gate else []
-    ranks += [sse.decay_low_rank] * mixer.banks if not mixer.is_delta and sse.decay == "gate" else []
+    ranks += [sse.decay_low_rank] * mixer.gates if not mixer.is_delta and sse.decay == "gate" else []
     for rank in ranks:
         inner = _columns(sizes, tokens * rank * sizes.element)
         forward, backward = forward + inner.forward, backward + inner.backward
@@ -137,8 +142,11 @@ def _layer_over_context(sizes: Sizes, kind: str, rank: int) -> Passes:
     config, ranks = sizes.config, sizes.config.parallel.context
     if ranks == 1:
         return Passes(0, 0)
+    slot = config.data.sequence_length // len(sizes.chain)
+    before = 0 if config.parallel.sequence else _input_halo(sizes, ranks, sizes.num_slots, slot)
     if kind == "softmax":
-        return _attention_over_context(sizes)
+        passes = _attention_over_context(sizes)
+        return Passes(passes.forward + before, passes.backward + before)
     mixer, parallel = sizes.of_mixer(kind), config.parallel
     forward, backward = handoff_bytes(
         sizes.chain,
@@ -152,15 +160,24 @@ def _layer_over_context(sizes: Sizes, kind: str, rank: int) -> Passes:
         2 if parallel.hand_off_wire == "bf16" else None,
         parallel.context_per_node,
     )
-    width = config.model.sse.short_convolution - 1
-    if width > 0:
-        slot = config.data.sequence_length // len(sizes.chain)
-        tokens = config.training.micro_batch_size * sizes.num_slots * min(width, slot)
-        halo = (ranks - 1) * tokens * mixer.maps * mixer.keys * sizes.element
-        forward, backward = forward + halo, backward + halo
+    channels = mixer.maps * mixer.keys
+    halo = before + _halo(sizes, config.model.sse.short_convolution, ranks, sizes.num_slots, slot, channels)
+    forward, backward = forward + halo, backward + halo
     if mixer.partitions:
         forward += all_reduce((2 * mixer.partitions + 1) * FP32, ranks)  # the balance loss
     return Passes(forward, backward)
+
+
+def _input_halo(sizes: Sizes, ranks: int, num_slots: int, slot: int) -> int:
+    """For the convolution in front of a mixer."""
+    model = sizes.config.model
+    return _halo(sizes, model.input_convolution, ranks, num_slots, slot, model.hidden_size)
+
+
+def _halo(sizes: Sizes, width: int, ranks: int, num_slots: int, slot: int, channels: int) -> int:
+    """The last tokens of a rank's slots of `slot` tokens, for a convolution over `width` tokens, to all other ranks."""
+    tokens = sizes.config.training.micro_batch_size * num_slots * min(max(width - 1, 0), slot)
+    return (ranks - 1) * tokens * channels * sizes.element
 
 
 def _attention_over_context(sizes: Sizes) -> Passes:

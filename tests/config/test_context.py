@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 from megatron.core.transformer.transformer_config import TransformerConfig
+from pydantic import ValidationError
 
-from megatron_sse.config import attention_kind, transformer_settings
+from megatron_sse.config import attention_kind, choose_layout, transformer_settings
 from tests.model.support import run_config
 
 MODEL: dict[str, Any] = {
@@ -61,3 +62,19 @@ def test_kind(expected: str | None, softmax: dict, others: dict) -> None:
 def test_no_softmax_layer() -> None:
     config = run_config(MODEL | {"layers": "sse"}, parallel={"context": 2})
     assert attention_kind(config) is None
+
+
+def test_parts_of_an_input_convolution_lie_in_one_slot() -> None:
+    odd = {"context": 2, "tensor": 3, "sequence": True}
+    model = MODEL | {
+        "layers": "softmax",
+        "softmax": {"num_heads": 6, "head_dim": 8},
+        "ffn_hidden_size": 192,
+        "vocab_multiple": 3,
+    }
+    unpacked = {"sequence_length": 48, "reset_at_documents": False}
+    assert choose_layout(run_config(model, data=unpacked, parallel=odd))[0]
+    convolved = model | {"input_convolution": 4}
+    assert not choose_layout(run_config(convolved, data=unpacked, parallel=odd))[0]
+    with pytest.raises(ValidationError, match="allowed auto, contiguous with model.input_convolution"):
+        run_config(convolved, data=unpacked, parallel=odd | {"layout": "zigzag"})

@@ -20,6 +20,8 @@ MODELS = [
     "model.softmax.qkv_bias=true model.softmax.num_kv_heads=1",
     "model.sse.key_map=one_minus_decay model.sse.short_convolution=4 model.softmax.head_dim=24",
     "model.sse.decay=none model.sse.output_gate=false model.tie_embeddings=true model.sse.value_head_dim=16",
+    "model.input_convolution=4 model.sse.shared_bank=false",
+    "model.sse.shared_bank=false model.sse.recurrence=gdn",
     "model.sse.num_partitions=0 model.sse.short_convolution=4 model.ffn_hidden_size=100",
 ]
 

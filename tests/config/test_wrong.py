@@ -161,6 +161,18 @@ WRONG = {
         add_sse("    num_writers: 5\n"),
         "9: model.sse.num_writers: got 5, allowed at most model.sse.num_partitions 4",
     ),
+    "several writers by write strength": (
+        add_sse(GDN + "    gate: beta\n    num_writers: 2\n"),
+        "11: model.sse.num_writers: got 2, allowed 1 with model.sse.gate beta",
+    ),
+    "no bank": (
+        add_sse("    num_partitions: 0\n    shared_bank: false\n"),
+        "10: model.sse.shared_bank: got false, allowed true while model.sse.num_partitions is 0",
+    ),
+    "convolution without its bank": (
+        add_sse("    shared_bank: false\n    short_convolution: 4\n"),
+        "10: model.sse.short_convolution: got 4, allowed 0 while model.sse.shared_bank is false: ...",
+    ),
     "top-k without k": (
         add_sse("    key_map: topk_softmax\n"),
         "6: model.sse.key_topk: got null, allowed a number of rows, since model.sse.key_map is topk_softmax",

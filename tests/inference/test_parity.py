@@ -35,6 +35,8 @@ MODELS = {
     "hgrn2": model(sse={"key_map": "one_minus_decay", "short_convolution": 2}),
     "short convolution": model(sse={"short_convolution": 4, "num_value_heads": 4}, tie_embeddings=True),
     "short convolution, gdn": model(sse={"short_convolution": 3, "recurrence": "gdn"}),
+    "sse gdn, weights on beta": model(sse={"recurrence": "gdn", "gate": "beta"}),
+    "no shared bank": model(sse={"shared_bank": False}),
     "softmax": model("softmax", softmax=SOFTMAX | {"qk_norm": True, "qkv_bias": True}),
     "softmax, no rotary": model("softmax", softmax=SOFTMAX | {"rotary_base": 0.0}),
     "softmax, window": model("softmax", softmax=SOFTMAX | {"window": 6}),
@@ -42,6 +44,9 @@ MODELS = {
     "hybrid": model("2*sse, softmax", num_layers=3, softmax=SOFTMAX),
     "hybrid, window, convolution": model("sse, softmax", {"short_convolution": 4}, softmax=SOFTMAX | {"window": 6}),
     "all kinds": model("sse, gla, gdn, softmax", num_layers=4, softmax=SOFTMAX),
+    "hybrid, input convolution": model(
+        "sse, softmax", {"short_convolution": 3}, softmax=SOFTMAX | {"window": 6}, input_convolution=4
+    ),
 }
 
 # How sequences of LENGTHS come in: at each step (slot, number of tokens).
@@ -134,13 +139,13 @@ def forget_states(patch: pytest.MonkeyPatch) -> None:
 
 
 def forget_tail(patch: pytest.MonkeyPatch) -> None:
-    original = cache_module.BankCache.convolve
+    original = cache_module.Tail.convolve
 
     def wrong(self, x_TC, weight_CW, layout):
-        self.tail_XWC = torch.zeros_like(self.tail_XWC)
+        self.rows_XWC = torch.zeros_like(self.rows_XWC)
         return original(self, x_TC, weight_CW, layout)
 
-    patch.setattr(cache_module.BankCache, "convolve", wrong)
+    patch.setattr(cache_module.Tail, "convolve", wrong)
 
 
 def forget_position(patch: pytest.MonkeyPatch) -> None:
@@ -168,7 +173,7 @@ def swap_slots(patch: pytest.MonkeyPatch) -> None:
 
 def short_ring(patch: pytest.MonkeyPatch) -> None:
     original = cache_module.KeyValueCache.__init__
-    patch.setattr(cache_module.KeyValueCache, "__init__", lambda self, key, window: original(self, key[:, 1:], window))
+    patch.setattr(cache_module.KeyValueCache, "__init__", lambda self, key, *rest: original(self, key[:, 1:], *rest))
 
 
 @pytest.mark.parametrize(
@@ -176,6 +181,7 @@ def short_ring(patch: pytest.MonkeyPatch) -> None:
     [
         (forget_states, "sse gla"),
         (forget_tail, "short convolution"),
+        (forget_tail, "hybrid, input convolution"),
         (forget_position, "softmax"),
         (swap_slots, "sse gdn"),
         (short_ring, "softmax, window"),

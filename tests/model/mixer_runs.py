@@ -47,7 +47,7 @@ def run_mixers(
     mutation: Mutation | None = None,
 ) -> list[Results]:
     """Output, gradients and balance loss of each case (settings, document lengths per sequence) on this rank; what the
-    context ranks leave over of the world is the tensor group."""
+    context ranks leave over of the world is the tensor group. Beside model.sse's settings, input_convolution."""
     groups = init_groups(tensor=dist.get_world_size() // context, context=context)
     with pytest.MonkeyPatch.context() as patch:
         if mutation is not None:
@@ -56,8 +56,10 @@ def run_mixers(
 
 
 def _run(case: dict, lengths: list[list[int]], groups: ProcessGroupCollection, sequence: bool, zigzag: bool) -> Results:
+    case = dict(case)
+    width = case.pop("input_convolution", 0)
     settings = SSEConfig(**case)
-    mixer = make_mixer(groups, settings, settings.recurrence, sequence, zigzag)
+    mixer = make_mixer(groups, settings, settings.recurrence, sequence, zigzag, width)
     layout = layout_of(lengths, padding=3, shard=ContextShard(groups.cp.rank(), groups.cp.size(), zigzag))
     layout.layer_loss_scale = torch.tensor(2.0)
     results = forward_backward(mixer, layout, groups)

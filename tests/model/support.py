@@ -58,6 +58,7 @@ def make_mixer(
     recurrence: Recurrence,
     sequence: bool = False,
     zigzag: bool = False,
+    input_convolution: int = 0,
 ) -> SSEMixer:
     """A mixer in fp64, its weights from draw_weights."""
     config = TransformerConfig(
@@ -72,7 +73,8 @@ def make_mixer(
     )
     shard = ContextShard(groups.cp.rank(), groups.cp.size(), zigzag)
     hand_off = HandOff(shard.chain, groups.cp)
-    mixer = SSEMixer(config, 1, groups, settings, recurrence, settings.num_partitions, choose_backend(cpu()), hand_off)
+    parts = (settings, recurrence, settings.num_partitions, choose_backend(cpu()), hand_off, input_convolution)
+    mixer = SSEMixer(config, 1, groups, *parts)
     draw_weights(mixer, groups)
     return mixer
 

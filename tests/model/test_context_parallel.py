@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_sse.kernels import segments
+from megatron_sse.model import convolution
 from megatron_sse.model import mixer as mixer_module
 from megatron_sse.parallel import halo
 from megatron_sse.parallel.handoff import scan as handoff_scan
@@ -33,6 +34,7 @@ CASES = {
     "constant decay, value head groups": BASE | {"decay": "constant", "num_value_heads": 4},
     "gdn, mask, convolution": BASE | {"recurrence": "gdn", "form": "mask", "short_convolution": 4, "num_readers": 2},
     "gla, no partitions": BASE | {"num_partitions": 0},
+    "input convolution": BASE | {"input_convolution": 6},
     "gdn, no partitions": BASE | {"recurrence": "gdn", "num_partitions": 0},
 }
 
@@ -62,7 +64,7 @@ def test_like_one_rank(size: int, zigzag: bool, one_rank: dict[tuple[str, str], 
 
 @pytest.mark.parametrize("sequence", [False, True], ids=["tensor", "sequence"])
 def test_beside_tensor_parallelism(sequence: bool, one_rank: dict[tuple[str, str], Results]) -> None:
-    grid = runs(["gla", "gdn"])
+    grid = runs(["gla", "gdn", "input convolution"])
     by_rank = run_workers(4, run_mixers, list(grid.values()), 2, sequence, True)
     for number, key in enumerate(grid):
         error, tensor = worst_error([results[number] for results in by_rank], one_rank[key])
@@ -109,7 +111,7 @@ def forget_transpose(patch: pytest.MonkeyPatch) -> None:
 
 
 def forget_halo(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(mixer_module, "tokens_before", lambda x, *rest: torch.zeros_like(halo.tokens_before(x, *rest)))
+    patch.setattr(convolution, "tokens_before", lambda x, *rest: torch.zeros_like(halo.tokens_before(x, *rest)))
 
 
 @pytest.mark.parametrize(
@@ -132,6 +134,7 @@ def forget_halo(patch: pytest.MonkeyPatch) -> None:
         (forget_transpose, "gdn", "one-token ends", True),
         (forget_halo, "gla, row-sparse, convolution", "one", False),
         (forget_halo, "gla, row-sparse, convolution", "one", True),
+        (forget_halo, "input convolution", "many", True),
     ],
 )
 def test_seeded_bugs_are_seen(mutation, case, documents, zigzag, one_rank: dict[tuple[str, str], Results]) -> None:

@@ -43,6 +43,10 @@ CASES = {
     "sse gdn": (model("sse", recurrence="gdn", **TWO_READERS), LINEAR + SPARSE + 2 * GDN_GATES + (2 * 2 + 3) * STATE),
     "constant decay": (model("gla", decay="constant"), LINEAR + 2 * STATE),
     "no output gate": (model("gla", output_gate=False), LINEAR - 8 * 5 - 5 * 20 + GLA_GATE + 2 * STATE),
+    "no shared bank": (
+        model("sse", shared_bank=False, **TWO_READERS),
+        LINEAR + SPARSE + GLA_GATE + (1 + 2) * STATE,
+    ),
     "convolution": (model("gla", short_convolution=4), LINEAR + 2 * 4 * 6 + GLA_GATE + 2 * STATE),
     "key from decay": (model("gla", key_map="one_minus_decay"), LINEAR - 8 * 6 + GLA_GATE + 2 * STATE),
     # q 8 x 8, k and v 8 x 4 each, out 8 x 8; scores and sums of 4 heads x 2 over (1 + ... + 16) / 16 = 8.5 tokens.
@@ -62,6 +66,13 @@ def test_layers_add_up_and_backward_is_twice_the_forward():
     one, two = (forward_flops_per_token(model("gla", num_layers=n), 16) for n in (1, 2))
     assert two - one == pytest.approx(2 * (3 * 8 * 24 + CASES["gla"][1]))
     assert train_flops_per_token(model("gla"), 16) == 3 * one
+
+
+def test_input_convolution():
+    plain, convolved = (
+        forward_flops_per_token(model("gla", 2).model_copy(update={"input_convolution": width}), 16) for width in (0, 4)
+    )
+    assert convolved - plain == 2 * 2 * 4 * HIDDEN
 
 
 def test_sse_work_does_not_grow_with_the_number_of_partitions_but_for_the_router():

@@ -15,6 +15,7 @@ from tests.training.support import small_run, start
 AXES = {
     "TENSOR_MODEL_PARALLEL_GROUP": "tensor",
     "PIPELINE_MODEL_PARALLEL_GROUP": "pipeline",
+    "TENSOR_AND_CONTEXT_PARALLEL_GROUP": "tensor",  # halos between parts of the sequence
     "EMBEDDING_GROUP": "pipeline",
     "CONTEXT_PARALLEL_GROUP": "context",
     "undefined": "context",  # parts of it, for hand_off: two_level

@@ -28,6 +28,7 @@ MODEL = {
 }
 DELTA = MODEL | {"sse": MODEL["sse"] | {"recurrence": "gdn", "num_value_heads": 8, "form": "mask"}}
 PLAIN = MODEL | {"layers": "gla", "sse": MODEL["sse"] | {"short_convolution": 4, "output_gate": False}}
+PLAIN |= {"input_convolution": 4}
 NORMED = MODEL | {"layers": "softmax", "softmax": MODEL["softmax"] | {"qk_norm": True, "rotary_base": 0.0}}
 TOP_KEYS = MODEL | {"layers": "sse", "sse": MODEL["sse"] | {"key_map": "silu", "query_map": "softmax"}}
 LENGTH = 512

@@ -21,7 +21,7 @@ MODEL = {
     "sse": {"num_heads": 2, "head_dim": 8, "value_head_dim": 12, "num_partitions": 3, "num_writers": 2},
     "softmax": {"num_heads": 4, "num_kv_heads": 2, "qk_norm": True},
 }
-CONVOLUTION = MODEL | {"sse": MODEL["sse"] | {"short_convolution": 3, "num_value_heads": 4}}
+CONVOLUTION = MODEL | {"sse": MODEL["sse"] | {"short_convolution": 3, "num_value_heads": 4}, "input_convolution": 4}
 DELTA = MODEL | {"layers": "sse", "sse": MODEL["sse"] | {"recurrence": "gdn"}}
 SHARED_KEYS = MODEL | {"softmax": MODEL["softmax"] | {"num_kv_heads": 1, "qk_norm": False}, "tie_embeddings": True}
 FULL = {"recompute": "full"}
@@ -42,7 +42,7 @@ RUNS: list[tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     (2, {"distributed_optimizer": True}, MODEL, {}),
     (2, {}, MODEL, BF16),
     (4, {"context": 4, "hand_off": "allgather", "distributed_optimizer": True}, MODEL, {}),
-    (4, {"context": 2, "tensor": 2, "sequence": True, "layout": "zigzag"}, MODEL, BF16),
+    (4, {"context": 2, "tensor": 2, "sequence": True, "layout": "zigzag"}, CONVOLUTION, BF16),
     (4, {"context": 2, "pipeline": 2}, MODEL, FULL),
     (4, {"context": 4, "hand_off": "two_level", "context_per_node": 2}, MODEL, {}),
     (4, {"tensor": 2, "sequence": True, "pipeline": 2}, SHARED_KEYS, BF16),

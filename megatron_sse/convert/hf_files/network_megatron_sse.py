@@ -126,7 +126,8 @@ class SSEMixer(nn.Module):
     def __init__(self, hidden: int, settings: dict[str, Any], epsilon: float, recurrence: str, num_partitions: int):
         super().__init__()
         self.settings, self.recurrence, self.num_partitions = settings, recurrence, num_partitions
-        self.num_kinds = 2 if num_partitions else 1
+        self.has_shared = settings["shared_bank"] or not num_partitions
+        self.num_kinds = self.has_shared + (num_partitions > 0)
         self.key_map = settings["key_map"] or ("softmax" if recurrence == "gla" else "silu")
         self.maps = "q" if self.key_map == "one_minus_decay" else "qk"
         self.num_heads, self.num_value_heads = settings["num_heads"], settings["num_value_heads"]
@@ -171,6 +172,9 @@ class SSEMixer(nn.Module):
             q, k = (part.repeat_interleave(self.group, dim=-2) for part in (q, k))
             g = g if self.recurrence == "gdn" else g.repeat_interleave(self.group, dim=-2)
             banks.append((q, k, g, betas[kind], v))
+        if not self.has_shared:
+            q, k, *rest = banks[0]
+            banks.insert(0, (q, torch.zeros_like(k), *rest))
         o, recurrent = self._recur(x_BLd, banks, recurrent, real_BL)
 
         o = self.o_norm(o)
@@ -189,20 +193,12 @@ class SSEMixer(nn.Module):
                 sparse[name] = plain + getattr(self, f"lora_{name}_proj")(x_BLd)
             if self.settings["short_convolution"]:
                 convolution = getattr(self, f"{name}_conv1d_shared")
-                shared[name], kept[number] = self._convolve(convolution.weight, plain, real_BL, tails[number])
+                shared[name], kept[number] = convolve(convolution.weight, plain, real_BL, tails[number])
         found = []
         for name in "qk":
-            of_name = [shared.get(name), sparse.get(name)][: self.num_kinds]
+            of_name = [shared.get(name)] * self.has_shared + [sparse.get(name)] * (self.num_partitions > 0)
             found.append([x if x is None else x.float().unflatten(-1, (self.num_heads, -1)) for x in of_name])
         return found[0], found[1], kept
-
-    def _convolve(self, weight: Tensor, x_BLC: Tensor, real_BL: Tensor | None, tail: Tensor | None) -> tuple:
-        width = weight.shape[-1] - 1
-        if real_BL is not None:
-            x_BLC = x_BLC * real_BL[..., None]
-        x_BLC = pad(x_BLC, (0, 0, width, 0)) if tail is None else torch.cat((tail, x_BLC), dim=1)
-        out = conv1d(x_BLC.transpose(1, 2), weight, groups=weight.shape[0]).transpose(1, 2)
-        return out, x_BLC[:, x_BLC.shape[1] - width :]
 
     def _decays(self, x_BLd: Tensor) -> tuple[list, list]:
         """Log decays and write strengths of the shared and of the sparse banks."""
@@ -252,8 +248,9 @@ class SSEMixer(nn.Module):
             )
             return o.sum(2), state
         else:
-            g, beta = g * writes[..., 0], beta * writes[..., 0]
-            o, state = gdn(normalize(q), normalize(k), v * write_scale, g, beta, state)
+            # The weight scales what is written, or how strongly.
+            on_beta, on_v = (write_scale, 1) if self.settings["gate"] == "beta" else (writes, write_scale)
+            o, state = gdn(normalize(q), normalize(k), v * on_v, g * writes[..., 0], beta * on_beta[..., 0], state)
         return (o * read_scale).sum(2), state
 
     def _side_by_side(self, parts: tuple) -> Any:
@@ -272,6 +269,16 @@ class SSEMixer(nn.Module):
         write_scale = writes * prob if self.settings["weight_writes"] else writes
         read_scale = reads * prob if self.settings["weight_reads"] else reads
         return writes, write_scale, read_scale
+
+
+def convolve(weight: Tensor, x_BLC: Tensor, real_BL: Tensor | None, tail: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Behind the last tokens before, the tail; and the new tail."""
+    width = weight.shape[-1] - 1
+    if real_BL is not None:
+        x_BLC = x_BLC * real_BL[..., None]
+    x_BLC = pad(x_BLC, (0, 0, width, 0)) if tail is None else torch.cat((tail, x_BLC), dim=1)
+    out = conv1d(x_BLC.transpose(1, 2), weight, groups=weight.shape[0]).transpose(1, 2)
+    return out, x_BLC[:, x_BLC.shape[1] - width :]
 
 
 def normalize(x: Tensor) -> Tensor:
@@ -321,6 +328,8 @@ class Block(nn.Module):
         super().__init__()
         hidden, epsilon = model["hidden_size"], model["norm_epsilon"]
         self.attn_norm = RMSNorm(hidden, epsilon)
+        width = model["input_convolution"]
+        self.attn_conv1d = nn.Conv1d(hidden, hidden, width, groups=hidden, bias=False) if width else None
         if kind == "softmax":
             self.attn: nn.Module = SoftmaxMixer(hidden, model["softmax"], epsilon)
         else:
@@ -331,9 +340,14 @@ class Block(nn.Module):
         self.mlp = MLP(hidden, model["ffn_hidden_size"])
 
     def forward(self, x_BLd: Tensor, state: tuple, real_BT: Tensor | None, position_BL: Tensor) -> tuple:
-        mixed, state = self.attn(self.attn_norm(x_BLd), state, real_BT, position_BL)
+        tail, *kept = state or (None,)
+        seen_BLd = self.attn_norm(x_BLd)
+        if self.attn_conv1d is not None:
+            real_BL = None if real_BT is None else real_BT[:, -x_BLd.shape[1] :]
+            seen_BLd, tail = convolve(self.attn_conv1d.weight, seen_BLd, real_BL, tail)
+        mixed, kept = self.attn(seen_BLd, tuple(kept), real_BT, position_BL)
         x_BLd = x_BLd + mixed
-        return x_BLd + self.mlp(self.mlp_norm(x_BLd)), state
+        return x_BLd + self.mlp(self.mlp_norm(x_BLd)), (tail, *kept)
 
 
 class Network(nn.Module):
