@@ -19,7 +19,7 @@ from torch.nn.functional import silu
 
 from megatron_sse.config import SSEConfig
 from megatron_sse.config.schema import Recurrence
-from megatron_sse.kernels import BankInputs, BankOutputs, Edges, gated_norm, sse_attention
+from megatron_sse.kernels import BankInputs, BankOutputs, Edges, Routes, gated_norm, sse_attention
 from megatron_sse.model.backend import Backend
 from megatron_sse.model.cache import CachedLayout
 from megatron_sse.model.convolution import InputConvolution, convolve_slots
@@ -154,18 +154,7 @@ class SSEMixer(MegatronModule):
             hidden_states = self.input_convolution(hidden_states, layout)
         shared, sparse, v_THV = self._bank_inputs(hidden_states, layout)
         routes, balance_loss = self.router(hidden_states, layout) if self.num_partitions else (None, None)
-        gate = self.settings.gate if self.recurrence == "gdn" else "post_norm"
-        weight_writes = self.settings.weight_writes
-        if gate == "beta" and sparse is not None and routes is not None:
-            # The one pick that is written.
-            weight_T1 = routes.weight_TP[:, :1] if weight_writes else 1
-            sparse, gate, weight_writes = replace(sparse, beta_TH=sparse.beta_TH * weight_T1), "post_norm", False
-        options: dict[str, Any] = {
-            "form": self.settings.form,
-            "gate": gate,
-            "weight_writes": weight_writes,
-            "weight_reads": self.settings.weight_reads,
-        }
+        sparse, options = self._weigh(sparse, routes)
         if isinstance(layout, CachedLayout):
             banks = layout.layers[self.layer_number].attend(shared, sparse, v_THV, routes, layout, **options)
         else:
@@ -181,6 +170,18 @@ class SSEMixer(MegatronModule):
         if self.training and torch.is_grad_enabled():
             self.metrics.add(shared.g, routes, balance_loss, banks.final_DBHKV)
         return out, None
+
+    def _weigh(self, sparse: BankInputs | None, routes: Routes | None) -> tuple[BankInputs | None, dict[str, Any]]:
+        """Where the router's weights act: on the sparse banks' write strengths here, elsewhere as the options say."""
+        gate = self.settings.gate if self.recurrence == "gdn" else "post_norm"
+        weight_writes = self.settings.weight_writes
+        if gate == "beta":
+            if weight_writes and sparse is not None and sparse.beta_TH is not None and routes is not None:
+                # There is one writer: the first pick.
+                sparse = replace(sparse, beta_TH=sparse.beta_TH * routes.weight_TP[:, :1])
+            gate, weight_writes = "post_norm", False
+        options = {"gate": gate, "weight_writes": weight_writes, "weight_reads": self.settings.weight_reads}
+        return sparse, options | {"form": self.settings.form}
 
     def _bank_inputs(self, hidden_LBd: Tensor, layout: TokenLayout) -> tuple[BankInputs, BankInputs | None, Tensor]:
         """Queries, keys, decays of the shared and of the sparse banks, and the values of both."""

@@ -184,7 +184,8 @@ class SSEMixer(nn.Module):
 
     def _queries_and_keys(self, x_BLd: Tensor, real_BL: Tensor | None, tails: list) -> tuple[list, list, list]:
         """Of the shared and of the sparse banks, [B, L, H, K] each; and the convolutions' new tails."""
-        shared, sparse, kept = {}, {}, [None, None]
+        shared, sparse = {}, {}
+        kept: list[Tensor | None] = [None, None]
         for number, name in enumerate(self.maps):
             plain = getattr(self, f"{name}_proj")(x_BLd)
             shared[name] = plain
@@ -196,7 +197,8 @@ class SSEMixer(nn.Module):
                 shared[name], kept[number] = convolve(convolution.weight, plain, real_BL, tails[number])
         found = []
         for name in "qk":
-            of_name = [shared.get(name)] * self.has_shared + [sparse.get(name)] * (self.num_partitions > 0)
+            of_name = [shared.get(name)] if self.has_shared else []
+            of_name += [sparse.get(name)] if self.num_partitions else []
             found.append([x if x is None else x.float().unflatten(-1, (self.num_heads, -1)) for x in of_name])
         return found[0], found[1], kept
 
