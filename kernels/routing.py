@@ -15,7 +15,7 @@ class Routes:
 
     prob_TN: softmax over the N partitions (not renormalised over the picks).
     bank_TP: int64, the picked partitions, 0 .. N - 1; equal probabilities go to the lower index.
-    weight_TP: the picks' probabilities.
+    weight_TP: the picks' probabilities, or these scaled.
     """
 
     prob_TN: Tensor

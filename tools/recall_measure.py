@@ -16,7 +16,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from megatron_sse.config import MQARTask
+from megatron_sse.config import ModelConfig, MQARTask
 from megatron_sse.convert.model import open_model
 from megatron_sse.data.tasks.mqar import Recall, make_recall
 from megatron_sse.evaluation.read import Reader
@@ -46,7 +46,7 @@ def measure_run(folder: Path, samples: int) -> list[dict[str, Any]]:
             reader = Reader(net, config.model.vocab_size, BATCH, BATCH * length)
             recalled = measure_recall(reader, task, length, samples, SEED)
             point = {"step": int(checkpoint.name.removeprefix("iter_")), "accuracy": recalled.accuracy}
-            points.append(point | look(net, config.model.vocab_size, make_samples(task, length, samples)))
+            points.append(point | look(net, config.model, make_samples(task, length, samples)))
     return points
 
 
@@ -56,7 +56,7 @@ def make_samples(task: MQARTask, length: int, samples: int) -> list[Recall]:
 
 
 @torch.no_grad()
-def look(net: GPTModel, vocab_size: int, recalls: list[Recall]) -> dict[str, Any]:
+def look(net: GPTModel, model: ModelConfig, recalls: list[Recall]) -> dict[str, Any]:
     """Loss of the answers in nats, and a record of each SSE layer: see _describe."""
     losses: list[Tensor] = []
     picks: dict[int, list[Routes]] = {}
@@ -72,14 +72,17 @@ def look(net: GPTModel, vocab_size: int, recalls: list[Recall]) -> dict[str, Any
         tokens_T = torch.from_numpy(np.concatenate([recall.tokens_L for recall in group]))
         hidden_T1d = feed(net, cache, tokens_T, range(len(group)), lengths)
         row_W, answer_W = (torch.from_numpy(x).to(hidden_T1d.device) for x in _questions(group))
-        logits_WV = logits_of(net, hidden_T1d[row_W])[:, :vocab_size]
+        logits_WV = logits_of(net, hidden_T1d[row_W])[:, : model.vocab_size]
         losses.append(torch.nn.functional.cross_entropy(logits_WV, answer_W, reduction="none"))
         for number, kind in cache.layers.items():
             if isinstance(kind, BankCache):
                 states.setdefault(number, []).append(kind.states_XBHKV)
     for hook in hooks:
         hook.remove()
-    layers = [_describe(number, recalls, picks.get(number), torch.cat(kept)) for number, kept in states.items()]
+    num_behind = max(1, model.input_convolution - 1)
+    layers = [
+        _describe(number, recalls, picks.get(number), torch.cat(kept), num_behind) for number, kept in states.items()
+    ]
     return {"loss": float(torch.cat(losses).mean()), "layers": layers}
 
 
@@ -90,40 +93,45 @@ def _questions(recalls: list[Recall]) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(rows), np.concatenate([recall.answer_P for recall in recalls])
 
 
-def _describe(number: int, recalls: list[Recall], routes: list[Routes] | None, states_XBHKV: Tensor) -> dict[str, Any]:
+def _describe(
+    number: int, recalls: list[Recall], routes: list[Routes] | None, states_XBHKV: Tensor, num_behind: int
+) -> dict[str, Any]:
     """An SSE layer; the shared bank comes first among the ranks."""
     record: dict[str, Any] = {"layer": number, "rank_B": effective_rank(states_XBHKV).tolist()}
     if routes is not None:
         write_TW = torch.cat([part.bank_TP[:, : part.num_writers] for part in routes]).cpu().numpy()
         read_TR = torch.cat([part.bank_TP[:, : part.num_readers] for part in routes]).cpu().numpy()
         count_N = np.bincount(write_TW.flatten(), minlength=routes[0].num_partitions)
-        record |= {"share_N": (count_N / count_N.sum()).tolist()} | match(write_TW, read_TR, recalls)
+        record |= {"share_N": (count_N / count_N.sum()).tolist()} | match(write_TW, read_TR, recalls, num_behind)
     return record
 
 
-def match(write_TW: np.ndarray, read_TR: np.ndarray, recalls: list[Recall]) -> dict[str, float]:
+def match(write_TW: np.ndarray, read_TR: np.ndarray, recalls: list[Recall], num_behind: int) -> dict[str, Any]:
     """Share of questions that read a partition that their pair was written to.
 
     Args:
         write_TW, read_TR: partitions that each token of all sequences, one after the other, writes to and reads.
+        num_behind: tokens behind the key that still see it, through the convolution in front of the mixer.
 
     Returns:
-        match_key: by where the key's token was written; match_value: by where the value's token was, which alone can
-        hold the pair; match_chance: for questions paired with any of the values, so that a router that sends all to
-        one partition is seen to.
+        match_key: by where the key's token was written. match_behind: by where the value's token was, and by where each
+        of those behind it was that still see the key: these can hold the pair. match_chance: for questions paired with
+        any of the values, so that a router that sends all to one partition is seen to.
     """
     row_W, _ = _questions(recalls)
-    value_W = row_W - np.concatenate([recall.distance_P for recall in recalls])
+    key_W = row_W - np.concatenate([recall.distance_P for recall in recalls]) - 1
     read_WR = read_TR[row_W]
 
-    def share(wrote_WW: np.ndarray) -> float:
-        return float((wrote_WW[:, :, None] == read_WR[:, None, :]).any((1, 2)).mean())
+    def share(wrote_WW: np.ndarray, seen_W: np.ndarray | bool = True) -> float:
+        return float(((wrote_WW[:, :, None] == read_WR[:, None, :]).any((1, 2)) & seen_W).mean())
 
     shifts = np.random.default_rng(SEED).integers(1, len(row_W), size=16)
-    chance = float(np.mean([share(np.roll(write_TW[value_W], shift, 0)) for shift in shifts]))
+    chance = float(np.mean([share(np.roll(write_TW[key_W + 1], shift, 0)) for shift in shifts]))
+    rows = [np.minimum(key_W + behind, row_W) for behind in range(1, num_behind + 1)]
     return {
-        "match_key": share(write_TW[value_W - 1]),
-        "match_value": share(write_TW[value_W]),
+        "match_key": share(write_TW[key_W]),
+        # What is written at the question itself is not the pair.
+        "match_behind": [share(write_TW[row], row < row_W) for row in rows],
         "match_chance": chance,
     }
 

@@ -32,10 +32,10 @@ def read_results(output: Path) -> dict[str, list[Result]]:
     return found
 
 
-def last_match(layers: list[dict[str, Any]]) -> float:
-    """Share of questions that read where their value was written, in the last layer that has partitions; NaN if none
-    has."""
-    return next((layer["match_value"] for layer in reversed(layers) if "match_value" in layer), math.nan)
+def best_match(layers: list[dict[str, Any]]) -> float:
+    """Share of questions that read where their pair was written, of the layer and the token behind the key where it is
+    largest; NaN where no layer has partitions."""
+    return max((share for layer in layers for share in layer.get("match_behind", [])), default=math.nan)
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -58,7 +58,7 @@ def write_report(output: Path, found: dict[str, list[Result]], wanted: list[tupl
         summary[arm] = {"seeds": [result["seed"] for result in results]}
         for name in ("accuracy", "loss", "seconds"):
             summary[arm][name] = spread([result[name] for result in results])
-        matches = [last_match(result["points"][-1]["layers"]) for result in results]
+        matches = [best_match(result["points"][-1]["layers"]) for result in results]
         if not math.isnan(matches[0]):
             summary[arm]["match"] = spread(matches)
     text = _tabulate(found, summary, missing)
@@ -89,8 +89,9 @@ def _tabulate(found: dict[str, list[Result]], summary: dict[str, Any], missing: 
     if missing:
         lines += [f"Missing: {'; '.join(f'{arm}, seed {seed}' for arm, seed in missing)}.", ""]
     lines += [
-        "Accuracy over seeds; match: share of questions that read a partition that their value was written to, in the "
-        "last SSE layer, and that of questions paired with any value. State: elements for each sequence.",
+        "Accuracy over seeds; match: share of questions that read a partition that their pair was written to (of the "
+        "layer and the token behind the key where it is largest), and that of questions paired with any value. State: "
+        "elements for each sequence.",
         "",
         "| arm | claims | seeds | median | min | max | mean | std | match | by chance | parameters | state | s |",
         "|---" * 13 + "|",
@@ -181,11 +182,11 @@ def draw_match(path: Path, found: dict[str, list[Result]]) -> None:
     for number, (arm, results) in enumerate(routed.items()):
         colour, marker = f"C{number % 10}", "os^D"[number // 10 % 4]
         for result in results:
-            ways = [(last_match(point["layers"]), point["accuracy"]) for point in result["points"]]
+            ways = [(best_match(point["layers"]), point["accuracy"]) for point in result["points"]]
             axes.plot([way[0] for way in ways], [way[1] for way in ways], "-", color=colour, alpha=0.2, linewidth=1)
-        ends = [(last_match(result["points"][-1]["layers"]), result["accuracy"]) for result in results]
+        ends = [(best_match(result["points"][-1]["layers"]), result["accuracy"]) for result in results]
         axes.plot([end[0] for end in ends], [end[1] for end in ends], marker, color=colour, label=arm)
-    axes.set_xlabel("share of questions that read where their value was written, last SSE layer")
+    axes.set_xlabel("share of questions that read where their pair was written, best layer")
     axes.set_ylabel("share of values recalled")
     _finish(axes, "accuracy against match; lines: while training")
     _limit(axes.set_xlim)
@@ -206,15 +207,19 @@ def draw_training(path: Path, found: dict[str, list[Result]]) -> None:
             curves = (
                 [max(layer["share_N"]) for layer in lasts],
                 [mean(layer["rank_B"][1:]) for layer in lasts],
-                [layer["match_value"] for layer in lasts],
+                [best_match(point["layers"]) for point in result["points"]],
             )
             for axes, curve in zip(columns, curves, strict=True):
                 label = arm if result is found[arm][0] else None
                 axes.plot(steps, curve, ".-", color=f"C{number}", alpha=0.7, label=label)
-    titles = ("largest share of tokens of a partition", "effective rank of partitions, mean", "match")
+    titles = (
+        "largest share of tokens of a partition, last layer",
+        "effective rank of partitions, mean, last layer",
+        "match, best layer",
+    )
     for axes, title in zip(columns, titles, strict=True):
         label_steps(axes)
-        _finish(axes, f"{title}, last layer")
+        _finish(axes, title)
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
     figure.savefig(path, dpi=120)

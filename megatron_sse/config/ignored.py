@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from megatron_sse.config.context import attention_kind
 from megatron_sse.config.schema import RunConfig, Section, SoftmaxConfig, SSEConfig
 
-_PARTITION_SETTINGS = ["num_writers", "num_readers", "form", "weight_writes", "weight_reads", "balance_loss"]
+_WEIGHTS = ["weight_writes", "weight_reads"]
+_PARTITION_SETTINGS = ["num_writers", "num_readers", "form", *_WEIGHTS, "weight_scale", "balance_loss"]
 _SPARSE_SETTINGS = ["recurrence", "num_partitions", "shared_bank", *_PARTITION_SETTINGS]
 _GLA_SETTINGS = ["decay_low_rank", "decay_normalizer"]
 _GDN_SETTINGS = ["gate", "negative_eigenvalues"]
@@ -27,6 +28,8 @@ def _find(config: RunConfig) -> Iterator[str]:
         yield from _changed(sse, "model.sse", _SPARSE_SETTINGS, "model.layers has no sse layer")
     elif sse.num_partitions == 0:
         yield from _changed(sse, "model.sse", _PARTITION_SETTINGS, "model.sse.num_partitions is 0")
+    elif not any(getattr(sse, name) for name in _WEIGHTS):
+        yield from _changed(sse, "model.sse", ["weight_scale"], "model.sse.weight_writes and weight_reads are false")
     if used == {"gla"}:
         yield from _changed(sse, "model.sse", _GDN_SETTINGS, "no layer has the gdn recurrence")
         if sse.decay != "gate":

@@ -53,6 +53,7 @@ class SSEConfig(Section):
     form: Literal["varlen", "mask"] = "varlen"
     weight_writes: bool = True
     weight_reads: bool = True
+    weight_scale: Positive = 1.0
     gate: Literal["post_norm", "beta", "reference"] = "post_norm"
     shared_bank: bool = True
     query_map: Literal["silu", "softmax"] = "silu"
@@ -117,6 +118,7 @@ class ModelConfig(Section):
     layers: str | list[str]
     norm_epsilon: Positive = 1e-5
     init_std: Positive = 0.02
+    embedding_init_std: Positive | None = None
     tie_embeddings: bool = False
     input_convolution: Size0 = 0
     sse: SSEConfig = Field(default_factory=SSEConfig)

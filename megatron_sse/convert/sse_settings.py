@@ -40,6 +40,7 @@ _DEFAULTS: Values = {
 _FIXED: Values = {
     "weight_writes": True,
     "weight_reads": True,
+    "weight_scale": 1.0,
     "shared_bank": True,
     "query_map": "silu",
     "decay_low_rank": 16,

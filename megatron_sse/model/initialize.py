@@ -15,6 +15,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+_EMBEDDING = "embedding.word_embeddings.weight"
+
 # Fills the whole tensor in place.
 Draw = Callable[[Tensor, torch.Generator], object]
 
@@ -24,8 +26,9 @@ def initialize_weights(chunk: GPTModel, groups: ProcessGroupCollection, seed: in
     with torch.no_grad():
         for name, parameter in chunk.named_parameters():
             name, shape = global_name(name, chunk), _whole_shape(parameter, groups)
-            std, num_layers = chunk.config.init_method_std, chunk.config.num_layers
-            whole = draw_whole(name, shape, seed, std, num_layers, parameter.device)
+            config = chunk.config
+            std = config.embedding_init_method_std if name == _EMBEDDING else config.init_method_std
+            whole = draw_whole(name, shape, seed, std, config.num_layers, parameter.device)
             parameter.copy_(own_part(whole, parameter, groups.tp.rank(), groups.tp.size()))
 
 
@@ -44,7 +47,7 @@ def global_name(name: str, chunk: GPTModel) -> str:
     """The parameter's name with its layer's number in the whole model in place of that in the chunk; tied output
     weights have the embedding's."""
     if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
-        return "embedding.word_embeddings.weight"
+        return _EMBEDDING
     match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
     if match is None:
         return name

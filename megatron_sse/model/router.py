@@ -1,6 +1,7 @@
 """The router: which partitions a token writes to and reads from, and the loss that keeps them in balance."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -25,10 +26,11 @@ class Router(torch.nn.Module):
         num_partitions: int,
         num_writers: int,
         num_readers: int,
+        weight_scale: float,
         pg_collection: ProcessGroupCollection,
     ):
         super().__init__()
-        self.num_writers, self.num_readers = num_writers, num_readers
+        self.num_writers, self.num_readers, self.weight_scale = num_writers, num_readers, weight_scale
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         self.sequence_parallel = config.sequence_parallel
         dtype = torch.promote_types(config.params_dtype, torch.float32)
@@ -49,6 +51,7 @@ class Router(torch.nn.Module):
             prob_LBN = sum_gradient(own_LBN, self.tp_group)
         picks_TP = None if self.replay is None else self.replay(layout)
         routes = route(prob_LBN.transpose(0, 1).flatten(0, 1), self.num_writers, self.num_readers, picks_TP)
+        routes = replace(routes, weight_TP=self.weight_scale * routes.weight_TP)
         loss = None if isinstance(layout, CachedLayout) else self._balance_loss(own_LBN, routes, layout)
         return routes, loss
 

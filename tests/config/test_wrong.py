@@ -338,6 +338,7 @@ def test_world_size(tmp_path: Path) -> None:
         check_world_size(load(tmp_path, "parallel.tensor=2", "parallel.data=1"), 4)
 
 
+UNWEIGHTED = "model.sse.weight_writes=false model.sse.weight_reads=false model.sse.weight_scale=4.0"
 IGNORED = {
     "model.sse.negative_eigenvalues=true": "model.sse.negative_eigenvalues is ignored: no layer has the gdn recurrence",
     "model.sse.gate=reference": "model.sse.gate is ignored: no layer has the gdn recurrence",
@@ -348,6 +349,7 @@ IGNORED = {
     "model.layers=[5*gla,softmax] model.sse.num_partitions=8": "model.sse.num_partitions is ignored: "
     "model.layers has no sse layer",
     "model.sse.num_partitions=0 model.sse.form=mask": "model.sse.form is ignored: model.sse.num_partitions is 0",
+    UNWEIGHTED: "model.sse.weight_scale is ignored: model.sse.weight_writes and weight_reads are false",
     "model.transformer.cp_comm_type=p2p": "model.transformer.cp_comm_type is ignored: "
     "only bf16 softmax layers with parallel.context above 1 use it",
     "monitor.profile_ranks=[1]": "monitor.profile_ranks is ignored: "

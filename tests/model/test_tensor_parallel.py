@@ -28,7 +28,7 @@ CASES = {
     "gdn, value head groups": BASE | {"recurrence": "gdn", "num_value_heads": 8, "short_convolution": 3},
     "gdn, reference gate": BASE | {"recurrence": "gdn", "gate": "reference"},
     "gdn, weights on beta": BASE | {"recurrence": "gdn", "gate": "beta"},
-    "gla, no shared bank": BASE | {"shared_bank": False, "input_convolution": 4},
+    "gla, no shared bank": BASE | {"shared_bank": False, "input_convolution": 4, "weight_scale": 3.0},
     "gdn, no shared bank": BASE | {"recurrence": "gdn", "shared_bank": False},
     "gla, no partitions": BASE | {"num_partitions": 0},
     "gdn, no partitions": BASE | {"recurrence": "gdn", "num_partitions": 0},

@@ -48,7 +48,7 @@ def test_arm(arm: str, configs: dict[str, RunConfig]) -> None:
 def test_table() -> None:
     """Says what other settings make unequal."""
     table = tabulate_arms([BASE, "gla_large_heads"], CONFIG, [])
-    assert table.endswith("| gla_large_heads | a | 109,136 | n8k1 | 2,304 | n8k1 |")
+    assert table.endswith("| gla_large_heads | a | 109,264 | n8k1 | 2,304 | n8k1 |")
     table = tabulate_arms(["gla_large_heads"], CONFIG, ["model.sse.num_heads=4", "model.ffn_hidden_size=8"])
     assert "| not equal: n8k1 has 48,592 | 4,608 | n8k1 |" in table
     table = tabulate_arms(["gla_large_heads"], CONFIG, ["model.sse.head_dim=16"])
@@ -93,12 +93,16 @@ def test_match(router: str, key: float, value: float, chance: float, configs: di
         [net] = build_model(config, groups, device)
         for layer in net.decoder.layers:
             layer.self_attention.router.replay = lambda layout: picks_T1.to(device.type)
-        found = look(net.eval(), config.model.vocab_size, recalls)
+        found = look(net.eval(), config.model, recalls)
     assert found["loss"] == pytest.approx(np.log(config.model.vocab_size), abs=0.5)
     for layer in found["layers"]:
         assert sum(layer["share_N"]) == pytest.approx(1)
         assert layer["match_key"] == pytest.approx(key, abs=0.04 if router == "random" else 0)
-        assert layer["match_value"] == pytest.approx(value, abs=0.04 if router == "random" else 0)
+        behind = layer["match_behind"]
+        assert len(behind) == 3
+        assert behind[0] == pytest.approx(value, abs=0.04 if router == "random" else 0)
+        # The token behind the value is another pair's key, or a question: not the question itself, but for the last.
+        assert behind[1] == pytest.approx(31 / 32 if router == "one" else 1 / 8, abs=0.04)
         assert layer["match_chance"] == pytest.approx(chance, abs=0.04)
         assert len(layer["rank_B"]) == 9
 
@@ -132,7 +136,7 @@ def test_study(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     logs = {path: path.read_text() for path in output.glob("*/*/train.log")}
     result = json.loads((output / "n2k1/seed_0/result.json").read_text())
     assert result["resumed"] and {*range(3, 25, 3)} <= {point["step"] for point in result["points"]}
-    assert result["partitions"] == 2 and 0 <= result["points"][-1]["layers"][1]["match_value"] <= 1
+    assert result["partitions"] == 2 and 0 <= result["points"][-1]["layers"][1]["match_behind"][0] <= 1
     assert not checkpoints.exists()
 
     assert main([*arguments, *TINY]) == 0
@@ -156,7 +160,7 @@ def test_report(tmp_path: Path) -> None:
     accuracies = {BASE: [0.7, 0.9, 0.8], "n16k1": [0.5, 0.6, 0.7], "no_balance": [0.6], "no_weights": [0.55]}
     for arm, values in (accuracies | {"gla": [0.4], "softmax": [1.0]}).items():
         layer = {"layer": 2, "rank_B": [4.0, 3.0, 2.0], "share_N": [0.75, 0.25]}
-        layer |= {"match_key": 0.5, "match_value": 0.6, "match_chance": 0.2}
+        layer |= {"match_key": 0.5, "match_behind": [0.6], "match_chance": 0.2}
         layers = [] if arm in ("gla", "softmax") else [layer]
         found[arm] = [
             {"seed": seed, "accuracy": value, "loss": 1.0, "seconds": 9.0, "parameters": 10, "state_elements": 20}
@@ -166,7 +170,7 @@ def test_report(tmp_path: Path) -> None:
         ]
     text = write_report(tmp_path, found, [(BASE, 0), (BASE, 3), ("gdn", 0)])
     assert "Missing: n8k1, seed 3; gdn, seed 0." in text
-    assert "| n8k1 | a, b, c, e, g | 3 | 0.800 | 0.700 | 0.900 | 0.800 | 0.082 | 0.600 | 0.200 | 10 | 20 | 9 |" in text
+    assert "| n8k1 | a, b, c, d, e, g | 3 | 0.800 | 0.700 | 0.900 | 0.800 | 0.082 | 0.600 | 0.200 | 10 | 20 | 9 |" in text
     assert "- n8k1 at least 0.80: holds\n- n8k1 at least 0.30 above no_weights: does not hold\n" in text
     assert "- gla at most 0.50: holds\n- softmax at least 0.99: holds\n" in text
     assert {path.stem for path in tmp_path.glob("*.png")} == {"accuracy", "partitions", "match", "training"}

@@ -268,8 +268,9 @@ class SSEMixer(nn.Module):
         prob = logits.softmax(-1)
         rank = prob.sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
         writes, reads = ((rank < self.settings[f"num_{name}"]).float() for name in ("writers", "readers"))
-        write_scale = writes * prob if self.settings["weight_writes"] else writes
-        read_scale = reads * prob if self.settings["weight_reads"] else reads
+        weight = prob * self.settings["weight_scale"]
+        write_scale = writes * weight if self.settings["weight_writes"] else writes
+        read_scale = reads * weight if self.settings["weight_reads"] else reads
         return writes, write_scale, read_scale
 
 

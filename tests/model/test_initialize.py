@@ -1,0 +1,40 @@
+"""Initial weights: the embedding's size is a setting of its own."""
+
+import pytest
+
+from megatron_sse.model import build_model
+from megatron_sse.parallel.groups import init_groups
+from tests.model.support import cpu, run_config
+from tests.workers import run_workers
+
+MODEL = {
+    "num_layers": 1,
+    "hidden_size": 64,
+    "vocab_size": 256,
+    "layers": "gla",
+    "init_std": 0.1,
+    "sse": {"num_heads": 2, "head_dim": 16},
+}
+
+
+def measured_std(settings: dict) -> dict[str, float]:
+    [chunk] = build_model(run_config(MODEL | settings), init_groups(), cpu())
+    return {name: float(parameter.std()) for name, parameter in chunk.named_parameters() if parameter.numel() > 4096}
+
+
+@pytest.mark.parametrize(
+    ("settings", "embedding"),
+    [
+        ({}, 0.1),
+        ({"embedding_init_std": 1.0}, 1.0),
+        ({"embedding_init_std": 1.0, "tie_embeddings": True}, 1.0),
+    ],
+)
+def test_std(settings: dict, embedding: float) -> None:
+    [found] = run_workers(1, measured_std, settings)
+    assert found.pop("embedding.word_embeddings.weight") == pytest.approx(embedding, rel=0.05)
+    assert ("output_layer.weight" in found) != settings.get("tie_embeddings", False)
+    # One layer: what is added to the residual stream is smaller by the root of 2.
+    for name, std in found.items():
+        smaller = 2**0.5 if name.endswith(("out_proj.weight", "linear_fc2.weight")) else 1
+        assert std == pytest.approx(0.1 / smaller, rel=0.05), name
