@@ -108,7 +108,7 @@ class Picks:
         shape = (self.bank_TP.shape[0], self.num_partitions)
         every_TN = torch.arange(self.num_partitions, device=self.bank_TP.device).expand(shape)
         scales = (self.writes, self.write_scale, self.read_scale)
-        writes, write_scale, read_scale = (x.new_zeros(shape).scatter(-1, self.bank_TP, x) for x in scales)
+        writes, write_scale, read_scale = (x.new_zeros(shape).scatter_add(-1, self.bank_TP, x) for x in scales)
         return Picks(every_TN, self.num_partitions, writes, write_scale, read_scale, self.before_norm)
 
     def apply(self, bank: BankInputs, v_TPHV: Tensor) -> tuple[BankInputs, Tensor]:

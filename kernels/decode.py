@@ -58,7 +58,7 @@ def decode_step(
             state, o_pick = _write_and_read(sparse, v, state, write, read, writes, before_norm)
             if writes:
                 states_XBHKV[slot_T, bank] = state
-            if pick < routes.num_readers:
+            if 0 <= pick - routes.first_reader < routes.num_readers:
                 o = o + o_pick
     o_THV = torch.zeros_like(v_THV)
     o_THV[active_T] = o.to(v_THV.dtype)

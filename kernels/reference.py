@@ -36,7 +36,7 @@ def reference_sse(
                 bank = 1 + int(routes.bank_TP[t, p])
                 write = routes.weight_TP[t, p] if weight_writes else 1.0
                 read = routes.weight_TP[t, p] if weight_reads else 1.0
-                writes, reads = p < routes.num_writers, p < routes.num_readers
+                writes, reads = p < routes.num_writers, 0 <= p - routes.first_reader < routes.num_readers
                 states[bank], o_bank = _token(sparse_T[t], states[bank], v[t], gate, write, read, writes)
                 o = o + o_bank if reads else o
             outputs.append(o)

@@ -11,9 +11,12 @@ from megatron_sse.kernels.segments import Segments
 
 @dataclass(frozen=True)
 class Routes:
-    """A token's picks, P = max(writers, readers), best first: it writes to the first num_writers, reads num_readers.
+    """A token's picks: it writes to the first num_writers, and reads num_readers from number first_reader on.
 
-    prob_TN: softmax over the N partitions (not renormalised over the picks).
+    With one router that is 0, the picks are the best P = max(writers, readers), best first. With a router of its own
+    for reads it is num_writers; a partition may then stand among both.
+
+    prob_TN: softmax over the N partitions (not renormalised over the picks), of writes where reads have their own.
     bank_TP: int64, the picked partitions, 0 .. N - 1; equal probabilities go to the lower index.
     weight_TP: the picks' probabilities, or these scaled.
     """
@@ -23,25 +26,37 @@ class Routes:
     weight_TP: Tensor
     num_writers: int
     num_readers: int
+    first_reader: int = 0
+
+    @property
+    def written_TW(self) -> Tensor:
+        """The partitions that are written to."""
+        return self.bank_TP[:, : self.num_writers]
+
+    @property
+    def read_TR(self) -> Tensor:
+        """The partitions that are read."""
+        return self.bank_TP[:, self.first_reader : self.first_reader + self.num_readers]
 
     @property
     def num_partitions(self) -> int:
         return self.prob_TN.shape[-1]
 
     def scatter(self, x_TP: Tensor) -> Tensor:
-        """Values of the picks [T, P] laid out over the partitions [T, N], zero elsewhere."""
-        return torch.zeros_like(self.prob_TN, dtype=x_TP.dtype).scatter(-1, self.bank_TP, x_TP)
+        """Values of the picks [T, P] summed over the partitions [T, N]."""
+        return torch.zeros_like(self.prob_TN, dtype=x_TP.dtype).scatter_add(-1, self.bank_TP, x_TP)
 
     def write_weight_TP(self, weighted: bool) -> Tensor:
         """What each pick's write is scaled by: its probability or 1 (`weighted`), 0 where the token does not write."""
-        return self._weight(self.num_writers, weighted)
+        return self._weight(0, self.num_writers, weighted)
 
     def read_weight_TP(self, weighted: bool) -> Tensor:
         """What each pick's output is scaled by: its probability or 1 (`weighted`), 0 where the token does not read."""
-        return self._weight(self.num_readers, weighted)
+        return self._weight(self.first_reader, self.num_readers, weighted)
 
-    def _weight(self, count: int, weighted: bool) -> Tensor:
-        picked = torch.arange(self.weight_TP.shape[-1], device=self.weight_TP.device) < count
+    def _weight(self, first: int, count: int, weighted: bool) -> Tensor:
+        number_P = torch.arange(self.weight_TP.shape[-1], device=self.weight_TP.device)
+        picked = (number_P >= first) & (number_P < first + count)
         return (self.weight_TP if weighted else torch.ones_like(self.weight_TP)) * picked
 
 
@@ -62,6 +77,15 @@ def route(prob_TN: Tensor, num_writers: int, num_readers: int, bank_TP: Tensor |
         ranked_TN = prob_TN.detach().sort(dim=-1, descending=True, stable=True).indices
         bank_TP = ranked_TN[:, : max(num_writers, num_readers)]
     return Routes(prob_TN, bank_TP, prob_TN.gather(-1, bank_TP), num_writers, num_readers)
+
+
+def join_routes(writes: Routes, reads: Routes) -> Routes:
+    """Writes as one router says, reads as another."""
+    assert writes.num_writers == writes.bank_TP.shape[-1] and reads.num_readers == reads.bank_TP.shape[-1]
+    bank_TP, weight_TP = (
+        torch.cat(x, dim=-1) for x in ((writes.bank_TP, reads.bank_TP), (writes.weight_TP, reads.weight_TP))
+    )
+    return Routes(writes.prob_TN, bank_TP, weight_TP, writes.num_writers, reads.num_readers, writes.num_writers)
 
 
 def join_segments(bank_TP: Tensor, document_T: Tensor, documents: Segments, num_partitions: int) -> Segments:

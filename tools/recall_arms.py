@@ -22,6 +22,7 @@ CLAIMS = {
     "e": "SSE-GDN: the router's weights on values, on write strengths, or cancelled (the authors' code)",
     "f": "hybrids 5:1 against pure SSE and softmax only",
     "g": "with and without balance loss",
+    "h": "what may make routing learn: a router of its own for reads, weights scaled to 1 at the start, both",
 }
 
 
@@ -51,7 +52,7 @@ ARMS = {
     "n1k1": Arm("a", _sse("num_partitions=1")),
     "n2k1": Arm("a", _sse("num_partitions=2")),
     "n4k1": Arm("a", _sse("num_partitions=4")),
-    BASE: Arm("abcdeg", _sse("num_partitions=8"), None),
+    BASE: Arm("abcdegh", _sse("num_partitions=8"), None),
     "n16k1": Arm("a", _sse("num_partitions=16")),
     # An SSE layer without partitions is gated linear attention.
     "gla": Arm("a", _sse("num_partitions=0")),
@@ -71,6 +72,9 @@ ARMS = {
     PURE6: Arm("f", _SIX, None),
     "hybrid6": Arm("f", (*_SIX, "model.layers=5*sse, softmax", "model.softmax.num_heads=2"), PURE6),
     "softmax6": Arm("f", (*_SIX, *_SOFTMAX), PURE6),
+    "own_reads": Arm("h", _sse("num_partitions=8", "own_read_router=true"), state_as=BASE),
+    "scaled": Arm("h", _sse("num_partitions=8", "weight_scale=8.0"), state_as=BASE),
+    "own_reads_scaled": Arm("h", _sse("num_partitions=8", "own_read_router=true", "weight_scale=8.0"), state_as=BASE),
     "no_balance": Arm("g", _sse("num_partitions=8", "balance_loss=0.0"), state_as=BASE),
 }
 

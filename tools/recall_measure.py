@@ -99,8 +99,8 @@ def _describe(
     """An SSE layer; the shared bank comes first among the ranks."""
     record: dict[str, Any] = {"layer": number, "rank_B": effective_rank(states_XBHKV).tolist()}
     if routes is not None:
-        write_TW = torch.cat([part.bank_TP[:, : part.num_writers] for part in routes]).cpu().numpy()
-        read_TR = torch.cat([part.bank_TP[:, : part.num_readers] for part in routes]).cpu().numpy()
+        write_TW = torch.cat([part.written_TW for part in routes]).cpu().numpy()
+        read_TR = torch.cat([part.read_TR for part in routes]).cpu().numpy()
         count_N = np.bincount(write_TW.flatten(), minlength=routes[0].num_partitions)
         record |= {"share_N": (count_N / count_N.sum()).tolist()} | match(write_TW, read_TR, recalls, num_behind)
     return record

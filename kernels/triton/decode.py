@@ -105,6 +105,7 @@ def decode_kernel(
     V: tl.constexpr,
     P: tl.constexpr,
     WRITERS: tl.constexpr,
+    FIRST_READER: tl.constexpr,
     READERS: tl.constexpr,
     DELTA: tl.constexpr,
     BEFORE_NORM: tl.constexpr,
@@ -143,7 +144,7 @@ def decode_kernel(
         b_picked = _write_and_read(
             picked_ptr, cell, inside, b_q, b_k, decay, beta, b_v, write, read, K, DELTA, pick < WRITERS, BEFORE_NORM
         )
-        if pick < READERS:
+        if pick >= FIRST_READER and pick < FIRST_READER + READERS:
             b_o += b_picked
     tl.store(o_ptr + own, b_o.to(o_ptr.dtype.element_ty), mask=column < V)
 
@@ -163,6 +164,7 @@ def _decode(
     bank_TP: Tensor | None,
     weight_TP: Tensor | None,
     num_writers: int,
+    first_reader: int,
     num_readers: int,
     before_norm: bool,
     weight_writes: bool,
@@ -193,6 +195,7 @@ def _decode(
         V=value_dim,
         P=0 if bank_TP is None else bank_TP.shape[1],
         WRITERS=num_writers,
+        FIRST_READER=first_reader,
         READERS=num_readers,
         DELTA=delta,
         BEFORE_NORM=before_norm,
@@ -228,10 +231,10 @@ def decode_step(
             return []
         return [x.contiguous() for x in (bank.q_THK, bank.k_THK, bank.g, bank.beta_TH) if x is not None]
 
-    bank_TP, weight_TP, counts = None, None, (0, 0)
+    bank_TP, weight_TP, counts = None, None, (0, 0, 0)
     if routes is not None:
         bank_TP, weight_TP = routes.bank_TP.contiguous(), routes.weight_TP.contiguous()
-        counts = routes.num_writers, routes.num_readers
+        counts = routes.num_writers, routes.first_reader, routes.num_readers
     switches = before_norm, weight_writes, weight_reads
     arguments = tensors(shared), tensors(sparse), v_THV.contiguous(), bank_TP, weight_TP, *counts, *switches
     return _decode(states_XBHKV, slot_T.contiguous(), *arguments)
@@ -248,7 +251,8 @@ def compile_cases(arch: int) -> list[tuple[triton.JITFunction, dict, dict, dict]
         signature |= {"v_ptr": dtype, "bank_ptr": "*i64", "weight_ptr": "*fp32", "o_ptr": dtype}
         for dim in (64, 128, 256):
             for delta in (False, True):
-                constants = {"B": 5, "H": 16, "HV": 16, "K": dim, "V": dim, "P": 2, "WRITERS": 1, "READERS": 2}
+                constants = {"B": 5, "H": 16, "HV": 16, "K": dim, "V": dim, "P": 2, "WRITERS": 1}
+                constants |= {"FIRST_READER": 0, "READERS": 2}
                 constants |= {"DELTA": delta, "BEFORE_NORM": False, "WEIGHT_WRITES": True, "WEIGHT_READS": True}
                 cases.append((decode_kernel, signature, constants | _blocks(dim, dim), OPTIONS))
     return cases

@@ -6,7 +6,8 @@ from megatron_sse.config.context import attention_kind
 from megatron_sse.config.schema import RunConfig, Section, SoftmaxConfig, SSEConfig
 
 _WEIGHTS = ["weight_writes", "weight_reads"]
-_PARTITION_SETTINGS = ["num_writers", "num_readers", "form", *_WEIGHTS, "weight_scale", "balance_loss"]
+_ROUTER = ["num_writers", "num_readers", "own_read_router", *_WEIGHTS, "weight_scale", "balance_loss"]
+_PARTITION_SETTINGS = [*_ROUTER, "form"]
 _SPARSE_SETTINGS = ["recurrence", "num_partitions", "shared_bank", *_PARTITION_SETTINGS]
 _GLA_SETTINGS = ["decay_low_rank", "decay_normalizer"]
 _GDN_SETTINGS = ["gate", "negative_eigenvalues"]

@@ -50,6 +50,7 @@ class SSEConfig(Section):
     num_partitions: Size0 = 4
     num_writers: Count = 1
     num_readers: Count = 1
+    own_read_router: bool = False
     form: Literal["varlen", "mask"] = "varlen"
     weight_writes: bool = True
     weight_reads: bool = True
@@ -74,6 +75,16 @@ class SSEConfig(Section):
         if self.num_value_heads is None:
             self.num_value_heads = self.num_heads
         return self
+
+    @property
+    def num_routers(self) -> int:
+        """Of an sse layer: one for writes and reads, or one each."""
+        return 1 + self.own_read_router
+
+    @property
+    def num_picks(self) -> int:
+        """Partitions that a token writes to or reads, counted twice where two routers pick them."""
+        return self.num_writers + self.num_readers if self.own_read_router else max(self.num_writers, self.num_readers)
 
     def key_map_of(self, recurrence: Recurrence) -> KeyMap:
         """The map applied to keys: softmax for gla and silu (then the L2 norm) for gdn unless set."""

@@ -82,7 +82,7 @@ def _sse_weights(model: ModelConfig, kind: str) -> Iterator[Weight]:
     if partitions:
         for _ in range(maps):
             yield from low_rank(rank, keys)
-        yield Weight(kind, partitions * hidden, fp32=True, summed=True)
+        yield Weight(kind, sse.num_routers * partitions * hidden, fp32=True, summed=True)
     if sse.output_gate:
         yield from low_rank(rank, values)
     if is_delta:

@@ -96,7 +96,8 @@ def mixer_links(
     if settings.output_gate:
         yield from _low_rank(f"{ours}output_gate", f"{theirs}g_proj", hidden, settings.value_head_dim, values)
     if num_partitions:
-        yield same(f"{ours}router.proj.weight", f"{theirs}e_proj.weight", num_partitions, hidden)
+        rows = settings.num_routers * num_partitions
+        yield same(f"{ours}router.proj.weight", f"{theirs}e_proj.weight", rows, hidden)
         for name, part in zip(("query_lora", "key_lora"), maps, strict=False):
             yield from _low_rank(f"{ours}{name}", f"{theirs}lora_{part}_proj", hidden, settings.value_head_dim, keys)
     if recurrence == "gdn":

@@ -41,6 +41,7 @@ _FIXED: Values = {
     "weight_writes": True,
     "weight_reads": True,
     "weight_scale": 1.0,
+    "own_read_router": False,
     "shared_bank": True,
     "query_map": "silu",
     "decay_low_rank": 16,

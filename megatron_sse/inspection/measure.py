@@ -112,10 +112,9 @@ class LayerSums:
             return
         _check_finite(sparse.g)
         self.num_tokens += len(routes.bank_TP)
-        write_TP, read_TP = (routes.bank_TP[:, :count] for count in (routes.num_writers, routes.num_readers))
-        self.sparse.add(sparse.g, write_TP)
-        self.writes_N += write_TP.flatten().bincount(minlength=self.num_partitions)
-        self.reads_N += read_TP.flatten().bincount(minlength=self.num_partitions)
+        self.sparse.add(sparse.g, routes.written_TW)
+        self.writes_N += routes.written_TW.flatten().bincount(minlength=self.num_partitions)
+        self.reads_N += routes.read_TR.flatten().bincount(minlength=self.num_partitions)
         self.top += routes.prob_TN.amax(-1).double().sum()
 
     def note_rank(self, states_XBHKV: Tensor, tokens: int, is_mark: bool, is_end: bool) -> None:

@@ -109,8 +109,7 @@ class SSEMixer(MegatronModule):
             self.query_lora = LowRank(config, column, self.value_dim, key_size, pg_collection)
             if self.has_keys:
                 self.key_lora = LowRank(config, column, self.value_dim, key_size, pg_collection)
-            counts = self.num_partitions, settings.num_writers, settings.num_readers
-            self.router = Router(config, *counts, settings.weight_scale, pg_collection)
+            self.router = Router(config, settings, self.num_partitions, pg_collection)
         if settings.output_gate:
             value_size = settings.num_value_heads * self.value_dim
             self.output_gate = LowRank(config, column, self.value_dim, value_size, pg_collection)

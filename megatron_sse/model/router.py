@@ -1,6 +1,6 @@
 """The router: which partitions a token writes to and reads from, and the loss that keeps them in balance."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -9,7 +9,8 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_sse.kernels import Routes, route
+from megatron_sse.config import SSEConfig
+from megatron_sse.kernels import Routes, join_routes, route
 from megatron_sse.model.cache import CachedLayout
 from megatron_sse.model.features import softmax_fp32
 from megatron_sse.model.projections import ReplicatedLinear
@@ -21,39 +22,44 @@ class Router(torch.nn.Module):
     """Top partitions by softmax(x We) (arXiv 2507.16577, section 3.2), fp32, alike on all ranks of a tensor group."""
 
     def __init__(
-        self,
-        config: TransformerConfig,
-        num_partitions: int,
-        num_writers: int,
-        num_readers: int,
-        weight_scale: float,
-        pg_collection: ProcessGroupCollection,
+        self, config: TransformerConfig, settings: SSEConfig, num_partitions: int, pg_collection: ProcessGroupCollection
     ):
         super().__init__()
-        self.num_writers, self.num_readers, self.weight_scale = num_writers, num_readers, weight_scale
+        self.num_writers, self.num_readers = settings.num_writers, settings.num_readers
+        self.num_routers, self.weight_scale = settings.num_routers, settings.weight_scale
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         self.sequence_parallel = config.sequence_parallel
         dtype = torch.promote_types(config.params_dtype, torch.float32)
-        self.proj = ReplicatedLinear(config, config.hidden_size, num_partitions, dtype)
+        # Rows of the router of writes, then of that of reads if it has its own.
+        self.proj = ReplicatedLinear(config, config.hidden_size, self.num_routers * num_partitions, dtype)
         # The picks [T, P] to use for a micro-batch in place of the top ones, where layouts are compared.
         self.replay: Callable[[TokenLayout], Tensor] | None = None
 
     def forward(self, hidden_LBd: Tensor, layout: TokenLayout) -> tuple[Routes, Tensor | None]:
         """The picks of all B * L tokens, and the balance loss of the micro-batch (None where text is generated).
 
-        hidden_LBd: [L, B, d], under sequence parallelism this rank's part of L.
+        hidden_LBd: [L, B, d], under sequence parallelism this rank's part of L. R routers in what follows.
         """
-        own_LBN = softmax_fp32(self.proj(hidden_LBd))
+        own_LBRN = softmax_fp32(self.proj(hidden_LBd).unflatten(-1, (self.num_routers, -1)))
         # Each tensor rank knows its own heads' part of the task's gradient: both forms sum it over the group.
         if self.sequence_parallel:
-            prob_LBN = gather_from_sequence_parallel_region(own_LBN, group=self.tp_group)
+            prob_LBRN = gather_from_sequence_parallel_region(own_LBRN, group=self.tp_group)
         else:
-            prob_LBN = sum_gradient(own_LBN, self.tp_group)
+            prob_LBRN = sum_gradient(own_LBRN, self.tp_group)
         picks_TP = None if self.replay is None else self.replay(layout)
-        routes = route(prob_LBN.transpose(0, 1).flatten(0, 1), self.num_writers, self.num_readers, picks_TP)
-        routes = replace(routes, weight_TP=self.weight_scale * routes.weight_TP)
-        loss = None if isinstance(layout, CachedLayout) else self._balance_loss(own_LBN, routes, layout)
+        routes = self._route(prob_LBRN.transpose(0, 1).flatten(0, 1).unbind(1), picks_TP)
+        loss = None if isinstance(layout, CachedLayout) else self._balance_loss(own_LBRN[:, :, 0], routes, layout)
         return routes, loss
+
+    def _route(self, prob_RTN: Sequence[Tensor], picks_TP: Tensor | None) -> Routes:
+        if self.num_routers == 1:
+            routes = route(prob_RTN[0], self.num_writers, self.num_readers, picks_TP)
+        else:
+            counts = self.num_writers, self.num_readers
+            picks = (None, None) if picks_TP is None else picks_TP.split(counts, 1)
+            parts = zip(prob_RTN, counts, picks, strict=True)
+            routes = join_routes(*(route(prob_TN, count, count, pick) for prob_TN, count, pick in parts))
+        return replace(routes, weight_TP=self.weight_scale * routes.weight_TP)
 
     def _balance_loss(self, own_LBN: Tensor, routes: Routes, layout: TokenLayout) -> Tensor:
         """(N / K) sum_i f_i p_i over real tokens: f the share of tokens that write to i, p the mean probability.

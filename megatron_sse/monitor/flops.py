@@ -53,7 +53,7 @@ def sse_flops(sse: SSEConfig, hidden: int, kind: str) -> float:
     maps = 1 if sse.key_map == "one_minus_decay" else 2
     weights = hidden * (maps * keys + 2 * values)
     if sparse:
-        weights += hidden * sse.num_partitions + maps * sse.value_head_dim * (hidden + keys)
+        weights += hidden * sse.num_routers * sse.num_partitions + maps * sse.value_head_dim * (hidden + keys)
     if recurrence == "gdn":
         decay = hidden * 2 * sse.num_value_heads
     else:

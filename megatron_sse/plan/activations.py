@@ -118,8 +118,9 @@ def _router(sizes: Sizes, mixer: Mixer) -> int:
     hidden = sizes.config.model.hidden_size if sizes.element < FP32 else 0
     parts = sizes.config.parallel.tensor if sizes.config.parallel.sequence else 1
     # Torch sorts all partitions; the kernel finds the picks alone.
-    ranked = mixer.partitions if sizes.kernels == "torch" else _picks(sizes, mixer)
-    return mixer.partitions * FP32 + ranked * INT64 + 3 * FP32 * _picks(sizes, mixer) + FP32 * hidden // parts
+    every = sizes.config.model.sse.num_routers * mixer.partitions
+    ranked = every if sizes.kernels == "torch" else _picks(sizes, mixer)
+    return every * FP32 + ranked * INT64 + 3 * FP32 * _picks(sizes, mixer) + FP32 * hidden // parts
 
 
 def _picks(sizes: Sizes, mixer: Mixer) -> int:
@@ -127,7 +128,7 @@ def _picks(sizes: Sizes, mixer: Mixer) -> int:
     sse = sizes.config.model.sse
     if not mixer.partitions:
         return 0
-    return mixer.partitions if sse.form == "mask" else max(sse.num_writers, sse.num_readers)
+    return mixer.partitions if sse.form == "mask" else sse.num_picks
 
 
 def _segments(sizes: Sizes, mixer: Mixer) -> int:

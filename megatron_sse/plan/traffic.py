@@ -89,7 +89,7 @@ def _layer_over_tensor(sizes: Sizes, kind: str) -> Passes:
         forward, backward = forward + inner.forward, backward + inner.backward
     backward += all_reduce(sse.value_head_dim * sizes.element, tensor)  # of the output norm, whose heads are split
     if mixer.partitions:
-        probabilities = tokens * mixer.partitions * FP32
+        probabilities = tokens * sse.num_routers * mixer.partitions * FP32
         if sequence:
             forward += exchange(probabilities, tensor) + all_reduce(mixer.partitions * FP32, tensor)
             backward += exchange(probabilities, tensor)

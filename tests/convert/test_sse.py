@@ -54,6 +54,7 @@ OURS = {
     "all kinds": model("sse, gla, gdn, softmax", num_layers=4, softmax=SOFTMAX | {"qk_norm": True, "head_dim": 12}),
     "gdn, weights on beta": model(sse={"recurrence": "gdn", "gate": "beta"}),
     "input convolution": model("sse, softmax", {"short_convolution": 3}, softmax=SOFTMAX, input_convolution=4),
+    "two routers": model(sse={"own_read_router": True, "num_readers": 2}),
     "no shared bank": model(sse={"shared_bank": False, "weight_scale": 4.0}),
     "gdn, no shared bank": model(sse={"shared_bank": False, "recurrence": "gdn"}),
     "top k": model(sse={"key_map": "topk_softmax", "key_topk": 3, "query_map": "softmax", "decay_low_rank": 5}),

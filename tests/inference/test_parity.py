@@ -36,6 +36,7 @@ MODELS = {
     "short convolution": model(sse={"short_convolution": 4, "num_value_heads": 4}, tie_embeddings=True),
     "short convolution, gdn": model(sse={"short_convolution": 3, "recurrence": "gdn"}),
     "sse gdn, weights on beta": model(sse={"recurrence": "gdn", "gate": "beta"}),
+    "two routers": model(sse={"own_read_router": True, "num_writers": 2}),
     "no shared bank": model(sse={"shared_bank": False, "weight_scale": 4.0}),
     "softmax": model("softmax", softmax=SOFTMAX | {"qk_norm": True, "qkv_bias": True}),
     "softmax, no rotary": model("softmax", softmax=SOFTMAX | {"rotary_base": 0.0}),

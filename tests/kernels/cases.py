@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from megatron_sse.kernels import BankInputs, Routes, route
+from megatron_sse.kernels import BankInputs, Routes, join_routes, route
 
 # One-token documents, lengths below, at and above the chunk sizes, and several chunks.
 UNEVEN = (1, 37, 1, 64, 3, 70)
@@ -25,6 +25,7 @@ class Case:
     num_partitions: int = 4
     num_writers: int = 1
     num_readers: int = 1
+    own_reads: bool = False  # a router of its own for reads: what the token before would write
     routing: str = "random"  # random, one (all to one partition), gaps (some stay empty), ties
     decay: str = "long"  # long (memory of thousands of tokens), one (exactly), underflow
     beta_max: float = 1.0
@@ -125,8 +126,16 @@ def _probabilities(case: Case, logits_TN: Tensor) -> Tensor:
     return logits_TN.softmax(-1)
 
 
-def routes_of(case: Case, inputs: Inputs) -> Routes | None:
-    return None if inputs.prob_TN is None else route(inputs.prob_TN, case.num_writers, case.num_readers)
+def routes_of(case: Case, inputs: Inputs, tokens: Tensor | slice = slice(None)) -> Routes | None:
+    """Of some tokens."""
+    if inputs.prob_TN is None:
+        return None
+    prob_TN = inputs.prob_TN[tokens]
+    if not case.own_reads:
+        return route(prob_TN, case.num_writers, case.num_readers)
+    read_TN = inputs.prob_TN.roll(1, 0)[tokens]
+    reads = route(read_TN, case.num_readers, case.num_readers)
+    return join_routes(route(prob_TN, case.num_writers, case.num_writers), reads)
 
 
 def run(function: Callable, case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:

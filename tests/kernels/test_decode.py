@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_sse.kernels import route
 from megatron_sse.kernels.decode import decode_step
-from tests.kernels.cases import Case, Inputs, errors, make_inputs, run
+from tests.kernels.cases import Case, Inputs, errors, make_inputs, routes_of, run
 from tests.kernels.implementations import oracle
 
 LENGTHS = (5, 1, 9)
@@ -18,7 +18,9 @@ CASES = [
     Case(**SPREAD, num_writers=1, num_readers=3, weight_writes=False),
     Case(**SPREAD, num_writers=2, num_readers=1, weight_reads=False, decay="underflow"),
     Case(**SPREAD, num_partitions=0),
+    Case(**SPREAD, num_partitions=2, num_writers=2, own_reads=True),
     Case(**SPREAD, recurrence="gdn"),
+    Case(**SPREAD, recurrence="gdn", num_partitions=2, own_reads=True),
     Case(**SPREAD, recurrence="gdn", num_writers=1, num_readers=3, weight_writes=False, beta_max=2.0),
     Case(**SPREAD, recurrence="gdn", num_writers=2, num_readers=1, gate="reference", weight_reads=False),
     Case(**SPREAD, recurrence="gdn", num_partitions=0),
@@ -38,9 +40,7 @@ def generate(step: Callable[..., Tensor], case: Case, inputs: Inputs) -> dict[st
         ended = position >= offsets.diff()
         token = torch.where(ended, 0, offsets[:-1] + position)
         banks = [b and b.map(lambda x, token=token: x[token]) for b in (inputs.shared, inputs.sparse)]
-        routes = None
-        if inputs.prob_TN is not None:
-            routes = route(inputs.prob_TN[token], case.num_writers, case.num_readers)
+        routes = routes_of(case, inputs, token)
         slot = torch.where(ended, -1, slots)
         o = step(states, slot, *banks, inputs.v_THV[token], routes, **options)
         assert o[ended].count_nonzero() == 0

@@ -47,6 +47,12 @@ def ignore_the_last_chunk(patch: Patch) -> None:
     patch.setattr(scan, "_waves", lambda pieces: waves(pieces)[:-1])
 
 
+def read_where_is_written(patch: Patch) -> None:
+    """The reads' own router is not asked."""
+    join = routing.join_routes
+    patch.setattr("tests.kernels.cases.join_routes", lambda writes, reads: replace(join(writes, reads), first_reader=0))
+
+
 def ties_to_the_higher_index(patch: Patch) -> None:
     def route(prob, num_writers, num_readers):
         ranked = prob.shape[-1] - 1 - prob.detach().flip(-1).sort(dim=-1, descending=True, stable=True).indices
@@ -63,6 +69,7 @@ MUTATIONS = {
     ignore_the_write_weights: ("gla", "gdn"),
     ignore_the_last_chunk: ("gla", "gdn"),
     ties_to_the_higher_index: ("gla", "gdn"),
+    read_where_is_written: ("gla", "gdn"),
 }
 
 
@@ -73,7 +80,8 @@ MUTATIONS = {
 )
 def test_a_seeded_bug_is_seen(mutate, recurrence: str, form: str, monkeypatch: Patch) -> None:
     routing = "ties" if mutate is ties_to_the_higher_index else "random"
-    case = Case(recurrence=recurrence, lengths=(40, 1, 70), routing=routing, num_readers=2)
+    own = mutate is read_where_is_written
+    case = Case(recurrence=recurrence, lengths=(40, 1, 70), routing=routing, num_readers=2, own_reads=own)
     expected = outputs_and_gradients(oracle, case, make_inputs(case))
     assert max(errors(outputs_and_gradients(attention(form), case, make_inputs(case)), expected).values()) < 1e-12
     mutate(monkeypatch)

@@ -29,6 +29,8 @@ CASES = {
     "gdn, reference gate": BASE | {"recurrence": "gdn", "gate": "reference"},
     "gdn, weights on beta": BASE | {"recurrence": "gdn", "gate": "beta"},
     "gla, no shared bank": BASE | {"shared_bank": False, "input_convolution": 4, "weight_scale": 3.0},
+    "gla, two routers": BASE | {"own_read_router": True, "num_readers": 2},
+    "gdn, two routers, mask": BASE | {"recurrence": "gdn", "own_read_router": True, "num_writers": 2, "form": "mask"},
     "gdn, no shared bank": BASE | {"recurrence": "gdn", "shared_bank": False},
     "gla, no partitions": BASE | {"num_partitions": 0},
     "gdn, no partitions": BASE | {"recurrence": "gdn", "num_partitions": 0},

@@ -41,6 +41,10 @@ CASES = {
     "sse without partitions": (model("sse", num_partitions=0), LINEAR + GLA_GATE + 2 * STATE),
     "sse gla": (model("sse", **TWO_READERS), LINEAR + SPARSE + 2 * GLA_GATE + (2 + 3) * STATE),
     "sse gdn": (model("sse", recurrence="gdn", **TWO_READERS), LINEAR + SPARSE + 2 * GDN_GATES + (2 * 2 + 3) * STATE),
+    "two routers": (
+        model("sse", own_read_router=True, **TWO_READERS),
+        LINEAR + SPARSE + 8 * 3 + 2 * GLA_GATE + (2 + 3) * STATE,
+    ),
     "constant decay": (model("gla", decay="constant"), LINEAR + 2 * STATE),
     "no output gate": (model("gla", output_gate=False), LINEAR - 8 * 5 - 5 * 20 + GLA_GATE + 2 * STATE),
     "no shared bank": (

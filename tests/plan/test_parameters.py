@@ -24,7 +24,7 @@ Run = tuple[str, list[str]]
 Elements = dict[int, int]
 
 MIXED = ["model.layers=sse, gdn, gla, softmax", "model.num_layers=8", "model.sse.short_convolution=4"]
-MIXED += ["model.input_convolution=3"]
+MIXED += ["model.input_convolution=3", "model.sse.own_read_router=true"]
 RUNS: list[tuple[int, Run]] = [
     *((1, (name, ["parallel.context=1"])) for name in SHIPPED),
     (2, ("sse_h_2b.yaml", ["parallel.tensor=2", "parallel.sequence=true", "model.vocab_size=151937"])),

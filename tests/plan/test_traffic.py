@@ -22,7 +22,7 @@ MODEL = {
     "softmax": {"num_heads": 4, "num_kv_heads": 2, "qk_norm": True},
 }
 CONVOLUTION = MODEL | {"sse": MODEL["sse"] | {"short_convolution": 3, "num_value_heads": 4}, "input_convolution": 4}
-DELTA = MODEL | {"layers": "sse", "sse": MODEL["sse"] | {"recurrence": "gdn"}}
+DELTA = MODEL | {"layers": "sse", "sse": MODEL["sse"] | {"recurrence": "gdn", "own_read_router": True}}
 SHARED_KEYS = MODEL | {"softmax": MODEL["softmax"] | {"num_kv_heads": 1, "qk_norm": False}, "tie_embeddings": True}
 FULL = {"recompute": "full"}
 BF16 = {"precision": "bf16"}
@@ -30,7 +30,7 @@ BF16 = {"precision": "bf16"}
 # Processes, layout, model, training.
 RUNS: list[tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     (2, {"tensor": 2}, MODEL, {}),
-    (2, {"tensor": 2, "sequence": True}, MODEL, {}),
+    (2, {"tensor": 2, "sequence": True}, DELTA, {}),
     (2, {"tensor": 2}, SHARED_KEYS, FULL),
     (2, {"tensor": 2, "sequence": True}, CONVOLUTION, BF16 | FULL),
     (2, {"pipeline": 2}, SHARED_KEYS, {}),

@@ -170,7 +170,9 @@ def test_report(tmp_path: Path) -> None:
         ]
     text = write_report(tmp_path, found, [(BASE, 0), (BASE, 3), ("gdn", 0)])
     assert "Missing: n8k1, seed 3; gdn, seed 0." in text
-    assert "| n8k1 | a, b, c, d, e, g | 3 | 0.800 | 0.700 | 0.900 | 0.800 | 0.082 | 0.600 | 0.200 | 10 | 20 | 9 |" in text
+    assert (
+        "| n8k1 | a, b, c, d, e, g | 3 | 0.800 | 0.700 | 0.900 | 0.800 | 0.082 | 0.600 | 0.200 | 10 | 20 | 9 |" in text
+    )
     assert "- n8k1 at least 0.80: holds\n- n8k1 at least 0.30 above no_weights: does not hold\n" in text
     assert "- gla at most 0.50: holds\n- softmax at least 0.99: holds\n" in text
     assert {path.stem for path in tmp_path.glob("*.png")} == {"accuracy", "partitions", "match", "training"}

@@ -147,7 +147,9 @@ class SSEMixer(nn.Module):
         if settings["output_gate"]:
             self.g_proj = low_rank(hidden, self.value_dim, values)
         if num_partitions:
-            self.e_proj = nn.Linear(hidden, num_partitions, bias=False)
+            # With a router of its own for reads, its rows stand behind those for writes.
+            self.num_routers = 1 + settings["own_read_router"]
+            self.e_proj = nn.Linear(hidden, self.num_routers * num_partitions, bias=False)
         if recurrence == "gdn":
             numbers = self.num_kinds * self.num_value_heads
             self.a_proj = nn.Linear(hidden, numbers, bias=False)
@@ -265,12 +267,14 @@ class SSEMixer(nn.Module):
     def _picks(self, x_BLd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Which partitions a token writes to, and the weights of writes and reads, [B, L, N]."""
         logits = nn.functional.linear(x_BLd.float(), self.e_proj.weight.float())
-        prob = logits.softmax(-1)
+        prob = logits.unflatten(-1, (self.num_routers, -1)).softmax(-1)
         rank = prob.sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
-        writes, reads = ((rank < self.settings[f"num_{name}"]).float() for name in ("writers", "readers"))
         weight = prob * self.settings["weight_scale"]
-        write_scale = writes * weight if self.settings["weight_writes"] else writes
-        read_scale = reads * weight if self.settings["weight_reads"] else reads
+        # The last router is the reads'.
+        writes = (rank[..., 0, :] < self.settings["num_writers"]).float()
+        reads = (rank[..., -1, :] < self.settings["num_readers"]).float()
+        write_scale = writes * weight[..., 0, :] if self.settings["weight_writes"] else writes
+        read_scale = reads * weight[..., -1, :] if self.settings["weight_reads"] else reads
         return writes, write_scale, read_scale
 
 

@@ -33,6 +33,7 @@ BASE = Case(lengths=LENGTHS, num_heads=1, num_value_heads=1, key_dim=16, value_d
 CASES = [
     replace(BASE, num_value_heads=2, key_dim=12, value_dim=24, num_writers=2, num_readers=2, initial=True),
     replace(BASE, num_writers=1, num_readers=2, routing="ties", weight_writes=False),
+    replace(BASE, num_partitions=2, num_writers=1, num_readers=2, own_reads=True, initial=True),
     replace(BASE, num_partitions=0, initial=True),
 ]
 CASES += [replace(case, recurrence="gdn") for case in CASES]
