@@ -28,6 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from megatron_sse.checkpoint.durable import write_durably
 from megatron_sse.cli import PR_SET_PDEATHSIG
 from megatron_sse.config import RunConfig, load_config
@@ -61,7 +63,7 @@ class Run:
 
     def description(self) -> dict[str, Any]:
         """What its result depends on."""
-        return self.config.model_dump(mode="json", exclude={"monitor", "checkpoint"})
+        return _describe(self.config)
 
 
 class Processes:
@@ -180,9 +182,21 @@ def _plan(options: argparse.Namespace, arms: list[str]) -> list[Run]:
     return runs
 
 
+def _describe(config: RunConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json", exclude={"monitor", "checkpoint"})
+
+
 def _check_same(run: Run) -> None:
     path = run.folder / SETTINGS
-    if path.is_file() and json.loads(path.read_text()) != run.description():
+    if not path.is_file():
+        return
+    begun = json.loads(path.read_text()) | {"monitor": {"folder": str(run.folder)}}
+    try:
+        # Settings that came after the run have their defaults.
+        same = _describe(RunConfig.model_validate(begun)) == run.description()
+    except ValidationError:
+        same = False
+    if not same:
         raise UserError(f"--output: {run.folder} is a run with other settings; give another folder, or remove it")
 
 

@@ -94,7 +94,7 @@ class LayerSums:
     def __init__(self, mixer: SSEMixer, device: torch.device):
         self.number, num_partitions = mixer.layer_number, mixer.num_partitions
         self.num_partitions, self.most = num_partitions, min(mixer.key_dim, mixer.value_dim)
-        self.has_shared, self.num_tokens = False, 0
+        self.has_shared, self.num_tokens = mixer.has_shared, 0
         self.shared, self.sparse = HalfLives(1, device), HalfLives(num_partitions, device)
         self.writes_N = torch.zeros(num_partitions, dtype=torch.int64, device=device)
         self.reads_N = torch.zeros_like(self.writes_N)
@@ -104,9 +104,7 @@ class LayerSums:
 
     def see(self, shared: BankInputs, sparse: BankInputs | None, routes: Routes | None) -> None:
         _check_finite(shared.g)
-        # Layers without a shared bank hand over keys of zero: nothing is written.
-        if shared.k_THK.any():
-            self.has_shared = True
+        if self.has_shared:
             self.shared.add(shared.g, torch.zeros_like(shared.g.flatten(1)[:, :1], dtype=torch.int64))
         if sparse is None or routes is None:
             return

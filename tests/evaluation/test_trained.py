@@ -18,6 +18,7 @@ EASY = [
     *("data.train.mqar={pairs: 2, keys: 4, values: 4}", "data.validation=null", "training.steps=60"),
     *("training.global_batch_size=64", "training.micro_batch_size=64", "optimizer.schedule=constant"),
     *("optimizer.learning_rate=0.01", "optimizer.warmup_steps=5", "monitor.tensorboard=false"),
+    "model.embedding_init_std=0.1",
 ]
 
 

@@ -174,21 +174,14 @@ def test_constant_decay(tmp_path: Path) -> None:
 
 
 def test_without_shared_bank(tmp_path: Path) -> None:
-    """Whose keys are zero: those of the partitions alone have more than the input projection."""
-    folder = make_checkpoint(tmp_path / "model", model(sse={"key_map": "silu"}))
-
-    @torch.no_grad()
-    def empty(net: Any) -> None:
-        mixer = net.decoder.layers[1].self_attention
-        mixer.in_proj.weight.unflatten(0, (mixer.num_heads, -1))[:, mixer.key_dim : 2 * mixer.key_dim] = 0
-
-    first, second = measure(folder, TEXTS, 2048, empty)
-    assert first.end is not None and second.end is not None and second.half_life is not None
-    assert first.end.shared is not None and second.end.shared is None and second.half_life.shared is None
-    assert len(second.end.partition_N) == 3 and second.half_life.sparse_tokens is not None
-    row = tabulate([first, second]).split("at the end")[1].splitlines()[3].split()
-    assert row == ["2", "sse", "-", *(f"{rank:.2f}" for rank in second.end.partition_N)]
-    draw_all(tmp_path, [second])
+    folder = make_checkpoint(tmp_path / "model", model("sse, gla", {"shared_bank": False}))
+    sparse, plain = measure(folder, TEXTS, 2048)
+    assert sparse.end is not None and plain.end is not None and sparse.half_life is not None
+    assert sparse.end.shared is None and sparse.half_life.shared is None and plain.end.shared is not None
+    assert len(sparse.end.partition_N) == 3 and sparse.half_life.sparse_tokens is not None
+    row = tabulate([sparse, plain]).split("at the end")[1].splitlines()[2].split()
+    assert row == ["1", "sse", "-", *(f"{rank:.2f}" for rank in sparse.end.partition_N)]
+    draw_all(tmp_path, [sparse])
 
 
 @pytest.mark.parametrize(("layer", "part"), [(0, "decay_gates.0.down"), (1, "in_proj")])

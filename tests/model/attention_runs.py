@@ -69,7 +69,7 @@ def make_attention(
         q_layernorm=RMSNorm if case.qk_norm else None,
         k_layernorm=RMSNorm if case.qk_norm else None,
     )
-    layer = SoftmaxAttention(config, submodules, 1, case.rotary_base, case.window, cp_comm_type, groups)
+    layer = SoftmaxAttention(config, submodules, 1, case.rotary_base, case.window, 0, cp_comm_type, groups)
     draw_weights(layer, groups)
     return layer
 

@@ -62,7 +62,7 @@ def run_with_a_slow_rank(folder: Path, parallel: dict[str, Any], slow: int | Non
     if slow == int(os.environ["RANK"]):
         square = torch.randn(256, 256)
         [mixer] = run.trainer.mixers
-        mixer.register_forward_hook(lambda *_: [square @ square for _ in range(100)] and None)
+        mixer.register_forward_hook(lambda *_: [square @ square for _ in range(200)] and None)
     return run_and_listen(run)
 
 

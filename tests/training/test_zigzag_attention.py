@@ -14,7 +14,7 @@ from megatron_sse.model.initialize import own_part
 from tests.model.documented_attention import DocumentedTEAttention
 from tests.model.support import cpu, run_config
 from tests.training.support import small_run
-from tests.training.test_layouts import DATA, MODEL, Part, train
+from tests.training.test_layouts import DATA, DEEP, Part, train
 from tests.workers import run_workers
 
 NUM_STEPS = 3
@@ -31,8 +31,8 @@ def train_in_zigzag(folder: Path, sections: dict[str, Any]) -> tuple[list[float]
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float], dict[str, torch.Tensor]]:
     folder = tmp_path_factory.mktemp("zigzag")
-    small_run(folder, model=MODEL, data=DATA)
-    [(losses, parts, _)] = run_workers(1, train, folder, {}, NUM_STEPS)
+    small_run(folder, model=DEEP["model"], data=DATA)
+    [(losses, parts, _)] = run_workers(1, train, folder, {"model": DEEP["model"]}, NUM_STEPS)
     return folder, losses, {name: part.gradient for name, part in parts.items()}
 
 
@@ -53,7 +53,7 @@ def test_like_one_process(
     one_process: tuple[Path, list[float], dict[str, torch.Tensor]],
 ) -> None:
     folder, expected_losses, expected_gradients = one_process
-    sections = {"parallel": parallel, "training": {"recompute": recompute}}
+    sections = {"model": DEEP["model"], "parallel": parallel, "training": {"recompute": recompute}}
     for losses, parts, tensor_rank in run_workers(world_size, train_in_zigzag, folder, sections):
         assert losses == pytest.approx(expected_losses, rel=1e-5)
         for name, part in parts.items():
@@ -73,5 +73,5 @@ def test_like_one_process(
 )
 def test_where_transformer_engine_can_attend(core: type, sections: dict[str, Any]) -> None:
     backend = replace(choose_backend(cpu()), core_attention=DocumentedTEAttention)
-    config = run_config(MODEL, **sections)
+    config = run_config(DEEP["model"], **sections)
     assert build.attend_over_context(backend, config).core_attention is core
