@@ -116,7 +116,7 @@ def _make_key_value_cache(attention: SoftmaxAttention, num_sequences: int, devic
 
 def _make_tails(mixer: SSEMixer | SoftmaxAttention, num_sequences: int) -> dict[str, Tail]:
     """Of the convolution in front of a mixer."""
-    if not hasattr(mixer, "input_convolution"):
+    if mixer.input_convolution is None:
         return {}
     return {"input": _make_tail(mixer.input_convolution.conv_weight, num_sequences)}
 

@@ -43,6 +43,7 @@ class SoftmaxAttention(SelfAttention):
         config = copy.copy(config)
         config.window_size = None if window is None else (window - 1, 0)
         super().__init__(config, submodules, layer_number, AttnMaskType.causal, cp_comm_type, pg_collection)
+        self.input_convolution = None
         if input_convolution:
             self.input_convolution = InputConvolution(config, input_convolution, layer_number, self.pg_collection)
         self.rotary_base, self.rotary_scaling = rotary_base, rotary_scaling
@@ -52,7 +53,7 @@ class SoftmaxAttention(SelfAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [L, B, d] (a part of L under sequence parallelism) to (output of the same shape, bias)."""
         layout = packed_seq_params
-        if hasattr(self, "input_convolution"):
+        if self.input_convolution is not None:
             hidden_states = self.input_convolution(hidden_states, layout)
         if layout.shard.size == 1 or layout.in_zigzag or not self.core_attention.wants_zigzag:
             return self._attend(hidden_states, attention_mask, layout)

@@ -68,6 +68,7 @@ class SSEMixer(MegatronModule):
         self.key_dim, self.value_dim = settings.head_dim, settings.value_head_dim
         self.metrics = LayerMetrics()
 
+        self.input_convolution = None
         if input_convolution:
             self.input_convolution = InputConvolution(config, input_convolution, layer_number, pg_collection)
         self._build_projections(backend, pg_collection)
@@ -150,7 +151,7 @@ class SSEMixer(MegatronModule):
             the output, of the same shape, and no bias.
         """
         layout = packed_seq_params
-        if hasattr(self, "input_convolution"):
+        if self.input_convolution is not None:
             hidden_states = self.input_convolution(hidden_states, layout)
         shared, sparse, v_THV = self._bank_inputs(hidden_states, layout)
         routes, balance_loss = self.router(hidden_states, layout) if self.num_partitions else (None, None)
