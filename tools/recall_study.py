@@ -268,7 +268,6 @@ def _result(run: Run, points: list[dict[str, Any]], samples: int) -> dict[str, A
         "points": points,
         "samples": samples,
         "settings": run.description(),
-        "overrides": run.settings,
         "versions": VERSIONS,
         "commit": commit.stdout.strip(),
     }
