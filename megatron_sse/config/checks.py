@@ -93,8 +93,8 @@ def _linear_layers(config: RunConfig) -> Found:
                 yield f"model.sse.{name}", getattr(sse, name), f"at most model.sse.num_partitions {sse.num_partitions}"
         if sse.gate == "beta" and sse.recurrence == "gdn" and sse.num_writers > 1:
             yield "model.sse.num_writers", sse.num_writers, "1 with model.sse.gate beta"
-    if not sse.shared_bank:
-        if "sse" in kinds and not sse.num_partitions:
+    if "sse" in kinds and not sse.shared_bank:
+        if not sse.num_partitions:
             yield "model.sse.shared_bank", False, "true while model.sse.num_partitions is 0"
         if sse.short_convolution:
             allowed = "0 while model.sse.shared_bank is false: it is on queries and keys of the shared bank"

@@ -13,7 +13,7 @@ from typing import Any
 from megatron_sse.config import MQARTask, NeedleTask, RunConfig
 from megatron_sse.convert.model import Model, open_model
 from megatron_sse.data.checks import TokenFile
-from megatron_sse.errors import SharedUserError, UserError
+from megatron_sse.errors import found_by_all
 from megatron_sse.evaluation.needles import Found, measure_needles
 from megatron_sse.evaluation.perplexity import Losses, measure_losses, validation_files
 from megatron_sse.evaluation.read import Reader
@@ -54,11 +54,8 @@ def run(request: Request) -> int:
     Under torchrun all processes together are one tensor group.
     """
     world_size, is_writer = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
-    try:
+    with found_by_all():
         job = _prepare(request, world_size)
-    except UserError as error:
-        # All processes read the same.
-        raise SharedUserError(str(error)) from None
     if is_writer:
         warn_without_pictures()
     with tensor_group(world_size) as (groups, device):

@@ -12,7 +12,7 @@ from megatron.core.models.gpt import GPTModel
 
 from megatron_sse.config import RunConfig
 from megatron_sse.convert.model import Model, open_model
-from megatron_sse.errors import SharedUserError, UserError
+from megatron_sse.errors import UserError, found_by_all
 from megatron_sse.inference.cache import Cache, read_cache
 from megatron_sse.inference.load import build_and_load, inference_config, tensor_group
 from megatron_sse.inference.prompts import check_length, check_tokens, read_prompts, read_tokens
@@ -88,11 +88,8 @@ def run(request: Request) -> int:
     Under torchrun all processes together are one tensor group.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    try:
+    with found_by_all():
         job = _prepare(request, world_size)
-    except UserError as error:
-        # All processes read the same.
-        raise SharedUserError(str(error)) from None
     with tensor_group(world_size) as (groups, device):
         net = build_and_load(job.model, job.config, groups, device)
         cache = Cache(net, len(job.prompts) or 1) if job.kept is None else Cache.restore(job.kept, net)

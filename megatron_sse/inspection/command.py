@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_sse.config import RunConfig
 from megatron_sse.convert.model import Model, open_model
-from megatron_sse.errors import SharedUserError, UserError
+from megatron_sse.errors import UserError, found_by_all
 from megatron_sse.evaluation.report import make_folder, write_json
 from megatron_sse.inference.load import build_and_load, inference_config, tensor_group
 from megatron_sse.inference.prompts import check_length, check_tokens, read_prompts, read_tokens
@@ -65,11 +65,8 @@ def run(request: Request) -> int:
     Under torchrun all processes together are one tensor group.
     """
     world_size, is_writer = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
-    try:
+    with found_by_all():
         job = _prepare(request, world_size)
-    except UserError as error:
-        # All processes read the same.
-        raise SharedUserError(str(error)) from None
     if is_writer:
         warn_without_pictures()
     with tensor_group(world_size) as (groups, device):

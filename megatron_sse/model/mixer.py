@@ -197,7 +197,7 @@ class SSEMixer(MegatronModule):
         if self.num_partitions:
             queries.append(q_THK + self._heads(self.query_lora(hidden_LBd)))
             keys.append(None if k_THK is None else k_THK + self._heads(self.key_lora(hidden_LBd)))
-        if self.settings.short_convolution and self.has_shared:
+        if self.settings.short_convolution:
             # After the sparse banks' queries and keys are formed: they do not see it, as in the authors' code.
             queries[0], keys[0] = self._convolve(q_THK, k_THK, layout)
         banks = []

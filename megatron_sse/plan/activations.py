@@ -32,8 +32,8 @@ def layer_activations(sizes: Sizes, kind: str) -> Kept:
     # Both norms with their outputs, and the MLP: gate and up, and what SwiGLU makes of them.
     own = 2 * (_norm(sizes) + sizes.stream_tokens * hidden * sizes.element) + sizes.tokens * 5 * inner * sizes.element
     # Torch keeps a copy for each token that the convolution looks back at.
-    copies = sizes.config.model.input_convolution if sizes.kernels == "torch" else 1
-    own += sizes.stream_tokens * hidden * sizes.element * copies if sizes.config.model.input_convolution else 0
+    width = sizes.config.model.input_convolution
+    own += sizes.stream_tokens * hidden * sizes.element * (width if sizes.kernels == "torch" else min(width, 1))
     mixer = Kept(_softmax(sizes)) if kind == "softmax" else recurrent_activations(sizes, kind)
     return mixer.plus(own)
 

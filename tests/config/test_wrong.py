@@ -346,6 +346,8 @@ IGNORED = {
     "no layer has the gla recurrence",
     "model.layers=sse": "model.softmax is ignored: model.layers has no softmax layer",
     "model.layers=softmax": "model.sse is ignored: model.layers is all softmax",
+    "model.layers=[5*gla,softmax] model.sse.shared_bank=false model.sse.short_convolution=4": "model.sse.shared_bank "
+    "is ignored: model.layers has no sse layer",
     "model.layers=[5*gla,softmax] model.sse.num_partitions=8": "model.sse.num_partitions is ignored: "
     "model.layers has no sse layer",
     "model.sse.num_partitions=0 model.sse.form=mask": "model.sse.form is ignored: model.sse.num_partitions is 0",
