@@ -14,22 +14,10 @@ from matplotlib.figure import Figure
 from megatron_sse.errors import UserError
 from megatron_sse.plot.axes import label_steps
 from megatron_sse.tools.recall_arms import ARMS, BASE, CLAIMS
+from megatron_sse.tools.recall_results import RESULTS, Result
 
-Result = dict[str, Any]
 BY_N = ("n1k1", "n2k1", "n4k1", "n8k1", "n16k1")
 LEVELS = ("gla", "gla_large_heads", "gla_value_heads", "softmax")
-
-
-def read_results(output: Path) -> dict[str, list[Result]]:
-    """Results of each arm by seed, arms in their order. Raises UserError where there is none."""
-    found = {}
-    for arm in ARMS:
-        results = [json.loads(path.read_text()) for path in output.glob(f"{arm}/seed_*/result.json")]
-        if results:
-            found[arm] = sorted(results, key=lambda result: result["seed"])
-    if not found:
-        raise UserError(f"--output: {output} has no results")
-    return found
 
 
 def best_match(layers: list[dict[str, Any]]) -> float:
@@ -69,7 +57,7 @@ def write_report(output: Path, found: dict[str, list[Result]], wanted: list[tupl
         "runs": [result for results in found.values() for result in results],
     }
     try:
-        (output / "results.json").write_text(json.dumps(content, indent=1) + "\n")
+        (output / RESULTS).write_text(json.dumps(content, indent=1) + "\n")
         (output / "report.md").write_text(text)
         draw_accuracy(output / "accuracy.png", found)
         draw_partitions(output / "partitions.png", found)

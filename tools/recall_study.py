@@ -2,12 +2,13 @@
 
     python -m megatron_sse.tools.recall_study --output docs/evidence --workers 2
 
-Each run takes minutes on one core, there are 21 arms; `--arms n8k1,gla --seeds 1` is a first look. Each run is
+Each run takes minutes on one core, there are 5 for each arm; `--arms n8k1,gla --seeds 1` is a first look. Each run is
 trained by `megatron-sse train` in OUTPUT/ARM/seed_S, on one thread, with a log in train.log; then its checkpoints are
 measured (tools/recall_measure.py) and removed, and result.json stays. The same command goes on after an interrupt:
-finished runs are skipped, others go on from their last checkpoint. Settings behind the options, such as
-data.sequence_length=192, hold for all arms. The report covers all results that are in OUTPUT: report.md, results.json
-and plots (the `plot` extra); `--report` makes it alone. Exit status 0; 1 where a run failed, 2 for a wrong request.
+finished runs, those that only OUTPUT/results.json has too, are skipped, others go on from their last checkpoint.
+Settings behind the options, such as data.sequence_length=192, hold for all arms. The report covers all results that
+are in OUTPUT: report.md, results.json and plots (the `plot` extra); `--report` makes it alone. Exit status 0; 1 where a
+run failed, 2 for a wrong request.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ from megatron_sse.config import RunConfig, load_config
 from megatron_sse.errors import INTERRUPT_EXIT, USER_ERROR_EXIT, UserError
 from megatron_sse.installed import require
 from megatron_sse.tools.recall_arms import ARMS, arm_settings, find_arms, num_parameters, state_elements, tabulate_arms
+from megatron_sse.tools.recall_results import RESULT, RESULTS, Result, find_results, read_results
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULT, SETTINGS = "result.json", "settings.json"
+SETTINGS = "settings.json"
 # Checkpoints of a run, which are measured.
 POINTS = 8
 # Seconds that a run has to save when it is told to end.
@@ -121,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     try:
         require("matplotlib", "plots", "plot")
-        from megatron_sse.tools.recall_report import read_results, write_report
+        from megatron_sse.tools.recall_report import write_report
 
         for name in ("seeds", "workers", "steps", "samples"):
             if getattr(options, name) is not None and getattr(options, name) < 1:
@@ -161,7 +163,7 @@ def _plan(options: argparse.Namespace, arms: list[str]) -> list[Run]:
     common = [*options.settings, *([] if options.steps is None else [f"training.steps={options.steps}"])]
     settings = {arm: arm_settings(arm, options.config, common) for arm in arms}
     print(tabulate_arms(arms, options.config, common), flush=True)
-    runs = []
+    runs, results = [], find_results(options.output)
     for seed in range(options.seeds):
         for arm in arms:
             folder = options.output / arm / f"seed_{seed}"
@@ -172,7 +174,7 @@ def _plan(options: argparse.Namespace, arms: list[str]) -> list[Run]:
             interval = max(1, config.training.steps // POINTS)
             own += [f"checkpoint.interval={interval}", f"monitor.folder={json.dumps(str(folder))}"]
             run = Run(arm, seed, folder, options.config, [*own, "monitor.tensorboard=false"], config)
-            _check_same(run)
+            _check_same(run, results.get((arm, seed)))
             runs.append(run)
     try:
         options.output.mkdir(parents=True, exist_ok=True)
@@ -186,29 +188,33 @@ def _describe(config: RunConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude={"monitor", "checkpoint"})
 
 
-def _check_same(run: Run) -> None:
+def _check_same(run: Run, result: Result | None) -> None:
     path = run.folder / SETTINGS
-    if not path.is_file():
+    if path.is_file():
+        begun, place = json.loads(path.read_text()), f"{run.folder} is a run"
+    elif result is not None:
+        begun, place = result["settings"], f"{run.folder.parents[1] / RESULTS} has {run.arm}, seed {run.seed},"
+    else:
         return
-    begun = json.loads(path.read_text()) | {"monitor": {"folder": str(run.folder)}}
     try:
         # Settings that came after the run have their defaults.
-        same = _describe(RunConfig.model_validate(begun)) == run.description()
+        same = (
+            _describe(RunConfig.model_validate(begun | {"monitor": {"folder": str(run.folder)}})) == run.description()
+        )
     except ValidationError:
         same = False
     if not same:
-        raise UserError(f"--output: {run.folder} is a run with other settings; give another folder, or remove it")
+        raise UserError(f"--output: {place} with other settings; give another folder, or remove it")
 
 
 def _train(options: argparse.Namespace, runs: list[Run], workers: int) -> int:
     """Runs that have no result yet; returns how many failed."""
-    left = [run for run in runs if not (run.folder / RESULT).is_file()]
+    done = find_results(options.output)
+    left = [run for run in runs if (run.arm, run.seed) not in done]
     print(f"\n{len(runs)} runs, {len(runs) - len(left)} of them done before", flush=True)
     processes, failed = Processes(), 0
     with ThreadPoolExecutor(workers) as pool:
-        futures: dict[Future[dict[str, Any]], Run] = {
-            pool.submit(_do, run, processes, options.samples): run for run in left
-        }
+        futures: dict[Future[Result], Run] = {pool.submit(_do, run, processes, options.samples): run for run in left}
         try:
             for number, future in enumerate(as_completed(futures), 1):
                 run, text = futures[future], ""
@@ -225,7 +231,7 @@ def _train(options: argparse.Namespace, runs: list[Run], workers: int) -> int:
     return failed
 
 
-def _do(run: Run, processes: Processes, samples: int) -> dict[str, Any]:
+def _do(run: Run, processes: Processes, samples: int) -> Result:
     """Train, measure, write the result and remove the checkpoints. Raises RunError."""
     run.folder.mkdir(parents=True, exist_ok=True)
     _write(run.folder / SETTINGS, run.description())
@@ -250,7 +256,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     write_durably(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def _result(run: Run, points: list[dict[str, Any]], samples: int) -> dict[str, Any]:
+def _result(run: Run, points: list[dict[str, Any]], samples: int) -> Result:
     # Megatron-Core is loaded for its version: not before a request is known to be right.
     from megatron_sse.evaluation.report import VERSIONS
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -157,6 +158,20 @@ def test_study(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert "Missing: n2k1, seed 1; softmax, seed 1." in capfd.readouterr().out
     assert main([*arguments, *TINY, "optimizer.learning_rate=1e-3"]) == 2
     assert "is a run with other settings" in capfd.readouterr().err
+
+    # A clone has no folders of runs.
+    clone = tmp_path / "clone"
+    clone.mkdir()
+    shutil.copy(output / "results.json", clone)
+    arguments[1] = str(clone)
+    assert main([*arguments, *TINY]) == 0
+    assert "2 runs, 2 of them done before" in capfd.readouterr().out
+    assert json.loads((clone / "results.json").read_text()) == results and not list(clone.glob("*/"))
+    assert main([*arguments, *TINY, "optimizer.learning_rate=1e-3"]) == 2
+    assert "results.json has n2k1, seed 0, with other settings" in capfd.readouterr().err
+    (clone / "results.json").write_text("{}")
+    assert main([*arguments, *TINY]) == 2
+    assert "is not what the study writes" in capfd.readouterr().err
 
 
 def test_report(tmp_path: Path) -> None:
