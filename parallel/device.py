@@ -83,10 +83,17 @@ def install_cpu_stand_ins() -> None:
     logger.info("no GPU found: running on the CPU with gloo, CUDA calls of Megatron-Core are answered by the CPU")
 
 
+# Without an argument called device.
+_NAME_A_DEVICE = {torch.Tensor.cuda, torch.Tensor.type, torch.Tensor.to}
+
+
 class CudaOnCpu(TorchFunctionMode):
     """Sends what asks for a CUDA tensor to the CPU, and names CPU tensors as Megatron-Core's optimizers expect."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Thousands of calls a step come through here.
+        if not kwargs and func not in _NAME_A_DEVICE:
+            return func(*args)
         kwargs = kwargs or {}
         if func is torch.Tensor.cuda:
             return args[0]

@@ -19,8 +19,7 @@ from torch import Tensor
 from megatron_sse.config import ModelConfig, MQARTask
 from megatron_sse.convert.model import open_model
 from megatron_sse.data.tasks.mqar import Recall, make_recall
-from megatron_sse.evaluation.read import Reader
-from megatron_sse.evaluation.recall import measure_recall, sample_generator
+from megatron_sse.evaluation.recall import sample_generator
 from megatron_sse.inference.cache import Cache
 from megatron_sse.inference.load import build_and_load, inference_config, tensor_group
 from megatron_sse.inference.run import feed, logits_of
@@ -42,23 +41,22 @@ def measure_run(folder: Path, samples: int) -> list[dict[str, Any]]:
             config = inference_config(model, None)
             net = build_and_load(model, config, groups, device)
             task = next(source.mqar for source in config.data.train if source.mqar is not None)
-            length = config.data.sequence_length
-            reader = Reader(net, config.model.vocab_size, BATCH, BATCH * length)
-            recalled = measure_recall(reader, task, length, samples, SEED)
-            point = {"step": int(checkpoint.name.removeprefix("iter_")), "accuracy": recalled.accuracy}
-            points.append(point | look(net, config.model, make_samples(task, length, samples)))
+            recalls = make_samples(task, config.data.sequence_length, samples)
+            step = int(checkpoint.name.removeprefix("iter_"))
+            points.append({"step": step} | look(net, config.model, recalls))
     return points
 
 
 def make_samples(task: MQARTask, length: int, samples: int) -> list[Recall]:
-    """Those that accuracy is measured on."""
+    """Those that `megatron-sse evaluate` measures on with this seed."""
     return [make_recall(sample_generator(SEED, length, task.pairs, number), task, length) for number in range(samples)]
 
 
 @torch.no_grad()
 def look(net: GPTModel, model: ModelConfig, recalls: list[Recall]) -> dict[str, Any]:
-    """Loss of the answers in nats, and a record of each SSE layer: see _describe."""
+    """Accuracy and loss (nats) of the answers, and a record of each SSE layer: see _describe."""
     losses: list[Tensor] = []
+    right: list[Tensor] = []
     picks: dict[int, list[Routes]] = {}
     states: dict[int, list[Tensor]] = {}
     hooks = []
@@ -74,6 +72,7 @@ def look(net: GPTModel, model: ModelConfig, recalls: list[Recall]) -> dict[str, 
         row_W, answer_W = (torch.from_numpy(x).to(hidden_T1d.device) for x in _questions(group))
         logits_WV = logits_of(net, hidden_T1d[row_W])[:, : model.vocab_size]
         losses.append(torch.nn.functional.cross_entropy(logits_WV, answer_W, reduction="none"))
+        right.append(logits_WV.argmax(-1) == answer_W)
         for number, kind in cache.layers.items():
             if isinstance(kind, BankCache):
                 states.setdefault(number, []).append(kind.states_XBHKV)
@@ -83,7 +82,8 @@ def look(net: GPTModel, model: ModelConfig, recalls: list[Recall]) -> dict[str, 
     layers = [
         _describe(number, recalls, picks.get(number), torch.cat(kept), num_behind) for number, kept in states.items()
     ]
-    return {"loss": float(torch.cat(losses).mean()), "layers": layers}
+    accuracy, loss = (float(torch.cat(values).double().mean()) for values in (right, losses))
+    return {"accuracy": accuracy, "loss": loss, "layers": layers}
 
 
 def _questions(recalls: list[Recall]) -> tuple[np.ndarray, np.ndarray]:

@@ -14,10 +14,12 @@ import torch
 
 from megatron_sse.config import RunConfig, ignored_settings, load_config
 from megatron_sse.data.tasks.mqar import Recall
+from megatron_sse.evaluation.read import Reader
+from megatron_sse.evaluation.recall import measure_recall
 from megatron_sse.inference.load import tensor_group
 from megatron_sse.model import build_model
 from megatron_sse.tools.recall_arms import ARMS, BASE, arm_settings, num_parameters, state_elements, tabulate_arms
-from megatron_sse.tools.recall_measure import look, make_samples
+from megatron_sse.tools.recall_measure import SEED, look, make_samples
 from megatron_sse.tools.recall_report import write_report
 from megatron_sse.tools.recall_study import ROOT, main
 
@@ -95,7 +97,10 @@ def test_match(router: str, key: float, value: float, chance: float, configs: di
         for layer in net.decoder.layers:
             layer.self_attention.router.replay = lambda layout: picks_T1.to(device.type)
         found = look(net.eval(), config.model, recalls)
+        reader = Reader(net, config.model.vocab_size, 32, 32 * length)
+        recalled = measure_recall(reader, config.data.train[0].mqar, length, 32, SEED)
     assert found["loss"] == pytest.approx(np.log(config.model.vocab_size), abs=0.5)
+    assert found["accuracy"] == pytest.approx(recalled.accuracy, abs=1e-12)
     for layer in found["layers"]:
         assert sum(layer["share_N"]) == pytest.approx(1)
         assert layer["match_key"] == pytest.approx(key, abs=0.04 if router == "random" else 0)
