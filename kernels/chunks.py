@@ -66,7 +66,10 @@ class _InBlocks(torch.autograd.Function):
     def forward(ctx, act, *chunks):
         ctx.act = act
         ctx.save_for_backward(*chunks)
-        blocks = zip(*(x.split(_block_size(chunks[0])) for x in chunks), strict=True)
+        size = _block_size(chunks[0])
+        if len(chunks[0]) <= size:
+            return tuple(act(*chunks))
+        blocks = zip(*(x.split(size) for x in chunks), strict=True)
         return tuple(torch.cat(x) for x in zip(*(act(*block) for block in blocks), strict=True))
 
     @staticmethod
