@@ -44,6 +44,11 @@ def _sse(*settings: str) -> tuple[str, ...]:
     return tuple(f"model.sse.{setting}" for setting in settings)
 
 
+def _own_reads_scaled(num_partitions: int) -> tuple[str, ...]:
+    # Weights are 1 where the router has not decided.
+    return _sse(f"num_partitions={num_partitions}", "own_read_router=true", f"weight_scale={num_partitions}.0")
+
+
 _SIX = ("model.num_layers=6",)
 # Empty, so that no setting of SSE layers is ignored.
 _SOFTMAX = ("model.layers=softmax", "model.sse={}", "model.softmax.num_heads=2")
@@ -74,7 +79,10 @@ ARMS = {
     "softmax6": Arm("f", (*_SIX, *_SOFTMAX), PURE6),
     "own_reads": Arm("h", _sse("num_partitions=8", "own_read_router=true"), state_as=BASE),
     "scaled": Arm("h", _sse("num_partitions=8", "weight_scale=8.0"), state_as=BASE),
-    "own_reads_scaled": Arm("h", _sse("num_partitions=8", "own_read_router=true", "weight_scale=8.0"), state_as=BASE),
+    "n2k1_own_reads_scaled": Arm("ah", _own_reads_scaled(2)),
+    "n4k1_own_reads_scaled": Arm("ah", _own_reads_scaled(4)),
+    "own_reads_scaled": Arm("ah", _own_reads_scaled(8), state_as=BASE),
+    "n16k1_own_reads_scaled": Arm("ah", _own_reads_scaled(16)),
     "no_balance": Arm("g", _sse("num_partitions=8", "balance_loss=0.0"), state_as=BASE),
 }
 

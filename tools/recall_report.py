@@ -16,7 +16,15 @@ from megatron_sse.plot.axes import label_steps
 from megatron_sse.tools.recall_arms import ARMS, BASE, CLAIMS
 from megatron_sse.tools.recall_results import RESULTS, Result
 
-BY_N = ("n1k1", "n2k1", "n4k1", "n8k1", "n16k1")
+BY_N = {
+    "SSE": ("n1k1", "n2k1", "n4k1", "n8k1", "n16k1"),
+    "own read router, scaled": (
+        "n2k1_own_reads_scaled",
+        "n4k1_own_reads_scaled",
+        "own_reads_scaled",
+        "n16k1_own_reads_scaled",
+    ),
+}
 LEVELS = ("gla", "gla_large_heads", "gla_value_heads", "softmax")
 
 
@@ -141,13 +149,15 @@ def draw_partitions(path: Path, found: dict[str, list[Result]]) -> None:
     """Accuracy against N, beside models without partitions."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    rising = [found[arm] for arm in BY_N if arm in found]
-    for results in rising:
-        axes.plot([result["partitions"] for result in results], [result["accuracy"] for result in results], "o", c="C0")
-    if rising:
-        middle = [median(result["accuracy"] for result in results) for results in rising]
-        axes.plot([results[0]["partitions"] for results in rising], middle, "-", c="C0", label="SSE, median")
-    for number, arm in enumerate((arm for arm in LEVELS if arm in found), 1):
+    for number, (name, arms) in enumerate(BY_N.items()):
+        rising = [found[arm] for arm in arms if arm in found]
+        partitions = [results[0]["partitions"] for results in rising]
+        for count, results in zip(partitions, rising, strict=True):
+            axes.plot([count] * len(results), [result["accuracy"] for result in results], "o", c=f"C{number}")
+        if rising:
+            middle = [median(result["accuracy"] for result in results) for results in rising]
+            axes.plot(partitions, middle, "-", c=f"C{number}", label=f"{name}, median")
+    for number, arm in enumerate((arm for arm in LEVELS if arm in found), len(BY_N)):
         middle_of_arm = median(result["accuracy"] for result in found[arm])
         axes.axhline(middle_of_arm, color=f"C{number}", linestyle="--", label=f"{arm}, median")
     axes.set_xscale("log", base=2)
