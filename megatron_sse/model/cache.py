@@ -19,6 +19,8 @@ from megatron_sse.parallel.device import to_device
 from megatron_sse.parallel.layout import TokenLayout
 
 _MIN_ROWS = 64
+# Of a mask of new tokens x tokens kept: bounds what attention takes beside the cache.
+_MASK_ELEMENTS = 2**24
 
 
 @dataclass(kw_only=True, eq=False)
@@ -197,11 +199,16 @@ class KeyValueCache(LayerCache):
             keys, values = torch.cat((keys_RHK[kept], k_LHK)), torch.cat((values_RHK[kept], v_LHK))
             last = position_L[-num_rows:] % num_rows
             keys_RHK[last], values_RHK[last] = k_LHK[-num_rows:], v_LHK[-num_rows:]
-        distance_LR = position_L[:, None] - torch.arange(first, past + length, device=q_LHK.device)
-        seen_LR = distance_LR >= 0
-        if self.window is not None:
-            seen_LR &= distance_LR < self.window
-        return _attend(q_LHK[None], keys[None], values[None], seen_LR[None], scale)[0]
+        position_R = torch.arange(first, past + length, device=q_LHK.device)
+        outputs = []
+        block = max(1, _MASK_ELEMENTS // len(keys))
+        for q, position in zip(q_LHK.split(block), position_L.split(block), strict=True):
+            distance_LR = position[:, None] - position_R
+            seen_LR = distance_LR >= 0
+            if self.window is not None:
+                seen_LR &= distance_LR < self.window
+            outputs.append(_attend(q[None], keys[None], values[None], seen_LR[None], scale)[0])
+        return torch.cat(outputs)
 
     def _reserve(self, num_rows: int) -> None:
         """Room for sequences of `num_rows` tokens; grows by half, so that few copies are made."""

@@ -132,6 +132,19 @@ def test_two_tensor_ranks(folders: list[Path], one_rank: dict[str, list[Tensor]]
             assert torch.equal(logits, other), name
 
 
+def small_masks(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(cache_module, "_MASK_ELEMENTS", 40)
+
+
+@pytest.mark.parametrize("name", ["softmax", "softmax, window"])
+def test_blocks_of_queries(name: str, folders: list[Path]) -> None:
+    """Masks are bounded: the new tokens attend in blocks, down to one at a time."""
+    folder = next(folder for folder in folders if folder.name == name)
+    [[[whole, *by_schedule]]] = run_workers(1, run, [folder], list(SCHEDULES.values()), small_masks)
+    for logits in by_schedule:
+        assert (logits - whole).abs().max() < TOLERANCE
+
+
 def forget_states(patch: pytest.MonkeyPatch) -> None:
     original = cache_module.sse_attention
     patch.setattr(
