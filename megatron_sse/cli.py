@@ -155,6 +155,9 @@ def _add_generation(jobs: Any) -> None:
     generate.add_argument(
         "--chunk", metavar="N", type=int, default=2048, help="tokens of prompts at once; default 2048"
     )
+    generate.add_argument(
+        "--context", metavar="N", type=int, default=1, help="processes that share long prompts; default 1"
+    )
     generate.add_argument("--precision", choices=("fp32", "bf16"), help="default the checkpoint's")
     generate.add_argument(
         "--any-length", action="store_true", help="go beyond the length that the model was trained on"

@@ -59,3 +59,7 @@ class ContextShard:
         chunks = np.arange(length).reshape(self.size * self.num_slots, -1)
         own = [rank, 2 * self.size - 1 - rank] if self.zigzag else [rank]
         return chunks[own].reshape(-1)
+
+
+# All tokens on one rank.
+WHOLE = ContextShard()

@@ -21,7 +21,7 @@ from megatron_sse.convert.model import open_model
 from megatron_sse.data.tasks.mqar import Recall, make_recall
 from megatron_sse.evaluation.recall import sample_generator
 from megatron_sse.inference.cache import Cache
-from megatron_sse.inference.load import build_and_load, inference_config, tensor_group
+from megatron_sse.inference.load import build_and_load, inference_config, inference_groups
 from megatron_sse.inference.run import feed, logits_of
 from megatron_sse.inspection.rank import effective_rank
 from megatron_sse.kernels import Routes
@@ -35,7 +35,7 @@ BATCH = 32
 def measure_run(folder: Path, samples: int) -> list[dict[str, Any]]:
     """A point for each checkpoint of a run, by step."""
     points = []
-    with tensor_group(1) as (groups, device):
+    with inference_groups(1) as (groups, device):
         for checkpoint in sorted((folder / "checkpoints").glob("iter_*")):
             model = open_model("RUN", checkpoint)
             config = inference_config(model, None)

@@ -26,7 +26,7 @@ from megatron_sse.evaluation.report import (
     write_results,
 )
 from megatron_sse.evaluation.request import MQAR, NEEDLE, PERPLEXITY, Request, needle_tasks, recall_tasks
-from megatron_sse.inference.load import build_and_load, inference_config, tensor_group
+from megatron_sse.inference.load import build_and_load, inference_config, inference_groups
 from megatron_sse.inference.prompts import check_length
 from megatron_sse.inference.text import Tokenizer, open_tokenizer
 from megatron_sse.installed import has_pictures, warn_without_pictures
@@ -58,7 +58,7 @@ def run(request: Request) -> int:
         job = _prepare(request, world_size)
     if is_writer:
         warn_without_pictures()
-    with tensor_group(world_size) as (groups, device):
+    with inference_groups(world_size) as (groups, device):
         net = build_and_load(job.model, job.config, groups, device)
         reader = Reader(net, job.config.model.vocab_size, request.batch, request.chunk)
         results: dict[str, list[Any]] = {}

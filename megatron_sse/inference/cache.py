@@ -13,6 +13,7 @@ from megatron_sse.errors import UserError
 from megatron_sse.model.attention import SoftmaxAttention
 from megatron_sse.model.cache import BankCache, CachedLayout, KeyValueCache, Tail
 from megatron_sse.model.mixer import SSEMixer
+from megatron_sse.parallel.sharding import WHOLE, ContextShard
 
 _FORMAT = 1
 
@@ -36,15 +37,16 @@ class Cache:
         self.lengths = [0] * num_sequences
         self.pending: list[list[int]] = [[] for _ in range(num_sequences)]
 
-    def layout(self, slots: Sequence[int], counts: Sequence[int]) -> CachedLayout:
-        """Of new tokens of some sequences, `counts` (at least 1) of each."""
+    def layout(self, slots: Sequence[int], counts: Sequence[int], shard: ContextShard = WHOLE) -> CachedLayout:
+        """Of new tokens of some sequences, `counts` (at least 1) of each; on several context ranks of one sequence,
+        the tokens of this rank's part."""
         past = [self.lengths[slot] for slot in slots]
-        return CachedLayout.of(slots, past, counts, self.layers, self.device)
+        return CachedLayout.of(slots, past, counts, self.layers, self.device, shard)
 
     def advance(self, layout: CachedLayout) -> None:
-        """Count the new tokens as seen."""
+        """Count the new tokens, of all context ranks, as seen."""
         for slot, count in zip(layout.slots, layout.counts, strict=True):
-            self.lengths[slot] += count
+            self.lengths[slot] += count * layout.shard.size
 
     @property
     def num_bytes(self) -> int:

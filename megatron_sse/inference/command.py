@@ -14,12 +14,13 @@ from megatron_sse.config import RunConfig
 from megatron_sse.convert.model import Model, open_model
 from megatron_sse.errors import UserError, found_by_all
 from megatron_sse.inference.cache import Cache, read_cache
-from megatron_sse.inference.load import build_and_load, inference_config, tensor_group
+from megatron_sse.inference.load import build_and_load, inference_config, inference_groups
 from megatron_sse.inference.prompts import check_length, check_tokens, read_prompts, read_tokens
 from megatron_sse.inference.run import DEFAULT_CHUNK, generate
 from megatron_sse.inference.sampling import Sampler
 from megatron_sse.inference.text import Tokenizer, open_tokenizer
 from megatron_sse.parallel.device import Device
+from megatron_sse.parallel.sharding import ContextShard
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class Request:
     top_p: float = 1.0
     seed: int = 0
     chunk: int = DEFAULT_CHUNK
+    context: int = 1
     precision: str | None = None
     any_length: bool = False
     save_cache: str | None = None
@@ -59,6 +61,12 @@ class Request:
             ("--top-p", self.top_p, 0 < self.top_p <= 1, "more than 0, at most 1"),
             ("--seed", self.seed, 0 <= self.seed < 1 << 40, "0 or more, below 2^40"),
             ("--chunk", self.chunk, self.chunk >= 1, "1 or more"),
+            (
+                "--context",
+                self.context,
+                self.context >= 1 and world_size % self.context == 0,
+                f"a divisor of the number of processes, {world_size}",
+            ),
         ):
             if not right:
                 raise UserError(f"{name}: got {value}, allowed {allowed}")
@@ -85,15 +93,16 @@ class _Job:
 def run(request: Request) -> int:
     """Generate and print; returns the exit status. Raises UserError.
 
-    Under torchrun all processes together are one tensor group.
+    Under torchrun the processes are `context` tensor groups.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     with found_by_all():
         job = _prepare(request, world_size)
-    with tensor_group(world_size) as (groups, device):
+    with inference_groups(world_size // request.context, request.context) as (groups, device):
         net = build_and_load(job.model, job.config, groups, device)
         cache = Cache(net, len(job.prompts) or 1) if job.kept is None else Cache.restore(job.kept, net)
-        session = _Session(request, job, net, device)
+        shard = ContextShard(groups.cp.rank(), groups.cp.size())
+        session = _Session(request, job, net, device, shard)
         if request.is_interactive:
             cache = session.talk(cache, sys.stdin, sys.stdin.isatty())
         else:
@@ -106,7 +115,7 @@ def run(request: Request) -> int:
 def _prepare(request: Request, world_size: int) -> _Job:
     request.check(world_size)
     model = open_model("CHECKPOINT", request.checkpoint)
-    config = inference_config(model, request.precision, world_size)
+    config = inference_config(model, request.precision, world_size // request.context)
     vocab_size, goes_on = config.model.vocab_size, request.load_cache is not None
     instead = ", or give token numbers with --tokens"
     tokenizer = None if request.tokens is not None else open_tokenizer(model, instead)
@@ -141,8 +150,8 @@ def _check_length(request: Request, config: RunConfig, num_before: int) -> None:
 class _Session:
     """A loaded model, and how its tokens are picked and printed."""
 
-    def __init__(self, request: Request, job: _Job, net: GPTModel, device: Device):
-        self.request, self.config, self.net, self.device = request, job.config, net, device
+    def __init__(self, request: Request, job: _Job, net: GPTModel, device: Device, shard: ContextShard):
+        self.request, self.config, self.net, self.device, self.shard = request, job.config, net, device, shard
         self.tokenizer = job.tokenizer
         self.end = None if self.tokenizer is None else self.tokenizer.end
         self.sampler = Sampler(self.config.model.vocab_size, request.temperature, request.top_p, request.seed)
@@ -153,8 +162,9 @@ class _Session:
         texts = [""] * len(prompts)
         start = first = time.perf_counter()
         num_tokens = 0
+        request = self.request
         for tokens in generate(
-            self.net, cache, prompts, self.request.max_tokens, self.sampler, self.end, self.request.chunk
+            self.net, cache, prompts, request.max_tokens, self.sampler, self.end, request.chunk, self.shard
         ):
             if not num_tokens:
                 first = time.perf_counter()
@@ -171,7 +181,7 @@ class _Session:
         else:
             for number, text in enumerate(texts, 1):
                 _show(f"{text}\n" if self.tokenizer is None else f"--- {number}\n{text}\n")
-        if not self.request.is_interactive:
+        if not request.is_interactive:
             self._report(sum(map(len, prompts)), first - start, num_tokens, time.perf_counter() - first, cache)
 
     def talk(self, cache: Cache, lines: Iterable[str], is_terminal: bool) -> Cache:

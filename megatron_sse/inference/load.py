@@ -52,12 +52,12 @@ def _tensors(model: Model) -> Iterable[tuple[str, Tensor]]:
 
 
 @contextmanager
-def tensor_group(size: int) -> Iterator[tuple[ProcessGroupCollection, Device]]:
-    """All processes together as one tensor group, and the device of this one."""
+def inference_groups(tensor: int, context: int = 1) -> Iterator[tuple[ProcessGroupCollection, Device]]:
+    """All tensor x context processes in their groups, and the device of this one."""
     device = setup_device(int(os.environ.get("LOCAL_RANK", "0")))
     init_process_group(device)
     try:
-        yield init_groups(tensor=size), device
+        yield init_groups(tensor, context=context), device
     finally:
         destroy_groups()
         dist.destroy_process_group()

@@ -8,17 +8,26 @@ from torch import Tensor
 
 from megatron_sse.inference.cache import Cache
 from megatron_sse.inference.sampling import Sampler
+from megatron_sse.parallel.sharding import WHOLE, ContextShard
 
 DEFAULT_CHUNK = 2048
 
 
 @torch.no_grad()
-def feed(model: GPTModel, cache: Cache, tokens_T: Tensor, slots: Sequence[int], counts: Sequence[int]) -> Tensor:
+def feed(
+    model: GPTModel,
+    cache: Cache,
+    tokens_T: Tensor,
+    slots: Sequence[int],
+    counts: Sequence[int],
+    shard: ContextShard = WHOLE,
+) -> Tensor:
     """Run new tokens through the model; returns what its output layer takes, [T, 1, d].
 
-    tokens_T: int64, `counts` of each sequence in `slots`, one after the other.
+    tokens_T: int64, `counts` of each sequence in `slots`, one after the other. shard: where context ranks share the new
+        tokens of one sequence, this rank's part; all parts are as long, and every rank's cache then holds all.
     """
-    layout = cache.layout(slots, counts)
+    layout = cache.layout(slots, counts, shard)
     tokens_1T = tokens_T[None].to(cache.device)
     # Positions are those of the layout: the embedding has none of its own.
     hidden_T1d = model.decoder(model.embedding(tokens_1T, None), None, packed_seq_params=layout)
@@ -33,12 +42,21 @@ def logits_of(model: GPTModel, hidden_T1d: Tensor) -> Tensor:
     return model.output_layer(hidden_T1d, weight=weight, runtime_gather_output=True)[0][:, 0].float()
 
 
-def prefill(model: GPTModel, cache: Cache, prompts: Sequence[Sequence[int]], chunk: int = DEFAULT_CHUNK) -> Tensor:
+def prefill(
+    model: GPTModel,
+    cache: Cache,
+    prompts: Sequence[Sequence[int]],
+    chunk: int = DEFAULT_CHUNK,
+    shard: ContextShard = WHOLE,
+) -> Tensor:
     """Feed every sequence its prompt, at most `chunk` tokens at a time; logits after the last token of each, [X, V].
 
-    prompts: token ids of each sequence of the cache, at least one.
+    prompts: token ids of each sequence of the cache, at least one. shard: of this rank among the context ranks, which
+        share all but the last tokens of each prompt; they compute those all alike, as they do what is generated.
     """
     assert all(map(len, prompts))
+    if shard.size > 1:
+        prompts = [_prefill_shared(model, cache, slot, prompt, chunk, shard) for slot, prompt in enumerate(prompts)]
     last = [torch.empty(0)] * len(prompts)
     for pieces in cut([len(prompt) for prompt in prompts], chunk):
         slots, starts, counts = zip(*pieces, strict=True)
@@ -51,6 +69,18 @@ def prefill(model: GPTModel, cache: Cache, prompts: Sequence[Sequence[int]], chu
             for slot, row in zip((s for s, e in zip(slots, ended, strict=True) if e), logits, strict=True):
                 last[slot] = row
     return torch.stack(last)
+
+
+def _prefill_shared(
+    model: GPTModel, cache: Cache, slot: int, prompt: Sequence[int], chunk: int, shard: ContextShard
+) -> Sequence[int]:
+    """Feed the context ranks equal parts of a prompt; returns what is left of it, 1 to `shard.size` tokens."""
+    shared = (len(prompt) - 1) // shard.size
+    for first in range(0, shared, chunk):
+        count = min(chunk, shared - first)
+        start = first * shard.size + shard.rank * count
+        feed(model, cache, torch.as_tensor(prompt[start : start + count]), [slot], [count], shard)
+    return prompt[shared * shard.size :]
 
 
 def cut(lengths: Sequence[int], chunk: int) -> Iterator[list[tuple[int, int, int]]]:
@@ -78,6 +108,7 @@ def generate(
     sampler: Sampler,
     end: int | None = None,
     chunk: int = DEFAULT_CHUNK,
+    shard: ContextShard = WHOLE,
 ) -> Iterator[list[int | None]]:
     """Go on with every sequence of the cache: each step's tokens, None for sequences that have ended.
 
@@ -86,10 +117,11 @@ def generate(
 
     Args:
         prompts: token ids, appended to what the cache holds; may be empty where tokens are pending.
+        chunk, shard: as in prefill.
     """
     fed = [[*pending, *prompt] for pending, prompt in zip(cache.pending, prompts, strict=True)]
     cache.pending = [[] for _ in prompts]
-    logits_XV = prefill(model, cache, fed, chunk)
+    logits_XV = prefill(model, cache, fed, chunk, shard)
     slots = list(range(len(prompts)))
     for step in range(num_tokens):
         picked = sampler.pick(logits_XV, slots)

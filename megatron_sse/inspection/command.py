@@ -13,7 +13,7 @@ from megatron_sse.config import RunConfig
 from megatron_sse.convert.model import Model, open_model
 from megatron_sse.errors import UserError, found_by_all
 from megatron_sse.evaluation.report import make_folder, write_json
-from megatron_sse.inference.load import build_and_load, inference_config, tensor_group
+from megatron_sse.inference.load import build_and_load, inference_config, inference_groups
 from megatron_sse.inference.prompts import check_length, check_tokens, read_prompts, read_tokens
 from megatron_sse.inference.run import DEFAULT_CHUNK
 from megatron_sse.inference.text import open_tokenizer
@@ -69,7 +69,7 @@ def run(request: Request) -> int:
         job = _prepare(request, world_size)
     if is_writer:
         warn_without_pictures()
-    with tensor_group(world_size) as (groups, device):
+    with inference_groups(world_size) as (groups, device):
         net = build_and_load(job.model, job.config, groups, device)
         start = time.perf_counter()
         layers = measure_layers(net, job.config.model.layer_kinds(), job.texts, request.chunk, groups.tp)

@@ -135,7 +135,8 @@ class TorchAttention(torch.nn.Module):
         layout = packed_seq_params
         if isinstance(layout, CachedLayout):
             q, k, v = (x.squeeze(1) for x in (query, key, value))
-            return layout.layers[self.layer_number].attend(q, k, v, layout, self.softmax_scale).flatten(1)[:, None]
+            kept = layout.layers[self.layer_number]
+            return kept.attend(q, k, v, layout, self.softmax_scale, self.cp_group).flatten(1)[:, None]
         if layout.shard.size > 1:
             key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value))
         mask = self._mask(layout)

@@ -1,5 +1,7 @@
 """What layers keep of the tokens before, so that a sequence can go on: states and convolution tails, keys and values.
 
+Context ranks may share the new tokens of one sequence: each computes its part, and all keep the same.
+
 Dims: X slots (one sequence each), D the sequences that go on, in order, T their new tokens one after the other, W the
 tokens that a convolution looks back, R rows of a ring or of a growing cache.
 """
@@ -11,12 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_sse.kernels import BankInputs, BankOutputs, Routes, short_convolution, sse_attention
 from megatron_sse.kernels.decode import decode_step
 from megatron_sse.parallel.device import to_device
 from megatron_sse.parallel.layout import TokenLayout
+from megatron_sse.parallel.prefill import Exchange, edges_behind, of_all_ranks, of_last_rank, tails
+from megatron_sse.parallel.sharding import ContextShard
 
 _MIN_ROWS = 64
 # Of a mask of new tokens x tokens kept: bounds what attention takes beside the cache.
@@ -28,7 +33,8 @@ class CachedLayout(TokenLayout):
     """New tokens of some sequences in one row, each sequence a document; positions count its earlier tokens too.
 
     Attributes:
-        slots, past, counts: of each sequence, on the host: its slot, its tokens before, its new tokens.
+        slots, past, counts: of each sequence, on the host: its slot, its tokens before, its new tokens; on context
+            ranks there is one sequence, and these are its tokens before all parts and those of this rank's part.
         slot_D: int64, the slots.
         layers: what each layer keeps, by layer number.
     """
@@ -47,20 +53,23 @@ class CachedLayout(TokenLayout):
         counts: Sequence[int],
         layers: Mapping[int, Any],
         device: torch.device | str,
+        shard: ContextShard,
     ) -> "CachedLayout":
-        """counts: of at least one token each."""
+        """counts: of at least one token each. shard: this rank's part, of a single sequence where there are several."""
+        assert shard.size == 1 or len(slots) == 1
         starts_1T = np.zeros((1, sum(counts)), dtype=bool)
         starts_1T[0, np.cumsum([0, *counts[:-1]])] = True
         plain = TokenLayout.from_starts(starts_1T, device=device)
         values = {entry.name: getattr(plain, entry.name) for entry in fields(plain)}
-        values["position_BL"] = plain.position_BL + to_device(np.repeat(past, counts), device)
+        before = np.add(past, shard.rank * counts[0]) if shard.size > 1 else past
+        values |= {"position_BL": plain.position_BL + to_device(np.repeat(before, counts), device), "shard": shard}
         slot_D = to_device(np.asarray(slots, dtype=np.int64), device)
         return cls(**values, slots=slots, past=past, counts=counts, slot_D=slot_D, layers=layers)
 
     @property
     def one_each(self) -> bool:
         """Whether every sequence has one new token."""
-        return self.length == self.num_documents
+        return self.length == self.num_documents and self.shard.size == 1
 
 
 class Tail:
@@ -69,20 +78,25 @@ class Tail:
     def __init__(self, rows_XWC: Tensor):
         self.rows_XWC = rows_XWC
 
-    def convolve(self, x_TC: Tensor, weight_CW: Tensor, layout: CachedLayout) -> Tensor:
-        """As kernels.short_convolution, behind the tokens kept."""
+    def convolve(self, x_TC: Tensor, weight_CW: Tensor, layout: CachedLayout, group: ProcessGroup) -> Tensor:
+        """As kernels.short_convolution, behind the tokens kept. group: the context ranks."""
         width, num_sequences = self.rows_XWC.shape[1], layout.num_documents
+        tail_DWC, last_WC = self.rows_XWC[layout.slot_D], None
+        if layout.shard.size > 1:
+            before_WC, last_WC = tails(x_TC, tail_DWC[0], group)
+            tail_DWC = before_WC[None]
         # Each sequence's new tokens stand behind its tail.
         before_D = torch.arange(num_sequences, device=x_TC.device) * width
         back_W = torch.arange(width, device=x_TC.device)
         row_T = torch.arange(len(x_TC), device=x_TC.device) + before_D[layout.document_T] + width
         x = x_TC.new_empty(len(x_TC) + num_sequences * width, x_TC.shape[1])
         x[row_T] = x_TC
-        x[(layout.offsets_D1[:-1] + before_D)[:, None] + back_W] = self.rows_XWC[layout.slot_D]
+        x[(layout.offsets_D1[:-1] + before_D)[:, None] + back_W] = tail_DWC
         position = row_T.new_zeros(len(x))
         position[row_T] = layout.position_BL.flatten()
         out_TC = short_convolution(x, weight_CW, position)[row_T]
-        self.rows_XWC[layout.slot_D] = x[(layout.offsets_D1[1:] + before_D)[:, None] + back_W]
+        last_DWC = x[(layout.offsets_D1[1:] + before_D)[:, None] + back_W] if last_WC is None else last_WC[None]
+        self.rows_XWC[layout.slot_D] = last_DWC
         return out_TC
 
 
@@ -116,13 +130,21 @@ class BankCache(LayerCache):
         v_THV: Tensor,
         routes: Routes | None,
         layout: CachedLayout,
+        exchange: Exchange,
+        group: ProcessGroup,
         form: str,
         **options: Any,
     ) -> BankOutputs:
-        """As kernels.sse_attention, from the states kept to those after the new tokens."""
+        """As kernels.sse_attention, from the states kept to those after the new tokens.
+
+        exchange: hands states on between context ranks. group: these ranks.
+        """
         if layout.one_each:
             o_THV = decode_step(self.states_XBHKV, layout.slot_D, shared, sparse, v_THV, routes, **options)
             return BankOutputs(o_THV, None, self.states_XBHKV)
+        initial_DBHKV, edges = self.states_XBHKV[layout.slot_D], None
+        if layout.shard.size > 1:
+            edges = edges_behind(initial_DBHKV[0].flatten(0, 1), exchange, layout.shard.rank)
         banks = sse_attention(
             shared,
             sparse,
@@ -131,10 +153,12 @@ class BankCache(LayerCache):
             layout.offsets_D1,
             layout.document_T,
             form=form,
-            initial_DBHKV=self.states_XBHKV[layout.slot_D],
+            initial_DBHKV=initial_DBHKV if edges is None else None,
+            edges=edges,
             **options,
         )
-        self.states_XBHKV[layout.slot_D] = banks.final_DBHKV
+        final_DBHKV = banks.final_DBHKV if edges is None else of_last_rank(banks.final_DBHKV, group)
+        self.states_XBHKV[layout.slot_D] = final_DBHKV
         return banks
 
     def tensors(self) -> dict[str, Tensor]:
@@ -155,16 +179,32 @@ class KeyValueCache(LayerCache):
         super().__init__(tails)
         self.key_XRHK, self.value_XRHK, self.window = key_XRHK, torch.zeros_like(key_XRHK), window
 
-    def attend(self, q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, layout: CachedLayout, scale: float | None) -> Tensor:
-        """Causal attention of the new tokens to those kept and to themselves, which are then kept; [T, heads, K]."""
+    def attend(
+        self,
+        q_THK: Tensor,
+        k_THK: Tensor,
+        v_THK: Tensor,
+        layout: CachedLayout,
+        scale: float | None,
+        group: ProcessGroup | None = None,
+    ) -> Tensor:
+        """Causal attention of the new tokens to those kept and to themselves, which are then kept; [T, heads, K].
+
+        group: the context ranks; their parts' keys and values come to all.
+        """
         if self.window is None:
-            self._reserve(max(np.add(layout.past, layout.counts)))
+            self._reserve(max(np.add(layout.past, np.multiply(layout.counts, layout.shard.size))))
+        if layout.shard.size > 1:
+            assert group is not None
+            k_THK, v_THK = (of_all_ranks(x, group) for x in (k_THK, v_THK))
+            first = layout.past[0] + layout.shard.rank * len(q_THK)
+            return self._attend_one(q_THK, k_THK, v_THK, layout.slots[0], layout.past[0], first, scale)
         if layout.one_each and list(layout.slots) == list(range(len(self.key_XRHK))):
             return self._attend_step(q_THK, k_THK, v_THK, layout, scale)
         parts = [x.split(list(layout.counts)) for x in (q_THK, k_THK, v_THK)]
         return torch.cat(
             [
-                self._attend_one(q, k, v, slot, past, scale)
+                self._attend_one(q, k, v, slot, past, past, scale)
                 for q, k, v, slot, past in zip(*parts, layout.slots, layout.past, strict=True)
             ]
         )
@@ -183,27 +223,34 @@ class KeyValueCache(LayerCache):
         return _attend(q_XHK[:, None], self.key_XRHK[:, :used], self.value_XRHK[:, :used], seen_XR, scale)[:, 0]
 
     def _attend_one(
-        self, q_LHK: Tensor, k_LHK: Tensor, v_LHK: Tensor, slot: int, past: int, scale: float | None
+        self,
+        q_LHK: Tensor,
+        k_GHK: Tensor,
+        v_GHK: Tensor,
+        slot: int,
+        past: int,
+        position: int,
+        scale: float | None,
     ) -> Tensor:
-        """Some tokens of one sequence."""
+        """Some tokens of one sequence: keys and values of those from `past` on, queries of those from `position` on."""
         keys_RHK, values_RHK = self.key_XRHK[slot], self.value_XRHK[slot]
-        length, num_rows = len(q_LHK), len(keys_RHK)
-        position_L = torch.arange(past, past + length, device=q_LHK.device)
+        length, num_rows = len(k_GHK), len(keys_RHK)
+        position_L = torch.arange(position, position + len(q_LHK), device=q_LHK.device)
         if self.window is None:
             first = 0
-            keys_RHK[past : past + length], values_RHK[past : past + length] = k_LHK, v_LHK
+            keys_RHK[past : past + length], values_RHK[past : past + length] = k_GHK, v_GHK
             keys, values = keys_RHK[: past + length], values_RHK[: past + length]
         else:
             first = max(0, past - self.window + 1)
             kept = torch.arange(first, past, device=q_LHK.device) % num_rows
-            keys, values = torch.cat((keys_RHK[kept], k_LHK)), torch.cat((values_RHK[kept], v_LHK))
-            last = position_L[-num_rows:] % num_rows
-            keys_RHK[last], values_RHK[last] = k_LHK[-num_rows:], v_LHK[-num_rows:]
+            keys, values = torch.cat((keys_RHK[kept], k_GHK)), torch.cat((values_RHK[kept], v_GHK))
+            last = torch.arange(past, past + length, device=q_LHK.device)[-num_rows:] % num_rows
+            keys_RHK[last], values_RHK[last] = k_GHK[-num_rows:], v_GHK[-num_rows:]
         position_R = torch.arange(first, past + length, device=q_LHK.device)
         outputs = []
         block = max(1, _MASK_ELEMENTS // len(keys))
-        for q, position in zip(q_LHK.split(block), position_L.split(block), strict=True):
-            distance_LR = position[:, None] - position_R
+        for q, position_Q in zip(q_LHK.split(block), position_L.split(block), strict=True):
+            distance_LR = position_Q[:, None] - position_R
             seen_LR = distance_LR >= 0
             if self.window is not None:
                 seen_LR &= distance_LR < self.window

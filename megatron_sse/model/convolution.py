@@ -32,7 +32,7 @@ class InputConvolution(torch.nn.Module):
         """x [L, B, d], under sequence parallelism this rank's part of L, to the same shape."""
         if isinstance(layout, CachedLayout):
             tail = layout.layers[self.layer_number].tails["input"]
-            return tail.convolve(x_LBd[:, 0], self.conv_weight, layout)[:, None]
+            return tail.convolve(x_LBd[:, 0], self.conv_weight, layout, self.group)[:, None]
         chain, position_BL, num_slots = layout.shard.chain, layout.position_BL, layout.shard.num_slots
         if self.parts is not None:
             chain, num_slots = layout.shard.chain_of_parts(self.parts.size()), 1

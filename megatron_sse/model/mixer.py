@@ -157,7 +157,8 @@ class SSEMixer(MegatronModule):
         routes, balance_loss = self.router(hidden_states, layout) if self.num_partitions else (None, None)
         sparse, options = self._weigh(sparse, routes)
         if isinstance(layout, CachedLayout):
-            banks = layout.layers[self.layer_number].attend(shared, sparse, v_THV, routes, layout, **options)
+            kept = layout.layers[self.layer_number]
+            banks = kept.attend(shared, sparse, v_THV, routes, layout, self.exchange, self.cp_group, **options)
         else:
             edges = self._edges(layout)
             banks = sse_attention(
@@ -228,7 +229,8 @@ class SSEMixer(MegatronModule):
         stacked = torch.stack((q_THK,) if k_THK is None else (q_THK, k_THK), dim=2)
         weight_CW = self.conv_weight.flatten(0, 2)
         if isinstance(layout, CachedLayout):
-            out = layout.layers[self.layer_number].tails["banks"].convolve(stacked.flatten(1), weight_CW, layout)
+            tail = layout.layers[self.layer_number].tails["banks"]
+            out = tail.convolve(stacked.flatten(1), weight_CW, layout, self.cp_group)
         else:
             x_FBLC, position_FBL = (
                 x.view(layout.batch_size, layout.shard.num_slots, -1, *x.shape[1:]).transpose(0, 1)

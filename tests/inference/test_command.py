@@ -101,6 +101,7 @@ WRONG = {
     "temperature": (["{model}", "--prompt", "a", "--temperature", "-1"], "--temperature: got -1.0"),
     "top p": (["{model}", "--prompt", "a", "--top-p", "0"], "--top-p: got 0.0"),
     "max tokens": (["{model}", "--prompt", "a", "--max-tokens", "0"], "--max-tokens: got 0"),
+    "context": (["{model}", "--prompt", "a", "--context", "2"], "--context: got 2, allowed a divisor of the number of"),
     "chunk": (["{model}", "--prompt", "a", "--chunk", "0"], "--chunk: got 0"),
     "too long": (["{model}", "--prompt", "a", "--max-tokens", "64"], "allowed 64, the length (data.sequence_length)"),
     "no cache": (["{model}", "--prompt", "a", "--load-cache", "{tmp}/none"], "--load-cache: .* no such file"),

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_sse.convert.model import open_model
 from megatron_sse.errors import UserError
-from megatron_sse.inference.load import build_and_load, inference_config, tensor_group
+from megatron_sse.inference.load import build_and_load, inference_config, inference_groups
 from megatron_sse.inspection.measure import Layer, LayerSums, Rank, measure_layers, pieces, rank_marks
 from megatron_sse.inspection.pictures import draw_all
 from megatron_sse.inspection.report import tabulate
@@ -36,7 +36,7 @@ WIDTH = 0.006
 
 def measure(folder: Path, texts: list[list[int]], chunk: int, change: Any = None) -> list[Layer]:
     opened = open_model("", folder)
-    with tensor_group(1) as (groups, device):
+    with inference_groups(1) as (groups, device):
         net = build_and_load(opened, inference_config(opened, None), groups, device)
         if change is not None:
             change(net)

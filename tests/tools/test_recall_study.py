@@ -16,7 +16,7 @@ from megatron_sse.config import RunConfig, ignored_settings, load_config
 from megatron_sse.data.tasks.mqar import Recall
 from megatron_sse.evaluation.read import Reader
 from megatron_sse.evaluation.recall import measure_recall
-from megatron_sse.inference.load import tensor_group
+from megatron_sse.inference.load import inference_groups
 from megatron_sse.model import build_model
 from megatron_sse.tools.recall_arms import ARMS, BASE, arm_settings, num_parameters, state_elements, tabulate_arms
 from megatron_sse.tools.recall_measure import SEED, look, make_samples
@@ -92,7 +92,7 @@ def test_match(router: str, key: float, value: float, chance: float, configs: di
         "one": lambda recall: np.full(length, 3),
     }
     picks_T1 = torch.from_numpy(np.concatenate([banks[router](recall) for recall in recalls]))[:, None]
-    with tensor_group(1) as (groups, device):
+    with inference_groups(1) as (groups, device):
         [net] = build_model(config, groups, device)
         for layer in net.decoder.layers:
             layer.self_attention.router.replay = lambda layout: picks_T1.to(device.type)

@@ -1,0 +1,58 @@
+"""Context ranks that each take a part of a sequence's new tokens, in rank order, and all keep what the sequence leaves.
+
+Nothing here has a gradient. Dims: U units that do not know of each other (banks x heads), W tokens of a tail.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_sse.kernels import Edges
+from megatron_sse.kernels.scan import apply_transition
+
+Exchange = Callable[[Tensor, Tensor], Tensor]
+
+
+def edges_behind(initial_UKV: Tensor, exchange: Exchange, rank: int) -> Edges:
+    """Edges of a rank's part, one document that goes on from the states kept of it.
+
+    initial_UKV: what enters the first rank's part, known to all. exchange: hands states on between the ranks' parts.
+    """
+
+    def enter(transition_1UKX: Tensor, state_1UKV: Tensor) -> Tensor:
+        initial_1UKV = initial_UKV[None]
+        if rank == 0:
+            state_1UKV = apply_transition(transition_1UKX, initial_1UKV) + state_1UKV
+            transition_1UKX = torch.zeros_like(transition_1UKX)
+        entering_1UKV = exchange(transition_1UKX, state_1UKV)
+        return initial_1UKV if rank == 0 else entering_1UKV
+
+    only = torch.zeros(1, 1, dtype=torch.int64, device=initial_UKV.device)
+    goes_on = torch.ones_like(only, dtype=torch.bool)
+    return Edges(only, goes_on, only, goes_on, enter)
+
+
+def of_last_rank(x: Tensor, group: ProcessGroup) -> Tensor:
+    """The last rank's x, on all."""
+    x = x.contiguous()
+    dist.broadcast(x, dist.get_global_rank(group, group.size() - 1), group)
+    return x
+
+
+def of_all_ranks(x_LC: Tensor, group: ProcessGroup) -> Tensor:
+    """The tokens [L, ...] of all ranks, of as many each, one after the other."""
+    gathered = x_LC.new_empty(group.size() * len(x_LC), *x_LC.shape[1:])
+    dist.all_gather_into_tensor(gathered, x_LC.contiguous(), group)
+    return gathered
+
+
+def tails(x_LC: Tensor, kept_WC: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """The W tokens before this rank's part, and the last W of all parts; kept_WC: those before the first."""
+    width = len(kept_WC)
+    last_C = of_all_ranks(x_LC[-width:], group)
+    in_order = torch.cat((kept_WC, last_C))
+    start = group.rank() * (len(last_C) // group.size())
+    return in_order[start : start + width], in_order[len(in_order) - width :]
