@@ -1,17 +1,19 @@
 """Starts the processes of a run on this machine: `python -m megatron_sse.launch CONFIG [section.key=value ...]`."""
 
+from __future__ import annotations
+
 import os
 import shlex
 import sys
+from typing import TYPE_CHECKING
 
-import torch
-
-from megatron_sse.agent import run_torchrun
 from megatron_sse.cli import prepare_data
 from megatron_sse.config import RunConfig, check_world_size, load_config
 from megatron_sse.errors import INTERRUPT_EXIT, USER_ERROR_EXIT, UserError
 from megatron_sse.logs import open_log, set_up_logging
-from megatron_sse.nodes import Nodes, find_nodes
+
+if TYPE_CHECKING:
+    from megatron_sse.nodes import Nodes
 
 
 def main(arguments: list[str]) -> int:
@@ -22,6 +24,12 @@ def main(arguments: list[str]) -> int:
     set_up_logging(rank=0)
     try:
         config = load_config(arguments[0], arguments[1:])
+        # Imported late: a wrong setting is answered, and an interrupt taken, before torch is loaded.
+        import torch
+
+        from megatron_sse.agent import run_torchrun
+        from megatron_sse.nodes import find_nodes
+
         nodes = find_nodes(os.environ)
         num_gpus = torch.cuda.device_count()
         per_node = count_processes(config, nodes.count, num_gpus)

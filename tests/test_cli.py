@@ -33,3 +33,16 @@ def test_launcher_refuses_before_it_starts_processes() -> None:
     assert run.stdout == ""
     assert run.stderr.startswith("command line: model.sse.num_head: got an unknown key")
     assert run.stderr.endswith("did you mean model.sse.num_heads?\n") and run.stderr.count("\n") == 1
+
+
+def test_wrong_settings_are_answered_before_torch_is_loaded() -> None:
+    """In a fraction of a second, for the launcher and the command."""
+    code = f"""
+import sys
+from megatron_sse import cli, launch
+wrong = [{QUICKSTART!r}, "model.sse.num_head=4"]
+assert launch.main(wrong) == cli.main(["train", *wrong]) == 2
+assert not {{"torch", "numpy", "megatron"}} & set(sys.modules)
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, run.stderr.count("\n")) == (0, 2), run.stderr

@@ -9,13 +9,14 @@ import typing
 import warnings
 from typing import TYPE_CHECKING, Any
 
-import torch
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_sse.config.checks import Problem, show
 from megatron_sse.config.context import attention_kind
 
 if TYPE_CHECKING:
+    import torch
+
     from megatron_sse.config.schema import RunConfig
 
 # Fields that our own keys set.
@@ -92,6 +93,9 @@ _ABSENT = {
 
 def transformer_settings(config: RunConfig) -> dict[str, Any]:
     """A run's settings as keyword arguments of TransformerConfig, `model.transformer` over all others."""
+    # Imported late: settings are read, and wrong ones answered, without it.
+    import torch
+
     model, parallel = config.model, config.parallel
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.training.precision]
     # A model without softmax layers has no attention heads of its own; Megatron-Core wants a number.
