@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_sse.inference.cache import Cache
 from megatron_sse.kernels import BankInputs, BankOutputs, Routes
 from megatron_sse.model.cache import BankCache, CachedLayout
+from megatron_sse.parallel.sharding import WHOLE, ContextShard
 
 
 class Watcher(Protocol):
@@ -35,8 +36,8 @@ class WatchedCache(Cache):
         assert isinstance(kept, BankCache)
         return kept
 
-    def layout(self, slots: Sequence[int], counts: Sequence[int]) -> CachedLayout:
-        return replace(super().layout(slots, counts), layers=self.watched)
+    def layout(self, slots: Sequence[int], counts: Sequence[int], shard: ContextShard = WHOLE) -> CachedLayout:
+        return replace(super().layout(slots, counts, shard), layers=self.watched)
 
 
 class _WatchedBanks:

@@ -130,6 +130,7 @@ class BankCache(LayerCache):
         v_THV: Tensor,
         routes: Routes | None,
         layout: CachedLayout,
+        *,
         exchange: Exchange,
         group: ProcessGroup,
         form: str,

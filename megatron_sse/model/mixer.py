@@ -157,8 +157,8 @@ class SSEMixer(MegatronModule):
         routes, balance_loss = self.router(hidden_states, layout) if self.num_partitions else (None, None)
         sparse, options = self._weigh(sparse, routes)
         if isinstance(layout, CachedLayout):
-            kept = layout.layers[self.layer_number]
-            banks = kept.attend(shared, sparse, v_THV, routes, layout, self.exchange, self.cp_group, **options)
+            options |= {"exchange": self.exchange, "group": self.cp_group}
+            banks = layout.layers[self.layer_number].attend(shared, sparse, v_THV, routes, layout, **options)
         else:
             edges = self._edges(layout)
             banks = sse_attention(
