@@ -22,7 +22,7 @@ CLAIMS = {
     "e": "SSE-GDN: the router's weights on values, on write strengths, or cancelled (the authors' code)",
     "f": "hybrids 5:1 against pure SSE and softmax only",
     "g": "with and without balance loss",
-    "h": "what may make routing learn: a router of its own for reads, weights scaled to 1 at the start, both",
+    "h": "what may make routing learn: a router of its own for reads, weights scaled to 1 at the start, all read",
 }
 
 
@@ -42,11 +42,6 @@ class Arm:
 
 def _sse(*settings: str) -> tuple[str, ...]:
     return tuple(f"model.sse.{setting}" for setting in settings)
-
-
-def _own_reads_scaled(num_partitions: int) -> tuple[str, ...]:
-    # Weights are 1 where the router has not decided.
-    return _sse(f"num_partitions={num_partitions}", "own_read_router=true", f"weight_scale={num_partitions}.0")
 
 
 _SIX = ("model.num_layers=6",)
@@ -77,12 +72,13 @@ ARMS = {
     PURE6: Arm("f", _SIX, None),
     "hybrid6": Arm("f", (*_SIX, "model.layers=5*sse, softmax", "model.softmax.num_heads=2"), PURE6),
     "softmax6": Arm("f", (*_SIX, *_SOFTMAX), PURE6),
-    "own_reads": Arm("h", _sse("num_partitions=8", "own_read_router=true"), state_as=BASE),
+    "n2k1_own_reads": Arm("ah", _sse("num_partitions=2", "own_read_router=true")),
+    "n4k1_own_reads": Arm("ah", _sse("num_partitions=4", "own_read_router=true")),
+    "own_reads": Arm("ah", _sse("num_partitions=8", "own_read_router=true"), state_as=BASE),
+    "n16k1_own_reads": Arm("ah", _sse("num_partitions=16", "own_read_router=true")),
     "scaled": Arm("h", _sse("num_partitions=8", "weight_scale=8.0"), state_as=BASE),
-    "n2k1_own_reads_scaled": Arm("ah", _own_reads_scaled(2)),
-    "n4k1_own_reads_scaled": Arm("ah", _own_reads_scaled(4)),
-    "own_reads_scaled": Arm("ah", _own_reads_scaled(8), state_as=BASE),
-    "n16k1_own_reads_scaled": Arm("ah", _own_reads_scaled(16)),
+    "own_reads_scaled": Arm("h", _sse("num_partitions=8", "own_read_router=true", "weight_scale=8.0"), state_as=BASE),
+    "read_all": Arm("h", _sse("num_partitions=8", "num_readers=8"), state_as=BASE),
     "no_balance": Arm("g", _sse("num_partitions=8", "balance_loss=0.0"), state_as=BASE),
 }
 

@@ -18,12 +18,7 @@ from megatron_sse.tools.recall_results import RESULTS, Result
 
 BY_N = {
     "SSE": ("n1k1", "n2k1", "n4k1", "n8k1", "n16k1"),
-    "own read router, scaled": (
-        "n2k1_own_reads_scaled",
-        "n4k1_own_reads_scaled",
-        "own_reads_scaled",
-        "n16k1_own_reads_scaled",
-    ),
+    "router of its own for reads": ("n2k1_own_reads", "n4k1_own_reads", "own_reads", "n16k1_own_reads"),
 }
 LEVELS = ("gla", "gla_large_heads", "gla_value_heads", "softmax")
 
