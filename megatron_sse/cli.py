@@ -4,6 +4,7 @@ import argparse
 import ctypes
 import logging
 import os
+import select
 import signal
 import sys
 from pathlib import Path
@@ -22,12 +23,15 @@ PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a subcommand. Exit status: 0, 2 after a UserError (one line on stderr), 130 after an interrupt."""
+    """Run a subcommand. Exit status: 0, 2 after a UserError (one line on stderr), 130 after an interrupt, 141 where
+    whoever read the output has left."""
     options = _parse(arguments)
     rank = int(os.environ.get("RANK", "0"))
     set_up_logging(rank, getattr(options, "logs", sys.stdout))
     try:
-        return options.job(options, rank)
+        status = options.job(options, rank)
+        sys.stdout.flush()
+        return status
     except UserError as error:
         logger.debug("%s", error)
         if not (rank and isinstance(error, SharedUserError)):
@@ -35,6 +39,19 @@ def main(arguments: list[str] | None = None) -> int:
         return USER_ERROR_EXIT
     except KeyboardInterrupt:
         return INTERRUPT_EXIT
+    except BrokenPipeError:
+        if _has_reader():
+            raise
+        # Else the interpreter would write what is left, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _has_reader() -> bool:
+    """Of the standard output."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return not any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

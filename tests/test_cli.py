@@ -46,3 +46,12 @@ assert not {{"torch", "numpy", "megatron"}} & set(sys.modules)
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (run.returncode, run.stderr.count("\n")) == (0, 2), run.stderr
+
+
+def test_a_reader_that_leaves() -> None:
+    """As `megatron-sse ... | head` does: no traceback."""
+    command = [sys.executable, "-m", "megatron_sse", "plan", QUICKSTART]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == ("", 141)
