@@ -261,7 +261,6 @@ def _result(run: Run, points: list[dict[str, Any]], samples: int) -> Result:
     from megatron_sse.evaluation.report import VERSIONS
 
     last = points[-1]
-    commit = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
     return {
         "arm": run.arm,
         "seed": run.seed,
@@ -275,8 +274,18 @@ def _result(run: Run, points: list[dict[str, Any]], samples: int) -> Result:
         "samples": samples,
         "settings": run.description(),
         "versions": VERSIONS,
-        "commit": commit.stdout.strip(),
+        "commit": _commit(),
     }
+
+
+def _commit() -> str:
+    """That the code is at; reports that the study itself has written do not make it dirty."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs")
+    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
 
 
 if __name__ == "__main__":
