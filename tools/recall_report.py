@@ -168,7 +168,7 @@ def draw_partitions(path: Path, found: dict[str, list[Result]]) -> None:
 
 def draw_match(path: Path, found: dict[str, list[Result]]) -> None:
     """Accuracy against match: the end of every run, and the way there."""
-    figure = Figure(figsize=(8, 6), layout="constrained")
+    figure = Figure(figsize=(10, 6), layout="constrained")
     axes = figure.subplots()
     # With one partition there is nothing to match.
     routed = {arm: results for arm, results in found.items() if results[0]["partitions"] > 1}
@@ -185,7 +185,7 @@ def draw_match(path: Path, found: dict[str, list[Result]]) -> None:
     _limit(axes.set_xlim)
     _limit(axes.set_ylim)
     if routed:
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=120)
 
 
