@@ -155,9 +155,9 @@ def forget_states(patch: pytest.MonkeyPatch) -> None:
 def forget_tail(patch: pytest.MonkeyPatch) -> None:
     original = cache_module.Tail.convolve
 
-    def wrong(self, x_TC, weight_CW, layout):
+    def wrong(self, *args):
         self.rows_XWC = torch.zeros_like(self.rows_XWC)
-        return original(self, x_TC, weight_CW, layout)
+        return original(self, *args)
 
     patch.setattr(cache_module.Tail, "convolve", wrong)
 
