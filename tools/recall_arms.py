@@ -69,6 +69,11 @@ ARMS = {
     "gdn_beta": Arm("e", _sse("recurrence=gdn", "gate=beta"), state_as=BASE),
     "gdn_reference": Arm("e", _sse("recurrence=gdn", "gate=reference"), state_as=BASE),
     "gdn": Arm("e", _sse("recurrence=gdn", "num_partitions=0")),
+    # In heads of 8 the delta rule does not learn the task at all.
+    "gdn16_post_norm": Arm("e", _sse("recurrence=gdn", "gate=post_norm", "head_dim=16")),
+    "gdn16_beta": Arm("e", _sse("recurrence=gdn", "gate=beta", "head_dim=16")),
+    "gdn16_reference": Arm("e", _sse("recurrence=gdn", "gate=reference", "head_dim=16")),
+    "gdn16": Arm("e", _sse("recurrence=gdn", "num_partitions=0", "head_dim=16")),
     PURE6: Arm("f", _SIX, None),
     "hybrid6": Arm("f", (*_SIX, "model.layers=5*sse, softmax", "model.softmax.num_heads=2"), PURE6),
     "softmax6": Arm("f", (*_SIX, *_SOFTMAX), PURE6),
