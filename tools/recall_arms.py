@@ -22,7 +22,7 @@ CLAIMS = {
     "e": "SSE-GDN: the router's weights on values, on write strengths, or cancelled (the authors' code)",
     "f": "hybrids 5:1 against pure SSE and softmax only",
     "g": "with and without balance loss",
-    "h": "what may make routing learn: a router of its own for reads, weights scaled to 1 at the start, all read",
+    "h": "what may make routing learn: own reads, weights of 1 at the start, all read, a learning rate that falls late",
 }
 
 
@@ -47,6 +47,7 @@ def _sse(*settings: str) -> tuple[str, ...]:
 _SIX = ("model.num_layers=6",)
 # Empty, so that no setting of SSE layers is ignored.
 _SOFTMAX = ("model.layers=softmax", "model.sse={}", "model.softmax.num_heads=2")
+_WSD = "optimizer.schedule=wsd"
 
 ARMS = {
     "n1k1": Arm("a", _sse("num_partitions=1")),
@@ -84,6 +85,10 @@ ARMS = {
     "scaled": Arm("h", _sse("num_partitions=8", "weight_scale=8.0"), state_as=BASE),
     "own_reads_scaled": Arm("h", _sse("num_partitions=8", "own_read_router=true", "weight_scale=8.0"), state_as=BASE),
     "read_all": Arm("h", _sse("num_partitions=8", "num_readers=8"), state_as=BASE),
+    # The learning rate falls in the last fifth alone: a plateau may end later.
+    "wsd": Arm("h", (*_sse("num_partitions=8"), _WSD), state_as=BASE),
+    "n16k1_wsd": Arm("h", (*_sse("num_partitions=16"), _WSD)),
+    "n16k1_own_reads_wsd": Arm("h", (*_sse("num_partitions=16", "own_read_router=true"), _WSD)),
     "no_balance": Arm("g", _sse("num_partitions=8", "balance_loss=0.0"), state_as=BASE),
 }
 
