@@ -1,4 +1,4 @@
-"""The arms of the study of recall: models put over configs/recall_mqar.yaml, and the claim that each belongs to."""
+"""The arms of the study of recall: settings put over configs/recall_mqar.yaml, and the claim that each belongs to."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CLAIMS = {
 
 @dataclass(frozen=True)
 class Arm:
-    """A model of the study.
+    """A model of the study, or another way to train one.
 
     claims: keys of CLAIMS. overrides: settings put over the file's. parameters_as: arm whose number of parameters it
     is given, by the width of its MLP. state_as: arm that it is to have as many elements of state as.

@@ -44,8 +44,8 @@ def test_arm(arm: str, configs: dict[str, RunConfig]) -> None:
         assert num_parameters(config.model) == pytest.approx(wanted, rel=0.02)
     if matched.state_as is not None:
         assert state_elements(config) == state_elements(configs[matched.state_as])
-    others = [other.model for name, other in configs.items() if name != arm]
-    assert config.model not in others
+    others = [(other.model, other.optimizer) for name, other in configs.items() if name != arm]
+    assert (config.model, config.optimizer) not in others
 
 
 def test_table() -> None:
