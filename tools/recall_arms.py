@@ -86,9 +86,14 @@ ARMS = {
     "own_reads_scaled": Arm("h", _sse("num_partitions=8", "own_read_router=true", "weight_scale=8.0"), state_as=BASE),
     "read_all": Arm("h", _sse("num_partitions=8", "num_readers=8"), state_as=BASE),
     # The learning rate falls in the last fifth alone: a plateau may end later.
+    "gla_wsd": Arm("h", (*_sse("num_partitions=0"), _WSD)),
     "wsd": Arm("h", (*_sse("num_partitions=8"), _WSD), state_as=BASE),
     "n16k1_wsd": Arm("h", (*_sse("num_partitions=16"), _WSD)),
     "n16k1_own_reads_wsd": Arm("h", (*_sse("num_partitions=16", "own_read_router=true"), _WSD)),
+    "gdn16_post_norm_wsd": Arm("eh", (*_sse("recurrence=gdn", "gate=post_norm", "head_dim=16"), _WSD)),
+    "gdn16_beta_wsd": Arm("eh", (*_sse("recurrence=gdn", "gate=beta", "head_dim=16"), _WSD)),
+    "gdn16_reference_wsd": Arm("eh", (*_sse("recurrence=gdn", "gate=reference", "head_dim=16"), _WSD)),
+    "gdn16_wsd": Arm("eh", (*_sse("recurrence=gdn", "num_partitions=0", "head_dim=16"), _WSD)),
     "no_balance": Arm("g", _sse("num_partitions=8", "balance_loss=0.0"), state_as=BASE),
 }
 
