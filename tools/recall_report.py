@@ -167,25 +167,29 @@ def draw_partitions(path: Path, found: dict[str, list[Result]]) -> None:
 
 
 def draw_match(path: Path, found: dict[str, list[Result]]) -> None:
-    """Accuracy against match: the end of every run, and the way there."""
+    """Accuracy against match: the end of every run, and the way there; a colour for each claim, an arm's first."""
     figure = Figure(figsize=(10, 6), layout="constrained")
     axes = figure.subplots()
     # With one partition there is nothing to match.
-    routed = {arm: results for arm, results in found.items() if results[0]["partitions"] > 1}
-    for number, (arm, results) in enumerate(routed.items()):
-        colour, marker = f"C{number % 10}", "os^D"[number // 10 % 4]
-        for result in results:
-            ways = [(best_match(point["layers"]), point["accuracy"]) for point in result["points"]]
-            axes.plot([way[0] for way in ways], [way[1] for way in ways], "-", color=colour, alpha=0.2, linewidth=1)
-        ends = [(best_match(result["points"][-1]["layers"]), result["accuracy"]) for result in results]
-        axes.plot([end[0] for end in ends], [end[1] for end in ends], marker, color=colour, label=arm)
+    routed = [result for results in found.values() for result in results if results[0]["partitions"] > 1]
+    for number, claim in enumerate(CLAIMS):
+        ways = [
+            [(best_match(point["layers"]), point["accuracy"]) for point in result["points"]]
+            for result in routed
+            if result["claims"][0] == claim
+        ]
+        for way in ways:
+            axes.plot(*zip(*way, strict=True), "-", color=f"C{number}", alpha=0.2, linewidth=1)
+        if ways:
+            ends = [way[-1] for way in ways]
+            axes.plot(*zip(*ends, strict=True), "os^D"[number % 4], color=f"C{number}", label=f"claim {claim}")
     axes.set_xlabel("share of questions that read where their pair was written, best layer")
     axes.set_ylabel("share of values recalled")
     _finish(axes, "accuracy against match; lines: while training")
     _limit(axes.set_xlim)
     _limit(axes.set_ylim)
     if routed:
-        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+        axes.legend(loc="upper left")
     figure.savefig(path, dpi=120)
 
 
