@@ -171,13 +171,10 @@ def draw_match(path: Path, found: dict[str, list[Result]]) -> None:
     figure = Figure(figsize=(10, 6), layout="constrained")
     axes = figure.subplots()
     # With one partition there is nothing to match.
-    routed = [result for results in found.values() for result in results if results[0]["partitions"] > 1]
+    routed = {arm: results for arm, results in found.items() if results[0]["partitions"] > 1}
     for number, claim in enumerate(CLAIMS):
-        ways = [
-            [(best_match(point["layers"]), point["accuracy"]) for point in result["points"]]
-            for result in routed
-            if result["claims"][0] == claim
-        ]
+        runs = [result for arm, results in routed.items() if ARMS[arm].claims[0] == claim for result in results]
+        ways = [[(best_match(point["layers"]), point["accuracy"]) for point in run["points"]] for run in runs]
         for way in ways:
             axes.plot(*zip(*way, strict=True), "-", color=f"C{number}", alpha=0.2, linewidth=1)
         if ways:
