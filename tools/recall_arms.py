@@ -47,6 +47,7 @@ def _sse(*settings: str) -> tuple[str, ...]:
 _SIX = ("model.num_layers=6",)
 # Empty, so that no setting of SSE layers is ignored.
 _SOFTMAX = ("model.layers=softmax", "model.sse={}", "model.softmax.num_heads=2")
+_HYBRID = ("model.layers=5*sse, softmax", "model.softmax.num_heads=2")
 _WSD = "optimizer.schedule=wsd"
 
 ARMS = {
@@ -76,7 +77,7 @@ ARMS = {
     "gdn16_reference": Arm("e", _sse("recurrence=gdn", "gate=reference", "head_dim=16")),
     "gdn16": Arm("e", _sse("recurrence=gdn", "num_partitions=0", "head_dim=16")),
     PURE6: Arm("f", _SIX, None),
-    "hybrid6": Arm("f", (*_SIX, "model.layers=5*sse, softmax", "model.softmax.num_heads=2"), PURE6),
+    "hybrid6": Arm("f", (*_SIX, *_HYBRID), PURE6),
     "softmax6": Arm("f", (*_SIX, *_SOFTMAX), PURE6),
     "n2k1_own_reads": Arm("ah", _sse("num_partitions=2", "own_read_router=true")),
     "n4k1_own_reads": Arm("ah", _sse("num_partitions=4", "own_read_router=true")),
@@ -94,6 +95,8 @@ ARMS = {
     "gdn16_beta_wsd": Arm("eh", (*_sse("recurrence=gdn", "gate=beta", "head_dim=16"), _WSD)),
     "gdn16_reference_wsd": Arm("eh", (*_sse("recurrence=gdn", "gate=reference", "head_dim=16"), _WSD)),
     "gdn16_wsd": Arm("eh", (*_sse("recurrence=gdn", "num_partitions=0", "head_dim=16"), _WSD)),
+    "sse6_wsd": Arm("fh", (*_SIX, _WSD), PURE6),
+    "hybrid6_wsd": Arm("fh", (*_SIX, *_HYBRID, _WSD), PURE6),
     "no_balance": Arm("g", _sse("num_partitions=8", "balance_loss=0.0"), state_as=BASE),
 }
 
