@@ -116,6 +116,8 @@ def run_torchrun(command: list[str], nodes: Nodes, timeout_minutes: float) -> in
     restarts_left = config.max_restarts
     while True:
         agent = None
+        # Until there is an agent to do it.
+        signal.signal(signal.SIGTERM, _stop)
         try:
             meeting = meet(nodes, timeout_minutes)
             agent = Agent(_describe(config, program, arguments, meeting), restarts_left)
@@ -135,6 +137,12 @@ def run_torchrun(command: list[str], nodes: Nodes, timeout_minutes: float) -> in
                 return 1
             restarts_left -= 1
             logger.warning("restart %d of %d: %s", config.max_restarts - restarts_left, config.max_restarts, lost)
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    raise SignalException("ended while meeting", signal.Signals(signum))
 
 
 def _describe(
