@@ -1,6 +1,7 @@
 """What all tests share: the worker processes are stopped at the end."""
 
 import os
+import signal
 
 import pytest
 
@@ -8,6 +9,9 @@ import pytest
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tests.workers import close_pools
+
+# Ignored where a shell without job control started the tests in the background, and so by all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
