@@ -6,7 +6,6 @@ D documents, S segments (the tokens of one document and bank), C tokens of a chu
 """
 
 import warnings
-from pathlib import Path
 
 __version__ = "0.1.0"
 
@@ -22,8 +21,3 @@ for _message in (
     "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed",
 ):
     warnings.filterwarnings("ignore", message=_message)
-
-# In a checkout kernels/, parallel/, tools/ and configs/ stand beside this folder, in an installed package inside it.
-_checkout = Path(__file__).resolve().parent.parent
-if (_checkout / "setup.cfg").is_file():
-    __path__.append(str(_checkout))

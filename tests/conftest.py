@@ -1,4 +1,4 @@
-"""What all tests share: the worker processes are stopped at the end."""
+"""What all tests share: an environment and a working directory of their own, and workers that stop at the end."""
 
 import os
 import signal
@@ -10,8 +10,21 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tests.workers import close_pools
 
+# What launchers and Slurm set would make a test part of a run that is not its own.
+_LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NNODES", "NODE_RANK")
+_LAUNCH_PREFIXES = ("MASTER_", "SLURM_", "PET_", "TORCHELASTIC_")
+for _name in list(os.environ):
+    if _name in _LAUNCH or _name.startswith(_LAUNCH_PREFIXES):
+        del os.environ[_name]
+
 # Ignored where a shell without job control started the tests in the background, and so by all that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _working_directory(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Run all tests in an empty folder: relative paths must not reach runs/ or corpora/ of the checkout."""
+    os.chdir(tmp_path_factory.mktemp("working_directory"))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
