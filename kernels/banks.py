@@ -5,17 +5,27 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_sse.kernels.gdn import l2_normalize
 from megatron_sse.kernels.routing import Routes
+from megatron_sse.recurrence import Recurrence, find_recurrence
+
+
+def l2_normalize(x: Tensor) -> Tensor:
+    """Return x / sqrt(sum x^2 + 1e-6) over the last dim, as in the authors' kernels; at least in fp32."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
 
 
 @dataclass(frozen=True)
 class BankInputs:
     """What one kind of bank (shared or sparse) sees of T tokens.
 
-    q_THK, k_THK: queries and keys; H divides the values' heads.
-    g: log decay, [T, H, K] for GLA, [T, H of the values] for the delta rule; finite, <= 0.
-    beta_TH: write strength of the delta rule, None for GLA.
+    Which tensors there are, and their dims, say which recurrence the bank follows.
+
+    Attributes:
+        q_THK, k_THK: queries and keys; H divides the number of value heads.
+        g: log decay, finite, <= 0. With a decay per channel [T, H, K], for the delta rule [T, value heads, K]; with a
+            decay per head [T, value heads].
+        beta_TH: write strength of the delta rule, [T, value heads]; None for other recurrences.
     """
 
     q_THK: Tensor
@@ -25,9 +35,14 @@ class BankInputs:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Those that there are."""
+        """The tensors that are given."""
         inputs = (self.q_THK, self.k_THK, self.g)
         return inputs if self.beta_TH is None else (*inputs, self.beta_TH)
+
+    @property
+    def recurrence(self) -> Recurrence:
+        """The recurrence that takes such inputs. Raises ValueError where there is none."""
+        return find_recurrence(self.beta_TH is not None, self.g.dim() == self.q_THK.dim())
 
     def expand_heads(self, num_heads: int) -> "BankInputs":
         """Repeat each key head for its group of value heads."""
@@ -35,18 +50,19 @@ class BankInputs:
         if repeats == 1:
             return self
         q, k = (x.repeat_interleave(repeats, dim=1) for x in (self.q_THK, self.k_THK))
-        g = self.g.repeat_interleave(repeats, dim=1) if self.beta_TH is None else self.g
+        g = self.g if self.recurrence.delta_rule else self.g.repeat_interleave(repeats, dim=1)
         return BankInputs(q, k, g, self.beta_TH)
 
     def normalize(self) -> "BankInputs":
-        """L2-normalised queries and keys, at least in fp32."""
+        """Return the inputs with L2-normalised queries and keys, at least in fp32."""
         return replace(self, q_THK=l2_normalize(self.q_THK), k_THK=l2_normalize(self.k_THK))
 
     def cast(self, dtype: torch.dtype) -> "BankInputs":
-        """Queries and keys in another dtype; gates stay."""
+        """Return the inputs with queries and keys in another dtype; gates keep theirs."""
         return replace(self, q_THK=self.q_THK.to(dtype), k_THK=self.k_THK.to(dtype))
 
     def map(self, function) -> "BankInputs":
+        """Return the inputs with `function` applied to each tensor."""
         return BankInputs(*(function(x) for x in self.tensors))
 
 
@@ -54,14 +70,16 @@ class BankInputs:
 class BankOutputs:
     """What was read from the banks, and their states at the documents' ends.
 
-    shared_THV: from the shared bank.
-    picked_TPHV: from each picked partition, weighted; in mask form from all N; None where there are no partitions.
-    final_DBHKV: states [D, N + 1, H, K, V], fp32 (fp64 for fp64 inputs).
+    shared_THV: from the shared bank; where picked_TPHV is None, the sum over all banks.
+    picked_TPHV: from each picked partition, weighted; in mask form from all N. None where there are no partitions, and
+        where a decode step has added them to shared_THV.
+    final_DBHKV: states [D, N + 1, H, K, V], fp32 (fp64 for fp64 inputs); None after a decode step, which changes the
+        states in place.
     """
 
     shared_THV: Tensor
     picked_TPHV: Tensor | None
-    final_DBHKV: Tensor
+    final_DBHKV: Tensor | None
 
     @property
     def o_THV(self) -> Tensor:
@@ -91,7 +109,10 @@ class Picks:
 
     @staticmethod
     def of(routes: Routes, dtype: torch.dtype, weight_writes: bool, weight_reads: bool, before_norm: bool) -> "Picks":
-        """The picks of `routes`; whether their probabilities scale writes and reads."""
+        """Return the picks of `routes`.
+
+        weight_writes, weight_reads: whether the picks' probabilities scale writes and reads.
+        """
         dtype = torch.promote_types(dtype, torch.float32)
         writes, write_scale, read_scale = (
             x.to(dtype)
@@ -104,7 +125,7 @@ class Picks:
         return Picks(routes.bank_TP, routes.num_partitions, writes, write_scale, read_scale, before_norm)
 
     def spread(self) -> "Picks":
-        """All partitions as picks, in order: zero what was not picked."""
+        """Return all partitions as picks, in order, with scales of zero where a token did not pick."""
         shape = (self.bank_TP.shape[0], self.num_partitions)
         every_TN = torch.arange(self.num_partitions, device=self.bank_TP.device).expand(shape)
         scales = (self.writes, self.write_scale, self.read_scale)
@@ -113,27 +134,30 @@ class Picks:
 
     def apply(self, bank: BankInputs, v_TPHV: Tensor) -> tuple[BankInputs, Tensor]:
         """Scale and mask inputs [T, P, H, ...] of the picks, before the recurrence."""
-        writes, write_scale, read_scale = (x[..., None, None] for x in (self.writes, self.write_scale, self.read_scale))
-        if bank.beta_TH is None:
-            return replace(bank, g=bank.g * writes), v_TPHV * write_scale
-        bank = replace(bank, g=bank.g * writes[..., 0], beta_TH=bank.beta_TH * writes[..., 0])
+        beta = None if bank.beta_TH is None else _scale(bank.beta_TH, self.writes)
+        bank = replace(bank, g=_scale(bank.g, self.writes), beta_TH=beta)
         if not self.before_norm:
-            return bank, v_TPHV * write_scale
-        q, k = bank.q_THK * read_scale, bank.k_THK * write_scale
+            return bank, _scale(v_TPHV, self.write_scale)
+        q, k = _scale(bank.q_THK, self.read_scale), _scale(bank.k_THK, self.write_scale)
         return replace(bank, q_THK=q, k_THK=k).normalize(), v_TPHV
 
     def weigh(self, o_TPHV: Tensor) -> Tensor:
         """Scale the picks' outputs, after the recurrence."""
-        return o_TPHV if self.before_norm else o_TPHV * self.read_scale[..., None, None]
+        return o_TPHV if self.before_norm else _scale(o_TPHV, self.read_scale)
+
+
+def _scale(x: Tensor, scale_TP: Tensor) -> Tensor:
+    """Multiply x [T, P, ...] by a number per token and pick."""
+    return x * scale_TP.view(*scale_TP.shape, *[1] * (x.dim() - 2))
 
 
 def by_segment(state_DBHKV: Tensor) -> Tensor:
-    """States [S, H, K, V] in the order of join_segments: all documents' shared banks, then their partitions."""
+    """Return states [S, H, K, V] in the order of join_segments: all documents' shared banks, then their partitions."""
     return torch.cat((state_DBHKV[:, 0], state_DBHKV[:, 1:].flatten(0, 1)))
 
 
 def by_document(state_SHKV: Tensor, num_documents: int) -> Tensor:
-    """The other way round."""
+    """Return states [D, B, H, K, V] from those in the order of join_segments."""
     shared, sparse = state_SHKV[:num_documents, None], state_SHKV[num_documents:]
     num_partitions = sparse.shape[0] // num_documents
     return torch.cat((shared, sparse.unflatten(0, (num_documents, num_partitions))), dim=1)

@@ -1,10 +1,12 @@
 """One token for each sequence of a batch, from states that stay in a pool: generation."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from megatron_sse.kernels.banks import BankInputs
-from megatron_sse.kernels.gdn import l2_normalize
+from megatron_sse.kernels.registry import KERNELS
 from megatron_sse.kernels.routing import Routes
 
 
@@ -33,7 +35,7 @@ def decode_step(
         o_THV in v's dtype.
     """
     before_norm = gate == "reference"
-    if states_XBHKV.is_cuda:
+    if states_XBHKV.is_cuda and KERNELS[shared.recurrence.name].has_triton:
         from megatron_sse.kernels.triton.decode import decode_step as run
 
         return run(states_XBHKV, slot_T, shared, sparse, v_THV, routes, before_norm, weight_writes, weight_reads)
@@ -68,15 +70,17 @@ def decode_step(
 def _write_and_read(
     token: BankInputs, v: Tensor, state: Tensor, write: Tensor, read: Tensor, writes: bool, before_norm: bool
 ) -> tuple[Tensor, Tensor]:
-    """One bank of each sequence: its state [T, H, K, V] after the token, and the token's output [T, H, V]."""
-    q, k = token.q_THK, token.k_THK
-    if token.beta_TH is not None:
+    """Update one bank of each sequence: return its state [T, H, K, V] after the token, and the output [T, H, V]."""
+    recurrence = token.recurrence
+    if recurrence.delta_rule:
         if before_norm:
-            q, k, read, write = q * read, k * write, torch.ones_like(read), torch.ones_like(write)
-        q, k = l2_normalize(q), l2_normalize(k)
+            token = replace(token, q_THK=token.q_THK * read, k_THK=token.k_THK * write)
+            read, write = torch.ones_like(read), torch.ones_like(write)
+        token = token.normalize()
+    q, k = token.q_THK, token.k_THK
     if writes:
-        decay = token.g.exp()
-        state = state * (decay[..., None] if token.beta_TH is None else decay[..., None, None])
+        decay_THK = token.g.exp() if recurrence.channel_decay else token.g.exp()[..., None]
+        state = state * decay_THK[..., None]
         change = v * write
         if token.beta_TH is not None:
             change = (change - torch.einsum("thk,thkv->thv", k, state)) * token.beta_TH[..., None]

@@ -1,46 +1,21 @@
-"""The gated delta rule, chunked, in torch."""
+"""The gated delta rule (a decay per head), chunked, in torch."""
 
 import torch
 from torch import Tensor
 
-from megatron_sse.kernels.chunks import ChunkAction, join_lower, run_chunks
-from megatron_sse.kernels.segments import Segments
+from megatron_sse.kernels.chunks import ChunkAction, join_lower
 
 
-def l2_normalize(x: Tensor) -> Tensor:
-    """x / sqrt(sum x^2 + 1e-6) over the last dim, as in the authors' kernels; at least in fp32."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
+def act(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> ChunkAction:
+    """Return what chunks of rows do in S <- exp(g) (I - beta k^T k) S + beta k^T v; o = q S / sqrt(K).
 
-
-def chunk_gdn(
-    q_THK: Tensor,
-    k_THK: Tensor,
-    v_THV: Tensor,
-    g_TH: Tensor,
-    beta_TH: Tensor,
-    segments: Segments,
-    initial_SHKV: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """S <- exp(g) (I - beta k k^T) S + beta k v^T; o = q S / sqrt(K), restarted in every segment (arXiv 2412.06464).
+    arXiv 2412.06464, section 3.
 
     Args:
-        q_THK, k_THK, v_THV: queries, keys, values of T rows; keys of norm <= 1 (see l2_normalize).
-        g_TH: log decay per head, <= 0.
-        beta_TH: write strength, in [0, 1], or up to 2 where negative eigenvalues are allowed.
-        segments: which rows form which segment, in which order.
-        initial_SHKV: the state that enters each segment; None for zeros.
-
-    Returns:
-        o_THV in v's dtype and final_SHKV; all arithmetic and the states are in fp32, or fp64 where an input is.
+        q, k, v: [M, C, K or V], C rows in each of M chunks; keys of norm <= 1 (see l2_normalize).
+        g: [M, C, 1], log decay, <= 0.
+        beta: [M, C, 1], write strength, in [0, 1], or up to 2 where negative eigenvalues are allowed.
     """
-    dtype = torch.promote_types(q_THK.dtype, torch.float32)
-    rows = (q_THK, k_THK, v_THV, g_TH[..., None], beta_TH[..., None])
-    o_THV, final_SHKV = run_chunks(_act, tuple(x.to(dtype) for x in rows), segments, initial_SHKV)
-    return o_THV.to(v_THV.dtype), final_SHKV
-
-
-def _act(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> ChunkAction:
     key_dim = k.shape[-1]
     q = q * key_dim**-0.5
     pair_decay = _pair_decay(g)
@@ -48,7 +23,7 @@ def _act(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> ChunkActio
 
     # WY form: what a token writes is u - w S, with S the state entering the chunk.
     keys_met = (beta * (k @ k.transpose(-1, -2)) * pair_decay).tril(-1)
-    written = _SolveUnitLower.apply(keys_met, torch.cat((beta * v, beta * from_start * k), dim=-1))
+    written = solve_unit_lower(keys_met, torch.cat((beta * v, beta * from_start * k), dim=-1))
     u, w = written.split((v.shape[-1], key_dim), dim=-1)
 
     k_kept = (k * to_end).transpose(-1, -2)
@@ -63,14 +38,26 @@ def _act(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> ChunkActio
 
 
 def _pair_decay(g: Tensor) -> Tensor:
-    """exp(g_t + ... + g_{s + 1}) for s <= t, [M, C, C]; each sum on its own, a difference of two would lose digits."""
+    """Return exp(g_t + ... + g_{s + 1}) for s <= t, [M, C, C].
+
+    Each sum is taken on its own: a difference of two running sums would lose digits.
+    """
     up_to_t = g.transpose(-1, -2).expand(-1, g.shape[1], -1).tril()
     after_s = g.new_ones(g.shape[1], g.shape[1]).tril(-1)
     return (up_to_t @ after_s).exp().tril()
 
 
+def solve_unit_lower(lower: Tensor, b: Tensor) -> Tensor:
+    """Return (1 + L)^-1 B for strictly lower L [M, C, C], C a power of two."""
+    return _SolveUnitLower.apply(lower, b)
+
+
 class _SolveUnitLower(torch.autograd.Function):
-    """(1 + L)^-1 B for strictly lower L [M, C, C], C a power of two; inverted in blocks: faster than batched solves."""
+    """(1 + L)^-1 B, inverted in blocks, which is faster than batched solves.
+
+    The inverse of [[A, 0], [B, D]] is [[A^-1, 0], [-D^-1 B A^-1, D^-1]]: blocks of 1, 2, 4 rows and so on are joined in
+    pairs.
+    """
 
     @staticmethod
     def forward(ctx, lower, b):

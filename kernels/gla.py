@@ -3,43 +3,23 @@
 import torch
 from torch import Tensor
 
-from megatron_sse.kernels.chunks import ChunkAction, join_lower, run_chunks
-from megatron_sse.kernels.segments import Segments
+from megatron_sse.kernels.chunks import ChunkAction, join_lower
 
 
-def chunk_gla(
-    q_THK: Tensor,
-    k_THK: Tensor,
-    v_THV: Tensor,
-    g_THK: Tensor,
-    segments: Segments,
-    initial_SHKV: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """S <- diag(exp(g)) S + k^T v; o = q S / sqrt(K), restarted in every segment (arXiv 2312.06635, section 4).
+def act(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> ChunkAction:
+    """Return what chunks of rows do in S <- diag(exp(g)) S + k^T v; o = q S / sqrt(K) (arXiv 2312.06635, section 4).
 
     Args:
-        q_THK, k_THK, v_THV: queries, keys, values of T rows.
-        g_THK: log decay per channel, <= 0; any size, 0 (nothing forgotten) to underflow of its exponential.
-        segments: which rows form which segment, in which order.
-        initial_SHKV: the state that enters each segment; None for zeros.
-
-    Returns:
-        o_THV in v's dtype and final_SHKV; all arithmetic and the states are in fp32, or fp64 where an input is.
+        q, k, v: [M, C, K or V], C rows in each of M chunks.
+        g: [M, C, K], log decay per channel; any size, 0 (nothing forgotten) to underflow of its exponential.
     """
-    dtype = torch.promote_types(q_THK.dtype, torch.float32)
-    rows = (q_THK, k_THK, v_THV, g_THK)
-    o_THV, final_SHKV = run_chunks(_act, tuple(x.to(dtype) for x in rows), segments, initial_SHKV)
-    return o_THV.to(v_THV.dtype), final_SHKV
-
-
-def _act(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> ChunkAction:
     q = q * q.shape[-1] ** -0.5
-    scores, query, k_kept, total = _decayed_scores(q, k, g.exp())
+    scores, query, k_kept, total = decayed_scores(q, k, g.exp())
     return ChunkAction(scores @ v, query, total[..., None], k_kept.transpose(-1, -2) @ v)
 
 
-def _decayed_scores(q: Tensor, k: Tensor, decay: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Causal scores q_t (decay_t ... decay_{s + 1}) k_s inside each chunk, and q and k decayed to its borders.
+def decayed_scores(q: Tensor, k: Tensor, decay: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return causal scores q_t (decay_t ... decay_{s + 1}) k_s inside each chunk, and q and k decayed to its borders.
 
     Only products of decays occur, never a quotient or a difference of sums of logarithms: exact for any decay.
 
@@ -51,7 +31,9 @@ def _decayed_scores(q: Tensor, k: Tensor, decay: Tensor) -> tuple[Tensor, Tensor
     """
     scores_BCC = (q * k).sum(-1)[..., None, None]
     q, total = q * decay, decay
-    # Blocks of `half` rows are joined in pairs; q and k are decayed to the borders of their block at every level.
+    # Blocks of `half` rows are joined in pairs; q and k are decayed to the borders of their block at every level. Of 4
+    # rows, blocks of 1 have the scores q_t k_t; then come blocks (0 1) and (2 3); in the block of 4, queries 2 and 3
+    # meet keys 0 and 1, with q decayed from the start of its half (row 2) and k to the end of its half (row 1).
     half = 1
     while half < q.shape[-2]:
         (q_early, q_late), (k_early, k_late) = _pairs(q, half), _pairs(k, half)
@@ -67,5 +49,5 @@ def _decayed_scores(q: Tensor, k: Tensor, decay: Tensor) -> tuple[Tensor, Tensor
 
 
 def _pairs(x: Tensor, half: int) -> tuple[Tensor, ...]:
-    """[M, C, D] as early and late halves [M, C / (2 half), half, D] of neighbouring blocks."""
+    """Return [M, C, D] as early and late halves [M, C / (2 half), half, D] of neighbouring blocks."""
     return x.unflatten(-2, (-1, 2, half)).unbind(-3)

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from megatron_sse.kernels.banks import BankInputs
-from megatron_sse.kernels.gdn import l2_normalize
+from megatron_sse.kernels.banks import BankInputs, l2_normalize
 from megatron_sse.kernels.routing import Routes
 
 
@@ -20,7 +19,10 @@ def reference_sse(
     weight_reads: bool = True,
     initial_DBHKV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What sse_attention computes, with the same arguments; syncs with the host and is slow."""
+    """Compute what sse_attention does, with the same arguments, token by token; it syncs with the host and is slow.
+
+    Returns o_THV and the final states [D, N + 1, H, K, V].
+    """
     num_heads, value_dim = v_THV.shape[1:]
     num_partitions = 0 if routes is None else routes.num_partitions
     shape = (1 + num_partitions, num_heads, shared.q_THK.shape[-1], value_dim)
@@ -45,27 +47,28 @@ def reference_sse(
 
 
 def _per_token(bank: BankInputs) -> list[BankInputs]:
-    """Each token's inputs, without the dim T."""
+    """Split into each token's inputs, without the dim T."""
     beta = [None] * len(bank.g) if bank.beta_TH is None else bank.beta_TH.unbind()
     return [BankInputs(*x) for x in zip(bank.q_THK.unbind(), bank.k_THK.unbind(), bank.g.unbind(), beta, strict=True)]
 
 
 def _token(token: BankInputs, state_HKV, v_HV, gate, write=1.0, read=1.0, writes=True) -> tuple[Tensor, Tensor]:
-    """One bank, one token: write, then read."""
+    """Write one token to one bank, then read it."""
     groups = v_HV.shape[0] // token.q_THK.shape[0]
     q_HK, k_HK = (x.repeat_interleave(groups, dim=0) for x in (token.q_THK, token.k_THK))
-    if token.beta_TH is not None:
+    recurrence, decay = token.recurrence, token.g.exp()
+    if recurrence.delta_rule:
         if gate == "reference":
             q_HK, k_HK, read, write = q_HK * read, k_HK * write, 1.0, 1.0
         q_HK, k_HK = l2_normalize(q_HK), l2_normalize(k_HK)
     if writes:
+        decay_HK = decay if recurrence.channel_decay else decay[:, None]
         if token.beta_TH is None:
-            decay_HK = token.g.exp().repeat_interleave(groups, dim=0)
-            state_HKV = decay_HK[..., None] * state_HKV + write * torch.einsum("hk,hv->hkv", k_HK, v_HV)
+            state_HKV = decay_HK.repeat_interleave(groups, dim=0)[..., None] * state_HKV
+            change_HV = write * v_HV
         else:
-            beta_H, decay_H = token.beta_TH, token.g.exp()
-            kept_HKV = decay_H[:, None, None] * state_HKV
-            recalled_HV = torch.einsum("hk,hkv->hv", k_HK, kept_HKV)
-            change_HV = beta_H[:, None] * (write * v_HV - recalled_HV)
-            state_HKV = kept_HKV + torch.einsum("hk,hv->hkv", k_HK, change_HV)
+            state_HKV = decay_HK[..., None] * state_HKV
+            recalled_HV = torch.einsum("hk,hkv->hv", k_HK, state_HKV)
+            change_HV = token.beta_TH[:, None] * (write * v_HV - recalled_HV)
+        state_HKV = state_HKV + torch.einsum("hk,hv->hkv", k_HK, change_HV)
     return state_HKV, read * q_HK.shape[-1] ** -0.5 * torch.einsum("hk,hkv->hv", q_HK, state_HKV)

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from megatron_sse.kernels.backend import use_triton
 from megatron_sse.kernels.banks import BankInputs, BankOutputs, Picks, by_document, by_segment
-from megatron_sse.kernels.gdn import chunk_gdn
-from megatron_sse.kernels.gla import chunk_gla
+from megatron_sse.kernels.registry import KERNELS, run_recurrence
 from megatron_sse.kernels.routing import Routes, join_segments
 from megatron_sse.kernels.segments import Edges, Segments
 
@@ -33,7 +32,8 @@ def sse_attention(
     """Read the shared bank and the picked partitions after writing to them.
 
     Args:
-        shared, sparse: inputs of bank 0 and of banks 1 .. N; the delta rule (beta given) normalises q and k itself.
+        shared, sparse: inputs of bank 0 and of banks 1 .. N; their tensors say which recurrence (see BankInputs), and q
+            and k of the delta rule are normalised here.
             sparse and routes are None where there are no partitions: plain gated linear attention or delta rule.
         v_THV: values, seen by all banks.
         routes: the tokens' picks.
@@ -46,15 +46,15 @@ def sse_attention(
         edges: documents that go on in tokens held elsewhere; excludes initial_DBHKV.
     """
     documents = Segments(offsets_D1, edges=edges)
-    before_norm = gate == "reference"
-    if shared.beta_TH is not None:
+    recurrence, before_norm = shared.recurrence, gate == "reference"
+    if recurrence.delta_rule:
         shared = shared.normalize()
     picks = None
     if sparse is not None and routes is not None:
         picks = Picks.of(routes, v_THV.dtype, weight_writes, weight_reads, before_norm)
-        if sparse.beta_TH is not None and not before_norm:
+        if recurrence.delta_rule and not before_norm:
             sparse = sparse.normalize()
-    if use_triton(v_THV) and not before_norm:
+    if use_triton(v_THV) and KERNELS[recurrence.name].has_triton and not before_norm:
         # Imported late: Triton is not there on machines without a GPU.
         from megatron_sse.kernels.triton.attention import attend_banks
 
@@ -63,18 +63,12 @@ def sse_attention(
     shared = shared.expand_heads(v_THV.shape[1])
     if sparse is None or picks is None:
         initial = None if initial_DBHKV is None else initial_DBHKV[:, 0]
-        o_THV, final = _recur(shared, v_THV, documents, initial)
+        o_THV, final = run_recurrence(shared, v_THV, documents, initial)
         return BankOutputs(o_THV, None, final[:, None])
     sparse = sparse.expand_heads(v_THV.shape[1])
     if form == "mask":
         return _run_mask(shared, sparse, v_THV, picks.spread(), documents, initial_DBHKV)
     return _run_varlen(shared, sparse, v_THV, picks, documents, document_T, initial_DBHKV)
-
-
-def _recur(bank: BankInputs, v: Tensor, segments: Segments, initial: Tensor | None) -> tuple[Tensor, Tensor]:
-    if bank.beta_TH is None:
-        return chunk_gla(bank.q_THK, bank.k_THK, v, bank.g, segments, initial)
-    return chunk_gdn(bank.q_THK, bank.k_THK, v, bank.g, bank.beta_TH, segments, initial)
 
 
 def _join(shared: BankInputs, sparse: BankInputs, v: Tensor, v_sparse: Tensor, dim: int) -> tuple[BankInputs, Tensor]:
@@ -96,7 +90,7 @@ def _run_varlen(shared, sparse, v_THV, picks, documents, document_T, initial_DBH
     picked, v_picked = picks.apply(picked, v_THV[:, None].expand(-1, num_picks, *v_THV.shape[1:]))
     joined, v = _join(shared, picked.map(lambda x: x.flatten(0, 1)), v_THV, v_picked.flatten(0, 1), dim=0)
 
-    o, final = _recur(joined, v, segments, None if initial_DBHKV is None else by_segment(initial_DBHKV))
+    o, final = run_recurrence(joined, v, segments, None if initial_DBHKV is None else by_segment(initial_DBHKV))
     picked_TPHV = picks.weigh(o[num_tokens:].unflatten(0, (num_tokens, num_picks)))
     return BankOutputs(o[:num_tokens].to(v_THV.dtype), picked_TPHV, by_document(final, documents.num_segments))
 
@@ -108,7 +102,7 @@ def _run_mask(shared, sparse, v_THV, picks, documents, initial_DBHKV):
     picked, v_picked = picks.apply(picked, v_THV[:, None].expand(-1, num_partitions, *v_THV.shape[1:]))
     joined, v = _join(shared, picked.map(lambda x: x.flatten(1, 2)), v_THV, v_picked.flatten(1, 2), dim=1)
 
-    o, final = _recur(joined, v, documents, None if initial_DBHKV is None else initial_DBHKV.flatten(1, 2))
+    o, final = run_recurrence(joined, v, documents, None if initial_DBHKV is None else initial_DBHKV.flatten(1, 2))
     picked_TPHV = picks.weigh(o[:, num_heads:].unflatten(1, (num_partitions, num_heads)))
     final_DBHKV = final.unflatten(1, (1 + num_partitions, num_heads))
     return BankOutputs(o[:, :num_heads].to(v_THV.dtype), picked_TPHV, final_DBHKV)

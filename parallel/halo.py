@@ -1,10 +1,11 @@
-"""The last tokens before each slot, for what looks back a fixed number of tokens."""
+"""Short convolutions over slots: each looks back at the last tokens before it, which other ranks may hold."""
 
 import torch
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_sse.kernels import short_convolution
 from megatron_sse.parallel.sharding import Chain
 
 
@@ -24,3 +25,20 @@ def tokens_before(x_FBLC: Tensor, width: int, chain: Chain, group: ProcessGroup)
     ordered = torch.nn.functional.pad(ordered, (0, 0, width, 0))
     places = [chain.index((group.rank(), slot)) for slot in range(num_slots)]
     return torch.stack([ordered[:, place * tail.shape[2] :][:, :width] for place in places])
+
+
+def convolve_slots(
+    x_FBLC: Tensor, weight_CW: Tensor, position_FBL: Tensor, chain: Chain, group: ProcessGroup
+) -> Tensor:
+    """Apply kernels.short_convolution to this rank's slots of each sequence, which continue those of other ranks.
+
+    Args:
+        position_FBL: int64, each token's position in its document.
+        chain: the slots of all ranks of the group, in the order of the sequence.
+    """
+    width = weight_CW.shape[1] - 1
+    # Slot by slot, each behind the tokens before it, whose own outputs are dropped.
+    x_FBLC = torch.cat((tokens_before(x_FBLC, width, chain, group), x_FBLC), dim=2)
+    position_FBL = torch.nn.functional.pad(position_FBL, (width, 0))
+    out = short_convolution(x_FBLC.flatten(0, 2), weight_CW, position_FBL.flatten())
+    return out.view_as(x_FBLC)[:, :, width:]

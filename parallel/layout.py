@@ -7,14 +7,21 @@ context ranks together.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_sse.kernels import BankInputs, BankOutputs, Edges, Routes, sse_attention
 from megatron_sse.parallel.device import to_device
+from megatron_sse.parallel.halo import convolve_slots
 from megatron_sse.parallel.sharding import ContextShard
 from megatron_sse.parallel.zigzag import ZigzagLayout
 
@@ -76,6 +83,8 @@ class TokenLayout(PackedSeqParams):
     real_BL: Tensor | None = None
     layer_loss_scale: Tensor | None = None
     _zigzag: ZigzagLayout | None = None
+    # Whether layers compute losses of their own.
+    has_layer_losses: ClassVar[bool] = True
 
     @classmethod
     def from_starts(
@@ -129,6 +138,101 @@ class TokenLayout(PackedSeqParams):
             key_whole_BG=to_device(whole_BG[:, key_column_G], device),
             real_BL=None if real_BG is None else to_device(real_BG[:, column_L].astype(bool), device),
         )
+
+    def attend_banks(
+        self,
+        layer_number: int,
+        shared: BankInputs,
+        sparse: BankInputs | None,
+        v_THV: Tensor,
+        routes: Routes | None,
+        *,
+        exchange: Callable[[Tensor, Tensor], Tensor],
+        group: ProcessGroup,
+        **options: Any,
+    ) -> BankOutputs:
+        """Run the banks of an SSE layer over the documents, each from empty states.
+
+        Args:
+            layer_number, group: of a layer and its context ranks, for layouts that keep states.
+            shared, sparse, v_THV, routes, options: as for kernels.sse_attention.
+            exchange: hands states from slot to slot, see kernels.Edges.
+        """
+        edges = None
+        if self.edges is not None:
+            crossing = self.edges
+            borders = crossing.entry_FB, crossing.continues_FB, crossing.exit_FB, crossing.carries_FB
+            edges = Edges(*borders, exchange)
+        return sse_attention(shared, sparse, v_THV, routes, self.offsets_D1, self.document_T, edges=edges, **options)
+
+    def convolve(
+        self,
+        layer_number: int,
+        name: str,
+        x_LBC: Tensor,
+        weight_CW: Tensor,
+        group: ProcessGroup,
+        tensor_group: ProcessGroup | None = None,
+    ) -> Tensor:
+        """Apply a short convolution inside the documents; what looks back past a slot comes from other ranks.
+
+        Args:
+            layer_number, name: of the layer and of its convolution, for layouts that keep tokens.
+            x_LBC: this rank's tokens.
+            group: the ranks among which the sequences are split.
+            tensor_group: given where tensor ranks hold parts of L (sequence parallelism).
+        """
+        chain, position_BL, num_slots = self.shard.chain, self.position_BL, self.shard.num_slots
+        if tensor_group is not None:
+            chain, num_slots = self.shard.chain_of_parts(tensor_group.size()), 1
+            position_BL = position_BL.chunk(tensor_group.size(), dim=1)[tensor_group.rank()]
+        x_FBLC = x_LBC.unflatten(0, (num_slots, -1)).transpose(1, 2)
+        position_FBL = position_BL.unflatten(1, (num_slots, -1)).transpose(0, 1)
+        out_FBLC = convolve_slots(x_FBLC, weight_CW, position_FBL, chain, group)
+        return out_FBLC.transpose(1, 2).flatten(0, 1)
+
+    def attend(
+        self,
+        layer_number: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        window: int | None,
+        scale: float | None,
+        dropout: float,
+        group: ProcessGroup | None,
+    ) -> Tensor:
+        """Attend causally inside documents, with torch's attention.
+
+        Under context parallelism each rank gathers the keys and values of all; exact for any layout of the tokens.
+
+        Args:
+            layer_number: of the layer, for layouts that keep keys and values.
+            query: [L, B, heads, head dim]; key and value have no more heads.
+            window: tokens that a token sees, its own included; None for all before it.
+            scale: of the scores; None for 1 / sqrt(head dim).
+            group: the context ranks.
+
+        Returns:
+            [L, B, heads * head dim].
+        """
+        if self.shard.size > 1:
+            key, value = (gather_from_sequence_parallel_region(x, group=group) for x in (key, value))
+        mask = self._mask(window)
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out = scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=True
+        )
+        return out.permute(2, 0, 1, 3).flatten(-2)
+
+    def _mask(self, window: int | None) -> Tensor | None:
+        """Return which keys a query sees, bool [B, 1, L, G]; None where plain causal attention is meant."""
+        if self.shard.size == 1 and self.num_documents == self.batch_size and window is None:
+            return None
+        distance = self.column_L[:, None] - self.key_column_G
+        seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        return (seen & (self.whole_BL[:, :, None] == self.key_whole_BG[:, None]))[:, None]
 
     @property
     def documents(self) -> PackedSeqParams | None:

@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import logsigmoid, scaled_dot_product_attention
 
 from megatron_sse.kernels import BankInputs, route, sse_attention
+from megatron_sse.recurrence import RECURRENCES
 from megatron_sse.tools.bench_recurrence import commit
 
 # Largest RMS error against fp64, relative, of a bf16 result that is still timed.
@@ -46,7 +47,7 @@ class Problem:
 
     def __init__(self, shape: Shape, device: str, dtype: torch.dtype = torch.bfloat16) -> None:
         generator = torch.Generator(device).manual_seed(0)
-        self.shape, is_gla = shape, shape.recurrence == "gla"
+        self.shape, facts = shape, RECURRENCES[shape.recurrence]
         self.leaves: list[Tensor] = []
         size = (shape.tokens, shape.heads, shape.dim)
 
@@ -60,8 +61,8 @@ class Problem:
         def bank() -> BankInputs:
             q, k = leaf(normal(*size)), leaf(normal(*size).softmax(-1))
             gates = torch.promote_types(dtype, torch.float32)
-            g = leaf(logsigmoid(normal(*(size if is_gla else size[:2]))) / 16, gates)
-            return BankInputs(q, k, g, None if is_gla else leaf(normal(*size[:2]).sigmoid(), gates))
+            g = leaf(logsigmoid(normal(*(size if facts.channel_decay else size[:2]))) / 16, gates)
+            return BankInputs(q, k, g, leaf(normal(*size[:2]).sigmoid(), gates) if facts.delta_rule else None)
 
         self.shared, self.sparse, self.v_THV = bank(), bank(), leaf(normal(*size))
         self.logit_TN = leaf(normal(shape.tokens, shape.partitions), torch.promote_types(dtype, torch.float32))

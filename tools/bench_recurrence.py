@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_sse.kernels import BankInputs, Routes, route, sse_attention
 from megatron_sse.kernels.reference import reference_sse
+from megatron_sse.recurrence import RECURRENCES
 
 # Largest error of the chunked form, relative to the oracle in the same precision, that is still reported.
 TOLERANCE = 1e-4
@@ -42,6 +43,7 @@ class Problem:
         torch.manual_seed(0)
         dtype = getattr(torch, args.dtype)
         tokens, heads, dim = args.tokens, args.heads, args.dim
+        facts = RECURRENCES[recurrence]
         self.leaves: list[Tensor] = []
 
         def leaf(x: Tensor) -> Tensor:
@@ -50,9 +52,9 @@ class Problem:
 
         def bank() -> BankInputs:
             q, k = leaf(torch.randn(tokens, heads, dim)), leaf(torch.randn(tokens, heads, dim).softmax(-1))
-            decays = torch.randn(tokens, heads, dim) if recurrence == "gla" else torch.randn(tokens, heads)
+            decays = torch.randn(tokens, heads, *(dim,) * facts.channel_decay)
             g = leaf(torch.nn.functional.logsigmoid(decays) / 16)
-            return BankInputs(q, k, g, None if recurrence == "gla" else leaf(torch.rand(tokens, heads)))
+            return BankInputs(q, k, g, leaf(torch.rand(tokens, heads)) if facts.delta_rule else None)
 
         self.shared, self.sparse = bank(), bank()
         self.v_THV = leaf(torch.randn(tokens, heads, dim))
@@ -129,7 +131,7 @@ def main() -> None:
     print("\n| recurrence | form | pass | chunked CPU ms: median (p10, p90) | oracle CPU ms: median | ratio |")
     print("|---|---|---|---|---|---|")
     ratios = []
-    for recurrence in ("gla", "gdn"):
+    for recurrence in RECURRENCES:
         problem = Problem(recurrence, args)
         for backward in (False, True):
             ratios += measure(problem, recurrence, backward, args)

@@ -21,11 +21,11 @@ from megatron_sse.convert.model import open_model
 from megatron_sse.data.tasks.mqar import Recall, make_recall
 from megatron_sse.evaluation.recall import sample_generator
 from megatron_sse.inference.cache import Cache
+from megatron_sse.inference.layers import BankCache
 from megatron_sse.inference.load import build_and_load, inference_config, inference_groups
 from megatron_sse.inference.run import feed, logits_of
 from megatron_sse.inspection.rank import effective_rank
 from megatron_sse.kernels import Routes
-from megatron_sse.model.cache import BankCache
 from megatron_sse.model.router import Router
 
 SEED = 0

@@ -40,8 +40,15 @@ def _gdn_arguments(inputs: list[Tensor], num_tokens: int) -> tuple:
     return inputs, num_tokens, gdn.gdn_prepare(inputs, num_tokens)
 
 
-GLA = Operators(_gla_arguments, gla.gla_summarize, gla.gla_attend, gla.gla_summarize_backward, gla.gla_attend_backward)
-GDN = Operators(_gdn_arguments, gdn.gdn_summarize, gdn.gdn_attend, gdn.gdn_summarize_backward, gdn.gdn_attend_backward)
+# By recurrence: those that kernels.registry says to have Triton kernels.
+OPERATORS = {
+    "gla": Operators(
+        _gla_arguments, gla.gla_summarize, gla.gla_attend, gla.gla_summarize_backward, gla.gla_attend_backward
+    ),
+    "gdn": Operators(
+        _gdn_arguments, gdn.gdn_summarize, gdn.gdn_attend, gdn.gdn_summarize_backward, gdn.gdn_attend_backward
+    ),
+}
 
 
 def attend_banks(
@@ -70,7 +77,7 @@ def attend_banks(
     rows = make_rows(segments, num_tokens, num_picks, chunks_per_piece)
 
     initial = None if initial_DBHKV is None else by_segment(initial_DBHKV)
-    operators = GLA if shared.beta_TH is None else GDN
+    operators = OPERATORS[shared.recurrence.name]
     # Queries and keys enter products in the values' dtype: read in it, too.
     shared, sparse = (bank.cast(v_THV.dtype) for bank in (shared, sparse or shared))
     banks = (*shared.tensors, *sparse.tensors)

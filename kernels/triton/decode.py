@@ -41,7 +41,7 @@ def _load_token(
 
 @triton.jit
 def _normalize(b_x, scale):
-    """scale x / |scale x|, as kernels.gdn.l2_normalize."""
+    """scale x / |scale x|, as kernels.banks.l2_normalize."""
     b_x *= scale
     return b_x * tl.rsqrt(tl.sum(b_x * b_x, axis=0) + 1e-6)
 

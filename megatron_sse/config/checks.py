@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_sse.config.context import context_problems, straddles_slots
 from megatron_sse.config.pattern import expand_pattern
 from megatron_sse.errors import UserError
+from megatron_sse.recurrence import RECURRENCES
 
 if TYPE_CHECKING:
     from megatron_sse.config.schema import RunConfig
@@ -91,7 +92,7 @@ def _linear_layers(config: RunConfig) -> Found:
         for name in ("num_writers", "num_readers"):
             if getattr(sse, name) > sse.num_partitions:
                 yield f"model.sse.{name}", getattr(sse, name), f"at most model.sse.num_partitions {sse.num_partitions}"
-        if sse.gate == "beta" and sse.recurrence == "gdn" and sse.num_writers > 1:
+        if sse.gate == "beta" and RECURRENCES[sse.recurrence].delta_rule and sse.num_writers > 1:
             yield "model.sse.num_writers", sse.num_writers, "1 with model.sse.gate beta"
     if "sse" in kinds and not sse.shared_bank:
         if not sse.num_partitions:
@@ -102,7 +103,8 @@ def _linear_layers(config: RunConfig) -> Found:
 
 
 def _recurrences(config: RunConfig) -> Found:
-    sse, used = config.model.sse, config.model.recurrences()
+    sse = config.model.sse
+    delta_rules = _delta_rules(config)
     if sse.key_map == "topk_softmax":
         if sse.key_topk is None:
             yield "model.sse.key_topk", None, "a number of rows, since model.sse.key_map is topk_softmax"
@@ -110,12 +112,17 @@ def _recurrences(config: RunConfig) -> Found:
             yield "model.sse.key_topk", sse.key_topk, f"at most model.sse.head_dim {sse.head_dim}"
     elif sse.key_topk is not None:
         yield "model.sse.key_topk", sse.key_topk, "null unless model.sse.key_map is topk_softmax"
-    if "gdn" in used and sse.key_map in ("topk_softmax", "one_minus_decay"):
-        yield "model.sse.key_map", sse.key_map, "null, softmax, silu with the gdn recurrence"
-    if "gdn" in used and sse.decay != "gate":
-        yield "model.sse.decay", sse.decay, "gate with the gdn recurrence"
+    if delta_rules and sse.key_map in ("topk_softmax", "one_minus_decay"):
+        yield "model.sse.key_map", sse.key_map, f"null, softmax, silu with the {delta_rules[0]} recurrence"
+    if delta_rules and sse.decay != "gate":
+        yield "model.sse.decay", sse.decay, f"gate with the {delta_rules[0]} recurrence"
     if sse.key_map == "one_minus_decay" and sse.decay != "gate":
         yield "model.sse.decay", sse.decay, "gate, since model.sse.key_map is one_minus_decay"
+
+
+def _delta_rules(config: RunConfig) -> list[str]:
+    """Return the names of the recurrences in use that follow the delta rule."""
+    return sorted(row.name for row in config.model.recurrences() if row.delta_rule)
 
 
 def _softmax_layers(config: RunConfig) -> Found:
@@ -172,8 +179,9 @@ def _sizes(config: RunConfig) -> Found:
             parallel.context_per_node,
             f"a divisor of parallel.context {parallel.context}",
         )
-    if parallel.hand_off_wire == "bf16" and "gdn" in config.model.recurrences():
-        yield "parallel.hand_off_wire", "bf16", "fp32 with the gdn recurrence: products of rounded matrices drift"
+    if parallel.hand_off_wire == "bf16" and (delta_rules := _delta_rules(config)):
+        allowed = f"fp32 with the {delta_rules[0]} recurrence: products of rounded matrices drift"
+        yield "parallel.hand_off_wire", "bf16", allowed
     data = config.data
     if data.validation_share and data.validation is not None:
         yield "data.validation_share", data.validation_share, "0.0 where data.validation is given"

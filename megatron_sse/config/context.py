@@ -94,7 +94,7 @@ def choose_layout(config: RunConfig) -> tuple[bool, str]:
         return False, f"{2 * parallel.context} slots do not divide the sequence"
     if not linear:
         return True, "softmax layers only"
-    factor = 3 if "gdn" in model.recurrences() else 2
+    factor = max(row.hand_off_factor for row in model.recurrences())
     banks = 1 + (model.sse.num_partitions if "sse" in kinds else 0)
     break_even = factor * linear * model.sse.value_head_dim * banks // softmax
     tokens = length // parallel.context

@@ -1,16 +1,23 @@
 """Settings that are given and have no effect."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from megatron_sse.config.context import attention_kind
 from megatron_sse.config.schema import RunConfig, Section, SoftmaxConfig, SSEConfig
+from megatron_sse.recurrence import RECURRENCES, Recurrence
 
 _WEIGHTS = ["weight_writes", "weight_reads"]
 _ROUTER = ["num_writers", "num_readers", "own_read_router", *_WEIGHTS, "weight_scale", "balance_loss"]
 _PARTITION_SETTINGS = [*_ROUTER, "form"]
 _SPARSE_SETTINGS = ["recurrence", "num_partitions", "shared_bank", *_PARTITION_SETTINGS]
-_GLA_SETTINGS = ["decay_low_rank", "decay_normalizer"]
-_GDN_SETTINGS = ["gate", "negative_eigenvalues"]
+_DECAY_GATE_SETTINGS = ["decay_low_rank", "decay_normalizer"]
+# Settings that only some recurrences have.
+_RECURRENCE_SETTINGS: dict[str, Callable[[Recurrence], bool]] = {
+    "gate": lambda row: row.delta_rule,
+    "negative_eigenvalues": lambda row: row.delta_rule,
+    "decay_low_rank": lambda row: row.channel_decay,
+    "decay_normalizer": lambda row: not row.delta_rule,
+}
 _VALIDATION_SETTINGS = ["validation_interval", "validation_batches"]
 
 
@@ -31,12 +38,8 @@ def _find(config: RunConfig) -> Iterator[str]:
         yield from _changed(sse, "model.sse", _PARTITION_SETTINGS, "model.sse.num_partitions is 0")
     elif not any(getattr(sse, name) for name in _WEIGHTS):
         yield from _changed(sse, "model.sse", ["weight_scale"], "model.sse.weight_writes and weight_reads are false")
-    if used == {"gla"}:
-        yield from _changed(sse, "model.sse", _GDN_SETTINGS, "no layer has the gdn recurrence")
-        if sse.decay != "gate":
-            yield from _changed(sse, "model.sse", _GLA_SETTINGS, f"model.sse.decay is {sse.decay}")
-    if used == {"gdn"}:
-        yield from _changed(sse, "model.sse", _GLA_SETTINGS, "no layer has the gla recurrence")
+    if used:
+        yield from _recurrence_settings(sse, used)
     if "softmax" not in kinds and model.softmax != SoftmaxConfig():
         yield "model.softmax is ignored: model.layers has no softmax layer"
     if config.parallel.context == 1:
@@ -60,6 +63,16 @@ def _find(config: RunConfig) -> Iterator[str]:
         yield from _changed(optimizer, "optimizer", ["min_learning_rate"], "optimizer.schedule is constant")
     if optimizer.schedule != "wsd" and optimizer.decay_steps:
         yield f"optimizer.decay_steps is ignored: optimizer.schedule is {optimizer.schedule}, not wsd"
+
+
+def _recurrence_settings(sse: SSEConfig, used: set[Recurrence]) -> Iterator[str]:
+    """Yield the settings that none of the recurrences in use has."""
+    for name, has_it in _RECURRENCE_SETTINGS.items():
+        if name in _DECAY_GATE_SETTINGS and sse.decay != "gate":
+            yield from _changed(sse, "model.sse", [name], f"model.sse.decay is {sse.decay}")
+        elif not any(map(has_it, used)):
+            names = " or ".join(row.name for row in RECURRENCES.values() if has_it(row))
+            yield from _changed(sse, "model.sse", [name], f"no layer has the {names} recurrence")
 
 
 def _changed(section: Section, prefix: str, names: list[str], reason: str) -> Iterator[str]:

@@ -4,7 +4,9 @@ import re
 from itertools import groupby
 from typing import Final
 
-LAYER_KINDS: Final = ("sse", "gla", "gdn", "softmax")
+from megatron_sse.recurrence import RECURRENCES
+
+LAYER_KINDS: Final = ("sse", *RECURRENCES, "softmax")
 _ENTRY = re.compile(r"(?:(\d+)\s*\*\s*)?([A-Za-z_]\w*)")
 
 

@@ -9,8 +9,8 @@ from pydantic_core import PydanticCustomError
 from megatron_sse.config.checks import find_problem, show
 from megatron_sse.config.pattern import expand_pattern
 from megatron_sse.config.stages import derive_from_stages, find_stage_problem
+from megatron_sse.recurrence import RECURRENCES, Recurrence, RecurrenceName
 
-Recurrence = Literal["gla", "gdn"]
 KeyMap = Literal["softmax", "silu", "topk_softmax", "one_minus_decay"]
 Schedule = Literal["cosine", "wsd", "constant"]
 NeedleVariant = Literal["single", "multi_key", "multi_value", "multi_query"]
@@ -40,9 +40,9 @@ class Section(BaseModel):
 
 
 class SSEConfig(Section):
-    """Settings of sse, gla and gdn layers; gla and gdn are the same layer without partitions."""
+    """Settings of sse layers, and of layers named after a recurrence: the same layer without partitions."""
 
-    recurrence: Recurrence = "gla"
+    recurrence: RecurrenceName = "gla"
     num_heads: Count = DERIVED
     head_dim: Count = DERIVED
     value_head_dim: Count = DERIVED
@@ -85,10 +85,6 @@ class SSEConfig(Section):
     def num_picks(self) -> int:
         """Partitions that a token writes to or reads, counted twice where two routers pick them."""
         return self.num_writers + self.num_readers if self.own_read_router else max(self.num_writers, self.num_readers)
-
-    def key_map_of(self, recurrence: Recurrence) -> KeyMap:
-        """The map applied to keys: softmax for gla and silu (then the L2 norm) for gdn unless set."""
-        return self.key_map or ("softmax" if recurrence == "gla" else "silu")
 
 
 class RotaryScaling(Section):
@@ -163,19 +159,14 @@ class ModelConfig(Section):
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     def layer_kinds(self) -> list[str]:
-        """The kind of every layer, first to last: sse, gla, gdn or softmax."""
+        """Return the kind of every layer, first to last: one of pattern.LAYER_KINDS."""
         period = expand_pattern(self.layers)
         return period * (self.num_layers // len(period))
 
     def recurrences(self) -> set[Recurrence]:
-        """The recurrences in use: that of the sse layers, and those of the gla and gdn layers."""
-        kinds = set(self.layer_kinds())
-        used: set[Recurrence] = {self.sse.recurrence} if "sse" in kinds else set()
-        if "gla" in kinds:
-            used.add("gla")
-        if "gdn" in kinds:
-            used.add("gdn")
-        return used
+        """Return the recurrences in use: that of the sse layers, and those that layers are named after."""
+        names = {self.sse.recurrence if kind == "sse" else kind for kind in self.layer_kinds()}
+        return {row for name, row in RECURRENCES.items() if name in names}
 
 
 class ParallelConfig(Section):

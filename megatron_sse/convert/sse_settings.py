@@ -5,6 +5,7 @@ from typing import Any
 from megatron_sse.config import ModelConfig, SoftmaxConfig, SSEConfig
 from megatron_sse.config.pattern import shorten_pattern
 from megatron_sse.errors import UserError
+from megatron_sse.recurrence import RECURRENCES
 
 MODEL_TYPE = "sse"
 Values = dict[str, Any]
@@ -36,6 +37,8 @@ _DEFAULTS: Values = {
     "initializer_range": 0.02,
     "vocab_size": 32000,
 }
+# Recurrences that the authors' code has.
+_RECURRENCES = ("gla", "gdn")
 # What the authors' code does and has no settings for; ours that differ cannot be written in their layout.
 _FIXED: Values = {
     "weight_writes": True,
@@ -54,8 +57,9 @@ def model_from_sse(config: Values, where: str) -> Values:
     given = _DEFAULTS | config
     if given["hidden_act"] != "swish":
         raise UserError(f"{where}: hidden_act: got {given['hidden_act']!r}, allowed 'swish'")
-    if given["linear_attn_type"] not in ("gla", "gdn"):
-        raise UserError(f"{where}: linear_attn_type: got {given['linear_attn_type']!r}, allowed 'gla', 'gdn'")
+    if given["linear_attn_type"] not in _RECURRENCES:
+        allowed = ", ".join(repr(name) for name in _RECURRENCES)
+        raise UserError(f"{where}: linear_attn_type: got {given['linear_attn_type']!r}, allowed {allowed}")
     model = {
         "num_layers": given["num_hidden_layers"],
         "hidden_size": given["hidden_size"],
@@ -76,7 +80,7 @@ def model_from_sse(config: Values, where: str) -> Values:
             "num_readers": given["num_reader"],
             "form": given["sse_implementation"],
             # How the authors apply the router's weights in the delta rule.
-            "gate": "reference" if given["linear_attn_type"] == "gdn" else "post_norm",
+            "gate": "reference" if RECURRENCES[given["linear_attn_type"]].delta_rule else "post_norm",
             "negative_eigenvalues": given["allow_neg_eigval"],
             "output_gate": given["use_output_gate"],
             "short_convolution": given["conv_size"] if given["use_short_conv"] else 0,
@@ -167,11 +171,14 @@ def _differences(model: ModelConfig) -> list[tuple[str, Any, str]]:
         found.append(("model.sse.num_partitions", sse.num_partitions, "more than writers and readers"))
     if sse.form == "varlen" and sse.num_writers != sse.num_readers:
         found.append(("model.sse.num_readers", sse.num_readers, "as many as num_writers with form varlen"))
-    if sse.recurrence == "gdn" and sse.gate != "reference":
+    recurrence = RECURRENCES[sse.recurrence]
+    if recurrence.name not in _RECURRENCES:
+        found.append(("model.sse.recurrence", recurrence.name, ", ".join(_RECURRENCES)))
+    if recurrence.delta_rule and sse.gate != "reference":
         found.append(("model.sse.gate", sse.gate, "reference"))
-    if sse.recurrence == "gla" and sse.decay != "gate":
+    if sse.decay != "gate":
         found.append(("model.sse.decay", sse.decay, "gate"))
-    if sse.key_map_of(sse.recurrence) != {"gla": "softmax", "gdn": "silu"}[sse.recurrence]:
+    if sse.key_map not in (None, recurrence.key_map):
         found.append(("model.sse.key_map", sse.key_map, "null"))
     if "softmax" in kinds:
         found += _softmax_differences(model.softmax, model.hidden_size)

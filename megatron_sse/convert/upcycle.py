@@ -8,20 +8,19 @@ from torch import Tensor
 
 from megatron_sse.config import RunConfig
 from megatron_sse.config.load import apply_override, make_config
+from megatron_sse.config.weights import Weight, model_weights
 from megatron_sse.convert.dense_settings import FAMILIES
 from megatron_sse.convert.layout import DENSE_NAMES, model_links
 from megatron_sse.convert.links import Link, Part
 from megatron_sse.convert.model import Model
 from megatron_sse.errors import UserError
-from megatron_sse.model.initialize import draw_whole
+from megatron_sse.model.initialize import draw_full
 
 COMMAND_LINE = "command line"
 # The source decides these.
 _FIXED = ("num_heads", "head_dim", "value_head_dim", "num_value_heads")
 # Up-projections of the low-rank part of the sparse banks' queries and keys: with zeros all banks start alike.
 _ZERO = (".query_lora.up.weight", ".key_lora.up.weight")
-# In fp32 in models of any precision.
-_FP32 = (".router.proj.weight", ".A_log", ".dt_bias")
 
 
 @dataclass(frozen=True)
@@ -68,11 +67,12 @@ def upcycle_tensors(source: Model, config: RunConfig, recipes: list[Recipe]) -> 
     """The upcycled model's tensors, one after the other."""
     dtype = source.weights.dtype(DENSE_NAMES.embedding)
     names = set(source.weights.keys())
+    weights = {weight.name: weight for weight in model_weights(config.model)}
     for recipe in recipes:
-        link = recipe.link
+        link, weight = recipe.link, weights[recipe.link.ours]
         drawn: list[Tensor | None] = [None] * len(link.theirs)
         if any(part.name not in names for part in link.theirs):
-            drawn = list(link.split(_draw(link, config, torch.float32 if link.ours.endswith(_FP32) else dtype)))
+            drawn = list(link.split(_draw(weight, config, torch.float32 if weight.fp32 else dtype)))
         taken = [read_part(source, part) if part.name in names else drawn[i] for i, part in enumerate(link.theirs)]
         yield link.ours, link.join(*taken)
 
@@ -87,11 +87,10 @@ def read_part(source: Model, part: Part) -> Tensor:
     return heads.repeat_interleave(repeats, dim=0).flatten(0, 1)
 
 
-def _draw(link: Link, config: RunConfig, dtype: torch.dtype) -> Tensor:
-    if link.ours.endswith(_ZERO):
-        return torch.zeros(link.shape(), dtype=dtype)
-    model = config.model
-    return draw_whole(link.ours, link.shape(), config.training.seed, model.init_std, model.num_layers).to(dtype)
+def _draw(weight: Weight, config: RunConfig, dtype: torch.dtype) -> Tensor:
+    if weight.name.endswith(_ZERO):
+        return torch.zeros(weight.shape, dtype=dtype)
+    return draw_full(weight, config.model, config.training.seed).to(dtype)
 
 
 def _describe(source: Model, link: Link, part: Part) -> str:

@@ -10,8 +10,8 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from megatron_sse.errors import UserError
+from megatron_sse.inference.layers import BankCache, CachedLayout, KeyValueCache, Tail
 from megatron_sse.model.attention import SoftmaxAttention
-from megatron_sse.model.cache import BankCache, CachedLayout, KeyValueCache, Tail
 from megatron_sse.model.mixer import SSEMixer
 from megatron_sse.parallel.sharding import WHOLE, ContextShard
 

@@ -94,7 +94,7 @@ class LayerSums:
     def __init__(self, mixer: SSEMixer, device: torch.device):
         self.number, num_partitions = mixer.layer_number, mixer.num_partitions
         self.num_partitions, self.most = num_partitions, min(mixer.key_dim, mixer.value_dim)
-        self.has_shared, self.num_tokens = mixer.has_shared, 0
+        self.has_shared, self.num_tokens = mixer.spec.has_shared, 0
         self.shared, self.sparse = HalfLives(1, device), HalfLives(num_partitions, device)
         self.writes_N = torch.zeros(num_partitions, dtype=torch.int64, device=device)
         self.reads_N = torch.zeros_like(self.writes_N)

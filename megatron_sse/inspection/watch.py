@@ -10,8 +10,8 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_sse.inference.cache import Cache
+from megatron_sse.inference.layers import BankCache, CachedLayout
 from megatron_sse.kernels import BankInputs, BankOutputs, Routes
-from megatron_sse.model.cache import BankCache, CachedLayout
 from megatron_sse.parallel.sharding import WHOLE, ContextShard
 
 

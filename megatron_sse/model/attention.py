@@ -6,15 +6,12 @@ import math
 import torch
 from megatron.core.extensions import transformer_engine as te
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_sse.config.schema import RotaryScaling
-from megatron_sse.model.cache import CachedLayout
 from megatron_sse.model.convolution import InputConvolution
 from megatron_sse.parallel.layout import TokenLayout
 from megatron_sse.parallel.routes import reroute
@@ -51,7 +48,7 @@ class SoftmaxAttention(SelfAttention):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None, packed_seq_params: TokenLayout, **unused
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states [L, B, d] (a part of L under sequence parallelism) to (output of the same shape, bias)."""
+        """Return the output for hidden_states [L, B, d] (a part of L under sequence parallelism), and a bias."""
         layout = packed_seq_params
         if self.input_convolution is not None:
             hidden_states = self.input_convolution(hidden_states, layout)
@@ -74,7 +71,7 @@ class SoftmaxAttention(SelfAttention):
         return super().forward(hidden_states, attention_mask, rotary_pos_emb=rotary, packed_seq_params=layout)
 
     def _rotary_angles(self, position_BL: Tensor) -> Tensor:
-        """Angles [L, B, 1, head dim], fp32."""
+        """Return angles [L, B, 1, head dim], fp32."""
         frequencies = rotary_frequencies(
             self.hidden_size_per_attention_head, self.rotary_base, self.rotary_scaling, position_BL.device
         )
@@ -85,7 +82,7 @@ class SoftmaxAttention(SelfAttention):
 def rotary_frequencies(
     head_dim: int, base: float, scaling: RotaryScaling | None = None, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Radians per token, fp32 [head_dim / 2]."""
+    """Return radians per token, fp32 [head_dim / 2]."""
     frequencies = base ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
     if scaling is None:
         return frequencies
@@ -131,35 +128,21 @@ class TorchAttention(torch.nn.Module):
         attention_bias,
         packed_seq_params,
     ) -> Tensor:
-        """query [L, B, heads, head dim], key and value with no more heads; returns [L, B, heads * head dim]."""
-        layout = packed_seq_params
-        if isinstance(layout, CachedLayout):
-            q, k, v = (x.squeeze(1) for x in (query, key, value))
-            kept = layout.layers[self.layer_number]
-            return kept.attend(q, k, v, layout, self.softmax_scale, self.cp_group).flatten(1)[:, None]
-        if layout.shard.size > 1:
-            key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value))
-        mask = self._mask(layout)
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None,
-            scale=self.softmax_scale,
-            enable_gqa=True,
-        )
-        return out.permute(2, 0, 1, 3).flatten(-2)
+        """Attend within documents.
 
-    def _mask(self, layout: TokenLayout) -> Tensor | None:
-        """Which keys a query sees, bool [B, 1, L, G]; None where plain causal attention is meant."""
-        if layout.shard.size == 1 and layout.num_documents == layout.batch_size and self.window is None:
-            return None
-        distance = layout.column_L[:, None] - layout.key_column_G
-        seen = distance >= 0 if self.window is None else (distance >= 0) & (distance < self.window)
-        return (seen & (layout.whole_BL[:, :, None] == layout.key_whole_BG[:, None]))[:, None]
+        query [L, B, heads, head dim], key and value with no more heads; returns [L, B, heads * head dim].
+        """
+        layout: TokenLayout = packed_seq_params
+        return layout.attend(
+            self.layer_number,
+            query,
+            key,
+            value,
+            window=self.window,
+            scale=self.softmax_scale,
+            dropout=self.dropout if self.training else 0.0,
+            group=self.cp_group,
+        )
 
 
 class DocumentArguments(torch.nn.Module):

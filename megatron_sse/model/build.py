@@ -27,9 +27,11 @@ from megatron_sse.config import (
     choose_layout,
     transformer_settings,
 )
+from megatron_sse.config.mixer import MixerSpec
+from megatron_sse.config.weights import model_weights
 from megatron_sse.model.attention import SoftmaxAttention, TorchAttention
 from megatron_sse.model.backend import Backend, choose_backend
-from megatron_sse.model.initialize import initialize_weights
+from megatron_sse.model.initialize import bind_weights, initialize_weights
 from megatron_sse.model.mixer import SSEMixer
 from megatron_sse.parallel.device import Device
 from megatron_sse.parallel.groups import split_by_node
@@ -46,7 +48,7 @@ def build_model(
     draw: bool = True,
     core_attention: type[TorchAttention] | None = None,
 ) -> list[GPTModel]:
-    """This rank's model chunks, one per virtual pipeline stage, with weights that depend on the seed alone.
+    """Build this rank's model chunks, one per virtual pipeline stage, with weights that depend on the seed alone.
 
     draw: False leaves the weights unset, for a caller that has others. core_attention: in place of the backend's.
     """
@@ -55,6 +57,7 @@ def build_model(
         backend = replace(backend, core_attention=core_attention)
     hand_off = make_hand_off(config, groups)
     transformer = transformer_config(config, backend)
+    weights = {weight.name: weight for weight in model_weights(config.model)}
     model_parallel_cuda_manual_seed(config.training.seed)
     num_chunks = config.parallel.virtual_pipeline
     chunks = []
@@ -63,14 +66,15 @@ def build_model(
             chunk = _build_chunk(
                 config.model, transformer, backend, hand_off, groups, stage if num_chunks > 1 else None
             )
+            bind_weights(chunk, weights, groups)
             if draw:
-                initialize_weights(chunk, groups, config.training.seed)
+                initialize_weights(chunk, groups, config.model, config.training.seed)
             chunks.append(chunk)
     return chunks
 
 
 def attend_over_context(backend: Backend, config: RunConfig) -> Backend:
-    """The backend, with plain torch's attention where its own cannot attend over this run's context ranks."""
+    """Return the backend, with plain torch's attention where its own cannot attend over this run's context ranks."""
     if not attends_over_context(config) or not backend.core_attention.wants_zigzag:
         return backend
     kind = attention_kind(config)
@@ -82,7 +86,7 @@ def attend_over_context(backend: Backend, config: RunConfig) -> Backend:
 
 
 def make_hand_off(config: RunConfig, groups: ProcessGroupCollection) -> HandOff:
-    """How this run's context ranks hand states along."""
+    """Return how this run's context ranks pass states along."""
     parallel = config.parallel
     shard = ContextShard(groups.cp.rank(), groups.cp.size(), choose_layout(config)[0])
     wire = torch.bfloat16 if parallel.hand_off_wire == "bf16" else None
@@ -125,7 +129,7 @@ def _build_chunk(
 
 
 def layer_spec(kind: str, model: ModelConfig, backend: Backend, hand_off: HandOff) -> ModuleSpec:
-    """A transformer layer with the mixer of `kind` (sse, gla, gdn, softmax) and a SwiGLU MLP."""
+    """Return a transformer layer with the mixer of `kind` (pattern.LAYER_KINDS) and a SwiGLU MLP."""
     mixer = _softmax_spec(model, backend) if kind == "softmax" else _sse_spec(kind, model, backend, hand_off)
     mlp = MLPSubmodules(linear_fc1=backend.column_parallel_linear, linear_fc2=backend.row_parallel_linear)
     return ModuleSpec(
@@ -162,9 +166,7 @@ def _softmax_spec(model: ModelConfig, backend: Backend) -> ModuleSpec:
 
 def _sse_spec(kind: str, model: ModelConfig, backend: Backend, hand_off: HandOff) -> ModuleSpec:
     params = {
-        "settings": model.sse,
-        "recurrence": model.sse.recurrence if kind == "sse" else kind,
-        "num_partitions": model.sse.num_partitions if kind == "sse" else 0,
+        "spec": MixerSpec(model.sse, kind),
         "backend": backend,
         "hand_off": hand_off,
         "input_convolution": model.input_convolution,
@@ -173,7 +175,7 @@ def _sse_spec(kind: str, model: ModelConfig, backend: Backend, hand_off: HandOff
 
 
 def transformer_config(config: RunConfig, backend: Backend) -> TransformerConfig:
-    """Megatron-Core's settings for a run."""
+    """Return Megatron-Core's settings for a run."""
     return TransformerConfig(
         **transformer_settings(config), gradient_accumulation_fusion=backend.fuse_gradient_accumulation
     )

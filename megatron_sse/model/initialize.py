@@ -1,13 +1,13 @@
 """Initial weights that do not depend on the layout.
 
-Every parameter is drawn whole, from a generator seeded by the run's seed and the parameter's name in the whole model,
-and each rank keeps its part. Any tensor, pipeline and data parallelism starts from the same model.
+Every parameter is drawn in full, from a generator seeded by the run's seed and the parameter's name in the complete
+model, and each rank keeps its part. Any tensor, pipeline and data parallelism starts from the same model.
 """
 
 import hashlib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,39 +15,52 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-_EMBEDDING = "embedding.word_embeddings.weight"
+from megatron_sse.config import ModelConfig
+from megatron_sse.config.weights import Initial, Weight
+from megatron_sse.errors import UserError
 
-# Fills the whole tensor in place.
+# Fills the full tensor in place.
 Draw = Callable[[Tensor, torch.Generator], object]
 
 
-def initialize_weights(chunk: GPTModel, groups: ProcessGroupCollection, seed: int) -> None:
+def bind_weights(chunk: GPTModel, weights: Mapping[str, Weight], groups: ProcessGroupCollection) -> None:
+    """Give each parameter of a model chunk its declaration, as the attribute `weight`.
+
+    Raises UserError for a parameter that is not declared, which only a field of model.transformer can add.
+    """
+    for name, parameter in chunk.named_parameters():
+        name = global_name(name, chunk)
+        if name not in weights:
+            raise UserError(f"model.transformer: a field adds the parameter {name}, which this model does not support")
+        weight = weights[name]
+        assert tuple(parameter.shape) == weight.local_shape(groups.tp.size()), (name, parameter.shape, weight)
+        parameter.weight = weight
+
+
+def initialize_weights(chunk: GPTModel, groups: ProcessGroupCollection, model: ModelConfig, seed: int) -> None:
     """Draw all parameters of a model chunk in place."""
     with torch.no_grad():
-        for name, parameter in chunk.named_parameters():
-            name, shape = global_name(name, chunk), _whole_shape(parameter, groups)
-            config = chunk.config
-            std = config.embedding_init_method_std if name == _EMBEDDING else config.init_method_std
-            whole = draw_whole(name, shape, seed, std, config.num_layers, parameter.device)
-            parameter.copy_(own_part(whole, parameter, groups.tp.rank(), groups.tp.size()))
+        for parameter in chunk.parameters():
+            full = draw_full(parameter.weight, model, seed, parameter.device)
+            parameter.copy_(own_part(full, parameter, groups.tp.rank(), groups.tp.size()))
 
 
-def draw_whole(
-    name: str, shape: Sequence[int], seed: int, std: float, num_layers: int, device: torch.device | str = "cpu"
-) -> Tensor:
-    """A whole initial weight, fp32. name: in the whole model; std, num_layers: of the model."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+def draw_full(weight: Weight, model: ModelConfig, seed: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return the full initial tensor of a weight, fp32."""
+    digest = hashlib.sha256(f"{seed}/{weight.name}".encode()).digest()
     generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
-    whole = torch.empty(shape, dtype=torch.float32, device=device)
-    _draw_for(name, std, num_layers)(whole, generator)
-    return whole
+    full = torch.empty(weight.shape, dtype=torch.float32, device=device)
+    _draw_for(weight.initial, model)(full, generator)
+    return full
 
 
 def global_name(name: str, chunk: GPTModel) -> str:
-    """The parameter's name with its layer's number in the whole model in place of that in the chunk; tied output
-    weights have the embedding's."""
+    """Return the parameter's name in the complete model: with the layer's number there in place of that in the chunk.
+
+    Tied output weights have the embedding's name.
+    """
     if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
-        return _EMBEDDING
+        return "embedding.word_embeddings.weight"
     match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
     if match is None:
         return name
@@ -55,57 +68,47 @@ def global_name(name: str, chunk: GPTModel) -> str:
     return f"decoder.layers.{layer}.{match[2]}"
 
 
-def own_part(whole: Tensor, parameter: Any, rank: int, size: int) -> Tensor:
-    """A tensor rank's part of a whole weight, by the attributes that Megatron-Core's modules set."""
+def own_part(full: Tensor, parameter: Any, rank: int, size: int) -> Tensor:
+    """Return a tensor rank's part of a full weight, by the attributes that Megatron-Core's modules set."""
     if not getattr(parameter, "tensor_model_parallel", False):
-        return whole
-    # stride 2: gate and up projections stand one after the other, and each is split.
+        return full
+    # stride 2: gate and up projections follow each other and each is split. Rank 0 of 2 holds pieces 0 and 2 of 4.
     dim, stride = parameter.partition_dim, parameter.partition_stride
-    pieces = whole.chunk(size * stride, dim)
+    pieces = full.chunk(size * stride, dim)
     return torch.cat(pieces[rank::size], dim)
 
 
-def _whole_shape(parameter: Any, groups: ProcessGroupCollection) -> list[int]:
-    shape = list(parameter.shape)
-    if getattr(parameter, "tensor_model_parallel", False):
-        shape[parameter.partition_dim] *= groups.tp.size()
-    return shape
+def _draw_log_rate(full: Tensor, generator: torch.Generator) -> None:
+    """Draw the log of uniform (0, 16], as the authors do but for the 0, whose log is -inf."""
+    full.uniform_(0, 1, generator=generator)
+    full.copy_((16 * (1 - full)).log())
 
 
-def _draw_for(name: str, std: float, num_layers: int) -> Draw:
-    leaf = name.rsplit(".", 1)[-1]
-    if leaf in _SPECIAL:
-        return _SPECIAL[leaf]
-    if leaf == "bias" or leaf == "layer_norm_bias":
-        return lambda whole, generator: whole.zero_()
-    if "norm" in name.rsplit(".", 2)[-2] or leaf in ("norm_weight", "layer_norm_weight"):
-        return lambda whole, generator: whole.fill_(1)
-    if any(part in name for part in (".out_proj.", ".linear_proj.", ".linear_fc2.")):
+def _draw_time_step_bias(full: Tensor, generator: torch.Generator) -> None:
+    """Draw the inverse softplus of time steps spread evenly over log [0.001, 0.1]."""
+    full.uniform_(math.log(0.001), math.log(0.1), generator=generator)
+    step = full.exp()
+    full.copy_(step + (-torch.expm1(-step)).log())
+
+
+def _draw_convolution(full: Tensor, generator: torch.Generator) -> None:
+    bound = full.shape[-1] ** -0.5
+    full.uniform_(-bound, bound, generator=generator)
+
+
+def _draw_for(initial: Initial, model: ModelConfig) -> Draw:
+    def normal(std: float) -> Draw:
+        return lambda full, generator: full.normal_(0, std, generator=generator)
+
+    draws: dict[Initial, Draw] = {
+        "normal": normal(model.init_std),
+        "embedding": normal(model.embedding_init_std or model.init_std),
         # Megatron-Core's scaling of what is added to the residual stream.
-        std /= math.sqrt(2 * num_layers)
-    return lambda whole, generator: whole.normal_(0, std, generator=generator)
-
-
-def _draw_log_rate(whole: Tensor, generator: torch.Generator) -> None:
-    """log of uniform (0, 16], as the authors draw it but for the 0, whose log is -inf."""
-    whole.uniform_(0, 1, generator=generator)
-    whole.copy_((16 * (1 - whole)).log())
-
-
-def _draw_time_step_bias(whole: Tensor, generator: torch.Generator) -> None:
-    """Inverse softplus of time steps spread evenly over log [0.001, 0.1]."""
-    whole.uniform_(math.log(0.001), math.log(0.1), generator=generator)
-    step = whole.exp()
-    whole.copy_(step + (-torch.expm1(-step)).log())
-
-
-def _draw_convolution(whole: Tensor, generator: torch.Generator) -> None:
-    bound = whole.shape[-1] ** -0.5
-    whole.uniform_(-bound, bound, generator=generator)
-
-
-_SPECIAL: dict[str, Draw] = {
-    "A_log": _draw_log_rate,
-    "dt_bias": _draw_time_step_bias,
-    "conv_weight": _draw_convolution,
-}
+        "residual": normal(model.init_std / math.sqrt(2 * model.num_layers)),
+        "ones": lambda full, generator: full.fill_(1),
+        "zeros": lambda full, generator: full.zero_(),
+        "log_rate": _draw_log_rate,
+        "time_step": _draw_time_step_bias,
+        "convolution": _draw_convolution,
+    }
+    return draws[initial]

@@ -17,12 +17,11 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint,
 from torch import Tensor
 from torch.nn.functional import silu
 
-from megatron_sse.config import SSEConfig
-from megatron_sse.config.schema import Recurrence
-from megatron_sse.kernels import BankInputs, BankOutputs, Edges, Routes, gated_norm, sse_attention
+from megatron_sse.config.mixer import MixerSpec
+from megatron_sse.config.weights import Weight, mixer_weights
+from megatron_sse.kernels import BankInputs, BankOutputs, Routes, gated_norm
 from megatron_sse.model.backend import Backend
-from megatron_sse.model.cache import CachedLayout
-from megatron_sse.model.convolution import InputConvolution, convolve_slots
+from megatron_sse.model.convolution import InputConvolution
 from megatron_sse.model.features import constant_decay, delta_decay, gate_decay, map_key, map_query
 from megatron_sse.model.metrics import LayerMetrics
 from megatron_sse.model.projections import LowRank
@@ -35,9 +34,8 @@ from megatron_sse.parallel.layout import TokenLayout
 class SSEMixer(MegatronModule):
     """Projections, router, banks, output norm and gate. Heads are split over the tensor group.
 
-    The input projection is one matrix with the rows of each key head together (q | k | the group's v, then for the
-    delta rule, per value head, the logits of decay and of write strength, shared | sparse), so that every contiguous
-    split over the tensor group holds whole heads.
+    The input projection is one matrix with the rows of each key head together (MixerSpec.head_rows), so that every
+    contiguous split over the tensor group holds complete heads.
     """
 
     def __init__(
@@ -45,9 +43,7 @@ class SSEMixer(MegatronModule):
         config: TransformerConfig,
         layer_number: int,
         pg_collection: ProcessGroupCollection,
-        settings: SSEConfig,
-        recurrence: Recurrence,
-        num_partitions: int,
+        spec: MixerSpec,
         backend: Backend,
         hand_off: HandOff,
         input_convolution: int,
@@ -55,87 +51,65 @@ class SSEMixer(MegatronModule):
     ):
         super().__init__(config)
         self.exchange = partial(exclusive_scan, hand_off=hand_off)
-        self.layer_number, self.settings, self.recurrence = layer_number, settings, recurrence
-        self.num_partitions = num_partitions
+        self.layer_number, self.spec, self.settings = layer_number, spec, spec.settings
+        self.num_partitions = spec.num_partitions
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
-        self.has_shared = settings.shared_bank or not num_partitions
-        self.num_kinds = self.has_shared + (num_partitions > 0)  # of banks: shared, sparse
-        self.key_map = settings.key_map_of(recurrence)
-        self.has_keys = self.key_map != "one_minus_decay"
-        self.num_heads = settings.num_heads // self.tp_group.size()
-        self.group_size = settings.num_value_heads // settings.num_heads
-        self.num_value_heads = self.num_heads * self.group_size
-        self.key_dim, self.value_dim = settings.head_dim, settings.value_head_dim
+        self.num_heads = spec.settings.num_heads // self.tp_group.size()
+        self.num_value_heads = self.num_heads * spec.group_size
+        self.key_dim, self.value_dim = spec.settings.head_dim, spec.settings.value_head_dim
         self.metrics = LayerMetrics()
+        self.weights = {weight.name: weight for weight in mixer_weights(spec, config.hidden_size)}
 
         self.input_convolution = None
         if input_convolution:
             self.input_convolution = InputConvolution(config, input_convolution, layer_number, pg_collection)
         self._build_projections(backend, pg_collection)
-        self._build_decay(backend, pg_collection)
-        if settings.short_convolution:
-            shape = (self.num_heads, 1 + self.has_keys, self.key_dim, settings.short_convolution)
-            self.conv_weight = self._split_parameter(torch.empty(shape, dtype=config.params_dtype))
-        self.norm_weight = torch.nn.Parameter(torch.ones(self.value_dim, dtype=config.params_dtype))
-        self.out_proj = backend.row_parallel_linear(
-            settings.num_value_heads * self.value_dim,
-            config.hidden_size,
-            config=config,
-            init_method=config.output_layer_init_method,
-            bias=False,
-            input_is_parallel=True,
-            skip_bias_add=True,
-            is_expert=False,
-            tp_group=pg_collection.tp,
-        )
-
-    def _build_projections(self, backend: Backend, pg_collection: ProcessGroupCollection) -> None:
-        settings, config, column = self.settings, self.config, backend.column_parallel_linear
-        scalars = 2 * self.num_kinds if self.recurrence == "gdn" else 0
-        self.head_rows = [self.key_dim, self.key_dim * self.has_keys]
-        self.head_rows += [self.group_size * self.value_dim, self.group_size * scalars]
-        self.in_proj = column(
-            config.hidden_size,
-            settings.num_heads * sum(self.head_rows),
-            config=config,
-            init_method=config.init_method,
-            gather_output=False,
-            bias=False,
-            skip_bias_add=False,
-            is_expert=False,
-            tp_group=pg_collection.tp,
-        )
-        key_size = settings.num_heads * self.key_dim
-        if self.num_partitions:
-            self.query_lora = LowRank(config, column, self.value_dim, key_size, pg_collection)
-            if self.has_keys:
-                self.key_lora = LowRank(config, column, self.value_dim, key_size, pg_collection)
-            self.router = Router(config, settings, self.num_partitions, pg_collection)
-        if settings.output_gate:
-            value_size = settings.num_value_heads * self.value_dim
-            self.output_gate = LowRank(config, column, self.value_dim, value_size, pg_collection)
-
-    def _build_decay(self, backend: Backend, pg_collection: ProcessGroupCollection) -> None:
-        settings, config = self.settings, self.config
-        dtype = torch.promote_types(config.params_dtype, torch.float32)
-        if self.recurrence == "gdn":
-            # fp32 also in bf16 runs: the decays are exponentials of exponentials of these.
-            self.A_log = self._split_parameter(torch.empty(self.num_value_heads, self.num_kinds, dtype=dtype))
-            self.dt_bias = self._split_parameter(torch.empty(self.num_value_heads, self.num_kinds, dtype=dtype))
-        elif settings.decay == "gate":
-            column, key_size = backend.column_parallel_linear, settings.num_heads * self.key_dim
-            self.decay_gates = torch.nn.ModuleList(
-                LowRank(config, column, settings.decay_low_rank, key_size, pg_collection, bias=True)
-                for _ in range(self.num_kinds)
-            )
-        elif settings.decay == "constant":
-            decay_H = constant_decay(settings.num_heads).chunk(self.tp_group.size())[self.tp_group.rank()]
+        for name in ("A_log", "dt_bias", "conv_weight", "norm_weight"):
+            if name in self.weights:
+                self.register_parameter(name, self._own_parameter(self.weights[name]))
+        if not spec.recurrence.delta_rule and spec.settings.decay == "constant":
+            decay_H = constant_decay(spec.settings.num_heads).chunk(self.tp_group.size())[self.tp_group.rank()]
+            dtype = torch.promote_types(config.params_dtype, torch.float32)
             self.register_buffer("constant_decay", decay_H.to(dtype), persistent=False)
 
-    def _split_parameter(self, value: Tensor) -> torch.nn.Parameter:
-        """A parameter whose first dim (heads) is split over the tensor group."""
-        parameter = torch.nn.Parameter(value)
-        set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
+    def _build_projections(self, backend: Backend, pg_collection: ProcessGroupCollection) -> None:
+        config = self.config
+        options: dict[str, Any] = {"config": config, "bias": False, "is_expert": False, "tp_group": pg_collection.tp}
+        rows, columns = self.weights["in_proj.weight"].shape
+        self.in_proj = backend.column_parallel_linear(
+            columns, rows, init_method=config.init_method, gather_output=False, skip_bias_add=False, **options
+        )
+        rows, columns = self.weights["out_proj.weight"].shape
+        self.out_proj = backend.row_parallel_linear(
+            columns,
+            rows,
+            init_method=config.output_layer_init_method,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            **options,
+        )
+
+        def low_rank(name: str) -> LowRank:
+            (rank, _), (size, _) = (self.weights[f"{name}.{half}.weight"].shape for half in ("down", "up"))
+            bias = f"{name}.up.bias" in self.weights
+            return LowRank(config, backend.column_parallel_linear, rank, size, pg_collection, bias)
+
+        for name in ("query_lora", "key_lora", "output_gate"):
+            if f"{name}.down.weight" in self.weights:
+                self.add_module(name, low_rank(name))
+        if self.num_partitions:
+            self.router = Router(config, self.settings, self.num_partitions, pg_collection)
+        if self.spec.has_decay_gates:
+            gates = (low_rank(f"decay_gates.{kind}") for kind in range(self.spec.num_bank_kinds))
+            self.decay_gates = torch.nn.ModuleList(gates)
+
+    def _own_parameter(self, weight: Weight) -> torch.nn.Parameter:
+        """Return a parameter of the mixer itself. Those that are split are split by heads, their first dim."""
+        dtype = self.config.params_dtype
+        dtype = torch.promote_types(dtype, torch.float32) if weight.fp32 else dtype
+        parameter = torch.nn.Parameter(torch.ones(weight.local_shape(self.tp_group.size()), dtype=dtype))
+        if weight.split is not None:
+            set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=weight.split, stride=1)
         return parameter
 
     def forward(
@@ -156,26 +130,29 @@ class SSEMixer(MegatronModule):
         shared, sparse, v_THV = self._bank_inputs(hidden_states, layout)
         routes, balance_loss = self.router(hidden_states, layout) if self.num_partitions else (None, None)
         sparse, options = self._weigh(sparse, routes)
-        if isinstance(layout, CachedLayout):
-            options |= {"exchange": self.exchange, "group": self.cp_group}
-            banks = layout.layers[self.layer_number].attend(shared, sparse, v_THV, routes, layout, **options)
-        else:
-            edges = self._edges(layout)
-            banks = sse_attention(
-                shared, sparse, v_THV, routes, layout.offsets_D1, layout.document_T, edges=edges, **options
-            )
+        banks = layout.attend_banks(
+            self.layer_number,
+            shared,
+            sparse,
+            v_THV,
+            routes,
+            exchange=self.exchange,
+            group=self.cp_group,
+            **options,
+        )
         out = self._project_out(banks, hidden_states, layout)
         if balance_loss is not None and layout.layer_loss_scale is not None:
             scale = (self.settings.balance_loss * layout.layer_loss_scale).to(balance_loss)
             out = AttachLoss.apply(out, balance_loss, scale)
         # Recomputed layers run forward twice: once without gradients, which is not counted.
         if self.training and torch.is_grad_enabled():
+            assert banks.final_DBHKV is not None
             self.metrics.add(shared.g, routes, balance_loss, banks.final_DBHKV)
         return out, None
 
     def _weigh(self, sparse: BankInputs | None, routes: Routes | None) -> tuple[BankInputs | None, dict[str, Any]]:
-        """Where the router's weights act: on the sparse banks' write strengths here, elsewhere as the options say."""
-        gate = self.settings.gate if self.recurrence == "gdn" else "post_norm"
+        """Apply the router's weights where they act on the sparse banks' write strengths; the options say the rest."""
+        gate = self.settings.gate if self.spec.recurrence.delta_rule else "post_norm"
         weight_writes = self.settings.weight_writes
         if gate == "beta":
             if weight_writes and sparse is not None and sparse.beta_TH is not None and routes is not None:
@@ -186,14 +163,16 @@ class SSEMixer(MegatronModule):
         return sparse, options | {"form": self.settings.form}
 
     def _bank_inputs(self, hidden_LBd: Tensor, layout: TokenLayout) -> tuple[BankInputs, BankInputs | None, Tensor]:
-        """Queries, keys, decays of the shared and of the sparse banks, and the values of both."""
-        rows = _flatten(self.in_proj(hidden_LBd)[0]).unflatten(-1, (self.num_heads, -1)).split(self.head_rows, -1)
-        q_THK, k_THK, v_THV = rows[0], rows[1] if self.has_keys else None, rows[2]
-        v_THV = silu(v_THV.unflatten(-1, (self.group_size, self.value_dim)).flatten(1, 2))
-        decays, betas = self._decays(hidden_LBd, rows[3])
+        """Return queries, keys, decays of the shared and of the sparse banks, and the values of both."""
+        head_rows = self.spec.head_rows
+        parts = _flatten(self.in_proj(hidden_LBd)[0]).unflatten(-1, (self.num_heads, -1))
+        rows = dict(zip(head_rows, parts.split(list(head_rows.values()), -1), strict=True))
+        q_THK, k_THK = rows["q"], rows.get("k")
+        v_THV = silu(rows["v"].unflatten(-1, (self.spec.group_size, self.value_dim)).flatten(1, 2))
+        decays, betas = self._decays(hidden_LBd, rows["scalars"])
 
         queries, keys = [], []
-        if self.has_shared:
+        if self.spec.has_shared:
             queries, keys = [q_THK], [k_THK]
         if self.num_partitions:
             queries.append(q_THK + self._heads(self.query_lora(hidden_LBd)))
@@ -203,50 +182,50 @@ class SSEMixer(MegatronModule):
             queries[0], keys[0] = self._convolve(q_THK, k_THK, layout)
         banks = []
         for q, k, g, beta in zip(queries, keys, decays, betas, strict=True):
-            k, g = map_key(k, g, self.key_map, self.settings.key_topk)
+            k, g = map_key(k, g, self.spec.key_map, self.settings.key_topk)
             banks.append(BankInputs(map_query(q, self.settings.query_map), k, g, beta))
-        if not self.has_shared:
+        if not self.spec.has_shared:
             # Nothing is written to it: a comparison for studies, which costs as much as having it.
             banks.insert(0, replace(banks[0], k_THK=torch.zeros_like(banks[0].k_THK)))
         return banks[0], banks[1] if self.num_partitions else None, v_THV
 
     def _decays(self, hidden_LBd: Tensor, scalars: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Log decays and write strengths by kind of bank; decays [T, H, K], for the delta rule [T, value heads]."""
-        if self.recurrence == "gdn":
-            scalars = scalars.unflatten(-1, (self.group_size, 2, self.num_kinds)).flatten(1, 2)
-            decay = delta_decay(scalars[:, :, 0], self.A_log, self.dt_bias)
-            beta = scalars[:, :, 1].to(decay.dtype).sigmoid() * (2 if self.settings.negative_eigenvalues else 1)
-            return list(decay.unbind(-1)), list(beta.unbind(-1))
-        no_beta: list[Tensor | None] = [None] * self.num_kinds
-        if self.settings.decay == "gate":
+        """Return log decays and write strengths, by kind of bank, as BankInputs takes them.
+
+        scalars: the input projection's, [T, H, group x scalars x kinds of banks].
+        """
+        recurrence, kinds = self.spec.recurrence, self.spec.num_bank_kinds
+        if recurrence.delta_rule:
+            return self._delta_rule_decays(hidden_LBd, scalars)
+        no_beta: list[Tensor | None] = [None] * kinds
+        if self.spec.has_decay_gates:
             logits = [self._heads(gate(hidden_LBd)) for gate in self.decay_gates]
             return [gate_decay(logit, self.settings.decay_normalizer) for logit in logits], no_beta
         num_tokens = scalars.shape[0]
         decay_H = self.constant_decay if self.settings.decay == "constant" else scalars.new_zeros(self.num_heads)
-        return [decay_H[:, None].expand(num_tokens, -1, self.key_dim)] * self.num_kinds, no_beta
+        return [decay_H[:, None].expand(num_tokens, -1, self.key_dim)] * kinds, no_beta
+
+    def _delta_rule_decays(self, hidden_LBd: Tensor, scalars: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
+        recurrence, kinds = self.spec.recurrence, self.spec.num_bank_kinds
+        # [T, value heads, kinds] by scalar.
+        by_scalar = scalars.unflatten(-1, (self.spec.group_size, -1, kinds)).flatten(1, 2).unbind(2)
+        named = dict(zip(recurrence.scalars, by_scalar, strict=True))
+        rates, biases = self.A_log.unbind(1), self.dt_bias.unbind(1)
+        if recurrence.channel_decay:
+            logits = [_flatten(gate(hidden_LBd)).unflatten(-1, (-1, self.key_dim)) for gate in self.decay_gates]
+            rates = tuple(rate[:, None] for rate in rates)
+        else:
+            logits = list(named["decay"].unbind(-1))
+        decays = [delta_decay(*parts) for parts in zip(logits, rates, biases, strict=True)]
+        beta = named["beta"].to(self.A_log.dtype).sigmoid() * (2 if self.settings.negative_eigenvalues else 1)
+        return decays, list(beta.unbind(-1))
 
     def _convolve(self, q_THK: Tensor, k_THK: Tensor | None, layout: TokenLayout) -> tuple[Tensor, Tensor | None]:
         stacked = torch.stack((q_THK,) if k_THK is None else (q_THK, k_THK), dim=2)
-        weight_CW = self.conv_weight.flatten(0, 2)
-        if isinstance(layout, CachedLayout):
-            tail = layout.layers[self.layer_number].tails["banks"]
-            out = tail.convolve(stacked.flatten(1), weight_CW, layout, self.cp_group)
-        else:
-            x_FBLC, position_FBL = (
-                x.view(layout.batch_size, layout.shard.num_slots, -1, *x.shape[1:]).transpose(0, 1)
-                for x in (stacked.flatten(1), layout.position_BL.flatten())
-            )
-            out = convolve_slots(x_FBLC, weight_CW, position_FBL, layout.shard.chain, self.cp_group)
-            out = out.transpose(0, 1).flatten(0, 2)
-        out = out.view_as(stacked)
+        x_LBC = stacked.flatten(1).unflatten(0, (layout.batch_size, layout.length)).transpose(0, 1)
+        out_LBC = layout.convolve(self.layer_number, "banks", x_LBC, self.conv_weight.flatten(0, 2), self.cp_group)
+        out = _flatten(out_LBC).view_as(stacked)
         return out[:, :, 0], None if k_THK is None else out[:, :, 1]
-
-    def _edges(self, layout: TokenLayout) -> Edges | None:
-        """Documents that go on in other slots."""
-        edges = layout.edges
-        if edges is None:
-            return None
-        return Edges(edges.entry_FB, edges.continues_FB, edges.exit_FB, edges.carries_FB, self.exchange)
 
     def _project_out(self, banks: BankOutputs, hidden_LBd: Tensor, layout: TokenLayout) -> Tensor:
         """Sum over banks, per-head RMSNorm, output gate, projection."""
@@ -261,6 +240,7 @@ class SSEMixer(MegatronModule):
         return self.out_proj(o_LBV.to(hidden_LBd.dtype))[0]
 
     def _heads(self, x_LBF: Tensor) -> Tensor:
+        """Split the channels of flat tokens into key heads."""
         return _flatten(x_LBF).unflatten(-1, (self.num_heads, -1))
 
     def sharded_state_dict(
@@ -269,7 +249,7 @@ class SSEMixer(MegatronModule):
         """Megatron-Core's checkpoint description: its own parameters of heads are split over the tensor group."""
         own: dict[str, Tensor] = {}
         self._save_to_state_dict(own, "", keep_vars=True)
-        split = {name: 0 for name in ("A_log", "dt_bias", "conv_weight") if name in own}
+        split = {name: dim for name in own if (dim := self.weights[name].split) is not None}
         state = make_sharded_tensors_for_checkpoint(
             own, prefix, split, sharded_offsets, tp_group=self.tp_group, dp_cp_group=(metadata or {})["dp_cp_group"]
         )
@@ -293,5 +273,5 @@ class SSEMixer(MegatronModule):
 
 
 def _flatten(x_LBF: Tensor) -> Tensor:
-    """[L, B, F] to flat tokens [B * L, F]."""
+    """Turn [L, B, F] into flat tokens [B * L, F]."""
     return x_LBF.transpose(0, 1).flatten(0, 1)

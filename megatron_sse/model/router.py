@@ -11,7 +11,6 @@ from torch import Tensor
 
 from megatron_sse.config import SSEConfig
 from megatron_sse.kernels import Routes, join_routes, route
-from megatron_sse.model.cache import CachedLayout
 from megatron_sse.model.features import softmax_fp32
 from megatron_sse.model.projections import ReplicatedLinear
 from megatron_sse.parallel.collectives import sum_gradient, sum_value
@@ -36,7 +35,7 @@ class Router(torch.nn.Module):
         self.replay: Callable[[TokenLayout], Tensor] | None = None
 
     def forward(self, hidden_LBd: Tensor, layout: TokenLayout) -> tuple[Routes, Tensor | None]:
-        """The picks of all B * L tokens, and the balance loss of the micro-batch (None where text is generated).
+        """Return the picks of all B * L tokens, and the balance loss of the micro-batch (None where text is generated).
 
         hidden_LBd: [L, B, d], under sequence parallelism this rank's part of L. R routers in what follows.
         """
@@ -48,7 +47,7 @@ class Router(torch.nn.Module):
             prob_LBRN = sum_gradient(own_LBRN, self.tp_group)
         picks_TP = None if self.replay is None else self.replay(layout)
         routes = self._route(prob_LBRN.transpose(0, 1).flatten(0, 1).unbind(1), picks_TP)
-        loss = None if isinstance(layout, CachedLayout) else self._balance_loss(own_LBRN[:, :, 0], routes, layout)
+        loss = self._balance_loss(own_LBRN[:, :, 0], routes, layout) if layout.has_layer_losses else None
         return routes, loss
 
     def _route(self, prob_RTN: Sequence[Tensor], picks_TP: Tensor | None) -> Routes:
@@ -62,7 +61,7 @@ class Router(torch.nn.Module):
         return replace(routes, weight_TP=self.weight_scale * routes.weight_TP)
 
     def _balance_loss(self, own_LBN: Tensor, routes: Routes, layout: TokenLayout) -> Tensor:
-        """(N / K) sum_i f_i p_i over real tokens: f the share of tokens that write to i, p the mean probability.
+        """Return (N / K) sum_i f_i p_i over real tokens: f the share of tokens that write to i, p the mean probability.
 
         Both are means over all context ranks: the product of means is not the mean of products. Computed from the
         probabilities before they enter the heads' region, so that its gradient, complete on every tensor rank, is not
@@ -85,7 +84,7 @@ class Router(torch.nn.Module):
 
 
 class AttachLoss(torch.autograd.Function):
-    """Hands `x` on unchanged and gives `loss` the gradient `scale`: a layer's own loss, apart from the output."""
+    """Pass `x` through unchanged and give `loss` the gradient `scale`: a layer's own loss beside its output."""
 
     @staticmethod
     def forward(ctx, x, loss, scale):

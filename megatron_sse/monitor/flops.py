@@ -6,7 +6,9 @@ counted either: the number says what the model needs, whatever a run does to sav
 
 from __future__ import annotations
 
-from megatron_sse.config import ModelConfig, SoftmaxConfig, SSEConfig
+from megatron_sse.config import ModelConfig
+from megatron_sse.config.mixer import MixerSpec
+from megatron_sse.config.weights import layer_weights
 
 # Dense bf16 operations per second, from NVIDIA's data sheets. The first name found counts.
 PEAK_FLOPS = {
@@ -20,64 +22,46 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 operations per second of a GPU, None where it is not known."""
+    """Return the dense bf16 operations per second of a GPU; None where it is not known."""
     return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
 
 
 def train_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
-    """Operations of forward and backward, the backward pass being two forward ones."""
+    """Return the operations of forward and backward, the backward pass counting as two forward ones."""
     return 3 * forward_flops_per_token(model, sequence_length)
 
 
 def forward_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
-    """Operations of one forward pass per token of a sequence of one document."""
-    hidden = model.hidden_size
-    total = 2.0 * hidden * model.vocab_size
+    """Return the operations of one forward pass per token of a sequence of one document."""
+    # The rows that pad the vocabulary are not counted.
+    total = 2.0 * model.hidden_size * model.vocab_size
     for kind in model.layer_kinds():
-        total += 2.0 * hidden * (3 * model.ffn_hidden_size + model.input_convolution)
-        if kind == "softmax":
-            total += softmax_flops(model.softmax, hidden, sequence_length)
-        else:
-            total += sse_flops(model.sse, hidden, kind)
+        weights = sum(weight.size for weight in layer_weights(model, kind) if weight.multiplied)
+        total += 2.0 * weights + _attention_flops(model, kind, sequence_length)
     return total
 
 
-def sse_flops(sse: SSEConfig, hidden: int, kind: str) -> float:
-    """Forward operations per token of an sse, gla or gdn layer without its MLP."""
-    keys, values = sse.num_heads * sse.head_dim, sse.num_value_heads * sse.value_head_dim
-    recurrence = sse.recurrence if kind == "sse" else kind
-    sparse = kind == "sse" and sse.num_partitions > 0
-    shared = sse.shared_bank or not sparse
-
-    # With key = 1 - decay there is no key projection.
-    maps = 1 if sse.key_map == "one_minus_decay" else 2
-    weights = hidden * (maps * keys + 2 * values)
-    if sparse:
-        weights += hidden * sse.num_routers * sse.num_partitions + maps * sse.value_head_dim * (hidden + keys)
-    if recurrence == "gdn":
-        decay = hidden * 2 * sse.num_value_heads
-    else:
-        decay = sse.decay_low_rank * (hidden + keys) if sse.decay == "gate" else 0
-    weights += decay * (shared + sparse)
-    if sse.output_gate:
-        weights += sse.value_head_dim * (hidden + values)
-    weights += maps * sse.short_convolution * keys
-
-    # A write is k^T v, for the delta rule also k S; a read is q S: each a product with a key x value state.
-    writes = shared + (sse.num_writers if sparse else 0)
-    reads = shared + (sse.num_readers if sparse else 0)
-    products = writes * (2 if recurrence == "gdn" else 1) + reads
-    return 2.0 * (weights + products * values * sse.head_dim)
+def mixer_flops(model: ModelConfig, kind: str, sequence_length: int) -> float:
+    """Return the forward operations per token of the mixer of a layer of `kind`, without what is in front of it."""
+    weights = sum(weight.size for weight in layer_weights(model, kind) if weight.multiplied and weight.part == kind)
+    return 2.0 * weights + _attention_flops(model, kind, sequence_length)
 
 
-def softmax_flops(softmax: SoftmaxConfig, hidden: int, sequence_length: int) -> float:
-    """Forward operations per token of a softmax attention layer without its MLP, causal and windowed as configured."""
-    weights = hidden * softmax.head_dim * (2 * softmax.num_heads + 2 * softmax.num_kv_heads)
-    context = mean_context(sequence_length, softmax.window)
-    return 2.0 * (weights + 2 * softmax.num_heads * softmax.head_dim * context)
+def _attention_flops(model: ModelConfig, kind: str, sequence_length: int) -> float:
+    """Return the operations per token that involve no weights: scores and sums of values, or writes and reads."""
+    if kind == "softmax":
+        softmax = model.softmax
+        context = mean_context(sequence_length, softmax.window)
+        return 2.0 * 2 * softmax.num_heads * softmax.head_dim * context
+    mixer, sse = MixerSpec(model.sse, kind), model.sse
+    writes = mixer.has_shared + (sse.num_writers if mixer.num_partitions else 0)
+    reads = mixer.has_shared + (sse.num_readers if mixer.num_partitions else 0)
+    # A read is q S; each is a product with a key x value state.
+    products = writes * mixer.recurrence.write_products + reads
+    return 2.0 * products * mixer.value_size * sse.head_dim
 
 
 def mean_context(length: int, window: int | None) -> float:
-    """Tokens that a token of a causal sequence sees on average, its own included."""
+    """Return how many tokens a token of a causal sequence sees on average, its own included."""
     window = min(window or length, length)
     return (window * (window + 1) / 2 + (length - window) * window) / length

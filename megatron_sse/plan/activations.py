@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from megatron_sse.kernels.chunks import choose_chunk_size
+from megatron_sse.kernels.registry import KERNELS
 from megatron_sse.kernels.triton.rows import CHUNK_SIZE, choose_chunks_per_piece
 from megatron_sse.plan.sizes import FP32, Mixer, Sizes
 
@@ -76,26 +77,27 @@ def _softmax(sizes: Sizes) -> int:
 
 
 def recurrent_activations(sizes: Sizes, kind: str) -> Kept:
-    """Kept of the mixer of an sse, gla or gdn layer, without its input."""
+    """Return what is kept of the mixer of an SSE layer, without its input."""
     mixer = sizes.of_mixer(kind)
     kept = sizes.tokens * (_inputs(sizes, mixer) + _router(sizes, mixer)) + _low_ranks(sizes, mixer)
-    recurrence = _torch_recurrence if sizes.kernels == "torch" else _triton_recurrence
+    uses_torch = sizes.kernels == "torch" or not KERNELS[mixer.spec.recurrence.name].has_triton
+    recurrence = _torch_recurrence if uses_torch else _triton_recurrence
     return recurrence(sizes, mixer).plus(kept)
 
 
 def _inputs(sizes: Sizes, mixer: Mixer) -> int:
     """Projections, and what becomes of queries, keys and decays; for each token."""
     sse, element = sizes.config.model.sse, sizes.element
-    scalars = 2 * mixer.gates * mixer.value_heads if mixer.is_delta else 0
+    recurrence = mixer.spec.recurrence
+    scalars = len(recurrence.scalars) * mixer.gates * mixer.value_heads
     kept = element * (mixer.maps * mixer.keys + mixer.values + scalars)
     if mixer.value_heads > mixer.heads:
         kept += element * mixer.values
     sparse = mixer.banks - 1
-    key_map = sse.key_map_of("gdn" if mixer.is_delta else "gla")
     kept += mixer.banks * FP32 * mixer.keys if sse.query_map == "softmax" else sparse * element * mixer.keys
-    kept += sparse * element * mixer.keys if key_map == "silu" else mixer.banks * FP32 * mixer.keys
-    if mixer.is_delta:
-        kept += mixer.banks * FP32 * (3 * mixer.value_heads + 2 * (mixer.keys + mixer.heads))
+    kept += sparse * element * mixer.keys if mixer.spec.key_map == "silu" else mixer.banks * FP32 * mixer.keys
+    if recurrence.delta_rule:
+        kept += mixer.banks * FP32 * (2 * mixer.decays + mixer.value_heads + 2 * (mixer.keys + mixer.heads))
     elif sse.decay == "gate":
         kept += 2 * mixer.gates * FP32 * mixer.keys
     kept += sse.short_convolution * mixer.maps * mixer.keys * element
@@ -106,7 +108,7 @@ def _low_ranks(sizes: Sizes, mixer: Mixer) -> int:
     """Inputs of the second halves of low-rank pairs."""
     sse = sizes.config.model.sse
     ranks = sse.value_head_dim * ((mixer.maps if mixer.partitions else 0) + sse.output_gate)
-    if not mixer.is_delta and sse.decay == "gate":
+    if mixer.spec.has_decay_gates:
         ranks += sse.decay_low_rank * mixer.gates
     return sizes.stream_tokens * ranks * sizes.element
 
@@ -150,7 +152,8 @@ def _torch_recurrence(sizes: Sizes, mixer: Mixer) -> Kept:
     rows = sizes.tokens * (1 + _picks(sizes, mixer))
     size = choose_chunk_size(rows, _segments(sizes, mixer))
     num_chunks = rows // size + _segments(sizes, mixer)
-    gates = 2 if mixer.is_delta else mixer.key_dim
+    recurrence = mixer.spec.recurrence
+    gates = (mixer.key_dim if recurrence.channel_decay else 1) + recurrence.delta_rule
     # Queries, keys, values, decays, and the queries as they meet the entering state.
     width = FP32 * (3 * mixer.key_dim + mixer.value_dim + gates) + INT64
     kept = mixer.value_heads * (num_chunks * size * width + rows * INT64)
@@ -165,13 +168,13 @@ def _triton_recurrence(sizes: Sizes, mixer: Mixer) -> Kept:
     sse, element = sizes.config.model.sse, sizes.element
     picks = _picks(sizes, mixer)
     rows = sizes.tokens * (1 + picks)
-    if mixer.is_delta:
+    if mixer.spec.recurrence.delta_rule:
         inputs = mixer.banks * (2 * element * mixer.keys + 2 * FP32 * mixer.value_heads)
     else:
         # Decays that are the same for all tokens are written out, for both kinds of banks.
         inputs = FP32 * mixer.keys * (mixer.banks if sse.decay == "gate" else 2)
         # What was kept already where it is fp32: the results of a softmax.
-        maps = (sse.query_map, sse.key_map_of("gla"))
+        maps = (sse.query_map, mixer.spec.key_map)
         inputs += mixer.banks * element * mixer.keys * sum(m == "silu" or element < FP32 for m in maps)
     # Values, the outputs of all banks, and the output gate.
     kept = sizes.tokens * (inputs + element * mixer.values * (2 + picks + sse.output_gate))

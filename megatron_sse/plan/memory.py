@@ -9,7 +9,8 @@ from megatron_sse.plan.activations import Kept, end_activations, layer_activatio
 from megatron_sse.plan.parameters import chunk_buffers, stage_chunks
 from megatron_sse.plan.sizes import FP32, Sizes
 
-# A rank's states, as often as exclusive_scan holds them at most at one time (tests/parallel/test_handoff_volume.py).
+# How many copies of a rank's states exclusive_scan holds at most, without and with the delta rule; counted by
+# tests/parallel/test_handoff_volume.py.
 HAND_OFF_COPIES = {False: 4.2, True: 5.1}
 
 
@@ -86,7 +87,7 @@ def _hand_off(sizes: Sizes) -> int:
     for kind in set(config.model.layer_kinds()) - {"softmax"}:
         mixer = sizes.of_mixer(kind)
         banks = config.training.micro_batch_size * sizes.num_slots * (1 + mixer.partitions)
-        copies = HAND_OFF_COPIES[mixer.is_delta]
+        copies = HAND_OFF_COPIES[mixer.spec.recurrence.delta_rule]
         if config.parallel.hand_off == "allgather":
             copies *= config.parallel.context
         largest = max(largest, int(copies * banks * mixer.state * FP32))

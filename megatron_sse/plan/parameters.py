@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_sse.config import RunConfig, uses_distributed_optimizer
-from megatron_sse.config.weights import Weight, embedding_weight, layer_weights, norm_weight
+from megatron_sse.config.weights import Weight, embedding_weight, final_norm_weight, layer_weights, output_weight
 from megatron_sse.plan.sizes import FP32, Sizes
 
 # Megatron-Core's distributed optimizer: every parameter starts at a multiple of this, and
@@ -39,10 +39,10 @@ def chunk_weights(config: RunConfig, chunk: Chunk) -> list[Weight]:
     weights = [embedding_weight(model)] if chunk.is_first else []
     weights += [weight for kind in chunk.kinds for weight in layer_weights(model, kind)]
     if chunk.is_last:
-        weights.append(norm_weight(model))
+        weights.append(final_norm_weight(model))
         # A tied output is the embedding itself, or on another stage a copy of it.
         if not (model.tie_embeddings and chunk.is_first):
-            weights.append(embedding_weight(model, "output"))
+            weights.append(output_weight(model))
     return weights
 
 

@@ -8,7 +8,7 @@ from dataclasses import fields
 from megatron_sse.config import RunConfig
 from megatron_sse.config.derive import count_parameters, describe_run
 from megatron_sse.config.pattern import LAYER_KINDS
-from megatron_sse.monitor.flops import forward_flops_per_token, softmax_flops, sse_flops, train_flops_per_token
+from megatron_sse.monitor.flops import forward_flops_per_token, mixer_flops, train_flops_per_token
 from megatron_sse.plan.ceilings import GIB, Gpu, StepTime
 from megatron_sse.plan.memory import Memory, kept_of_step
 from megatron_sse.plan.search import HEADROOM, LONGEST, Layout, with_settings
@@ -79,12 +79,10 @@ def _operations(config: RunConfig) -> list[str]:
     used = Counter(model.layer_kinds())
     lines = [f"operations per token at {length:,} tokens, millions"]
     for kind in LAYER_KINDS:
-        if kind == "softmax" and model.softmax.num_heads is not None and model.softmax.head_dim is not None:
-            count = softmax_flops(model.softmax, model.hidden_size, length)
-        elif kind != "softmax" and model.sse.num_heads is not None and model.sse.head_dim is not None:
-            count = sse_flops(model.sse, model.hidden_size, kind)
-        else:
+        settings = model.softmax if kind == "softmax" else model.sse
+        if settings.num_heads is None or settings.head_dim is None:
             continue
+        count = mixer_flops(model, kind, length)
         lines.append(f"  {f'{kind} layer, forward':<26}{count / 1e6:>18,.1f}  {used[kind]} in the model")
     lines.append(f"  {'MLP, forward':<26}{6 * model.hidden_size * model.ffn_hidden_size / 1e6:>18,.1f}")
     lines.append(f"  {'model, forward':<26}{forward_flops_per_token(model, length) / 1e6:>18,.1f}")

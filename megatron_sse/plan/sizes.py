@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_sse.config import RunConfig, choose_layout
+from megatron_sse.config.mixer import MixerSpec
 from megatron_sse.parallel.sharding import Chain, ContextShard
 
 FP32 = 4
@@ -61,33 +62,41 @@ class Sizes:
         return len(self.chain) // self.config.parallel.context
 
     def of_mixer(self, kind: str) -> Mixer:
-        """Sizes of an sse, gla or gdn layer on one tensor rank."""
-        sse, tensor = self.config.model.sse, self.config.parallel.tensor
-        recurrence = sse.recurrence if kind == "sse" else kind
-        return Mixer(
-            is_delta=recurrence == "gdn",
-            partitions=sse.num_partitions if kind == "sse" else 0,
-            shared_bank=sse.shared_bank,
-            maps=1 if sse.key_map == "one_minus_decay" else 2,
-            heads=sse.num_heads // tensor,
-            value_heads=sse.num_value_heads // tensor,
-            key_dim=sse.head_dim,
-            value_dim=sse.value_head_dim,
-        )
+        """Return the sizes of an SSE layer on one tensor rank."""
+        return Mixer(MixerSpec(self.config.model.sse, kind), self.config.parallel.tensor)
 
 
 @dataclass(frozen=True)
 class Mixer:
-    """maps: projections of the input to queries and keys, 1 where keys come from the decay; the rest by its name."""
+    """One of `tensor` ranks' part of a mixer."""
 
-    is_delta: bool
-    partitions: int
-    shared_bank: bool
-    maps: int
-    heads: int
-    value_heads: int
-    key_dim: int
-    value_dim: int
+    spec: MixerSpec
+    tensor: int
+
+    @property
+    def partitions(self) -> int:
+        return self.spec.num_partitions
+
+    @property
+    def maps(self) -> int:
+        """Projections of the input to queries and keys."""
+        return len(self.spec.maps)
+
+    @property
+    def heads(self) -> int:
+        return self.spec.settings.num_heads // self.tensor
+
+    @property
+    def value_heads(self) -> int:
+        return self.spec.settings.num_value_heads // self.tensor
+
+    @property
+    def key_dim(self) -> int:
+        return self.spec.settings.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        return self.spec.settings.value_head_dim
 
     @property
     def banks(self) -> int:
@@ -97,7 +106,7 @@ class Mixer:
     @property
     def gates(self) -> int:
         """Kinds of banks that have decays and write strengths of their own."""
-        return self.banks if self.shared_bank else 1
+        return self.spec.num_bank_kinds
 
     @property
     def keys(self) -> int:
@@ -108,6 +117,11 @@ class Mixer:
         return self.value_heads * self.value_dim
 
     @property
+    def decays(self) -> int:
+        """Log decays of one token in one kind of bank."""
+        return self.spec.decay_size // self.tensor if self.spec.recurrence.channel_decay else self.value_heads
+
+    @property
     def state(self) -> int:
         """Elements of the states of one bank."""
         return self.value_heads * self.key_dim * self.value_dim
@@ -115,4 +129,4 @@ class Mixer:
     @property
     def transition(self) -> int:
         """Elements of what a span does to the states of one bank: a decay per channel, or a matrix."""
-        return self.value_heads * self.key_dim * (self.key_dim if self.is_delta else 1)
+        return self.value_heads * self.key_dim * (self.key_dim if self.spec.recurrence.delta_rule else 1)

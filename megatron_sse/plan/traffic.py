@@ -83,7 +83,7 @@ def _layer_over_tensor(sizes: Sizes, kind: str) -> Passes:
     sse, mixer = config.model.sse, sizes.of_mixer(kind)
     ranks = [sse.value_head_dim] * (mixer.maps if mixer.partitions else 0)
     ranks += [sse.value_head_dim] if sse.output_gate else []
-    ranks += [sse.decay_low_rank] * mixer.gates if not mixer.is_delta and sse.decay == "gate" else []
+    ranks += [sse.decay_low_rank] * mixer.gates if mixer.spec.has_decay_gates else []
     for rank in ranks:
         inner = _columns(sizes, tokens * rank * sizes.element)
         forward, backward = forward + inner.forward, backward + inner.backward
@@ -154,7 +154,7 @@ def _layer_over_context(sizes: Sizes, kind: str, rank: int) -> Passes:
         config.training.micro_batch_size * mixer.value_heads * (1 + mixer.partitions),
         mixer.key_dim,
         mixer.value_dim,
-        mixer.is_delta,
+        mixer.spec.recurrence.delta_rule,
         parallel.hand_off,
         FP32,
         2 if parallel.hand_off_wire == "bf16" else None,

@@ -10,10 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.patches import Patch, Rectangle
 
-from megatron_sse.config.pattern import expand_pattern
+from megatron_sse.config.pattern import LAYER_KINDS, expand_pattern
 from megatron_sse.plot.read import RunLog
 
-KINDS = {"sse": "#0072B2", "gla": "#56B4E9", "gdn": "#009E73", "softmax": "#E69F00"}
+_COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#F0E442")
+KINDS = dict(zip((kind for kind in LAYER_KINDS if kind != "softmax"), _COLOURS, strict=False)) | {"softmax": "#E69F00"}
 # More boxes than these in a row would be too small to read: the first copy of the model stands for all.
 MOST_BOXES = 16
 MOST_NUMBERS = 32

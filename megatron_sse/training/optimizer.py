@@ -73,7 +73,7 @@ def build_optimizer(
     _provide_adam()
     settings = config.optimizer
     bf16 = config.training.precision == "bf16"
-    no_decay = ParamWithNamePredicate("no_decay", lambda parameter, name: not decays(name, parameter))
+    no_decay = ParamWithNamePredicate("no_decay", lambda parameter, name: not parameter.weight.decayed)
     in_fp32 = ParamWithNamePredicate("in_fp32", lambda parameter, name: bf16 and parameter.dtype == torch.float32)
     return get_megatron_optimizer(
         MegatronSettings(
@@ -98,11 +98,6 @@ def build_optimizer(
         use_gloo_process_groups=False,
         pg_collection=groups,
     )
-
-
-def decays(name: str, parameter: torch.Tensor) -> bool:
-    """Whether weight decay applies: not to norms and other vectors, biases, and the decay parameters of GDN."""
-    return parameter.ndim > 1 and name.rpartition(".")[2] not in ("bias", "A_log", "dt_bias")
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> None:

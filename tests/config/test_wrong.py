@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sse.config import RunConfig, check_world_size, ignored_settings, load_config
+from megatron_sse.config.mixer import MixerSpec
 from megatron_sse.errors import UserError
 
 GOOD = """\
@@ -324,7 +325,7 @@ def test_derived_values(tmp_path: Path) -> None:
     assert (config.model.sse.value_head_dim, config.model.sse.num_value_heads) == (16, 4)
     assert (config.model.softmax.head_dim, config.model.softmax.num_kv_heads) == (16, 4)
     assert config.optimizer.decay_steps == 2
-    assert config.model.sse.key_map_of("gla") == "softmax" and config.model.sse.key_map_of("gdn") == "silu"
+    assert [MixerSpec(config.model.sse, kind).key_map for kind in ("gla", "gdn")] == ["softmax", "silu"]
 
 
 def test_world_size(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def make_checkpoint(
     config.data.validation = validation and [Source(prefix=validation)]
     generator = torch.Generator("cpu").manual_seed(1)
     tensors = {}
-    for link in model_links(config.model, SSE_NAMES):
+    for link in sorted(model_links(config.model, SSE_NAMES), key=lambda link: link.ours):
         drawn = torch.randn(link.shape(), generator=generator, device="cpu")
         scale = 3.0 if "router" in link.ours else 0.2
         tensor = 1 + 0.2 * drawn if "norm" in link.ours else scale * drawn

@@ -14,7 +14,7 @@ from megatron_sse.convert.logits import compute_logits
 from megatron_sse.convert.model import open_model
 from megatron_sse.kernels import BankInputs, Routes
 from megatron_sse.kernels.reference import reference_sse
-from megatron_sse.model import mixer
+from megatron_sse.parallel import layout
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Handed:
 def look_at(folder: Path, texts: list[list[int]]) -> list[list[Handed]]:
     """For every SSE layer what it handed to its banks for each text."""
     found: list[list[Handed]] = []
-    original = mixer.sse_attention
+    original = layout.sse_attention
 
     def watch(shared, sparse, v_THV, routes, *rest, **options):
         names = ("gate", "weight_writes", "weight_reads")
@@ -47,7 +47,7 @@ def look_at(folder: Path, texts: list[list[int]]) -> list[list[Handed]]:
         return original(shared, sparse, v_THV, routes, *rest, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mixer, "sse_attention", watch)
+        patch.setattr(layout, "sse_attention", watch)
         for text in texts:
             calls: list[Handed] = []
             compute_logits(open_model("", folder), torch.tensor([text]))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_sse.kernels import banks, chunks, gdn, gla, routing, scan
+from megatron_sse.kernels import banks, chunks, registry, routing, scan
 from tests.kernels.cases import Case, errors, make_inputs, outputs_and_gradients
 from tests.kernels.implementations import FORMS, attention, oracle
 
@@ -32,9 +32,10 @@ def do_not_transpose_in_backward(patch: Patch) -> None:
 
 def decay_what_is_written_at_once(patch: Patch) -> None:
     """k decays by its own token's gate too."""
-    for module in (gla, gdn):
-        act = module._act
-        patch.setattr(module, "_act", lambda q, k, v, g, *beta, act=act: act(q, k * g.exp(), v, g, *beta))
+    for name, kernels in registry.KERNELS.items():
+        act = kernels.act
+        mutated = kernels._replace(act=lambda q, k, v, g, *beta, act=act: act(q, k * g.exp(), v, g, *beta))
+        patch.setitem(registry.KERNELS, name, mutated)
 
 
 def ignore_the_write_weights(patch: Patch) -> None:

@@ -59,7 +59,7 @@ def _run(case: dict, lengths: list[list[int]], groups: ProcessGroupCollection, s
     case = dict(case)
     width = case.pop("input_convolution", 0)
     settings = SSEConfig(**case)
-    mixer = make_mixer(groups, settings, settings.recurrence, sequence, zigzag, width)
+    mixer = make_mixer(groups, settings, sequence, zigzag, width)
     layout = layout_of(lengths, padding=3, shard=ContextShard(groups.cp.rank(), groups.cp.size(), zigzag))
     layout.layer_loss_scale = torch.tensor(2.0)
     results = forward_backward(mixer, layout, groups)

@@ -9,7 +9,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_sse.config import RunConfig, SSEConfig
-from megatron_sse.config.schema import Recurrence
+from megatron_sse.config.mixer import MixerSpec
 from megatron_sse.model.backend import choose_backend
 from megatron_sse.model.initialize import own_part
 from megatron_sse.model.mixer import SSEMixer
@@ -55,7 +55,6 @@ def layout_of(
 def make_mixer(
     groups: ProcessGroupCollection,
     settings: SSEConfig,
-    recurrence: Recurrence,
     sequence: bool = False,
     zigzag: bool = False,
     input_convolution: int = 0,
@@ -73,7 +72,7 @@ def make_mixer(
     )
     shard = ContextShard(groups.cp.rank(), groups.cp.size(), zigzag)
     hand_off = HandOff(shard.chain, groups.cp)
-    parts = (settings, recurrence, settings.num_partitions, choose_backend(cpu()), hand_off, input_convolution)
+    parts = (MixerSpec(settings, "sse"), choose_backend(cpu()), hand_off, input_convolution)
     mixer = SSEMixer(config, 1, groups, *parts)
     draw_weights(mixer, groups)
     return mixer

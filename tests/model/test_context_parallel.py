@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from megatron_sse.kernels import segments
-from megatron_sse.model import convolution
 from megatron_sse.model import mixer as mixer_module
 from megatron_sse.parallel import halo
 from megatron_sse.parallel.handoff import scan as handoff_scan
@@ -111,7 +110,8 @@ def forget_transpose(patch: pytest.MonkeyPatch) -> None:
 
 
 def forget_halo(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(convolution, "tokens_before", lambda x, *rest: torch.zeros_like(halo.tokens_before(x, *rest)))
+    tokens_before = halo.tokens_before
+    patch.setattr(halo, "tokens_before", lambda x, *rest: torch.zeros_like(tokens_before(x, *rest)))
 
 
 @pytest.mark.parametrize(

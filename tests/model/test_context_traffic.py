@@ -28,7 +28,7 @@ def count(recurrence: str, length: int, zigzag: bool) -> tuple[Counter[str], Cou
         value_head_dim=VALUE_DIM,
         num_partitions=PARTITIONS,
     )
-    mixer = make_mixer(groups, settings, recurrence, zigzag=zigzag)
+    mixer = make_mixer(groups, settings, zigzag=zigzag)
     shard = ContextShard(groups.cp.rank(), groups.cp.size(), zigzag)
     layout = layout_of([[length // 3, length - length // 3]], shard=shard)
     layout.layer_loss_scale = torch.ones(())

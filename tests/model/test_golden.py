@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from megatron_sse.config import SSEConfig
+from megatron_sse.config.mixer import MixerSpec
 from megatron_sse.convert.layout import SSE_NAMES, mixer_links, model_links
 from megatron_sse.convert.links import to_ours
 from megatron_sse.model import build_model
@@ -40,8 +41,8 @@ def test_layer(name: str, form: str, groups: ProcessGroupCollection) -> None:
         balance_loss=1.0,
         form=form,
     )
-    mixer = make_mixer(groups, settings, recurrence)
-    links = list(mixer_links(settings, HIDDEN, recurrence, settings.num_partitions))
+    mixer = make_mixer(groups, settings)
+    links = mixer_links(MixerSpec(settings, "sse"), HIDDEN)
     weights = dict(to_ours(links, Tensors(_with_prefix(tensors, "param."))))
     gradients = dict(to_ours(links, Tensors(_with_prefix(tensors, "grad."))))
     parameters = dict(mixer.named_parameters())

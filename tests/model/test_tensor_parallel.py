@@ -115,7 +115,7 @@ def test_no_parameter_is_dead(one_rank: dict[str, Results]) -> None:
 
 def split_parameters() -> set[str]:
     settings = SSEConfig(**CASES["gdn, value head groups"])
-    mixer = make_mixer(init_groups(), settings, "gdn")
+    mixer = make_mixer(init_groups(), settings)
     return {name for name, x in mixer.named_parameters() if getattr(x, "tensor_model_parallel", False)}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sse.training.optimizer import Adam, decays, set_learning_rate
+from megatron_sse.training.optimizer import Adam, set_learning_rate
 from tests.training.support import small_run, start
 from tests.workers import run_workers
 
@@ -36,8 +36,8 @@ def undecayed_names(folder: Path, recurrence: str, distributed_optimizer: bool) 
     names: tuple[list[str], list[str]] = ([], [])
     expected = {0.0: 0, 0.1: 0}
     for name, parameter in run.trainer.chunks[0].module.named_parameters():
-        names[decays(name, parameter)].append(name)
-        expected[0.1 if decays(name, parameter) else 0.0] += parameter.numel()
+        names[parameter.weight.decayed].append(name)
+        expected[0.1 if parameter.weight.decayed else 0.0] += parameter.numel()
     assert sizes == expected
     return names
 

@@ -120,11 +120,10 @@ def read_rows_for_tokens(patch: pytest.MonkeyPatch) -> None:
 
 
 def forget_the_leaving_gradient(patch: pytest.MonkeyPatch) -> None:
-    for name in ("GLA", "GDN"):
-        operators = getattr(triton_attention, name)
+    for name, operators in triton_attention.OPERATORS.items():
         backward = operators.attend_backward
         wrong = operators._replace(attend_backward=lambda *args, f=backward: f(*args[:-1], torch.zeros_like(args[-1])))
-        patch.setattr(triton_attention, name, wrong)
+        patch.setitem(triton_attention.OPERATORS, name, wrong)
 
 
 @pytest.mark.parametrize("recurrence", ["gla", "gdn"])

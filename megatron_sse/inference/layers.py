@@ -1,14 +1,14 @@
-"""What layers keep of the tokens before, so that a sequence can go on: states and convolution tails, keys and values.
+"""What layers keep of earlier tokens, so that a sequence can continue: states and convolution tails, keys and values.
 
 Context ranks may share the new tokens of one sequence: each computes its part, and all keep the same.
 
-Dims: X slots (one sequence each), D the sequences that go on, in order, T their new tokens one after the other, W the
-tokens that a convolution looks back, R rows of a ring or of a growing cache.
+Dims: X slots (one sequence each), D the sequences that continue, in order, T their new tokens one after the other, W
+the tokens that a convolution looks back, R rows of a ring or of a growing cache.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ class CachedLayout(TokenLayout):
     counts: Sequence[int] = ()
     slot_D: Tensor = field(default_factory=torch.Tensor)
     layers: Mapping[int, Any] = field(default_factory=dict)
+    has_layer_losses: ClassVar[bool] = False
 
     @classmethod
     def of(
@@ -55,7 +56,10 @@ class CachedLayout(TokenLayout):
         device: torch.device | str,
         shard: ContextShard,
     ) -> "CachedLayout":
-        """counts: of at least one token each. shard: this rank's part, of a single sequence where there are several."""
+        """Return the layout of new tokens, at least one for each sequence.
+
+        shard: this rank's part of the new tokens; with several ranks there is one sequence.
+        """
         assert shard.size == 1 or len(slots) == 1
         starts_1T = np.zeros((1, sum(counts)), dtype=bool)
         starts_1T[0, np.cumsum([0, *counts[:-1]])] = True
@@ -71,6 +75,41 @@ class CachedLayout(TokenLayout):
         """Whether every sequence has one new token."""
         return self.length == self.num_documents and self.shard.size == 1
 
+    def attend_banks(self, layer_number: int, *inputs: Any, **options: Any) -> BankOutputs:
+        """Continue from the states that the layer keeps."""
+        return self.layers[layer_number].attend(*inputs, self, **options)
+
+    def convolve(
+        self,
+        layer_number: int,
+        name: str,
+        x_LBC: Tensor,
+        weight_CW: Tensor,
+        group: ProcessGroup,
+        tensor_group: ProcessGroup | None = None,
+    ) -> Tensor:
+        """Convolve the new tokens behind those that the layer keeps."""
+        assert tensor_group is None
+        return self.layers[layer_number].tails[name].convolve(x_LBC[:, 0], weight_CW, self, group)[:, None]
+
+    def attend(
+        self,
+        layer_number: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        window: int | None,
+        scale: float | None,
+        dropout: float,
+        group: ProcessGroup | None,
+    ) -> Tensor:
+        """Attend from the new tokens to those that the layer keeps and to themselves."""
+        kept = self.layers[layer_number]
+        assert kept.window == window and not dropout
+        q, k, v = (x.squeeze(1) for x in (query, key, value))
+        return kept.attend(q, k, v, self, scale, group).flatten(1)[:, None]
+
 
 class Tail:
     """The last tokens of each sequence, which a convolution looks back at. rows_XWC: zeros before the sequence."""
@@ -79,7 +118,7 @@ class Tail:
         self.rows_XWC = rows_XWC
 
     def convolve(self, x_TC: Tensor, weight_CW: Tensor, layout: CachedLayout, group: ProcessGroup) -> Tensor:
-        """As kernels.short_convolution, behind the tokens kept. group: the context ranks."""
+        """Apply kernels.short_convolution behind the tokens kept. group: the context ranks."""
         width, num_sequences = self.rows_XWC.shape[1], layout.num_documents
         tail_DWC, last_WC = self.rows_XWC[layout.slot_D], None
         if layout.shard.size > 1:
@@ -107,11 +146,11 @@ class LayerCache:
         self.tails = tails
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is kept, by name."""
+        """Return what is kept, by name."""
         return {name: tail.rows_XWC for name, tail in self.tails.items()}
 
     def set_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """The other way round."""
+        """Restore what tensors() returned."""
         for name, tail in self.tails.items():
             tail.rows_XWC = tensors[name]
 
@@ -136,13 +175,13 @@ class BankCache(LayerCache):
         form: str,
         **options: Any,
     ) -> BankOutputs:
-        """As kernels.sse_attention, from the states kept to those after the new tokens.
+        """Do what kernels.sse_attention does, from the states kept to those after the new tokens.
 
         exchange: hands states on between context ranks. group: these ranks.
         """
         if layout.one_each:
             o_THV = decode_step(self.states_XBHKV, layout.slot_D, shared, sparse, v_THV, routes, **options)
-            return BankOutputs(o_THV, None, self.states_XBHKV)
+            return BankOutputs(o_THV, None, None)
         initial_DBHKV, edges = self.states_XBHKV[layout.slot_D], None
         if layout.shard.size > 1:
             edges = edges_behind(initial_DBHKV[0].flatten(0, 1), exchange, layout.shard.rank)
@@ -158,6 +197,7 @@ class BankCache(LayerCache):
             edges=edges,
             **options,
         )
+        assert banks.final_DBHKV is not None
         final_DBHKV = banks.final_DBHKV if edges is None else of_last_rank(banks.final_DBHKV, group)
         self.states_XBHKV[layout.slot_D] = final_DBHKV
         return banks
@@ -189,7 +229,7 @@ class KeyValueCache(LayerCache):
         scale: float | None,
         group: ProcessGroup | None = None,
     ) -> Tensor:
-        """Causal attention of the new tokens to those kept and to themselves, which are then kept; [T, heads, K].
+        """Attend causally from the new tokens to those kept and to themselves, which are then kept; [T, heads, K].
 
         group: the context ranks; their parts' keys and values come to all.
         """
@@ -213,7 +253,7 @@ class KeyValueCache(LayerCache):
     def _attend_step(
         self, q_XHK: Tensor, k_XHK: Tensor, v_XHK: Tensor, layout: CachedLayout, scale: float | None
     ) -> Tensor:
-        """One token of every sequence."""
+        """Attend from one token of every sequence."""
         position_X, num_rows = layout.position_BL[0], self.key_XRHK.shape[1]
         row_X = position_X % num_rows
         self.key_XRHK[layout.slot_D, row_X], self.value_XRHK[layout.slot_D, row_X] = k_XHK, v_XHK
@@ -233,7 +273,10 @@ class KeyValueCache(LayerCache):
         position: int,
         scale: float | None,
     ) -> Tensor:
-        """Some tokens of one sequence: keys and values of those from `past` on, queries of those from `position` on."""
+        """Attend from some tokens of one sequence.
+
+        past: position of the first key and value. position: that of the first query.
+        """
         keys_RHK, values_RHK = self.key_XRHK[slot], self.value_XRHK[slot]
         length, num_rows = len(k_GHK), len(keys_RHK)
         position_L = torch.arange(position, position + len(q_LHK), device=q_LHK.device)
@@ -259,7 +302,7 @@ class KeyValueCache(LayerCache):
         return torch.cat(outputs)
 
     def _reserve(self, num_rows: int) -> None:
-        """Room for sequences of `num_rows` tokens; grows by half, so that few copies are made."""
+        """Make room for sequences of `num_rows` tokens; grow by half, so that few copies are made."""
         have = self.key_XRHK.shape[1]
         if num_rows <= have:
             return
@@ -277,7 +320,7 @@ class KeyValueCache(LayerCache):
 
 
 def _attend(q_DLHK: Tensor, k_DRHK: Tensor, v_DRHK: Tensor, seen: Tensor | None, scale: float | None) -> Tensor:
-    """seen: bool [D, R] or [D, L, R]; None for all."""
+    """Attend to the rows that are seen: bool [D, R] or [D, L, R]; None for all."""
     if seen is not None:
         seen = seen[:, None, None] if seen.dim() == 2 else seen[:, None]
     q, k, v = (x.transpose(1, 2) for x in (q_DLHK, k_DRHK, v_DRHK))

@@ -1,0 +1,57 @@
+"""The kernels of each recurrence. A new recurrence has a row here and one in megatron_sse.recurrence.
+
+The oracle (reference.py) and the decode step (decode.py) follow the facts of that table and need no row.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_sse.kernels import gdn, gla
+from megatron_sse.kernels.banks import BankInputs
+from megatron_sse.kernels.chunks import ChunkAction, run_chunks
+from megatron_sse.kernels.segments import Segments
+from megatron_sse.recurrence import RECURRENCES
+
+
+class Kernels(NamedTuple):
+    """The kernels of one recurrence.
+
+    act: what chunks of rows do in torch, from q, k, v, log decays and, for the delta rule, write strengths.
+    has_triton: whether kernels/triton has operators and a decode step; without, GPUs run the torch forms.
+    """
+
+    act: Callable[..., ChunkAction]
+    has_triton: bool
+
+
+KERNELS = {
+    "gla": Kernels(gla.act, has_triton=True),
+    "gdn": Kernels(gdn.act, has_triton=True),
+}
+if KERNELS.keys() != RECURRENCES.keys():
+    raise ImportError(f"kernels of {sorted(KERNELS)}, recurrences {sorted(RECURRENCES)}")
+
+
+def run_recurrence(
+    bank: BankInputs, v_THV: Tensor, segments: Segments, initial_SHKV: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Run the recurrence that a bank's inputs say, in torch, restarted in every segment.
+
+    Args:
+        bank: with as many key heads as value heads; keys of the delta rule normalised.
+        v_THV: values of T rows.
+        segments: which rows form which segment, in which order.
+        initial_SHKV: the state that enters each segment; None for zeros.
+
+    Returns:
+        o_THV in v's dtype and final_SHKV; all arithmetic and the states are in fp32, or fp64 where an input is.
+    """
+    dtype = torch.promote_types(bank.q_THK.dtype, torch.float32)
+    gates = [bank.g if bank.recurrence.channel_decay else bank.g[..., None]]
+    gates += [] if bank.beta_TH is None else [bank.beta_TH[..., None]]
+    rows = tuple(x.to(dtype) for x in (bank.q_THK, bank.k_THK, v_THV, *gates))
+    o_THV, final_SHKV = run_chunks(KERNELS[bank.recurrence.name].act, rows, segments, initial_SHKV)
+    return o_THV.to(v_THV.dtype), final_SHKV
