@@ -2,9 +2,9 @@
 # Trains the model of a YAML file, or runs the tests. The first call makes .venv and installs the pinned packages.
 #   ./run.sh CONFIG [section.key=value ...]
 #   ./run.sh test [pytest's arguments]
-# Several machines: the same command on each, with NNODES, NODE_RANK, MASTER_ADDR (and MASTER_PORT), or under srun.
+# On several machines run it on each, with NNODES, NODE_RANK, MASTER_ADDR (and MASTER_PORT), or under srun.
 set -euo pipefail
-# Else a package manager that ends by itself after an interrupt would let the next command start.
+# Without this trap, a package manager that exits by itself after Ctrl-C would let the script continue.
 trap 'exit 130' INT
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -30,7 +30,7 @@ install() {
   torch=$(sed -n 's/^torch==//p' "$pins")
   "${pip[@]}" install -c "$pins" setuptools
   if has_gpu; then
-    # Three equal signs: 2.1+cpu is no match for 2.1.
+    # With three equal signs 2.1+cpu does not count as 2.1, so a CPU build is replaced.
     "${pip[@]}" install -c "$pins" "torch===$torch"
     "${pip[@]}" install -c "$pins" --no-build-isolation -e "$root[gpu,dev]" && return
     echo "run.sh: the gpu extra did not install; without Transformer Engine plain modules are used, which are slower" >&2
@@ -43,7 +43,7 @@ install() {
 setup() {
   local stamp="$venv/installed" wanted
   mkdir -p "$venv"
-  # Machines that share the folder install one after the other.
+  # Take a lock: machines that share the folder install one after the other.
   exec 9>"$venv/lock"
   flock 9
   wanted=$(cat "$root/constraints.txt" "$root/setup.cfg" <(has_gpu && echo gpu || echo cpu) | sha256sum)
@@ -72,7 +72,7 @@ case "${1:-}" in
     shift
     setup
     cd "$root"
-    # Two files at a time: most tests compute in one thread.
+    # Run two test files at a time, since most tests compute in one thread.
     echo "OMP_NUM_THREADS=1 $venv/bin/python -m pytest -n 2 --dist loadfile $*"
     OMP_NUM_THREADS=1 exec "$venv/bin/python" -m pytest -n 2 --dist loadfile "$@"
     ;;
