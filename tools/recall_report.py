@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from statistics import mean, median, pstdev
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 from megatron_sse.errors import UserError
 from megatron_sse.plot.axes import label_steps
 from megatron_sse.tools.recall_arms import ARMS, BASE, CLAIMS
-from megatron_sse.tools.recall_results import RESULTS, Result
+from megatron_sse.tools.recall_results import Result, write_results
 
 BY_N = {
     "SSE": ("n1k1", "n2k1", "n4k1", "n8k1", "n16k1"),
@@ -53,14 +52,8 @@ def write_report(output: Path, found: dict[str, list[Result]], wanted: list[tupl
         if not math.isnan(matches[0]):
             summary[arm]["match"] = spread(matches)
     text = _tabulate(found, summary, missing)
-    content = {
-        "claims": CLAIMS,
-        "missing": [f"{arm}, seed {seed}" for arm, seed in missing],
-        "summary": summary,
-        "runs": [result for results in found.values() for result in results],
-    }
     try:
-        (output / RESULTS).write_text(json.dumps(content, indent=1) + "\n")
+        write_results(output, (result for results in found.values() for result in results))
         (output / "report.md").write_text(text)
         draw_accuracy(output / "accuracy.png", found)
         draw_partitions(output / "partitions.png", found)

@@ -264,7 +264,6 @@ def _result(run: Run, points: list[dict[str, Any]], samples: int) -> Result:
     return {
         "arm": run.arm,
         "seed": run.seed,
-        "claims": ARMS[run.arm].claims,
         "accuracy": last["accuracy"],
         "loss": last["loss"],
         "parameters": num_parameters(run.config.model),

@@ -156,7 +156,8 @@ def test_study(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     report = (output / "report.md").read_text()
     assert "| n2k1 | a | 1 |" in report and "| softmax | a | 1 |" in report and "Missing" not in report
     results = json.loads((output / "results.json").read_text())
-    assert results["summary"]["n2k1"]["accuracy"]["median"] == result["accuracy"]
+    assert [run["arm"] for run in results["runs"]] == ["n2k1", "softmax"]
+    assert results["runs"][0]["accuracy"] == pytest.approx(result["accuracy"], rel=1e-6)
     assert {path.stem for path in output.glob("*.png")} == {"accuracy", "partitions", "match", "training"}
 
     assert main(["--report", *arguments, "--seeds", "2"]) == 0
@@ -176,7 +177,7 @@ def test_study(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert "results.json has n2k1, seed 0, with other settings" in capfd.readouterr().err
     (clone / "results.json").write_text("{}")
     assert main([*arguments, *TINY]) == 2
-    assert "is not what the study writes" in capfd.readouterr().err
+    assert "was not written by this study" in capfd.readouterr().err
 
 
 def test_report(tmp_path: Path) -> None:
