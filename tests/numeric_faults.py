@@ -129,4 +129,4 @@ def broken_hand_off_seen(folder: Path, capfd: pytest.CaptureFixture[str]) -> Non
     assert layouts["dp2"]["verdict"] == "same" and layouts["cp2"]["verdict"] == "different"
     errors = layouts["cp2"]["errors"]
     assert errors["output of embedding"] <= allowed["output of embedding"]
-    assert errors["output of layer 0"] > max(1e-3, allowed["output of layer 0"])
+    assert errors["output of layer 1"] > max(1e-3, allowed["output of layer 1"])
