@@ -160,7 +160,7 @@ WRONG = {
     "--data: got nothing, allowed a token file's prefix": ["{pure}", "perplexity"],
     "none.idx not found": ["{pure}", "perplexity", "--data", "{tmp}/none"],
     "no tokenizer (tokenizer.json), and 300 tokens are not": ["{words}", "needle"],
-    "cannot be made": ["{pure}", "mqar", "--output", "/dev/null/x"],
+    "cannot be created": ["{pure}", "mqar", "--output", "/dev/null/x"],
 }
 
 

@@ -94,13 +94,13 @@ WRONG = {
     "--prompt-file: {tmp}/none cannot be read": ["{pure}", "--prompt-file", "{tmp}/none"],
     "--prompt 2: got an empty prompt": ["{pure}", "--prompt", "a", "--prompt", ""],
     "--prompt-file {tmp}/empty: got an empty prompt": ["{pure}", "--prompt-file", "{tmp}/empty"],
-    "--tokens: got text too": ["{pure}", "--prompt", "a", "--tokens", "{tmp}/empty"],
+    "--tokens: given together with text": ["{pure}", "--prompt", "a", "--tokens", "{tmp}/empty"],
     "--tokens: got {tmp}/empty, which is empty": ["{pure}", "--tokens", "{tmp}/empty"],
     "--tokens: {tmp}/large:1: got token 257, allowed 0 to 256": ["{pure}", "--tokens", "{tmp}/large"],
     "--chunk: got 0, allowed 1": ["{pure}", "--prompt", "a", "--chunk", "0"],
     "whose layers are all softmax, allowed a model with sse, gla or gdn": ["{softmax}", "--prompt", "a"],
     "got a text of 70 tokens, allowed 64, the length": ["{hybrid}", "--prompt", "7" * 70],
-    "--output: /dev/null/x cannot be made": ["{pure}", "--prompt", "a", "--output", "/dev/null/x"],
+    "--output: /dev/null/x cannot be created": ["{pure}", "--prompt", "a", "--output", "/dev/null/x"],
 }
 
 

@@ -192,7 +192,7 @@ def test_not_finite(layer: int, part: str, folders: dict[str, Path]) -> None:
     def diverge(net: Any) -> None:
         net.decoder.layers[layer].self_attention.get_submodule(part).weight.fill_(math.nan)
 
-    with pytest.raises(UserError, match="CHECKPOINT: got a model whose decays or states are not finite"):
+    with pytest.raises(UserError, match="CHECKPOINT: the model has diverged: its decays or states are not finite"):
         measure(folders["gla"], [[1, 2, 3]], 2048, diverge)
 
 
