@@ -9,16 +9,17 @@ from megatron_sse.plan.activations import Kept, end_activations, layer_activatio
 from megatron_sse.plan.parameters import chunk_buffers, stage_chunks
 from megatron_sse.plan.sizes import FP32, Sizes
 
-# A rank's states, as often as exclusive_scan holds them at most at one time (tests/parallel/test_handoff_volume.py).
+# Most copies of a rank's states that exclusive_scan holds at one time, without and with the delta rule (measured in
+# tests/parallel/test_handoff_volume.py).
 HAND_OFF_COPIES = {False: 4.2, True: 5.1}
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes.
+    """Memory of a rank in bytes.
 
-    optimizer: moments, in bf16 runs also the fp32 weights. activations: kept for the backward passes under way, states
-    apart. hand_off: buffers of one hand-off. working: gradients of the largest activations.
+    optimizer: moments, in bf16 runs also the fp32 weights. activations: kept for the backward passes to come, without
+    states. hand_off: buffers of one hand-off. working: gradients of the largest activations.
     """
 
     weights: int
@@ -35,7 +36,7 @@ class Memory:
 
 
 def rank_memory(sizes: Sizes, stage: int) -> Memory:
-    """Memory of a rank of a pipeline stage."""
+    """Return the memory of a rank of a pipeline stage."""
     buffers = [buffer for chunk in stage_chunks(sizes.config, stage) for buffer in chunk_buffers(sizes, chunk)]
     shards = sizes.gradient_ranks if uses_distributed_optimizer(sizes.config) else 1
     kept = kept_of_step(sizes, stage)
@@ -52,7 +53,7 @@ def rank_memory(sizes: Sizes, stage: int) -> Memory:
 
 
 def kept_of_step(sizes: Sizes, stage: int) -> Kept:
-    """Activations of all micro-batches under way."""
+    """Return the activations of all micro-batches whose backward pass is still to come."""
     config = sizes.config
     recompute = config.training.recompute == "full"
     chunks = stage_chunks(config, stage)
@@ -64,14 +65,14 @@ def kept_of_step(sizes: Sizes, stage: int) -> Kept:
     passes = passes_under_way(sizes, stage)
     kept = Kept(values * passes // len(chunks), states * passes // len(chunks))
     if recompute:
-        # One layer at a time is computed again.
+        # One layer at a time is recomputed.
         largest = max(layers, key=sum)
         kept = Kept(kept.values + largest.values, largest.states)
     return kept
 
 
 def passes_under_way(sizes: Sizes, stage: int) -> int:
-    """Forward passes of a chunk whose backward pass is still to come, at most at one time, in Megatron's schedules."""
+    """Return the most forward passes that wait for their backward pass at one time, in Megatron's schedules."""
     pipeline, chunks = sizes.config.parallel.pipeline, sizes.config.parallel.virtual_pipeline
     if chunks == 1:
         return min(pipeline - stage, sizes.num_micro_batches)
