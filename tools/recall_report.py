@@ -1,4 +1,4 @@
-"""Report of the study of recall: a table, JSON and plots of all results in a folder; needs matplotlib."""
+"""Report of the study of recall: a table and plots of all results in a folder; needs matplotlib."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ LEVELS = ("gla", "gla_large_heads", "gla_value_heads", "softmax")
 
 
 def best_match(layers: list[dict[str, Any]]) -> float:
-    """Share of questions that read where their pair was written, of the layer and the token behind the key where it is
-    largest; NaN where no layer has partitions."""
+    """Return the largest share, over layers and tokens after the key, of questions that read where their pair is.
+
+    NaN where no layer has partitions.
+    """
     return max((share for layer in layers for share in layer.get("match_behind", [])), default=math.nan)
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """std: of these values themselves."""
+    """Return median, range, mean and standard deviation of these values, which are the population."""
     return {
         "median": median(values),
         "min": min(values),
@@ -40,7 +42,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def write_report(output: Path, found: dict[str, list[Result]], wanted: list[tuple[str, int]]) -> str:
-    """Write report.md, results.json and plots; returns the report. wanted: arms and seeds asked for."""
+    """Write report.md, results.json and plots, and return the report. wanted: arms and seeds asked for."""
     have = {(arm, result["seed"]) for arm, results in found.items() for result in results}
     missing = [run for run in wanted if run not in have]
     summary: dict[str, dict[str, Any]] = {}
@@ -102,7 +104,7 @@ def _list(numbers: list[int]) -> str:
 
 
 def _bars(summary: dict[str, Any]) -> list[str]:
-    """What medians were hoped to be, and whether they are."""
+    """Return a line for each expectation of the medians, and whether it holds."""
     middle = {arm: values["accuracy"]["median"] for arm, values in summary.items()}
     bars = [("n8k1 at least 0.80", lambda: middle[BASE] >= 0.8)]
     bars += [("n8k1 at least 0.30 above no_weights", lambda: middle[BASE] - middle["no_weights"] >= 0.3)]
@@ -118,7 +120,7 @@ def _bars(summary: dict[str, Any]) -> list[str]:
 
 
 def draw_accuracy(path: Path, found: dict[str, list[Result]]) -> None:
-    """Every seed of every arm, and the medians."""
+    """Draw the accuracy of every seed of every arm, and the medians."""
     figure = Figure(figsize=(8, 1.5 + 0.3 * len(found)), layout="constrained")
     axes = figure.subplots()
     for row, results in enumerate(found.values()):
@@ -134,7 +136,7 @@ def draw_accuracy(path: Path, found: dict[str, list[Result]]) -> None:
 
 
 def draw_partitions(path: Path, found: dict[str, list[Result]]) -> None:
-    """Accuracy against N, beside models without partitions."""
+    """Draw accuracy by number of partitions, beside models without partitions."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for number, (name, arms) in enumerate(BY_N.items()):
@@ -160,10 +162,10 @@ def draw_partitions(path: Path, found: dict[str, list[Result]]) -> None:
 
 
 def draw_match(path: Path, found: dict[str, list[Result]]) -> None:
-    """Accuracy against match: the end of every run, and the way there; a colour for each claim, an arm's first."""
+    """Draw accuracy against match, at the end of every run and on the way; colours by the first claim of an arm."""
     figure = Figure(figsize=(10, 6), layout="constrained")
     axes = figure.subplots()
-    # With one partition there is nothing to match.
+    # With one partition every question matches.
     routed = {arm: results for arm, results in found.items() if results[0]["partitions"] > 1}
     for number, claim in enumerate(CLAIMS):
         runs = [result for arm, results in routed.items() if ARMS[arm].claims[0] == claim for result in results]
@@ -184,7 +186,7 @@ def draw_match(path: Path, found: dict[str, list[Result]]) -> None:
 
 
 def draw_training(path: Path, found: dict[str, list[Result]]) -> None:
-    """With and without balance loss: largest share of a partition, rank of the states, match, over training."""
+    """Draw largest share of a partition, rank of the states and match over training, with and without balance loss."""
     figure = Figure(figsize=(14, 4.5), layout="constrained")
     columns = figure.subplots(1, 3)
     for number, arm in enumerate(arm for arm in (BASE, "no_balance") if arm in found):

@@ -132,12 +132,12 @@ def test_study(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     status = main([*arguments, "--workers", "1", *TINY])
     ended.set()
     watcher.join()
-    assert (status, capfd.readouterr().err) == (130, "interrupted; the same command goes on\n")
+    assert (status, capfd.readouterr().err) == (130, "interrupted; run the same command to resume\n")
     assert list(checkpoints.glob("iter_*")) and not list(output.glob("*/*/result.json"))
     assert not (output / "softmax").exists()
 
     assert main([*arguments, *TINY]) == 0
-    assert "2 runs, 0 of them done before" in capfd.readouterr().out
+    assert "2 runs, 0 already done" in capfd.readouterr().out
     assert "resumed from" in (output / "n2k1/seed_0/train.log").read_text()
     logs = {path: path.read_text() for path in output.glob("*/*/train.log")}
     result = json.loads((output / "n2k1/seed_0/result.json").read_text())
@@ -151,7 +151,7 @@ def test_study(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     del begun["model"]["sse"]["own_read_router"]
     settings.write_text(json.dumps(begun))
     assert main([*arguments, *TINY]) == 0
-    assert "2 runs, 2 of them done before" in capfd.readouterr().out
+    assert "2 runs, 2 already done" in capfd.readouterr().out
     assert {path: path.read_text() for path in output.glob("*/*/train.log")} == logs
     report = (output / "report.md").read_text()
     assert "| n2k1 | a | 1 |" in report and "| softmax | a | 1 |" in report and "Missing" not in report
@@ -171,7 +171,7 @@ def test_study(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     shutil.copy(output / "results.json", clone)
     arguments[1] = str(clone)
     assert main([*arguments, *TINY]) == 0
-    assert "2 runs, 2 of them done before" in capfd.readouterr().out
+    assert "2 runs, 2 already done" in capfd.readouterr().out
     assert json.loads((clone / "results.json").read_text()) == results and not list(clone.glob("*/"))
     assert main([*arguments, *TINY, "optimizer.learning_rate=1e-3"]) == 2
     assert "results.json has n2k1, seed 0, with other settings" in capfd.readouterr().err
