@@ -1,4 +1,4 @@
-"""Seeded bugs: the comparison with the oracle must see each of them."""
+"""Seeded bugs, each of which the comparison with the oracle must detect."""
 
 from dataclasses import replace
 
@@ -31,7 +31,7 @@ def do_not_transpose_in_backward(patch: Patch) -> None:
 
 
 def decay_what_is_written_at_once(patch: Patch) -> None:
-    """k decays by its own token's gate too."""
+    """Decay k also by its own token's gate."""
     for module in (gla, gdn):
         act = module._act
         patch.setattr(module, "_act", lambda q, k, v, g, *beta, act=act: act(q, k * g.exp(), v, g, *beta))
@@ -48,7 +48,7 @@ def ignore_the_last_chunk(patch: Patch) -> None:
 
 
 def read_where_is_written(patch: Patch) -> None:
-    """The reads' own router is not asked."""
+    """Read where writes go, ignoring the reads' own router."""
     join = routing.join_routes
     patch.setattr("tests.kernels.cases.join_routes", lambda writes, reads: replace(join(writes, reads), first_reader=0))
 
