@@ -102,6 +102,7 @@ class Bench:
         begun = now(of_thread=True)
         self.saver.start(1, 1, background=True)
         seconds = now(of_thread=True) - begun
+        # The wait is not counted: training would continue meanwhile.
         while self.saver.is_writing():
             time.sleep(0.01)
         begun = now(of_thread=True)

@@ -66,6 +66,7 @@ def measure(source: str, target: str, to: str, pattern: str | None, result: Path
         _reset_peak()
         return compare(*models)
 
+    # The comparison comes after the conversion: measure the peak in between.
     command._difference = difference
     status = convert(source, target, to, pattern)
     peaks["comparing"] = _peak() - start

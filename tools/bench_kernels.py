@@ -132,6 +132,7 @@ def _authors(shape: Shape) -> dict[str, Callable[[Problem], Tensor]]:
 
 def error_of(form: str, shape: Shape, device: str) -> float:
     """Return the worst RMS error of the output and the gradients against fp64 on the same inputs."""
+    # fp64 is slow and large, so the check uses the start of the sequence.
     short = Shape(min(shape.tokens, CHECKED_TOKENS), *list(vars(shape).values())[1:])
     problem, exact = Problem(short, device), Problem(short, device, torch.float64)
     for rounded, x in zip(problem.leaves, exact.leaves, strict=True):
@@ -183,6 +184,7 @@ def rows_of(shape: Shape, device: str) -> list[str]:
             except (RuntimeError, AssertionError, TypeError) as error:
                 timed[name] = f"| failed: {str(error).splitlines()[0][:80]} ||||"
                 continue
+            # Ratios are to this implementation, which is measured with the others.
             unit = median if "one state" in name else unit
             timed[name] = (median, p10, p90, peak)
         for name, x in timed.items():

@@ -59,6 +59,7 @@ class Problem:
         self.prob_TN = leaf(torch.randn(tokens, args.partitions).softmax(-1))
         self.grad_o = torch.randn(tokens, heads, dim, dtype=dtype)
         self.picks = args.picks
+        # Documents of equal length, packed into one sequence.
         self.offsets_D1 = torch.linspace(0, tokens, args.documents + 1).long()
         self.document_T = torch.repeat_interleave(torch.arange(args.documents), self.offsets_D1.diff())
 

@@ -126,6 +126,7 @@ def main() -> int:
     dtypes, dims = options.dtype.split(","), options.dim.split(",")
 
     def keep(case: str) -> bool:
+        # Cases without a head dim, such as routing, are always kept.
         found = re.search(r"\b(?:K|V|KEY_DIM|VALUE_DIM)=(\d+)", case)
         return case.split()[0] in dtypes and (found is None or found[1] in dims)
 

@@ -18,7 +18,9 @@ SIZES = (2, 8, 64)
 
 def ring_bytes(tokens: int, size: int, kv_heads: int, head_dim: int) -> int:
     """Return the bytes that a rank of ring attention sends, forward plus backward, for a sequence of `tokens`."""
+    # Keys and values, 2 bytes each.
     one_turn = tokens // size * 2 * kv_heads * head_dim * 2
+    # One turn forward, two backward: keys and values again, and their gradients.
     return (size - 1) * 3 * one_turn
 
 

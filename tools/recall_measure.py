@@ -63,6 +63,7 @@ def look(net: GPTModel, model: ModelConfig, recalls: list[Recall]) -> dict[str, 
     for layer in net.decoder.layers:
         if isinstance(router := getattr(layer.self_attention, "router", None), Router):
             kept = picks.setdefault(layer.self_attention.layer_number, [])
+            # `kept=kept` binds this layer's list; a plain closure would see the last one.
             hooks.append(router.register_forward_hook(lambda _, args, out, kept=kept: kept.append(out[0])))
     for first in range(0, len(recalls), BATCH):
         group = recalls[first : first + BATCH]
@@ -78,6 +79,7 @@ def look(net: GPTModel, model: ModelConfig, recalls: list[Recall]) -> dict[str, 
                 states.setdefault(number, []).append(kind.states_XBHKV)
     for hook in hooks:
         hook.remove()
+    # A convolution of width w sees w - 1 tokens back, so w - 1 tokens after the key still see it.
     num_behind = max(1, model.input_convolution - 1)
     layers = [
         _describe(number, recalls, picks.get(number), torch.cat(kept), num_behind) for number, kept in states.items()
@@ -119,12 +121,14 @@ def match(write_TW: np.ndarray, read_TR: np.ndarray, recalls: list[Recall], num_
         with random values, which is high where a router sends everything to one partition.
     """
     row_W, _ = _questions(recalls)
+    # A pair is a key and, right after it, its value; distance_P counts from the value.
     key_W = row_W - np.concatenate([recall.distance_P for recall in recalls]) - 1
     read_WR = read_TR[row_W]
 
     def share(wrote_WW: np.ndarray, seen_W: np.ndarray | bool = True) -> float:
         return float(((wrote_WW[:, :, None] == read_WR[:, None, :]).any((1, 2)) & seen_W).mean())
 
+    # Rolling pairs every question with some other question's value.
     shifts = np.random.default_rng(SEED).integers(1, len(row_W), size=16)
     chance = float(np.mean([share(np.roll(write_TW[key_W + 1], shift, 0)) for shift in shifts]))
     rows = [np.minimum(key_W + behind, row_W) for behind in range(1, num_behind + 1)]

@@ -51,6 +51,7 @@ def write_report(output: Path, found: dict[str, list[Result]], wanted: list[tupl
         for name in ("accuracy", "loss", "seconds"):
             summary[arm][name] = spread([result[name] for result in results])
         matches = [best_match(result["points"][-1]["layers"]) for result in results]
+        # NaN: the arm has no partitions.
         if not math.isnan(matches[0]):
             summary[arm]["match"] = spread(matches)
     text = _tabulate(found, summary, missing)
@@ -105,6 +106,7 @@ def _list(numbers: list[int]) -> str:
 
 def _bars(summary: dict[str, Any]) -> list[str]:
     """Return a line for each expectation of the medians, and whether it holds."""
+    # The bars are functions, so that those of arms without results are reported as not measured.
     middle = {arm: values["accuracy"]["median"] for arm, values in summary.items()}
     bars = [("n8k1 at least 0.80", lambda: middle[BASE] >= 0.8)]
     bars += [("n8k1 at least 0.30 above no_weights", lambda: middle[BASE] - middle["no_weights"] >= 0.3)]

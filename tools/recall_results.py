@@ -84,6 +84,7 @@ def _subtract(settings: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any
 
 def _join(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that _subtract took apart."""
+    # Sections of which a part is shared have the rest in `own`.
     both = {key: _join(shared[key], value) for key, value in own.items() if isinstance(shared.get(key), dict)}
     return shared | own | both
 

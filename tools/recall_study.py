@@ -174,6 +174,7 @@ def _plan(options: argparse.Namespace, arms: list[str]) -> list[Run]:
             config = load_config(options.config, own)
             if not any(source.mqar for source in config.data.train):
                 raise UserError(f"--config: got {options.config}, allowed one whose data.train is mqar")
+            # POINTS checkpoints on the way; training also saves at its end.
             interval = max(1, config.training.steps // POINTS)
             own += [f"checkpoint.interval={interval}", f"monitor.folder={json.dumps(str(folder))}"]
             run = Run(arm, seed, folder, options.config, [*own, "monitor.tensorboard=false"], config)

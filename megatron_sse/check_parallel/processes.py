@@ -40,6 +40,7 @@ class Processes:
         """
         if not self._processes:
             self._start()
+        # Each world needs a fresh port: the last one's store may still hold its own.
         job = pickle.dumps((num_ranks, _free_port(), function, args))
         results: dict[int, Any] = {}
         try:

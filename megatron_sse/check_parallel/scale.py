@@ -120,6 +120,7 @@ def _hidden_size(values: Values, layouts: Layouts) -> None:
     model = values["model"]
     hidden, inner, sizes = model["hidden_size"], model["ffn_hidden_size"], _tensor_sizes(layouts)
     model["hidden_size"] = min(hidden, HIDDEN_SIZE)
+    # Rounded up: the MLP keeps its ratio to the hidden size.
     at_least = -(-inner * model["hidden_size"] // hidden)
     model["ffn_hidden_size"] = smallest(inner, at_least, lambda value: _alike(inner, value, sizes))
     model["init_std"] *= math.sqrt(hidden / model["hidden_size"])
@@ -138,6 +139,7 @@ def _vocabulary(values: Values, layouts: Layouts) -> None:
 def _sequence_length(values: Values, layouts: Layouts) -> None:
     """Shorten the sequence; the window keeps its share of it."""
     data, softmax = values["data"], values["model"]["softmax"]
+    # Zigzag cuts a sequence into 2 slots per context rank, and sequence parallelism cuts those again.
     splits = {2 * parallel.context * parallel.tensor for parallel in layouts}
     splits |= {split // 2 for split in splits} | {2 * parallel.context for parallel in layouts}
     length = data["sequence_length"]

@@ -119,6 +119,7 @@ def compare(device: Device, config: RunConfig, path: Path, nudge: bool) -> RankE
     tensor = step.groups.tp
     for name, parameter in step.parameters().items():
         whole = expected.gradients[name]
+        # Weights and gradients are split the same way, so the slice of the complete gradient is this rank's.
         part = own_part(whole, parameter, tensor.rank(), tensor.size())
         errors.gradients[name] = _ratio(_sum_squares(parameter.main_grad.cpu(), part), part.numel(), whole)
     for name, value in expected.scalars.items():
@@ -144,6 +145,7 @@ def _sum_squares(ours: Tensor, expected: Tensor) -> float:
 
 def _ratio(sum_squares: float, count: int, expected: Tensor) -> float:
     """Return the RMS of a difference over that of the complete expected tensor; infinite where one is not finite."""
+    # Also where the expected tensor is all zeros.
     if sum_squares == 0:
         return 0.0
     ratio = (sum_squares / count) ** 0.5 / expected.double().square().mean().sqrt().clamp(min=1e-300).item()
@@ -164,6 +166,7 @@ def _move_weights(step: Step) -> None:
     """Move every weight to the next larger or smaller fp32 number, at random."""
     generator = torch.Generator().manual_seed(step.config.training.seed)
     for parameter in step.parameters().values():
+        # nextafter moves towards +inf or -inf by one unit in the last place.
         up = torch.rand(parameter.shape, generator=generator) < 0.5
         target = torch.where(up, torch.inf, -torch.inf).to(parameter)
         parameter.copy_(torch.nextafter(parameter, target))

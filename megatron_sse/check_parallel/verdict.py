@@ -65,6 +65,7 @@ def merge(layout: Layout, ranks: list[RankErrors], expected: Result | None = Non
         if expected is not None:
             merged.update({name: inf for name in getattr(expected, part) if name not in merged})
     for row in result.outputs:
+        # Every token of a row must be held by some rank.
         masks = [rank.seen[row] for rank in ranks if row in rank.seen]
         if not masks or not bool(torch.stack(masks).any(0).all()):
             result.outputs[row] = inf

@@ -54,6 +54,7 @@ def run(request: Request) -> int:
     Under torchrun all processes form one tensor group.
     """
     world_size, is_writer = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
+    # All processes check the request, so that an error ends all of them.
     with found_by_all():
         job = _prepare(request, world_size)
     if is_writer:

@@ -49,7 +49,9 @@ def make_samples(
     tokenizer: Tokenizer, task: NeedleTask, length: int, depth: float, samples: int, seed: int
 ) -> list[Needle]:
     """Return the texts of a length and depth; other depths hide other numbers in other texts."""
+    # The tokens that the tokenizer puts before the text count towards the length.
     room = length - _num_before(tokenizer)
+    # Seeds are integers: the depth counts in millionths.
     place = length, list(VARIANTS).index(task.variant), round(depth * 1e6)
     return [
         make_needle(sample_generator(seed, *place, number), task, room, depth, lambda text: count(tokenizer, text))
@@ -81,6 +83,7 @@ def answer(reader: Reader, tokenizer: Tokenizer, needles: list[Needle]) -> list[
     sampler = Sampler(reader.vocab_size)
     for tokens in generate(net, Cache(net, len(needles)), prompts, num_tokens, sampler, tokenizer.end, reader.chunk):
         for slot, token in enumerate(tokens):
+            # None: this sequence has ended while others continue.
             if token is not None and token != tokenizer.end:
                 texts[slot] += decoders[slot](token)
     return texts

@@ -68,6 +68,7 @@ def measure_losses(reader: Reader, file: TokenFile, length: int, num_tokens: int
     # The last token of a piece is a label only.
     fed = [tokens[:-1] for tokens in pieces]
     labels_T = np.concatenate([tokens[1:] for tokens in pieces]) if pieces else np.zeros(0, dtype=np.int64)
+    # begin_P: where the labels of each piece start in labels_T.
     begin_P = np.cumsum([0, *map(len, fed)])
     sums_K, counts_K = np.zeros((2, 64))
     for sequence_W, place_W, logits_WV in reader.logits(fed, counted):
@@ -97,6 +98,7 @@ def cut_documents(file: TokenFile, length: int, num_tokens: int) -> tuple[list[n
     stop = int(file.offsets_D1[0]) + num_tokens
     for begin, end in zip(file.offsets_D1[:-1].tolist(), file.offsets_D1[1:].tolist(), strict=True):
         end = min(end, stop)
+        # Piece [first, last] has last - first inputs; its last token is the next piece's first input.
         for first in range(begin, end - 1, length):
             last = min(first + length, end - 1)
             pieces.append(np.array(tokens_T[first : last + 1], dtype=np.int64))

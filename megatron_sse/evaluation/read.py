@@ -39,8 +39,10 @@ class Reader:
                 slots, begins, counts = (np.array(column) for column in zip(*pieces, strict=True))
                 chosen = [(slot, slice(begin, begin + count)) for slot, begin, count in pieces]
                 tokens_T = torch.from_numpy(np.concatenate([group[slot][part] for slot, part in chosen]))
+                # T counts the tokens of this chunk, sequence after sequence; W those of them that are wanted.
                 wanted_T = np.concatenate([wanted[first + slot][part] for slot, part in chosen])
                 hidden_T1d = feed(self.net, cache, tokens_T, slots.tolist(), counts.tolist())
+                # The chunk still had to be read: it changes the cache.
                 if not wanted_T.any():
                     continue
                 sequence_T = first + np.repeat(slots, counts)

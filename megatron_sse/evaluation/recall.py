@@ -44,8 +44,10 @@ def measure_recall(reader: Reader, task: MQARTask, length: int, samples: int, se
     distance_Q = np.concatenate([recall.distance_P for recall in made])
     right_K, asked_K = np.zeros((2, 64))
     for sequence_W, place_W, logits_WV in reader.logits([recall.tokens_L for recall in made], wanted):
+        # place_Q is sorted, so the search finds the question asked at each of these places.
         question_W = np.searchsorted(place_Q, sequence_W * length + place_W)
         right_W = logits_WV.argmax(-1).cpu().numpy() == answer_Q[question_W]
+        # Bucket k is for distances from 2^k to 2^(k+1) - 1.
         power_W = np.floor(np.log2(distance_Q[question_W])).astype(np.int64)
         right_K += np.bincount(power_W, right_W, minlength=64)
         asked_K += np.bincount(power_W, minlength=64)

@@ -35,6 +35,7 @@ class HalfLives:
 
     def add(self, g: Tensor, bank_TP: Tensor) -> None:
         """Count the half-lives of tokens. g: log decays [T, ...]. bank_TP: the banks that each token writes to."""
+        # C: channels and heads of a token; each has a half-life of its own.
         half_life = math.log(2) / g.flatten(1).double().abs()
         bin_TC = ((half_life.log2() - _LOWEST) * _PER_OCTAVE).floor().clamp(0, _BINS - 1).long()
         bin_TC[half_life.isinf()] = _BINS
@@ -49,6 +50,7 @@ def spread(counts_NB: np.ndarray, writes_per_token_N: np.ndarray) -> Spread | No
 
     A half-life in tokens is the one in writes divided by the writes that the bank gets per token.
     """
+    # The middle of each bin, on the logarithmic scale.
     half_life_B = np.append(2.0 ** (_LOWEST + (np.arange(_BINS) + 0.5) / _PER_OCTAVE), np.inf)
     row, column = np.nonzero(counts_NB)
     if not len(row):

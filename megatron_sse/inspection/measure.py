@@ -150,11 +150,13 @@ class LayerSums:
         # Every tensor rank has the same number of heads.
         mean_B = sum_value(torch.stack([rank_B for _, rank_B in found]).mean(0), group) / group.size()
         rank_B = mean_B.tolist()
+        # The shared bank, where there is one, comes before the partitions.
         first = len(rank_B) - self.num_partitions
         return Rank(tokens, len(found), rank_B[0] if self.has_shared else None, rank_B[first:])
 
     def _memory(self, group: dist.ProcessGroup) -> Memory:
         shared_1B, sparse_NB = (sum_value(x.counts_NB, group).cpu().numpy() for x in (self.shared, self.sparse))
+        # Writes per token of each partition turn half-lives in writes into half-lives in tokens.
         per_token_N = self.writes_N.cpu().numpy() / max(self.num_tokens, 1)
         one_N = np.ones(self.num_partitions)
         banks = [slice(number, number + 1) for number in range(self.num_partitions)]
@@ -186,6 +188,7 @@ def measure_layers(
     marks = rank_marks(max(map(len, texts)))
     for number, tokens in enumerate(texts, 1):
         cache = WatchedCache(net, 1, sums)
+        # Chunks also end at the marks, where states are looked at.
         for start, end in pieces(len(tokens), marks, chunk):
             feed(net, cache, torch.tensor(tokens[start:end]), [0], [end - start])
             if end in marks or end == len(tokens):

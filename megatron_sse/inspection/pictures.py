@@ -43,6 +43,7 @@ def _draw_partitions(path: Path, layers: Sequence[Layer]) -> None:
                 of_reads = title == titles[-1] and len(titles) > 1
                 share_N = layer.use.read_share_N if of_reads else layer.use.write_share_N
                 share_LN[row, : len(share_N)] = share_N
+        # Scaled by the number of partitions, so that an even share is 1, the middle of the colours.
         picture = axes.imshow(share_LN * num_partitions, cmap="RdBu_r", norm=NORM, aspect="auto")
         _write_numbers(axes, share_LN, dark_LN=np.abs(share_LN * num_partitions - 1) > 0.6)
         _label_rows(axes, layers)
@@ -114,12 +115,14 @@ def _draw_half_lives(path: Path, layers: Sequence[Layer]) -> None:
         for name, get in kinds
     }
     finite = [value for spreads in found.values() for x in spreads.values() for value in _ends(x) if value < math.inf]
+    # Infinite half-lives are drawn at `top`, above all finite ones.
     top = 4 * max(finite, default=1.0)
     figure = Figure(figsize=(max(6.4, 2 + 0.5 * len(layers)), 4), layout="constrained")
     axes = figure.subplots()
     for number, (name, spreads) in enumerate(found.items()):
         if not spreads:
             continue
+        # Three bars for each layer, side by side.
         place = [layer + 0.22 * (number - 1) for layer in spreads]
         low, middle, high = ([min(value, top) for value in x] for x in zip(*map(_ends, spreads.values()), strict=True))
         axes.vlines(place, low, high, color=COLOURS[number], linewidth=4, alpha=0.4)

@@ -11,6 +11,7 @@ def effective_rank(states_XBHKV: Tensor) -> Tensor:
     """
     value_XBHS = torch.linalg.svdvals(states_XBHKV.float())
     total_XBH1 = value_XBHS.sum(-1, keepdim=True)
+    # The clamp keeps empty states from dividing by zero; the last factor makes their rank 0.
     share_XBHS = value_XBHS / total_XBH1.clamp(min=1e-20)
     rank_XBH = torch.special.entr(share_XBHS).sum(-1).exp() * (total_XBH1[..., 0] > 0)
     return rank_XBH.mean((0, 2))

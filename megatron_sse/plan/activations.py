@@ -116,6 +116,7 @@ def _router(sizes: Sizes, mixer: Mixer) -> int:
     if not mixer.partitions:
         return 0
     hidden = sizes.config.model.hidden_size if sizes.element < FP32 else 0
+    # With sequence parallelism each tensor rank routes its part of the tokens.
     parts = sizes.config.parallel.tensor if sizes.config.parallel.sequence else 1
     # Torch sorts all partitions; the kernel finds only the picks.
     every = sizes.config.model.sse.num_routers * mixer.partitions
@@ -148,6 +149,7 @@ def _states(sizes: Sizes, mixer: Mixer, pieces: int) -> int:
 
 def _torch_recurrence(sizes: Sizes, mixer: Mixer) -> Kept:
     rows = sizes.tokens * (1 + _picks(sizes, mixer))
+    # Rows are padded to complete chunks: up to one more chunk for each (document, bank).
     size = choose_chunk_size(rows, _segments(sizes, mixer))
     num_chunks = rows // size + _segments(sizes, mixer)
     gates = 2 if mixer.is_delta else mixer.key_dim
@@ -176,6 +178,7 @@ def _triton_recurrence(sizes: Sizes, mixer: Mixer) -> Kept:
     # Values, the outputs of all banks, and the output gate.
     kept = sizes.tokens * (inputs + element * mixer.values * (2 + picks + sse.output_gate))
     kept += rows * 5 * FP32  # scales of the picks, and which row is which token's
+    # The kernels cut long segments into pieces until all blocks together fill a GPU.
     blocks = mixer.value_heads * max(1, mixer.key_dim // 64) * max(1, mixer.value_dim // 64)
     length = CHUNK_SIZE * choose_chunks_per_piece(rows, blocks)
     return Kept(kept, _states(sizes, mixer, rows // length + _segments(sizes, mixer)))

@@ -88,9 +88,11 @@ def step_time(sizes: Sizes, memory: Memory, sent: dict[str, int], stage: int, gp
     num_gpus = sizes.data_size * parallel.replica_size
     flops = train_flops_per_token(config.model, config.data.sequence_length) * tokens / num_gpus
     if training.recompute == "full":
+        # Forward, forward again and backward (2 x forward): 4 in place of 3.
         flops *= 4 / 3
     products = flops / gpu.flops
     moved = _bytes_moved(sizes, memory, stage) / gpu.bandwidth
+    # Share of a pipeline's steady time for filling and draining it; virtual stages divide it.
     bubble = (parallel.pipeline - 1) / (parallel.virtual_pipeline * sizes.num_micro_batches)
     speeds = _link_speeds(sizes, gpu, per_node)
     return StepTime(
@@ -131,6 +133,7 @@ def _link_speeds(sizes: Sizes, gpu: Gpu, per_node: int) -> dict[str, float]:
         ("data", sizes.data_size),
         ("pipeline", parallel.pipeline),
     ):
+        # Ranks of this axis lie `span` apart at most: they share a machine if that many GPUs fit in one.
         span *= size
         speeds[axis] = gpu.link if span <= per_node else gpu.network
     return speeds

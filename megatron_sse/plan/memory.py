@@ -63,6 +63,7 @@ def kept_of_step(sizes: Sizes, stage: int) -> Kept:
         values, states = len(layers) * sizes.stream_bytes, 0
     values += sum(end_activations(sizes, chunk.is_first, chunk.is_last) for chunk in chunks)
     passes = passes_under_way(sizes, stage)
+    # `passes` counts passes of one chunk each; values and states are of all chunks of the stage.
     kept = Kept(values * passes // len(chunks), states * passes // len(chunks))
     if recompute:
         # One layer at a time is recomputed.
@@ -76,6 +77,7 @@ def passes_under_way(sizes: Sizes, stage: int) -> int:
     pipeline, chunks = sizes.config.parallel.pipeline, sizes.config.parallel.virtual_pipeline
     if chunks == 1:
         return min(pipeline - stage, sizes.num_micro_batches)
+    # Warm-up of the interleaved schedule; then one forward pass alternates with one backward pass.
     warm_up = 2 * (pipeline - stage - 1) + (chunks - 1) * pipeline
     return min(warm_up + 1, sizes.num_micro_batches * chunks)
 

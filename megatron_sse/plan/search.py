@@ -93,6 +93,7 @@ def with_settings(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
 def longest_sequence(config: RunConfig, data_size: int, gpu: Gpu) -> int:
     """Return the number of tokens of the longest sequence that fits in this layout; 0 for none, at most LONGEST."""
     parallel = config.parallel
+    # Lengths must be divisible by this, whichever layout of the sequence is chosen.
     step = 2 * parallel.context * (parallel.tensor if parallel.sequence else 1)
 
     def fits(steps: int) -> bool:
@@ -100,6 +101,7 @@ def longest_sequence(config: RunConfig, data_size: int, gpu: Gpu) -> int:
         stages = range(parallel.pipeline)
         return max(rank_memory(sizes, stage).total for stage in stages) <= (1 - HEADROOM) * gpu.memory
 
+    # Bisection: memory grows with the length.
     low, high = 0, LONGEST // step
     while low < high:
         middle = (low + high + 1) // 2

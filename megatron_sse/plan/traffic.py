@@ -38,6 +38,7 @@ def step_traffic(sizes: Sizes, stage: int, context_rank: int = 0) -> dict[str, i
         ends = _ends_over_tensor(sizes, chunk.is_first, chunk.is_last)
         sent["tensor"] += sizes.num_micro_batches * ends
         if parallel.pipeline > 1:
+            # Activations go to the next chunk, gradients to the one before.
             neighbours = (not chunk.is_first) + (not chunk.is_last)
             sent["pipeline"] += sizes.num_micro_batches * neighbours * sizes.stream_bytes
         sent["data"] += _gradients(sizes, chunk)
@@ -183,6 +184,7 @@ def _halo(sizes: Sizes, width: int, ranks: int, num_slots: int, slot: int, chann
 def _attention_over_context(sizes: Sizes) -> Passes:
     config, softmax = sizes.config, sizes.config.model.softmax
     ranks, tensor = config.parallel.context, config.parallel.tensor
+    # Keys and values of this rank's tokens.
     pair = 2 * sizes.tokens * max(1, softmax.num_kv_heads // tensor) * softmax.head_dim * sizes.element
     kind = attention_kind(config) if sizes.kernels == "triton" else None
     if kind == "a2a":
