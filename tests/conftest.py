@@ -1,23 +1,23 @@
-"""What all tests share: an environment and a working directory of their own, and workers that stop at the end."""
+"""Set-up of all tests: a separate environment and working directory, and workers that stop at the end."""
 
 import os
 import signal
 
 import pytest
 
-# Triton's interpreter runs the kernels on the CPU; it has to be chosen before Triton is imported.
+# Triton's interpreter runs the kernels on the CPU; it must be chosen before Triton is imported.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tests.workers import close_pools
 
-# What launchers and Slurm set would make a test part of a run that is not its own.
+# Variables that launchers and Slurm set would make tests join another run.
 _LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NNODES", "NODE_RANK")
 _LAUNCH_PREFIXES = ("MASTER_", "SLURM_", "PET_", "TORCHELASTIC_")
 for _name in list(os.environ):
     if _name in _LAUNCH or _name.startswith(_LAUNCH_PREFIXES):
         del os.environ[_name]
 
-# Ignored where a shell without job control started the tests in the background, and so by all that they start.
+# A shell without job control ignores SIGINT for background jobs, and child processes inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

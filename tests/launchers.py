@@ -1,4 +1,4 @@
-"""Launchers in processes of their own, as many as there would be machines, whose processes run a small script."""
+"""Launchers in processes of their own, one for each machine, whose processes run a small script."""
 
 import os
 import socket
@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.workers import fork_context
 
 SECONDS_TO_END = 120
-# Ends with its launcher, as a training process does.
+# The script ends with its launcher, as a training process does.
 SCRIPT = """\
 import ctypes, os, signal, sys, threading, time
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)
@@ -39,7 +39,7 @@ class Launcher:
         return self.log.read_text()
 
     def wait_for(self, text: str) -> None:
-        """Until the output has `text`; fails where the launcher ends without it."""
+        """Wait until the output has `text`; fail where the launcher ends without it."""
         while text not in self.output:
             self.process.join(0.05)
             assert self.process.exitcode is None or text in self.output, self.output
@@ -49,7 +49,7 @@ class Launcher:
         os.kill(self.process.pid, signum)
 
     def end(self) -> int | None:
-        """Its exit status."""
+        """Wait for the launcher and return its exit status."""
         self.process.join(SECONDS_TO_END)
         self.process.kill()
         self.process.join()
@@ -66,7 +66,7 @@ def start_launcher(
     max_restarts: int = 0,
     address: str = "localhost",
 ) -> Launcher:
-    """The launcher of machine `rank` of `count`, with `per_node` processes that run `script` after SCRIPT."""
+    """Start the launcher of machine `rank` of `count`, with `per_node` processes that run SCRIPT, then `script`."""
     path = folder / f"script{rank}.py"
     path.write_text(SCRIPT + script)
     log = folder / f"output{rank}"

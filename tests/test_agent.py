@@ -1,4 +1,4 @@
-"""The launchers of several machines: restarts, what is not tried again, and how each learns of the others' end."""
+"""Launchers of several machines: restarts, errors that are not retried, and how each learns of the others' end."""
 
 import itertools
 import signal
@@ -14,7 +14,7 @@ def start_all(folder: Path, script: str, count: int = 2, max_restarts: int = 2) 
 
 
 def test_a_killed_process_starts_all_again(tmp_path: Path) -> None:
-    """Also rank 0, which would wait for it for ever."""
+    """When a process is killed, all start again, also rank 0, which would wait for it forever."""
     script = 'say(f\'{rank} of {os.environ["WORLD_SIZE"]} at {os.environ["MASTER_PORT"]}\')\n'
     script += "again = os.path.exists('again')\nif rank == 1 and not again: open('again', 'w').close(); die()\n"
     script += "if not again: wait()\n"
@@ -22,7 +22,7 @@ def test_a_killed_process_starts_all_again(tmp_path: Path) -> None:
     assert [first.end(), second.end()] == [0, 0], first.output + second.output
     for node in (first, second):
         assert node.output.count("restart ") == node.output.count("W restart 1 of 2: rank 1 was killed by SIGKILL") == 1
-    # In a store of their own each time.
+    # Each start has a store of its own.
     places = [[line for line in node.output.splitlines() if " of 2 at " in line] for node in (first, second)]
     assert [len(lines) for lines in places] == [2, 2]
     assert places[0][0] != places[0][1]
@@ -46,7 +46,7 @@ def test_a_users_error_is_not_tried_again(tmp_path: Path) -> None:
 
 
 def test_an_interrupt_ends_all(tmp_path: Path) -> None:
-    """The others lose their peers, and do not start again."""
+    """After an interrupt the other launchers lose their peers and do not start again."""
     script = "signal.signal(signal.SIGINT, lambda *_: sys.exit(130))\nsay('ready')\nwait()\n"
     first, second = nodes = start_all(tmp_path, script)
     for node in nodes:
@@ -58,7 +58,7 @@ def test_an_interrupt_ends_all(tmp_path: Path) -> None:
 
 
 def test_sigterm_waits_for_the_processes_and_starts_nothing(tmp_path: Path) -> None:
-    """One that fails while it saves is not started again, and then no machine ends well."""
+    """After SIGTERM a process that fails while saving is not restarted, and then no machine exits with 0."""
     script = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(5 * rank))\nsay('ready')\nwait()\n"
     first, second = nodes = start_all(tmp_path, script)
     for node in nodes:
@@ -107,7 +107,7 @@ def test_places_that_are_none(tmp_path: Path) -> None:
 
 
 def test_the_first_machine_may_be_lost(tmp_path: Path) -> None:
-    """Its launcher is killed, with it the place where all meet, and is started again."""
+    """The first machine's launcher is killed, which ends the rendezvous store, and is started again."""
     script = "say(f'ready {restart}')\nif not os.path.exists('again'): wait()\n"
     first, second = nodes = start_all(tmp_path, f"os.chdir({str(tmp_path)!r})\n" + script)
     for node in nodes:

@@ -1,4 +1,4 @@
-"""The command line: exit status and what a wrong setting prints."""
+"""The command line: exit status, and errors for wrong settings."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 WRONG = [
     ([QUICKSTART, "training.steps=none"], "command line: training.steps: got 'none', allowed an integer\n"),
     (["missing.yaml"], "missing.yaml: no such file\n"),
-    # Started without torchrun, one process cannot hold a context group of two.
+    # Without torchrun there is one process, which cannot form a context group of two.
     ([QUICKSTART], "parallel: got 1 processes, allowed a multiple of 2 (parallel.tensor 1 x pipeline 1 x context 2)"),
 ]
 
@@ -36,7 +36,7 @@ def test_launcher_refuses_before_it_starts_processes() -> None:
 
 
 def test_wrong_settings_are_answered_before_torch_is_loaded() -> None:
-    """In a fraction of a second, for the launcher and the command."""
+    """Launcher and command report wrong settings within a fraction of a second."""
     code = f"""
 import sys
 from megatron_sse import cli, launch
@@ -49,7 +49,7 @@ assert not {{"torch", "numpy", "megatron"}} & set(sys.modules)
 
 
 def test_a_reader_that_leaves() -> None:
-    """As `megatron-sse ... | head` does: no traceback."""
+    """A reader that closes the pipe early, such as `head`, causes no traceback."""
     command = [sys.executable, "-m", "megatron_sse", "plan", QUICKSTART]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stderr is not None

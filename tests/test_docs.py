@@ -1,4 +1,4 @@
-"""The pages about training: every command in them runs, on a model made small, and every link leads somewhere."""
+"""The pages about training: every command runs, on a small model, and every link has a target."""
 
 import os
 import re
@@ -19,7 +19,7 @@ RUNS = {
     "quickstart": [*SMALL, "data.sequence_length=64", "training.steps=2"],
     "stages": [*SMALL, "stages=[{tokens: 2000, sequence_length: 64}, {tokens: 500, sequence_length: 256}]"],
 }
-# Its commands are run by tests/check_parallel.
+# The commands of this page are run by tests/check_parallel.
 CHECK_PARALLEL = (ROOT / "docs" / "check_parallel.md").read_text().splitlines()
 COMMANDS = list(
     dict.fromkeys(
@@ -35,7 +35,7 @@ COMMANDS = list(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the commands run: with the project's configurations, and without corpus and runs."""
+    """Return the folder where the commands run, with the project's configurations but without corpus and runs."""
     folder = tmp_path_factory.mktemp("checkout")
     for part in (folder, folder / "untrained"):
         part.mkdir(exist_ok=True)
@@ -44,9 +44,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(command: str, folder: Path) -> str:
-    """Train by a command of a page, without the set-up of ./run.sh and on small models."""
+    """Run a page's training command, without the set-up of ./run.sh and with a small model."""
     _, *arguments = shlex.split(command)
-    # Of a run that goes on, one step.
+    # A resumed run takes one step.
     arguments += [
         "training.steps=3" if part == "training.steps=2" and len(arguments) > 1 else part
         for part in RUNS[Path(arguments[0]).stem]
@@ -59,7 +59,7 @@ def train(command: str, folder: Path) -> str:
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if not command.startswith("./run.sh")])
 def test_command(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Runs on small models are none of those that these commands ask for.
+    # A folder without runs, since runs of small models do not match the full-size models of these commands.
     monkeypatch.chdir(folder / "untrained")
     assert main(shlex.split(command)[1:]) == 0
 

@@ -1,4 +1,4 @@
-"""Faults in numbers and in input (F19 to F31), each with what has to happen.
+"""Faults in numbers and in input (F19 to F31), each with its required outcome.
 
 F1 to F18: tests/checkpoint; F20: tests/monitor/test_spikes.py.
 """
@@ -61,7 +61,7 @@ def another_vocabulary(folder: Path) -> None:
 
 
 def refused(change: Change, overrides: str, message: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Exit status 2 and one line, before a process, a process group or a folder exists."""
+    """Check for exit status 2 and one line, before a process, a process group or a folder exists."""
     (folder / "run.yaml").write_text(small_run(folder).to_yaml())
     change(folder)
     assert launch.main([str(folder / "run.yaml"), *overrides.format(folder=folder).split()]) == 2

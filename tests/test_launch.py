@@ -22,7 +22,7 @@ def load(*overrides: str) -> RunConfig:
     return load_config(QUICKSTART, [*(f"model.{size}" for size in sizes), *layout, *overrides])
 
 
-# overrides, nodes, GPUs per node: processes per node
+# Overrides, nodes, GPUs per node, expected processes per node.
 COUNTS = [
     ("", 1, 0, 2),
     ("parallel.data=3", 1, 0, 6),

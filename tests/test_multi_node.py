@@ -1,4 +1,4 @@
-"""A run on two "machines" of this one, by the commands of the docs: processes and launchers are lost on the way."""
+"""A run on two simulated machines, by the commands of the docs, in which processes and launchers are killed."""
 
 import os
 import re
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "multi_node.md").read_text()
 COMMANDS = re.findall(r"^    (NNODES=2 .*)$", PAGE, re.MULTILINE)
 SECONDS_TO_END = 300
-# It is ended long before the last step.
+# The run is ended long before the last step.
 SECTIONS: dict[str, dict[str, Any]] = {
     "training": {"steps": 5000, "global_batch_size": 4, "precision": "fp32"},
     "parallel": {"data": 2, "distributed_optimizer": True},
@@ -32,7 +32,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Machine:
-    """A launcher that was started by one of the docs' commands."""
+    """A launcher started by one of the docs' commands."""
 
     folder: Path
     number: int
@@ -56,7 +56,7 @@ class Machine:
         return self
 
     def wait_for(self, pattern: str) -> re.Match[str]:
-        """Read on until a line has the pattern."""
+        """Read until a line matches the pattern, and return the match."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.said.append(line)
@@ -83,13 +83,13 @@ def pid_of(log: Path) -> int:
 
 
 def losses(folder: Path, last_step: int) -> list[float]:
-    """Of each step, without a fault."""
+    """Return the losses of each step of a run without faults."""
     trace = take_steps(start(small_run(folder, **SECTIONS)), last_step)
     return [step_losses["loss"] for step_losses, _ in trace]
 
 
 def logged_losses(folder: Path) -> dict[int, set[float]]:
-    """All values that were logged for each step."""
+    """Return all losses that were logged for each step."""
     found: dict[int, set[float]] = {}
     for path in folder.glob("run/tensorboard/events*"):
         for event in EventAccumulator(str(path)).Reload().Scalars("train/loss"):
@@ -136,7 +136,7 @@ def test_a_run_goes_on_without_a_trace(tmp_path: Path) -> None:
 
 
 def check_logs(logs: Path, last_step: int) -> None:
-    """A file for each process and launcher, with all of its lives."""
+    """Check that each process and launcher has one log file, with all of its starts."""
     assert sorted(path.name for path in logs.iterdir()) == [
         "node_0.log",
         "node_1.log",
@@ -147,7 +147,7 @@ def check_logs(logs: Path, last_step: int) -> None:
     for name in ("rank_00000", "rank_00001"):
         assert len(re.findall(f"{name}: process", texts[name])) == 3
         assert f"D step {last_step}\n" in texts[name] and len(re.findall("resumed from", texts[name])) == 2
-    # Of signal SIGUSR1.
+    # The stack dump that SIGUSR1 causes.
     assert 'File "' in texts["rank_00000"] and "Current thread" in texts["rank_00000"]
     assert "restart 2 of 3" in texts["node_0"]
     assert "restart 1 of 3: rank 1 was killed by SIGKILL" in texts["node_1"]

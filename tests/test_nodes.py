@@ -1,4 +1,4 @@
-"""Which machines a run has, by the environment."""
+"""The machines of a run, determined from the environment."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The folders at the top of the checkout are imported by one name: in place, from a wheel, by mypy."""
+"""The top-level folders have one import name: in place, in a wheel and for mypy."""
 
 import shutil
 import subprocess
@@ -15,7 +15,7 @@ LINKED = ("kernels", "parallel", "tools", "configs")
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the sources that tests may build in and change."""
+    """Return a copy of the sources that tests may build in and change."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("megatron_sse", *LINKED):
         ignored = shutil.ignore_patterns("__pycache__")
@@ -39,7 +39,7 @@ def sdist(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from the sdist, so that the sdist is seen to hold what a wheel needs."""
+    """Return a wheel built from the sdist, which shows that the sdist is complete."""
     folder = tmp_path_factory.mktemp("unpacked")
     with tarfile.open(sdist) as archive:
         archive.extractall(folder, filter="data")
@@ -47,7 +47,7 @@ def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sources() -> list[str]:
-    """Every module and configuration, by its place in the package."""
+    """Return every module and configuration, by its place in the package."""
     places = {ROOT / "megatron_sse": "megatron_sse"} | {ROOT / name: f"megatron_sse/{name}" for name in LINKED}
     return sorted(
         f"{place}/{path.relative_to(folder)}"
@@ -82,7 +82,7 @@ def test_wheel_and_checkout_import_alike(wheel: Path, tmp_path: Path) -> None:
 
 
 def test_folders_have_no_other_name(tmp_path: Path) -> None:
-    """From the checkout's folder, where Python finds them, and from another one."""
+    """The folders cannot be imported by another name, from the checkout's folder or elsewhere."""
     for line in ("from kernels import route", "import kernels.gla", "import parallel", "import tools"):
         done = run_python(line, ROOT)
         assert "ImportError" in done.stderr or "ModuleNotFoundError" in done.stderr, line
@@ -97,7 +97,7 @@ def test_kernels_are_not_taken_for_another_package() -> None:
     assert done.stdout.strip() == "False", done.stderr
 
 
-# By module, lines with one wrong type each, at the borders between folders.
+# By module: lines with one type error each, in calls between the folders.
 SEEDED = {
     "megatron_sse.seeded": ["from megatron_sse.kernels import route", "route(1)"],
     "megatron_sse.model.seeded": ["from megatron_sse.parallel.sharding import ContextShard", "ContextShard('0')"],

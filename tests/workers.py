@@ -1,4 +1,4 @@
-"""Runs a function on every rank of a gloo world: one pool of processes per world size, kept for the whole test run."""
+"""Pools of gloo processes that run a function on every rank; one per world size, kept until the tests end."""
 
 import contextlib
 import gc
@@ -19,28 +19,28 @@ import torch.distributed as dist
 
 from megatron_sse.parallel import device, groups
 
-# A rank that waits for another one that failed or took another way would wait for ever.
+# A rank whose peer failed, or runs other collectives, would wait forever.
 SECONDS_TO_ANSWER = 900
 
 
 class WorkerError(Exception):
-    """A function failed on some rank; the message has the rank and its traceback."""
+    """Failure of a function on some rank; the message has the rank and its traceback."""
 
 
 def fork_context() -> ForkServerContext:
-    """Of processes that are forked from one that has loaded what takes most processes seconds to load.
+    """Return a context whose processes are forked from one that has imported what takes seconds to import.
 
-    There is one such process in each that runs tests: what it has loaded is the same for all of them.
+    Each process that runs tests has one such server, always with the same imports.
     """
     context = get_context("forkserver")
     context.set_forkserver_preload(["megatron_sse.training.loop", "megatron_sse.cli", "megatron_sse.launch"])
-    # Here, where no signal is blocked: those that are forked inherit that.
+    # The server starts here, where no signal is blocked, since forked processes inherit its signal mask.
     forkserver.ensure_running()
     return context
 
 
 class WorkerPool:
-    """`world_size` processes that have joined one gloo world and run what they are sent."""
+    """A pool of `world_size` processes in one gloo world that run the functions sent to them."""
 
     def __init__(self, world_size: int) -> None:
         context = fork_context()
@@ -49,7 +49,7 @@ class WorkerPool:
         self._processes: list[BaseProcess] = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            # Not daemonic: saving a distributed checkpoint starts processes of its own.
+            # Daemonic processes could not start others, as saving a distributed checkpoint does.
             process = context.Process(target=_serve, args=(rank, world_size, port, theirs), daemon=False)
             process.start()
             theirs.close()
@@ -57,10 +57,10 @@ class WorkerPool:
             self._processes.append(process)
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Results of function(*args) by rank. Raises WorkerError when a rank raises, dies or does not answer."""
+        """Return function(*args) of all ranks. Raises WorkerError when a rank raises, dies or does not answer."""
         job = pickle.dumps((function, args))
         for pipe in self._pipes:
-            # A process that died is found below, when its result is awaited.
+            # A process that has died is noticed below, when its result is received.
             with contextlib.suppress(BrokenPipeError):
                 pipe.send_bytes(job)
         results: dict[int, Any] = {}
@@ -85,7 +85,7 @@ class WorkerPool:
         return result
 
     def close(self) -> None:
-        """Stop the processes, also those that hang in a collective, and what they started."""
+        """Stop the processes, including any that hang in a collective, and their children."""
         for pipe, process in zip(self._pipes, self._processes, strict=True):
             with contextlib.suppress(psutil.NoSuchProcess):
                 for child in psutil.Process(process.pid).children(recursive=True):
@@ -99,9 +99,9 @@ _pools: dict[int, WorkerPool] = {}
 
 
 def run_workers(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """Call function(*args) on every rank of a gloo world of `world_size` processes; returns the results by rank.
+    """Call function(*args) on every rank of a gloo world of `world_size` processes, and return the results by rank.
 
-    `function` has to be importable (module level), arguments and results have to be picklable; CPU tensors are. It is
+    `function` must be importable (module level), arguments and results picklable, as CPU tensors are. It is
     called without model-parallel groups, and those it makes are destroyed afterwards. Raises WorkerError, with the
     rank and its traceback, when a rank fails; the pool is then thrown away, since the other ranks may hang.
     """
@@ -115,7 +115,7 @@ def run_workers(world_size: int, function: Callable[..., Any], *args: Any) -> li
 
 
 def close_pools() -> None:
-    """Stop all pools; conftest.py calls it when the test run ends."""
+    """Stop all pools; conftest.py calls this when the tests end."""
     while _pools:
         _pools.popitem()[1].close()
 
@@ -131,9 +131,9 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
     groups.init_process_group(device.setup_device(rank))
-    # What is loaded stays: to look through it after every function would take a quarter of a second.
+    # Imported modules stay. Without the freeze, every garbage collection after a function would take 0.25 s for them.
     gc.freeze()
-    # EOFError: the tests are over.
+    # EOFError: the tests have ended.
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             pipe.send_bytes(_answer(pipe.recv_bytes()))
@@ -150,10 +150,10 @@ def _answer(job: bytes) -> bytes:
 
 
 def _drop_groups() -> None:
-    """Destroy what a function made, so that the next one starts without groups."""
+    """Destroy the groups that a function created, so that the next one starts without groups."""
     groups.destroy_groups()
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
-    # Models are reference cycles and hold on to groups.
+    # Models contain reference cycles and keep groups alive.
     gc.collect()

@@ -1,5 +1,5 @@
-"""Thin scripts over the package and benchmarks."""
+"""Thin scripts over the package, and benchmarks."""
 
 if __name__ == "tools":
-    # Reached from the checkout's folder: a second copy of these modules would have second classes.
+    # Imported from the checkout's folder, these modules would be a second copy with classes of their own.
     raise ImportError("tools is megatron_sse.tools: use `import megatron_sse.tools`")

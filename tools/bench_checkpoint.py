@@ -1,6 +1,6 @@
-"""What a checkpoint costs: how long training stands still for it, and the share of hashing, for a model on one process.
+"""Benchmark of checkpoints on one process: how long training waits for a save, and the share of hashing in it.
 
-Only shares are of use: times on a CPU and its disk say nothing of other machines.
+Only the shares are meaningful: absolute times depend on the CPU and its disk.
 """
 
 import argparse
@@ -37,7 +37,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--vocabulary", type=int, default=32768)
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--folder", type=Path, help="on the disk to measure; default the system's for temporary files")
+    parser.add_argument(
+        "--folder", type=Path, help="folder on the disk to measure; default the system's temporary folder"
+    )
     return parser.parse_args()
 
 
@@ -59,7 +61,7 @@ def run_config(args: argparse.Namespace, folder: Path) -> RunConfig:
     return RunConfig.model_validate(sections)
 
 
-# By the clock, and of the processor.
+# Two numbers: wall-clock seconds and processor seconds.
 Seconds = np.ndarray
 
 SHA256 = hashlib.sha256
@@ -82,24 +84,25 @@ class Bench:
         self.checkpoint = step_folder(self.saver.folder, 1)
 
     def save(self) -> Seconds:
-        """What a save takes during which training waits."""
+        """Return the time of a save in the foreground, for which training waits."""
         begun = now()
         self.saver.start(1, 1, background=False)
         self.saver.finish()
         return now() - begun
 
     def hash_in_save(self) -> Seconds:
-        """The part of such a save that is SHA-256."""
+        """Return the part of such a save that SHA-256 takes."""
         TimedHash.seconds = 0 * now()
         with patch.object(durable.hashlib, "sha256", TimedHash):
             self.save()
         return TimedHash.seconds
 
     def save_in_background(self) -> Seconds:
-        """How long training waits for a save that is written while it goes on."""
+        """Return how long training waits for a save that is written in the background."""
         begun = now(of_thread=True)
         self.saver.start(1, 1, background=True)
         seconds = now(of_thread=True) - begun
+        # The wait is not counted: training would continue meanwhile.
         while self.saver.is_writing():
             time.sleep(0.01)
         begun = now(of_thread=True)
@@ -118,12 +121,12 @@ class Bench:
 
 
 def now(of_thread: bool = False) -> Seconds:
-    """The clock, and the processor time so far: of the whole process, or of the thread that trains alone."""
+    """Return wall-clock and processor time so far, of the process or (of_thread) of the training thread alone."""
     return np.array([time.perf_counter(), time.thread_time() if of_thread else time.process_time()])
 
 
 class TimedHash:
-    """SHA-256 that adds up the time it takes."""
+    """A SHA-256 object that adds up the time it takes."""
 
     seconds: Seconds
 
@@ -148,12 +151,12 @@ def main() -> None:
         measured: dict[str, Callable[[], Seconds]] = {
             "save, training waits": bench.save,
             "of it hashing": bench.hash_in_save,
-            "save, training goes on": bench.save_in_background,
+            "save in the background": bench.save_in_background,
             "verify": bench.verify,
             "load": bench.load,
         }
         times: dict[str, list[Seconds]] = {name: [] for name in measured}
-        # One after the other and not in blocks, since the disk's speed changes; the first round warms up.
+        # Measured in turn rather than in blocks, since the disk's speed drifts; the first round warms up.
         for repeat in range(args.repeats + 1):
             for name, measure in measured.items():
                 seconds = measure()

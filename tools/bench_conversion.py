@@ -1,4 +1,4 @@
-"""Peak memory of conversions of a random model, against the size of its weights. Linux; on the CPU."""
+"""Benchmark of conversions: peak memory relative to the weights, for a random model on the CPU. Needs Linux."""
 
 import argparse
 import json
@@ -26,12 +26,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
-    parser.add_argument("--most", type=float, default=0.0, help="exit 1 where converting takes this share or more")
+    parser.add_argument("--most", type=float, default=0.0, help="exit with 1 from this share of the weights on")
     return parser.parse_args()
 
 
 def make_model(folder: Path, args: argparse.Namespace) -> int:
-    """A random Llama; returns the bytes of its weights."""
+    """Write a random Llama model and return the bytes of its weights."""
     heads = args.hidden // 64
     model = {
         "num_layers": args.layers,
@@ -55,7 +55,7 @@ def make_model(folder: Path, args: argparse.Namespace) -> int:
 
 
 def measure(source: str, target: str, to: str, pattern: str | None, result: Path) -> None:
-    """One conversion in this process; writes the peaks, in bytes above the start, of its two parts."""
+    """Convert in this process, and write the peak memory of converting and of comparing, in bytes above the start."""
     torch.set_num_threads(1)
     start = _reset_peak()
     peaks = {}
@@ -66,6 +66,7 @@ def measure(source: str, target: str, to: str, pattern: str | None, result: Path
         _reset_peak()
         return compare(*models)
 
+    # The comparison comes after the conversion: measure the peak in between.
     command._difference = difference
     status = convert(source, target, to, pattern)
     peaks["comparing"] = _peak() - start
@@ -73,6 +74,7 @@ def measure(source: str, target: str, to: str, pattern: str | None, result: Path
 
 
 def _reset_peak() -> int:
+    """Reset the process's peak memory to its present memory, and return that."""
     Path("/proc/self/clear_refs").write_text("5")
     return _peak()
 

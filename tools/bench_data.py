@@ -1,6 +1,6 @@
-"""How fast `data build` makes token files, and in how much memory: the standard library's sources, repeated to a size.
+"""Benchmark of `data build`: speed and memory on the standard library's sources, repeated up to a given size.
 
-Each tokenizer is measured in a process of its own, started as a user would; memory is that of it and its workers.
+Each tokenizer is measured in a process of its own, started as a user would start it; memory includes its workers.
 """
 
 import argparse
@@ -27,16 +27,18 @@ SAMPLE_SECONDS = 0.1
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mib", type=int, default=1024, help="text read with the byte tokenizer")
-    parser.add_argument("--bpe-mib", type=int, default=256, help="text read with the trained tokenizer")
-    parser.add_argument("--vocabulary", type=int, default=32768, help="of the trained tokenizer")
+    parser.add_argument("--mib", type=int, default=1024, help="MiB of text for the byte tokenizer")
+    parser.add_argument("--bpe-mib", type=int, default=256, help="MiB of text for the trained tokenizer")
+    parser.add_argument("--vocabulary", type=int, default=32768, help="vocabulary size of the trained tokenizer")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--folder", type=Path, help="on the disk to measure; default the system's for temporary files")
+    parser.add_argument(
+        "--folder", type=Path, help="folder on the disk to measure; default the system's temporary folder"
+    )
     return parser.parse_args()
 
 
 def write_texts(path: Path, texts: list[str], size: int) -> int:
-    """Write JSONL of at least `size` bytes of text; returns its bytes of text."""
+    """Write a JSONL file with at least `size` bytes of text, and return the number of bytes."""
     written = 0
     with path.open("w", encoding="utf-8") as file:
         while written < size:
@@ -49,7 +51,7 @@ def write_texts(path: Path, texts: list[str], size: int) -> int:
 
 
 def train_tokenizer(folder: Path, texts: list[str], vocabulary: int) -> Path:
-    """A byte-level BPE of the texts."""
+    """Train a byte-level BPE tokenizer on the texts and return its folder."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -66,7 +68,7 @@ def train_tokenizer(folder: Path, texts: list[str], vocabulary: int) -> Path:
 
 
 def measure(text: Path, output: Path, tokenizer: str, workers: int) -> tuple[float, float, float, str]:
-    """Seconds by the clock and of the processor, peak MiB of all processes together, and the output."""
+    """Return wall-clock seconds, processor seconds, peak MiB of all processes together, and the printed output."""
     command = [sys.executable, "-m", "megatron_sse", "data", "build", str(text), "--output", str(output)]
     command += ["--tokenizer", tokenizer, "--workers", str(workers)]
     started, before, peak = time.perf_counter(), processor_seconds(), 0
@@ -84,20 +86,20 @@ def measure(text: Path, output: Path, tokenizer: str, workers: int) -> tuple[flo
 
 
 def processor_seconds() -> float:
-    """Of all processes that were started and have ended, and of those that they started."""
+    """Return the processor time of all descendants of this process that have ended."""
     times = os.times()
     return times.children_user + times.children_system
 
 
 def memory(pid: int) -> int:
-    """Proportional set size (a shared page is counted in parts) of a process and all that it started, in bytes."""
+    """Return the proportional set size of a process and its descendants in bytes: shared pages count once in all."""
     total = 0
     try:
         process = psutil.Process(pid)
         for each in [process, *process.children(recursive=True)]:
             total += each.memory_full_info().pss
     except psutil.Error:
-        pass  # one has ended
+        pass  # a process has ended meanwhile
     return total
 
 

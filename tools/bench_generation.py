@@ -1,4 +1,4 @@
-"""Time and memory of generation: per token at several lengths of context, and over one very long prompt."""
+"""Benchmark of generation: time and memory per token at several context lengths, and over one very long prompt."""
 
 import argparse
 import json
@@ -36,14 +36,16 @@ MODELS: dict[str, dict[str, Any]] = {
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 8192, 65536], help="tokens, ascending")
+    parser.add_argument(
+        "--contexts", type=int, nargs="+", default=[1024, 8192, 65536], help="context lengths in tokens, ascending"
+    )
     parser.add_argument("--steps", type=int, default=200, help="tokens timed at each context")
     parser.add_argument("--prompt", type=int, default=1 << 20, help="tokens of the long prompt; 0 for none")
     parser.add_argument("--chunk", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--heads", type=int, default=2)
-    parser.add_argument("--dim", type=int, default=16, help="of keys and of values, per head")
+    parser.add_argument("--dim", type=int, default=16, help="size of keys and of values, per head")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="file to write all numbers to")
     return parser.parse_args()
@@ -58,7 +60,7 @@ def make_config(name: str, args: argparse.Namespace) -> RunConfig:
 
 
 def clock(device: Device) -> Callable[[], float]:
-    """Processor time on a CPU: on a shared machine the wall clock counts the others too."""
+    """Return a clock: processor time on a CPU, since on a shared machine wall-clock time includes other processes."""
     if device.type == "cpu":
         return time.process_time
 
@@ -70,9 +72,9 @@ def clock(device: Device) -> Callable[[], float]:
 
 
 def time_tokens(net: GPTModel, device: Device, args: argparse.Namespace) -> list[dict[str, float]]:
-    """A row for each context: milliseconds per token and the size of the cache.
+    """Return a row for each context length: milliseconds per token and size of the cache.
 
-    One token at each context after the other, so that whatever slows the machine down slows all contexts alike.
+    The contexts take turns token by token, so that whatever slows the machine down slows all of them alike.
     """
     tokens = torch.randint(257, (args.contexts[-1],), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     caches = []
@@ -88,14 +90,14 @@ def time_tokens(net: GPTModel, device: Device, args: argparse.Namespace) -> list
             spent.append(1e3 * (read() - start))
     rows: list[dict[str, float]] = []
     for context, cache, spent in zip(args.contexts, caches, times, strict=True):
-        cuts = statistics.quantiles(spent[10:], n=10)  # the first ones warm up
+        cuts = statistics.quantiles(spent[10:], n=10)  # the first ten warm up
         row = {"context": context, "ms": cuts[4], "p10": cuts[0], "p90": cuts[8], "cache_bytes": cache.num_bytes}
         rows.append(row | {"ratio": cuts[4] / rows[0]["ms"] if rows else 1.0})
     return rows
 
 
 def time_prompt(net: GPTModel, device: Device, args: argparse.Namespace) -> list[dict[str, float]]:
-    """Peak memory and time while one long prompt goes in: a row after each doubling from an eighth of it on."""
+    """Return rows of time and peak memory while reading one long prompt: at 1/8, 1/4, 1/2 and all of it."""
     generator = torch.Generator("cpu").manual_seed(0)
     cache, read = Cache(net, 1), clock(device)
     rows: list[dict[str, float]] = []
@@ -104,6 +106,7 @@ def time_prompt(net: GPTModel, device: Device, args: argparse.Namespace) -> list
     for mark in marks:
         part = torch.randint(257, (mark - cache.lengths[0],), generator=generator, device="cpu").tolist()
         logits = prefill(net, cache, [part], args.chunk)
+        # Wrong results are not timed.
         assert logits.isfinite().all()
         seconds = read() - start
         row = {"tokens": mark, "seconds": seconds, "peak_bytes": device.peak_memory_bytes()}
@@ -130,7 +133,7 @@ def main() -> None:
             [nets[name]] = build_model(make_config(name, args), groups, device, core_attention=TorchAttention)
             nets[name].eval()
         if args.prompt:
-            # First: the peak never falls again.
+            # Measured first, since the process's peak memory never falls.
             print("| model | tokens of the prompt | s | peak memory MB | cache MB |\n|---|---|---|---|---|")
             name = args.models[0]
             results["prompt"][name] = rows = time_prompt(nets[name], device, args)

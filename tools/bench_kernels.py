@@ -1,9 +1,9 @@
-"""Time and peak memory of SSE attention on a GPU, beside other implementations, in one run.
+"""Benchmark of SSE attention on a GPU: time and peak memory beside other implementations, in one run.
 
     python -m megatron_sse.tools.bench_kernels [--fla DIR] [--shapes 16x128,8x256] [--tokens 4096,...] [--output X.md]
 
 --fla: a checkout of flash-linear-attention with the SSE authors' layers (its pull request 882); without one, only an
-installed flash-linear-attention's kernels for one state are measured. A result that is wrong is not timed.
+installed flash-linear-attention's kernels for one state are measured. A wrong result is not timed.
 """
 
 import argparse
@@ -25,14 +25,14 @@ from megatron_sse.kernels import BankInputs, route, sse_attention
 from megatron_sse.recurrence import RECURRENCES
 from megatron_sse.tools.bench_recurrence import commit
 
-# Largest RMS error against fp64, relative, of a bf16 result that is still timed.
+# Largest relative RMS error against fp64 with which a bf16 result is still timed.
 TOLERANCE = 2e-2
 CHECKED_TOKENS = 512
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One sequence of `tokens`; N partitions, as many writers as readers."""
+    """Sizes of one sequence and layer; picks: number of partitions written and read per token."""
 
     tokens: int
     heads: int
@@ -43,7 +43,7 @@ class Shape:
 
 
 class Problem:
-    """Random bf16 inputs of a layer's attention, gates and router fp32; `leaves` take gradients."""
+    """Random inputs of a layer's attention: bf16, gates and router fp32. `leaves` take gradients."""
 
     def __init__(self, shape: Shape, device: str, dtype: torch.dtype = torch.bfloat16) -> None:
         generator = torch.Generator(device).manual_seed(0)
@@ -76,13 +76,13 @@ class Problem:
         return sse_attention(self.shared, self.sparse, self.v_THV, routes, *packing, form=form).o_THV
 
     def authors(self, layer: torch.nn.Module) -> Tensor:
-        """The attention of the authors' layer alone: no projections."""
+        """Return the output of the authors' attention, without their layer's projections."""
         pairs = [x for pair in zip(self.shared.tensors, self.sparse.tensors, strict=True) for x in pair]
         inputs = (*pairs[:4], self.v_THV, *pairs[4:], self.logit_TN)
         return layer.sse_linear_attention_varlen(*(x[None] for x in inputs))[0][0]  # type: ignore[operator]
 
     def one_state(self, function: Callable) -> Tensor:
-        """The shared bank alone: the unit in which the work of SSE is counted."""
+        """Return the output of the shared bank alone, whose time is the unit for the others."""
         bank = self.shared
         arguments = [x[None] for x in (bank.q_THK, bank.k_THK, self.v_THV, bank.g)]
         if bank.beta_TH is not None:
@@ -96,7 +96,7 @@ class Problem:
 
 
 def contenders(shape: Shape, device: str) -> dict[str, Callable[[Problem], Tensor]]:
-    """What can be measured here, by name."""
+    """Return the implementations that can be measured here, by name."""
     found: dict[str, Callable[[Problem], Tensor]] = {
         f"ours, {form}": partial(Problem.ours, form=form) for form in ("varlen", "mask")
     }
@@ -132,7 +132,8 @@ def _authors(shape: Shape) -> dict[str, Callable[[Problem], Tensor]]:
 
 
 def error_of(form: str, shape: Shape, device: str) -> float:
-    """RMS error of the output and of every gradient against fp64 on the same inputs, the worst of them."""
+    """Return the worst RMS error of the output and the gradients against fp64 on the same inputs."""
+    # fp64 is slow and large, so the check uses the start of the sequence.
     short = Shape(min(shape.tokens, CHECKED_TOKENS), *list(vars(shape).values())[1:])
     problem, exact = Problem(short, device), Problem(short, device, torch.float64)
     for rounded, x in zip(problem.leaves, exact.leaves, strict=True):
@@ -146,7 +147,7 @@ def error_of(form: str, shape: Shape, device: str) -> float:
 
 
 def measure(run: Callable[[Problem], Tensor], problem: Problem, backward: bool) -> tuple[list[float], float]:
-    """Median, p10 and p90 of the time in ms, and the peak memory in GiB on top of the inputs."""
+    """Return median, p10 and p90 of the time in ms, and the peak memory in GiB on top of the inputs."""
     from triton.testing import do_bench
 
     def step() -> None:
@@ -165,7 +166,7 @@ def measure(run: Callable[[Problem], Tensor], problem: Problem, backward: bool) 
 
 
 def rows_of(shape: Shape, device: str) -> list[str]:
-    """A table row per contender and pass; ratios are to one state of flash-linear-attention."""
+    """Return a table row per implementation and pass; ratios are to one state of flash-linear-attention."""
     for form in ("varlen", "mask"):
         error = error_of(form, shape, device)
         if not error < TOLERANCE:
@@ -184,6 +185,7 @@ def rows_of(shape: Shape, device: str) -> list[str]:
             except (RuntimeError, AssertionError, TypeError) as error:
                 timed[name] = f"| failed: {str(error).splitlines()[0][:80]} ||||"
                 continue
+            # Ratios are to this implementation, which is measured with the others.
             unit = median if "one state" in name else unit
             timed[name] = (median, p10, p90, peak)
         for name, x in timed.items():
@@ -197,7 +199,7 @@ def rows_of(shape: Shape, device: str) -> list[str]:
 
 
 def roofline(shape: Shape) -> list[str]:
-    """Per kernel of ours: its time in a step, what it moves and computes, and the larger share of the two ceilings."""
+    """Return a table of our kernels: time in a step, bytes, FLOP, and the larger share of the two ceilings."""
     from torch.profiler import ProfilerActivity, profile
 
     from megatron_sse.kernels.triton.work import gdn_work, gla_work
@@ -231,7 +233,7 @@ def roofline(shape: Shape) -> list[str]:
 
 
 def _ceilings() -> tuple[float, float]:
-    """Bytes per second of a copy (read and written) and FLOP per second of a large bf16 product, measured here."""
+    """Measure bytes per second of a copy (read plus written) and FLOP per second of a large bf16 product."""
     from triton.testing import do_bench
 
     source = torch.randn(2**29, device="cuda", dtype=torch.bfloat16)
@@ -249,7 +251,7 @@ def main() -> None:
     parser.add_argument("--shapes", default="16x128,8x256", help="heads x dim")
     parser.add_argument("--tokens", default="4096,16384,65536,131072")
     parser.add_argument("--banks", default="4x1,4x2,16x1,16x2", help="partitions x picks")
-    parser.add_argument("--roofline", action="store_true", help="also the time of each kernel against its ceiling")
+    parser.add_argument("--roofline", action="store_true", help="also compare the time of each kernel with its ceiling")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     if options.fla is not None:

@@ -1,4 +1,4 @@
-"""How much faster the chunked recurrences are than the token-by-token oracle, on random packed documents."""
+"""Benchmark of the chunked recurrences against the token-by-token oracle, on random packed documents."""
 
 import argparse
 import platform
@@ -16,28 +16,28 @@ from megatron_sse.kernels import BankInputs, Routes, route, sse_attention
 from megatron_sse.kernels.reference import reference_sse
 from megatron_sse.recurrence import RECURRENCES
 
-# Largest error of the chunked form, relative to the oracle in the same precision, that is still reported.
+# Largest error of the chunked form, relative to the oracle in the same precision, with which times are reported.
 TOLERANCE = 1e-4
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--documents", type=int, default=4, help="of equal length")
+    parser.add_argument("--documents", type=int, default=4, help="number of documents, of equal length")
     parser.add_argument("--heads", type=int, default=1)
-    parser.add_argument("--dim", type=int, default=32, help="of keys and of values, per head")
+    parser.add_argument("--dim", type=int, default=32, help="size of keys and of values, per head")
     parser.add_argument("--partitions", type=int, default=4)
     parser.add_argument("--picks", type=int, default=1, help="partitions written and read per token")
     parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=20, help="of the chunked form")
+    parser.add_argument("--repeats", type=int, default=20, help="repeats of the chunked form")
     parser.add_argument("--oracle-repeats", type=int, default=3)
-    parser.add_argument("--least-ratio", type=float, default=0.0, help="exit 1 below this ratio")
+    parser.add_argument("--least-ratio", type=float, default=0.0, help="exit with 1 below this ratio")
     return parser.parse_args()
 
 
 class Problem:
-    """Random inputs of one recurrence; `leaves` are those that take gradients."""
+    """Random inputs of one recurrence; `leaves` take gradients."""
 
     def __init__(self, recurrence: str, args: argparse.Namespace) -> None:
         torch.manual_seed(0)
@@ -61,6 +61,7 @@ class Problem:
         self.prob_TN = leaf(torch.randn(tokens, args.partitions).softmax(-1))
         self.grad_o = torch.randn(tokens, heads, dim, dtype=dtype)
         self.picks = args.picks
+        # Documents of equal length, packed into one sequence.
         self.offsets_D1 = torch.linspace(0, tokens, args.documents + 1).long()
         self.document_T = torch.repeat_interleave(torch.arange(args.documents), self.offsets_D1.diff())
 
@@ -75,7 +76,7 @@ class Problem:
         return reference_sse(self.shared, self.sparse, self.v_THV, self.routes(), self.offsets_D1)[0]
 
     def seconds(self, function: Callable[[], Tensor], backward: bool) -> float:
-        """Processor time: on a shared machine the wall clock counts the others too."""
+        """Return the processor time, since on a shared machine wall-clock time includes other processes."""
         start = time.process_time()
         with torch.set_grad_enabled(backward):
             o = function()
@@ -85,12 +86,12 @@ class Problem:
 
 
 def check(problem: Problem, form: str) -> None:
-    """A wrong result has no speed."""
+    """Exit where the chunked form is wrong, since then its speed means nothing."""
     with torch.no_grad():
         expected, actual = problem.oracle(), problem.chunked(form)
     error = ((actual - expected).square().mean().sqrt() / expected.square().mean().sqrt()).item()
     if not error < TOLERANCE:
-        raise SystemExit(f"{form} differs from the oracle by {error:.1e} (RMS), allowed is {TOLERANCE:.0e}")
+        raise SystemExit(f"{form} differs from the oracle by {error:.1e} (RMS), allowed {TOLERANCE:.0e}")
 
 
 def cpu_name() -> str:
@@ -107,7 +108,7 @@ def commit() -> str:
 
 
 def measure(problem: Problem, recurrence: str, backward: bool, args: argparse.Namespace) -> list[float]:
-    """Print a line for each form; returns the ratios."""
+    """Print a line for each form and return the ratios."""
     oracle_ms = 1e3 * statistics.median(problem.seconds(problem.oracle, backward) for _ in range(args.oracle_repeats))
     ratios = []
     for form in ("varlen", "mask"):

@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel for GPUs that need not be there, and tabulates registers, spills and shared memory.
+"""Compiles every Triton kernel, without a GPU, and tabulates registers, spills and shared memory.
 
 python -m megatron_sse.tools.compile_kernels [--arch 80,90,100] [--dtype bf16,fp32] [--dim 64,128,256] [--output X]
 """
@@ -23,7 +23,7 @@ SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the assembler said of one kernel: bytes of stack and local memory are spills."""
+    """The assembler's numbers for one kernel; spilled: bytes of stack and local memory."""
 
     kernel: str
     case: str
@@ -39,7 +39,7 @@ class Compiled:
 
 
 def find_cases(arch: int) -> list[tuple[str, int, str]]:
-    """Module, index into its compile_cases(arch) and description of every case that is shipped."""
+    """Return module, index into its compile_cases(arch) and description of every case."""
     from megatron_sse.kernels import triton as room
 
     cases = []
@@ -52,7 +52,7 @@ def find_cases(arch: int) -> list[tuple[str, int, str]]:
 
 
 def describe(signature: dict[str, str], constants: dict[str, object]) -> str:
-    """Dtypes of the pointers and the constants that tell a case from its neighbours."""
+    """Return a case's description: the dtype of its pointers and its constants."""
     dtypes = sorted({kind[1:] for kind in signature.values() if kind in ("*bf16", "*fp16", "*fp32")})
     dtype = next((name for name in dtypes if name != "fp32"), "fp32")
     return " ".join([dtype, *(f"{name}={value}" for name, value in constants.items())])
@@ -66,7 +66,7 @@ def compile_case(module: str, index: int, arch: int) -> Compiled:
 
     kernel, signature, constants, options = importlib.import_module(module).compile_cases(arch)[index]
     kinds = {name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names}
-    # As a launch specialises them: torch's allocations are aligned, and so are the loads then.
+    # A launch specialises on alignment, and torch's allocations are aligned: tell the compiler the same.
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(kinds.values()) if kind.startswith("*")}
     source = ASTSource(fn=kernel, signature=kinds, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -91,14 +91,14 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def compile_all(architectures: list[int], keep) -> list[Compiled]:
-    """Every case whose description `keep` accepts, compiled on all cores."""
+    """Compile, on all cores, every case whose description `keep` accepts."""
     jobs = [(module, index, arch) for arch in architectures for module, index, case in find_cases(arch) if keep(case)]
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         return list(pool.map(compile_case, *zip(*jobs, strict=True)))
 
 
 def table(results: list[Compiled]) -> str:
-    """A markdown table, a row per case and architecture."""
+    """Return a markdown table with a row per case and architecture."""
     import triton
 
     lines = [
@@ -126,6 +126,7 @@ def main() -> int:
     dtypes, dims = options.dtype.split(","), options.dim.split(",")
 
     def keep(case: str) -> bool:
+        # Cases without a head dim, such as routing, are always kept.
         found = re.search(r"\b(?:K|V|KEY_DIM|VALUE_DIM)=(\d+)", case)
         return case.split()[0] in dtypes and (found is None or found[1] in dims)
 

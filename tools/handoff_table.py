@@ -1,9 +1,9 @@
-"""Prints, in markdown, the bytes that one context rank sends per layer and micro-batch: state hand-off, ring attention.
+"""Prints a markdown table of bytes that a context rank sends per layer and micro-batch: hand-off and ring attention.
 
     python -m megatron_sse.tools.handoff_table [--heads 16 --head-dim 128 --kv-heads 4]
 
-The hand-off's figures are those of `handoff_bytes`, which the tests hold against counted traffic. Ring attention passes
-its keys and values (bf16) around the ring forward, and again with their gradients backward.
+The numbers of the hand-off are those of `handoff_bytes`, which tests compare with counted traffic. Ring attention
+passes keys and values (bf16) around the ring in the forward pass, and again with their gradients in the backward pass.
 """
 
 import argparse
@@ -17,13 +17,15 @@ SIZES = (2, 8, 64)
 
 
 def ring_bytes(tokens: int, size: int, kv_heads: int, head_dim: int) -> int:
-    """Bytes a rank sends forward and backward for a sequence of `tokens`."""
+    """Return the bytes that a rank of ring attention sends, forward plus backward, for a sequence of `tokens`."""
+    # Keys and values, 2 bytes each.
     one_turn = tokens // size * 2 * kv_heads * head_dim * 2
+    # One turn forward, two backward: keys and values again, and their gradients.
     return (size - 1) * 3 * one_turn
 
 
 def handoff_row(num_partitions: int, matrix: bool, algorithm: str, heads: int, head_dim: int, zigzag: bool) -> str:
-    """One row: name, then forward plus backward MiB by number of ranks."""
+    """Return one row: name, then MiB forward plus backward by number of ranks."""
     cells = []
     for size in SIZES:
         chain = ContextShard(0, size, zigzag).chain

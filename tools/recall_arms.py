@@ -1,4 +1,4 @@
-"""The arms of the study of recall: settings put over configs/recall_mqar.yaml, and the claim that each belongs to."""
+"""The arms of the study of recall: settings on top of configs/recall_mqar.yaml, and the claims each one tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_sse.errors import UserError
 
 BASE = "n8k1"
 PURE6 = "sse6"
-# By which numbers of parameters that are called equal may differ, as a share.
+# Relative difference up to which numbers of parameters count as equal.
 TOLERANCE = 0.02
 
 CLAIMS = {
@@ -30,8 +30,8 @@ CLAIMS = {
 class Arm:
     """A model of the study, or another way to train one.
 
-    claims: keys of CLAIMS. overrides: settings put over the file's. parameters_as: arm whose number of parameters it
-    is given, by the width of its MLP. state_as: arm that it is to have as many elements of state as.
+    claims: keys of CLAIMS. overrides: settings on top of the file's. parameters_as: arm whose number of parameters this
+    one gets, through the width of its MLP. state_as: arm whose number of state elements this one must have.
     """
 
     claims: str
@@ -45,7 +45,7 @@ def _sse(*settings: str) -> tuple[str, ...]:
 
 
 _SIX = ("model.num_layers=6",)
-# Empty, so that no setting of SSE layers is ignored.
+# model.sse is empty because softmax models would ignore its settings.
 _SOFTMAX = ("model.layers=softmax", "model.sse={}", "model.softmax.num_heads=2")
 _HYBRID = ("model.layers=5*sse, softmax", "model.softmax.num_heads=2")
 _WSD = "optimizer.schedule=wsd"
@@ -56,7 +56,7 @@ ARMS = {
     "n4k1": Arm("a", _sse("num_partitions=4")),
     BASE: Arm("abcdegh", _sse("num_partitions=8"), None),
     "n16k1": Arm("a", _sse("num_partitions=16")),
-    # An SSE layer without partitions is gated linear attention.
+    # SSE layers without partitions are gated linear attention.
     "gla": Arm("a", _sse("num_partitions=0")),
     "gla_large_heads": Arm("a", _sse("num_partitions=0", "head_dim=24"), state_as=BASE),
     "gla_value_heads": Arm("a", _sse("num_partitions=0", "num_value_heads=18"), state_as=BASE),
@@ -86,7 +86,7 @@ ARMS = {
     "scaled": Arm("h", _sse("num_partitions=8", "weight_scale=8.0"), state_as=BASE),
     "own_reads_scaled": Arm("h", _sse("num_partitions=8", "own_read_router=true", "weight_scale=8.0"), state_as=BASE),
     "read_all": Arm("h", _sse("num_partitions=8", "num_readers=8"), state_as=BASE),
-    # The learning rate falls in the last fifth alone: a plateau may end later.
+    # The learning rate falls only in the last fifth, which gives a plateau more time to end.
     "gla_wsd": Arm("h", (*_sse("num_partitions=0"), _WSD)),
     "wsd": Arm("h", (*_sse("num_partitions=8"), _WSD), state_as=BASE),
     "n16k1_wsd": Arm("h", (*_sse("num_partitions=16"), _WSD)),
@@ -102,7 +102,7 @@ ARMS = {
 
 
 def find_arms(names: str | None) -> list[str]:
-    """Names of arms given with commas; all without any. Raises UserError."""
+    """Return the arms named in a string with commas, or all arms for None. Raises UserError."""
     found = list(ARMS) if names is None else [name.strip() for name in names.split(",")]
     for name in found:
         if name not in ARMS or found.count(name) > 1:
@@ -111,23 +111,23 @@ def find_arms(names: str | None) -> list[str]:
 
 
 def arm_settings(name: str, path: Path, settings: list[str]) -> list[str]:
-    """All settings of an arm: those given for all arms, its own, and the width of the MLP that matches parameters."""
+    """Return the settings of an arm: those for all arms, its own, and the width of the MLP that matches parameters."""
     arm, given = ARMS[name], [*settings, *ARMS[name].overrides]
     if arm.parameters_as is None:
         return given
     wanted = num_parameters(load_config(path, [*settings, *ARMS[arm.parameters_as].overrides]).model)
-    # Parameters grow by the same number with each unit of width.
+    # The number of parameters is linear in the width, so two widths determine the one that is needed.
     one, two = (num_parameters(load_config(path, [*given, f"model.ffn_hidden_size={width}"]).model) for width in (1, 2))
     return [*given, f"model.ffn_hidden_size={max(1, 1 + round((wanted - one) / (two - one)))}"]
 
 
 def num_parameters(model: ModelConfig) -> int:
-    """Of the whole model."""
+    """Return the number of parameters of the model."""
     return sum(count_parameters(model).values())
 
 
 def state_elements(config: RunConfig) -> int:
-    """Numbers that all layers keep of a sequence: states of all banks, keys and values of all tokens seen."""
+    """Return how many numbers all layers keep of a sequence: states of all banks, or keys and values of all tokens."""
     model, sse, softmax = config.model, config.model.sse, config.model.softmax
     total = 0
     for kind in model.layer_kinds():
@@ -140,7 +140,7 @@ def state_elements(config: RunConfig) -> int:
 
 
 def tabulate_arms(names: list[str], path: Path, settings: list[str]) -> str:
-    """Markdown: claims, parameters and state of arms, and what they are equal to, or are not with these settings."""
+    """Return a markdown table of claims, parameters and state of arms, and where these fail to match other arms."""
     lines = ["| arm | claims | parameters | as | state | as |", "|---|---|---|---|---|---|"]
 
     def sizes(name: str) -> tuple[int, int]:

@@ -1,7 +1,7 @@
-"""What the checkpoints of a run of recall have learned: `python -m megatron_sse.tools.recall_measure RUN OUTPUT`.
+"""Measures the checkpoints of a recall run: `python -m megatron_sse.tools.recall_measure RUN OUTPUT`.
 
-Besides accuracy and loss: how often a question reads a partition that its pair was written to, how many tokens each
-partition gets, and the effective rank of the states. All on samples that no training sees.
+Besides accuracy and loss, it measures how often a question reads a partition that its pair was written to, how many
+tokens each partition gets, and the effective rank of the states, all on samples that are not trained on.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BATCH = 32
 
 
 def measure_run(folder: Path, samples: int) -> list[dict[str, Any]]:
-    """A point for each checkpoint of a run, by step."""
+    """Return a point for each checkpoint of a run, by step."""
     points = []
     with inference_groups(1) as (groups, device):
         for checkpoint in sorted((folder / "checkpoints").glob("iter_*")):
@@ -48,13 +48,13 @@ def measure_run(folder: Path, samples: int) -> list[dict[str, Any]]:
 
 
 def make_samples(task: MQARTask, length: int, samples: int) -> list[Recall]:
-    """Those that `megatron-sse evaluate` measures on with this seed."""
+    """Return the samples that `megatron-sse evaluate` uses with this seed."""
     return [make_recall(sample_generator(SEED, length, task.pairs, number), task, length) for number in range(samples)]
 
 
 @torch.no_grad()
 def look(net: GPTModel, model: ModelConfig, recalls: list[Recall]) -> dict[str, Any]:
-    """Accuracy and loss (nats) of the answers, and a record of each SSE layer: see _describe."""
+    """Return accuracy and loss (nats) of the answers, and a record of each SSE layer (see _describe)."""
     losses: list[Tensor] = []
     right: list[Tensor] = []
     picks: dict[int, list[Routes]] = {}
@@ -63,6 +63,7 @@ def look(net: GPTModel, model: ModelConfig, recalls: list[Recall]) -> dict[str, 
     for layer in net.decoder.layers:
         if isinstance(router := getattr(layer.self_attention, "router", None), Router):
             kept = picks.setdefault(layer.self_attention.layer_number, [])
+            # `kept=kept` binds this layer's list; a plain closure would see the last one.
             hooks.append(router.register_forward_hook(lambda _, args, out, kept=kept: kept.append(out[0])))
     for first in range(0, len(recalls), BATCH):
         group = recalls[first : first + BATCH]
@@ -78,6 +79,7 @@ def look(net: GPTModel, model: ModelConfig, recalls: list[Recall]) -> dict[str, 
                 states.setdefault(number, []).append(kind.states_XBHKV)
     for hook in hooks:
         hook.remove()
+    # A convolution of width w sees w - 1 tokens back, so w - 1 tokens after the key still see it.
     num_behind = max(1, model.input_convolution - 1)
     layers = [
         _describe(number, recalls, picks.get(number), torch.cat(kept), num_behind) for number, kept in states.items()
@@ -87,7 +89,7 @@ def look(net: GPTModel, model: ModelConfig, recalls: list[Recall]) -> dict[str, 
 
 
 def _questions(recalls: list[Recall]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the questions among the tokens of all sequences, and their answers."""
+    """Return the rows of the questions among the tokens of all sequences, and their answers."""
     length = len(recalls[0].tokens_L)
     rows = [number * length + recall.place_P for number, recall in enumerate(recalls)]
     return np.concatenate(rows), np.concatenate([recall.answer_P for recall in recalls])
@@ -96,7 +98,7 @@ def _questions(recalls: list[Recall]) -> tuple[np.ndarray, np.ndarray]:
 def _describe(
     number: int, recalls: list[Recall], routes: list[Routes] | None, states_XBHKV: Tensor, num_behind: int
 ) -> dict[str, Any]:
-    """An SSE layer; the shared bank comes first among the ranks."""
+    """Return the record of an SSE layer; the shared bank comes first in rank_B."""
     record: dict[str, Any] = {"layer": number, "rank_B": effective_rank(states_XBHKV).tolist()}
     if routes is not None:
         write_TW = torch.cat([part.written_TW for part in routes]).cpu().numpy()
@@ -107,30 +109,32 @@ def _describe(
 
 
 def match(write_TW: np.ndarray, read_TR: np.ndarray, recalls: list[Recall], num_behind: int) -> dict[str, Any]:
-    """Share of questions that read a partition that their pair was written to.
+    """Return the shares of questions that read a partition that their pair was written to.
 
     Args:
-        write_TW, read_TR: partitions that each token of all sequences, one after the other, writes to and reads.
-        num_behind: tokens behind the key that still see it, through the convolution in front of the mixer.
+        write_TW, read_TR: partitions that each token writes to and reads, sequence after sequence.
+        num_behind: number of tokens after the key that still see it through the convolution in front of the mixer.
 
     Returns:
-        match_key: by where the key's token was written. match_behind: by where the value's token was, and by where each
-        of those behind it was that still see the key: these can hold the pair. match_chance: for questions paired with
-        any of the values, so that a router that sends all to one partition is seen to.
+        match_key: share by the partitions of the key's token. match_behind: shares by those of the value's token, and
+        of each later token that still sees the key; these can hold the pair. match_chance: share for questions paired
+        with random values, which is high where a router sends everything to one partition.
     """
     row_W, _ = _questions(recalls)
+    # A pair is a key and, right after it, its value; distance_P counts from the value.
     key_W = row_W - np.concatenate([recall.distance_P for recall in recalls]) - 1
     read_WR = read_TR[row_W]
 
     def share(wrote_WW: np.ndarray, seen_W: np.ndarray | bool = True) -> float:
         return float(((wrote_WW[:, :, None] == read_WR[:, None, :]).any((1, 2)) & seen_W).mean())
 
+    # Rolling pairs every question with some other question's value.
     shifts = np.random.default_rng(SEED).integers(1, len(row_W), size=16)
     chance = float(np.mean([share(np.roll(write_TW[key_W + 1], shift, 0)) for shift in shifts]))
     rows = [np.minimum(key_W + behind, row_W) for behind in range(1, num_behind + 1)]
     return {
         "match_key": share(write_TW[key_W]),
-        # What is written at the question itself is not the pair.
+        # A write at the question itself does not hold the pair.
         "match_behind": [share(write_TW[row], row < row_W) for row in rows],
         "match_chance": chance,
     }
@@ -140,7 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder")
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="JSON file to write")
-    parser.add_argument("--samples", type=int, default=100, help="sequences; default 100")
+    parser.add_argument("--samples", type=int, default=100, help="number of sequences; default 100")
     options = parser.parse_args()
     options.output.write_text(json.dumps(measure_run(options.run, options.samples), indent=1) + "\n")
 

@@ -1,8 +1,7 @@
-"""Report of the study of recall: a table, JSON and plots of all results in a folder; needs matplotlib."""
+"""Report of the study of recall: a table and plots of all results in a folder; needs matplotlib."""
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from statistics import mean, median, pstdev
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 from megatron_sse.errors import UserError
 from megatron_sse.plot.axes import label_steps
 from megatron_sse.tools.recall_arms import ARMS, BASE, CLAIMS
-from megatron_sse.tools.recall_results import RESULTS, Result
+from megatron_sse.tools.recall_results import Result, write_results
 
 BY_N = {
     "SSE": ("n1k1", "n2k1", "n4k1", "n8k1", "n16k1"),
@@ -24,13 +23,15 @@ LEVELS = ("gla", "gla_large_heads", "gla_value_heads", "softmax")
 
 
 def best_match(layers: list[dict[str, Any]]) -> float:
-    """Share of questions that read where their pair was written, of the layer and the token behind the key where it is
-    largest; NaN where no layer has partitions."""
+    """Return the largest share, over layers and tokens after the key, of questions that read where their pair is.
+
+    NaN where no layer has partitions.
+    """
     return max((share for layer in layers for share in layer.get("match_behind", [])), default=math.nan)
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """std: of these values themselves."""
+    """Return median, range, mean and standard deviation of these values, which are the population."""
     return {
         "median": median(values),
         "min": min(values),
@@ -41,7 +42,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def write_report(output: Path, found: dict[str, list[Result]], wanted: list[tuple[str, int]]) -> str:
-    """Write report.md, results.json and plots; returns the report. wanted: arms and seeds asked for."""
+    """Write report.md, results.json and plots, and return the report. wanted: arms and seeds asked for."""
     have = {(arm, result["seed"]) for arm, results in found.items() for result in results}
     missing = [run for run in wanted if run not in have]
     summary: dict[str, dict[str, Any]] = {}
@@ -50,17 +51,12 @@ def write_report(output: Path, found: dict[str, list[Result]], wanted: list[tupl
         for name in ("accuracy", "loss", "seconds"):
             summary[arm][name] = spread([result[name] for result in results])
         matches = [best_match(result["points"][-1]["layers"]) for result in results]
+        # NaN: the arm has no partitions.
         if not math.isnan(matches[0]):
             summary[arm]["match"] = spread(matches)
     text = _tabulate(found, summary, missing)
-    content = {
-        "claims": CLAIMS,
-        "missing": [f"{arm}, seed {seed}" for arm, seed in missing],
-        "summary": summary,
-        "runs": [result for results in found.values() for result in results],
-    }
     try:
-        (output / RESULTS).write_text(json.dumps(content, indent=1) + "\n")
+        write_results(output, (result for results in found.values() for result in results))
         (output / "report.md").write_text(text)
         draw_accuracy(output / "accuracy.png", found)
         draw_partitions(output / "partitions.png", found)
@@ -109,7 +105,8 @@ def _list(numbers: list[int]) -> str:
 
 
 def _bars(summary: dict[str, Any]) -> list[str]:
-    """What medians were hoped to be, and whether they are."""
+    """Return a line for each expectation of the medians, and whether it holds."""
+    # The bars are functions, so that those of arms without results are reported as not measured.
     middle = {arm: values["accuracy"]["median"] for arm, values in summary.items()}
     bars = [("n8k1 at least 0.80", lambda: middle[BASE] >= 0.8)]
     bars += [("n8k1 at least 0.30 above no_weights", lambda: middle[BASE] - middle["no_weights"] >= 0.3)]
@@ -125,7 +122,7 @@ def _bars(summary: dict[str, Any]) -> list[str]:
 
 
 def draw_accuracy(path: Path, found: dict[str, list[Result]]) -> None:
-    """Every seed of every arm, and the medians."""
+    """Draw the accuracy of every seed of every arm, and the medians."""
     figure = Figure(figsize=(8, 1.5 + 0.3 * len(found)), layout="constrained")
     axes = figure.subplots()
     for row, results in enumerate(found.values()):
@@ -141,7 +138,7 @@ def draw_accuracy(path: Path, found: dict[str, list[Result]]) -> None:
 
 
 def draw_partitions(path: Path, found: dict[str, list[Result]]) -> None:
-    """Accuracy against N, beside models without partitions."""
+    """Draw accuracy by number of partitions, beside models without partitions."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for number, (name, arms) in enumerate(BY_N.items()):
@@ -167,10 +164,10 @@ def draw_partitions(path: Path, found: dict[str, list[Result]]) -> None:
 
 
 def draw_match(path: Path, found: dict[str, list[Result]]) -> None:
-    """Accuracy against match: the end of every run, and the way there; a colour for each claim, an arm's first."""
+    """Draw accuracy against match, at the end of every run and on the way; colours by the first claim of an arm."""
     figure = Figure(figsize=(10, 6), layout="constrained")
     axes = figure.subplots()
-    # With one partition there is nothing to match.
+    # With one partition every question matches.
     routed = {arm: results for arm, results in found.items() if results[0]["partitions"] > 1}
     for number, claim in enumerate(CLAIMS):
         runs = [result for arm, results in routed.items() if ARMS[arm].claims[0] == claim for result in results]
@@ -191,7 +188,7 @@ def draw_match(path: Path, found: dict[str, list[Result]]) -> None:
 
 
 def draw_training(path: Path, found: dict[str, list[Result]]) -> None:
-    """With and without balance loss: largest share of a partition, rank of the states, match, over training."""
+    """Draw largest share of a partition, rank of the states and match over training, with and without balance loss."""
     figure = Figure(figsize=(14, 4.5), layout="constrained")
     columns = figure.subplots(1, 3)
     for number, arm in enumerate(arm for arm in (BASE, "no_balance") if arm in found):

@@ -1,8 +1,13 @@
-"""Results of the study of recall: one file in each run's folder, and all in results.json, which a clone has alone."""
+"""Results of the study of recall: result.json in each run's folder, and all of them in results.json, for clones.
+
+results.json has one run on each line. Settings that all runs share are written once, before the runs; every run has the
+rest of its settings. Numbers have seven digits: those of states and shares are fp32, and accuracies stay exact.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +19,19 @@ Result = dict[str, Any]
 
 
 def find_results(output: Path) -> dict[tuple[str, int], Result]:
-    """Results by arm and seed, arms in their order; a run's own file goes before results.json. Raises UserError."""
+    """Return results by arm and seed, arms in their order; a run's own file goes before results.json.
+
+    Raises UserError where results.json is not one of the study.
+    """
     path, found = output / RESULTS, {}
     if path.is_file():
         try:
-            found = {(result["arm"], result["seed"]): result for result in json.loads(path.read_text())["runs"]}
+            content = json.loads(path.read_text())
+            for run in content["runs"]:
+                found[run["arm"], run["seed"]] = run | {"settings": _join(content["settings"], run["settings"])}
         except (ValueError, KeyError, TypeError):
             raise UserError(
-                f"--output: {path} is not what the study writes; remove it, or give another folder"
+                f"--output: {path} was not written by this study; remove it, or give another folder"
             ) from None
     for file in output.glob(f"*/seed_*/{RESULT}"):
         result = json.loads(file.read_text())
@@ -31,10 +41,57 @@ def find_results(output: Path) -> dict[tuple[str, int], Result]:
 
 
 def read_results(output: Path) -> dict[str, list[Result]]:
-    """Results of each arm by seed. Raises UserError where there is none."""
+    """Return the results of each arm by seed. Raises UserError where there are none."""
     found: dict[str, list[Result]] = {}
     for (arm, _), result in find_results(output).items():
         found.setdefault(arm, []).append(result)
     if not found:
         raise UserError(f"--output: {output} has no results")
     return found
+
+
+def write_results(output: Path, results: Iterable[Result]) -> None:
+    """Write results.json."""
+    results = list(results)
+    shared = _intersect([result["settings"] for result in results])
+    runs = [_round(result | {"settings": _subtract(result["settings"], shared)}) for result in results]
+    lines = ",\n".join(json.dumps(run, separators=(",", ":")) for run in runs)
+    (output / RESULTS).write_text(f'{{"settings": {json.dumps(shared)},\n"runs": [\n{lines}\n]}}\n')
+
+
+def _intersect(settings: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what all these settings have in common, section by section."""
+    shared: dict[str, Any] = {}
+    for key, value in settings[0].items():
+        if not all(key in other for other in settings):
+            continue
+        values = [other[key] for other in settings]
+        if all(isinstance(entry, dict) for entry in values):
+            shared[key] = _intersect(values)
+        elif all(entry == value for entry in values):
+            shared[key] = value
+    return shared
+
+
+def _subtract(settings: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that are not in `shared`."""
+    own = {key: value for key, value in settings.items() if key not in shared}
+    for key, value in shared.items():
+        if isinstance(value, dict) and (rest := _subtract(settings[key], value)):
+            own[key] = rest
+    return own
+
+
+def _join(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that _subtract took apart."""
+    # Sections of which a part is shared have the rest in `own`.
+    both = {key: _join(shared[key], value) for key, value in own.items() if isinstance(shared.get(key), dict)}
+    return shared | own | both
+
+
+def _round(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _round(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_round(entry) for entry in value]
+    return float(f"{value:.7g}") if isinstance(value, float) else value

@@ -1,14 +1,14 @@
-"""The study of recall: trains every arm of tools/recall_arms.py with several seeds, and reports.
+"""The study of recall: trains every arm of tools/recall_arms.py with several seeds, and writes a report.
 
     python -m megatron_sse.tools.recall_study --output docs/evidence --workers 2
 
-Each run takes minutes on one core, there are 5 for each arm; `--arms n8k1,gla --seeds 1` is a first look. Each run is
+Each run takes minutes on one core, and each arm has 5 runs; `--arms n8k1,gla --seeds 1` is a first look. Each run is
 trained by `megatron-sse train` in OUTPUT/ARM/seed_S, on one thread, with a log in train.log; then its checkpoints are
-measured (tools/recall_measure.py) and removed, and result.json stays. The same command goes on after an interrupt:
-finished runs, those that only OUTPUT/results.json has too, are skipped, others go on from their last checkpoint.
-Settings behind the options, such as data.sequence_length=192, hold for all arms. The report covers all results that
-are in OUTPUT: report.md, results.json and plots (the `plot` extra); `--report` makes it alone. Exit status 0; 1 where a
-run failed, 2 for a wrong request.
+measured (tools/recall_measure.py) and removed, and result.json stays. The same command resumes after an interrupt:
+finished runs are skipped, even if only OUTPUT/results.json has them; others resume at their last checkpoint.
+Settings after the options, such as data.sequence_length=192, hold for all arms. The report (report.md, results.json and
+plots, which need the `plot` extra) covers all results in OUTPUT; `--report` writes it without training. Exit status 0;
+1 where a run failed, 2 for a wrong request.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ from megatron_sse.tools.recall_results import RESULT, RESULTS, Result, find_resu
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = "settings.json"
-# Checkpoints of a run, which are measured.
+# Number of checkpoints of a run, which are measured.
 POINTS = 8
-# Seconds that a run has to save when it is told to end.
+# Seconds that a run has to save when it is terminated.
 PATIENCE = 60
 _LIBC = ctypes.CDLL(None)
 
 
 class RunError(Exception):
-    """A run did not end well."""
+    """Failure of a run."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One model and seed. settings: put over the file's."""
+    """One model and seed. settings: overrides of the file's settings."""
 
     arm: str
     seed: int
@@ -64,25 +64,25 @@ class Run:
     config: RunConfig
 
     def description(self) -> dict[str, Any]:
-        """What its result depends on."""
+        """Return the settings that its result depends on."""
         return _describe(self.config)
 
 
 class Processes:
-    """Those of the runs under way; after `stop` none is started."""
+    """The processes of the runs under way; none is started after `stop`."""
 
     def __init__(self) -> None:
         self.lock, self.stopped = threading.Lock(), False
         self.running: list[subprocess.Popen] = []
 
     def run(self, command: list[str], log: Path) -> None:
-        """Wait for a command, whose output goes to the end of a log. Raises RunError."""
+        """Run a command to its end, its output appended to a log. Raises RunError."""
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with log.open("a") as file:
             with self.lock:
                 if self.stopped:
                     raise RunError("not started")
-                # A session of its own: an interrupt at the terminal comes to it through `stop` alone.
+                # In a session of its own, so that Ctrl-C at the terminal reaches it only through `stop`.
                 process = subprocess.Popen(
                     command,
                     stdout=file,
@@ -100,7 +100,7 @@ class Processes:
             raise RunError(f"exit status {status}: {last} ({log})")
 
     def stop(self) -> None:
-        """End all: training saves first."""
+        """Terminate all processes; training saves first."""
         with self.lock:
             self.stopped, running = True, list(self.running)
         for process in running:
@@ -114,12 +114,15 @@ class Processes:
 
 
 def _end_with_parent() -> None:
-    """Else a study that was killed and begun again would have two processes in a run's folder."""
+    """Ask Linux to terminate this process when its parent dies.
+
+    Otherwise a study that was killed and started again would have two processes in a run's folder.
+    """
     _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the study. Exit status: see the module."""
+    """Run the study and return the exit status (see the module)."""
     options = _parse(arguments)
     try:
         require("matplotlib", "plots", "plot")
@@ -137,28 +140,28 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return USER_ERROR_EXIT
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
+        print("interrupted; run the same command to resume", file=sys.stderr)
         return INTERRUPT_EXIT
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder of runs and report")
-    parser.add_argument("--arms", metavar="LIST", help=f"default all: {', '.join(ARMS)}")
+    parser.add_argument("--output", type=Path, required=True, help="folder for runs and report")
+    parser.add_argument("--arms", metavar="LIST", help=f"arms to train; default all: {', '.join(ARMS)}")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, ... of each arm; default 5")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time; default 2")
-    parser.add_argument("--steps", type=int, help="of training; default the file's")
+    parser.add_argument("--steps", type=int, help="steps of training; default the file's")
     parser.add_argument("--samples", type=int, default=100, help="sequences to measure on; default 100")
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "recall_mqar.yaml")
-    parser.add_argument("--report", action="store_true", help="train nothing")
-    parser.add_argument("settings", metavar="section.key=value", nargs="*", help="for all arms")
+    parser.add_argument("--report", action="store_true", help="write the report without training")
+    parser.add_argument("settings", metavar="section.key=value", nargs="*", help="setting for all arms")
     return parser.parse_args(arguments)
 
 
 def _plan(options: argparse.Namespace, arms: list[str]) -> list[Run]:
-    """All runs, in the order of seeds, so that every arm has a result early. Prints how the arms are matched.
+    """Return all runs, ordered by seed so that every arm has a result early, and print how the arms are matched.
 
-    Raises UserError where one cannot be made, or was begun with other settings.
+    Raises UserError where a run cannot be made, or was started with other settings.
     """
     common = [*options.settings, *([] if options.steps is None else [f"training.steps={options.steps}"])]
     settings = {arm: arm_settings(arm, options.config, common) for arm in arms}
@@ -171,6 +174,7 @@ def _plan(options: argparse.Namespace, arms: list[str]) -> list[Run]:
             config = load_config(options.config, own)
             if not any(source.mqar for source in config.data.train):
                 raise UserError(f"--config: got {options.config}, allowed one whose data.train is mqar")
+            # POINTS checkpoints on the way; training also saves at its end.
             interval = max(1, config.training.steps // POINTS)
             own += [f"checkpoint.interval={interval}", f"monitor.folder={json.dumps(str(folder))}"]
             run = Run(arm, seed, folder, options.config, [*own, "monitor.tensorboard=false"], config)
@@ -208,10 +212,10 @@ def _check_same(run: Run, result: Result | None) -> None:
 
 
 def _train(options: argparse.Namespace, runs: list[Run], workers: int) -> int:
-    """Runs that have no result yet; returns how many failed."""
+    """Train the runs that have no result yet, and return how many failed."""
     done = find_results(options.output)
     left = [run for run in runs if (run.arm, run.seed) not in done]
-    print(f"\n{len(runs)} runs, {len(runs) - len(left)} of them done before", flush=True)
+    print(f"\n{len(runs)} runs, {len(runs) - len(left)} already done", flush=True)
     processes, failed = Processes(), 0
     with ThreadPoolExecutor(workers) as pool:
         futures: dict[Future[Result], Run] = {pool.submit(_do, run, processes, options.samples): run for run in left}
@@ -241,7 +245,7 @@ def _do(run: Run, processes: Processes, samples: int) -> Result:
     processes.run([*python, "megatron_sse", "train", str(run.config_path), *run.settings], log)
     seconds, steps = time.monotonic() - started, run.config.training.steps
     if not (checkpoints / f"iter_{steps:07d}").is_dir():
-        raise RunError(f"ended before step {steps}; the same command goes on")
+        raise RunError(f"ended before step {steps}; run the same command to resume")
     measure = "megatron_sse.tools.recall_measure"
     processes.run([*python, measure, str(run.folder), str(points_path), "--samples", str(samples)], log)
     result = _result(run, json.loads(points_path.read_text()), samples)
@@ -257,14 +261,13 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 def _result(run: Run, points: list[dict[str, Any]], samples: int) -> Result:
-    # Megatron-Core is loaded for its version: not before a request is known to be right.
+    # Imported late: it loads Megatron-Core for its version, which takes seconds.
     from megatron_sse.evaluation.report import VERSIONS
 
     last = points[-1]
     return {
         "arm": run.arm,
         "seed": run.seed,
-        "claims": ARMS[run.arm].claims,
         "accuracy": last["accuracy"],
         "loss": last["loss"],
         "parameters": num_parameters(run.config.model),
@@ -279,7 +282,7 @@ def _result(run: Run, points: list[dict[str, Any]], samples: int) -> Result:
 
 
 def _commit() -> str:
-    """That the code is at; reports that the study itself has written do not make it dirty."""
+    """Return the commit of the code; reports that the study itself has written do not make it dirty."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
@@ -289,6 +292,6 @@ def _commit() -> str:
 
 
 if __name__ == "__main__":
-    # Like an interrupt, so that the processes that it started end with it.
+    # SIGTERM ends the study like an interrupt, together with the processes that it started.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(main())

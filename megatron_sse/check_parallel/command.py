@@ -1,4 +1,4 @@
-"""The command: settings made comparable, one process's step recorded, layouts compared with it, the report."""
+"""The command check-parallel: make settings comparable, record a step of one process, compare layouts with it."""
 
 import tempfile
 from collections.abc import Callable
@@ -29,18 +29,20 @@ def check_parallel(
     """Compare one training step of `config` in several layouts with that of one process, and print what differs.
 
     Args:
-        names: of the layouts; None for all that differ.
+        names: names of the layouts to compare; None for all that differ.
         as_is: keep the model's sizes.
-        tolerance: largest error allowed (RMS of the difference over RMS), None for the default.
+        tolerance: largest error allowed (RMS of the difference over RMS); None for the default.
         json_path: file to write the numbers to.
-        prepare: called in every process at its start; tests break things with it.
+        prepare: function called in every process at its start; tests use it to inject faults.
 
     Returns the exit status, 1 where a layout differs or a rank fails. Raises UserError before any process is started.
     """
     if tolerance is not None and not tolerance >= 0:
         raise UserError(f"--tolerance: got {tolerance}, allowed a number from 0")
-    if json_path is not None and (json_path.is_dir() or not json_path.parent.is_dir()):
-        raise UserError(f"--json: got {json_path}, allowed a file in a folder that exists")
+    if json_path is not None and json_path.is_dir():
+        raise UserError(f"--json: {json_path} is a folder; give the path of a file")
+    if json_path is not None and not json_path.parent.is_dir():
+        raise UserError(f"--json: folder {json_path.parent} not found; create it first")
     config = longest_stage(config).config
     parallels = choose_layouts(config, names)
     values, rules = scale(config, list(parallels.values()), as_is)
@@ -72,8 +74,10 @@ def check_parallel(
 
 
 def _run(processes: Processes, single: RunConfig, layouts: list[Layout]) -> tuple[Result, list[Result]]:
-    """What moved weights do to one process's step, and how far each layout is from it. Raises RankError where already
-    one process fails."""
+    """Return the noise (errors of one process whose weights were nudged) and the errors of each layout.
+
+    Raises RankError where one process alone already fails.
+    """
     with tempfile.TemporaryDirectory(prefix="check-parallel-") as folder:
         path = Path(folder) / "record.pt"
         print("runs one process", end="", flush=True)

@@ -12,12 +12,12 @@ from megatron_sse.data.dataset import Sample
 from megatron_sse.data.iterators import rank_positions
 from megatron_sse.parallel.sharding import ContextShard
 
-# A sequence is cut here when documents end on the edges of context ranks.
+# Documents that end on the edges of context ranks start at multiples of 1/8 of the sequence: edges of up to 8 slots.
 EDGES = 8
 
 
 def make_samples(config: RunConfig) -> list[Sample]:
-    """Every sample of one global batch, by the run's seed.
+    """Return every sample of one global batch, drawn with the run's seed.
 
     In turn: one document, documents of random length (one of a single token among them), documents that end on the
     edges of context ranks, and one long document between short ones.
@@ -30,6 +30,7 @@ def make_samples(config: RunConfig) -> list[Sample]:
         starts[0] = True
         if number % 4 == 1:
             chosen = generator.integers(1, length, 6)
+            # Two starts in a row make a document of one token.
             starts[[*chosen, chosen[0] + 1]] = True
         elif number % 4 == 2:
             starts[length * generator.integers(1, EDGES, EDGES // 2) // EDGES] = True
@@ -44,7 +45,7 @@ def make_samples(config: RunConfig) -> list[Sample]:
 def rank_batches(
     config: RunConfig, groups: ProcessGroupCollection, device: str
 ) -> Iterator[tuple[torch.Tensor, Batch]]:
-    """This rank's micro-batches of the global batch, each with the numbers [B] of its samples."""
+    """Yield this rank's micro-batches of the global batch, each with the numbers [B] of its samples."""
     samples = make_samples(config)
     shard = ContextShard(groups.cp.rank(), groups.cp.size(), choose_layout(config)[0])
     training = config.training

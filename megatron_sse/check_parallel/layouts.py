@@ -12,7 +12,7 @@ from megatron_sse.errors import UserError
 
 MAX_RANKS = 8
 OWN = "own"
-# What differs from one process. Without a value here, sequence, layout and hand_off are the user's.
+# Settings that differ from one process. Where sequence, layout and hand_off are missing, the user's values apply.
 STANDARD: dict[str, dict[str, Any]] = {
     "tp2": {"tensor": 2, "sequence": False},
     "tp2-sequence": {"tensor": 2, "sequence": True},
@@ -29,7 +29,7 @@ STANDARD: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Layout:
-    """A layout by name; config is None where it is not possible, and reason says why."""
+    """A named layout; config is None where it is not possible, and reason says why."""
 
     name: str
     parallel: ParallelConfig
@@ -38,17 +38,18 @@ class Layout:
 
 
 def num_ranks(parallel: ParallelConfig) -> int:
-    """Processes of a layout."""
+    """Return the number of processes of a layout."""
     return parallel.replica_size * (parallel.data or 1)
 
 
 def choose_layouts(config: RunConfig, names: list[str] | None) -> dict[str, ParallelConfig]:
-    """The layouts of these names, or all that differ from each other; "own" is the user's, with one copy of the model
-    unless parallel.data says more. Raises UserError for a name that there is not.
+    """Return the layouts with these names, or all that differ from each other. Raises UserError for an unknown name.
+
+    "own" is the user's layout, with one copy of the model unless parallel.data says more.
     """
     given = config.parallel
     if given.context > 1:
-        # Decided for the model's own sizes, not for the small ones.
+        # layout: auto is decided by the model's own sizes, not by the small ones.
         given = given.model_copy(update={"layout": "zigzag" if choose_layout(config)[0] else "contiguous"})
     layouts = {name: _beside(given, changes) for name, changes in STANDARD.items()}
     own = _comparable(given, data=given.data or 1)
@@ -66,7 +67,7 @@ def choose_layouts(config: RunConfig, names: list[str] | None) -> dict[str, Para
 
 
 def one_process(given: ParallelConfig) -> ParallelConfig:
-    """The layout that the others are compared with."""
+    """Return the layout of one process, with which the others are compared."""
     return _beside(given, {})
 
 
@@ -74,13 +75,13 @@ def _beside(given: ParallelConfig, changes: dict[str, Any]) -> ParallelConfig:
     context = changes.get("context", 1)
     base: dict[str, Any] = {"tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "context": 1, "data": 1}
     base["sequence"] = given.sequence and changes.get("tensor", 1) > 1
-    # A zigzag layout needs two ranks or more; two nodes, so that states cross between them.
+    # A zigzag layout needs at least two ranks. Ranks count as two nodes, so that states also cross between nodes.
     base |= {"layout": given.layout if context > 1 else "auto", "context_per_node": max(1, context // 2)}
     return _comparable(given, **(base | changes))
 
 
 def _comparable(given: ParallelConfig, **changes: Any) -> ParallelConfig:
-    # Every rank has to end with whole gradients, and states must not be rounded on their way.
+    # Every rank must end with complete gradients, and states must not be rounded when they are sent.
     always = {"distributed_optimizer": False, "hand_off_wire": "fp32"}
     return given.model_copy(update=always | changes)
 
@@ -88,13 +89,15 @@ def _comparable(given: ParallelConfig, **changes: Any) -> ParallelConfig:
 def fit_layout(
     name: str, parallel: ParallelConfig, values: dict[str, Any], given: dict[str, Any], num_gpus: int
 ) -> Layout:
-    """The run of `values` (sections of settings) in a layout, or why there is none; said of the `given` settings, which
-    `values` were made from, where they do not fit either."""
+    """Return the layout with the run of `values` (sections of settings), or with the reason why it is not possible.
+
+    given: the user's settings, from which `values` were made; the reason names these where they do not fit either.
+    """
     ranks = num_ranks(parallel)
     if ranks > MAX_RANKS:
-        return Layout(name, parallel, reason=f"{ranks} ranks, at most {MAX_RANKS} are started here")
+        return Layout(name, parallel, reason=f"needs {ranks} ranks, at most {MAX_RANKS} are started")
     if num_gpus and ranks > num_gpus:
-        reason = f"{ranks} ranks, there are {num_gpus} GPUs (CUDA_VISIBLE_DEVICES= compares on the CPU)"
+        reason = f"needs {ranks} ranks, found {num_gpus} GPUs (set CUDA_VISIBLE_DEVICES= to compare on the CPU)"
         return Layout(name, parallel, reason=reason)
     try:
         return Layout(name, parallel, make_config(values, parallel))
@@ -111,7 +114,7 @@ def _refusal(values: dict[str, Any], parallel: ParallelConfig) -> str:
 
 
 def make_config(values: dict[str, Any], parallel: ParallelConfig) -> RunConfig:
-    """A checked run of these settings in a layout. Raises UserError where they do not fit."""
+    """Return the checked configuration of these settings in a layout. Raises UserError where they do not fit."""
     try:
         config = RunConfig.model_validate(values | {"parallel": parallel.model_dump()})
     except ValidationError as error:

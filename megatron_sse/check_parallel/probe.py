@@ -1,4 +1,4 @@
-"""Reads what the modules of a rank put out, and makes its routers replay recorded picks."""
+"""Hooks that record the outputs of a rank's modules and make its routers replay recorded picks."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,20 +17,20 @@ from megatron_sse.parallel.layout import TokenLayout
 EMBEDDING, OUTPUT = "embedding", "output"
 
 
-def layer_row(layer: int) -> str:
-    """Name of a layer, counted from 0 over the whole model as in the names of parameters."""
-    return f"layer {layer}"
+def layer_row(number: int) -> str:
+    """Return the name of a layer, counted from 1 over the whole model."""
+    return f"layer {number}"
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Where a part of a tensor over all tokens [samples, G, ...] stands: samples [B] and columns [L]."""
+    """The place of a part within a tensor over all tokens [samples, G, ...]: its samples [B] and columns [L]."""
 
     sample_B: Tensor
     column_L: Tensor
 
     def cut(self, whole: Tensor) -> Tensor:
-        """This part of a tensor over all tokens."""
+        """Return this part of a tensor over all tokens."""
         return whole[self.sample_B[:, None], self.column_L]
 
     def put(self, whole: Tensor, value: Tensor) -> None:
@@ -42,9 +42,10 @@ class Probe:
     """Hooks on a rank's model chunks.
 
     Attributes:
-        outputs: by row and micro-batch, where the part stands and its values [B, L, ...] on the CPU. Rows: embedding,
-            layers, and the losses of the tokens as the output.
-        routers: the routers by layer. picks, hidden: by layer and micro-batch, what they picked, what they were given.
+        outputs: by row and micro-batch, the place of the part and its values [B, L, ...] on the CPU. The rows are the
+            embedding, the layers, and the output, whose values are the losses of the tokens.
+        routers: the routers by layer number.
+        picks, hidden: by layer number and micro-batch, the picks and the inputs of the routers.
     """
 
     def __init__(self, chunks: list[GPTModel], batches: list[tuple[Tensor, Batch]], groups: ProcessGroupCollection):
@@ -53,7 +54,7 @@ class Probe:
         self.hidden: dict[tuple[int, int], tuple[Piece, Tensor]] = {}
         self.routers: dict[int, Router] = {}
         self.batches = batches
-        # Layouts are data classes without a hash.
+        # The layout tells a hook which micro-batch runs; layouts have no hash, so their ids are the keys.
         self.numbers = {id(batch.layout): number for number, (_, batch) in enumerate(batches)}
         self.tp_group = groups.tp
         self.running = 0
@@ -71,7 +72,7 @@ class Probe:
                 layer.register_forward_hook(self._after_layer, with_kwargs=True)
                 for module in layer.modules():
                     if isinstance(module, Router):
-                        self.routers[layer.layer_number - 1] = module
+                        self.routers[layer.layer_number] = module
 
     def _before_chunk(self, chunk: Any, args: Any, kwargs: Any) -> None:
         self.running = self.numbers[id(kwargs["packed_seq_params"])]
@@ -80,9 +81,9 @@ class Probe:
         self._keep(EMBEDDING, self.running, output_LBd)
 
     def _after_layer(self, layer: Any, args: Any, kwargs: Any, output: tuple[Tensor, Any]) -> None:
-        # In backward, recomputed layers run again, of an earlier micro-batch than the chunk's last.
+        # Recomputed layers run again in the backward pass, by then of an earlier micro-batch than self.running.
         number = self.numbers[id(kwargs["packed_seq_params"])]
-        self._keep(layer_row(layer.layer_number - 1), number, output[0])
+        self._keep(layer_row(layer.layer_number), number, output[0])
 
     def _after_chunk(self, module: Any, args: Any, loss_BL: Tensor) -> None:
         self._keep(OUTPUT, self.running, loss_BL.t())
@@ -92,7 +93,7 @@ class Probe:
         self.outputs[row, number] = piece, output_LB.detach().transpose(0, 1).cpu()
 
     def piece(self, number: int, length: int) -> Piece:
-        """What this rank holds of a micro-batch in a tensor of `length` tokens a sequence."""
+        """Return the place of this rank's part of a micro-batch, where its tensor has `length` tokens per sequence."""
         samples, batch = self.batches[number]
         column_L = batch.layout.column_L.cpu()
         if length < len(column_L):
@@ -101,7 +102,7 @@ class Probe:
         return Piece(samples, column_L)
 
     def record_routing(self) -> None:
-        """Keep what the routers are given and pick from now on."""
+        """Record the inputs and picks of the routers from now on."""
         for layer, router in self.routers.items():
             router.register_forward_hook(self._router_hook(layer))
 
@@ -117,7 +118,7 @@ class Probe:
         return keep
 
     def replay_routing(self, picks: dict[int, Tensor]) -> None:
-        """Let the routers take these picks [samples, G, P] by layer from now on."""
+        """Make the routers use these picks [samples, G, P], by layer number, from now on."""
         for layer, router in self.routers.items():
             router.replay = self._replay(picks[layer])
 
@@ -130,7 +131,7 @@ class Probe:
 
     @torch.no_grad()
     def route_again(self, layer: int, hidden: Tensor) -> Iterator[tuple[Piece, Tensor]]:
-        """What a layer's router picks by itself when given its part of `hidden` [samples, G, d]; [B, L, P]."""
+        """Yield the picks [B, L, P] that a layer's router makes itself from its part of `hidden` [samples, G, d]."""
         router = self.routers[layer]
         for number, (_, batch) in enumerate(self.batches):
             layout = batch.layout

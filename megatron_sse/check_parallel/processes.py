@@ -1,4 +1,4 @@
-"""Processes of this machine that join one world after the other."""
+"""Processes on this machine that join one process group after another."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ TIMEOUT_MINUTES = 10
 
 
 class RankError(Exception):
-    """A rank failed: the message has the rank and its traceback, or how it died."""
+    """Failure of a rank; the message has the rank and its traceback, or how it died."""
 
 
 class Processes:
@@ -34,17 +34,18 @@ class Processes:
         self._processes: list[BaseProcess] = []
 
     def run(self, num_ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Results of function(device, *args) by rank, in a world of the first `num_ranks` processes.
+        """Return the results of function(device, *args) by rank, from a world of the first `num_ranks` processes.
 
-        Raises RankError, and stops all processes, when a rank fails: the others may wait for it for ever.
+        Raises RankError, and stops all processes, when a rank fails: the others may wait for it forever.
         """
         if not self._processes:
             self._start()
+        # Each world needs a fresh port: the last one's store may still hold its own.
         job = pickle.dumps((num_ranks, _free_port(), function, args))
         results: dict[int, Any] = {}
         try:
             for rank in range(num_ranks):
-                # A process that died is found below, when its result is awaited.
+                # A process that has died is noticed below, when its result is received.
                 with contextlib.suppress(BrokenPipeError):
                     self._pipes[rank].send_bytes(job)
             while len(results) < num_ranks:
@@ -82,7 +83,7 @@ class Processes:
         return result
 
     def close(self) -> None:
-        """Stop the processes, also those that hang in a collective."""
+        """Stop the processes, including any that hang in a collective."""
         for process in self._processes:
             process.kill()
         for pipe, process in zip(self._pipes, self._processes, strict=True):
@@ -93,9 +94,11 @@ class Processes:
 
 @contextlib.contextmanager
 def _interrupts_wait() -> Iterator[None]:
-    """What this process is sent takes effect after the block. Processes started in it never see a Ctrl-C, which reaches
-    all processes of a terminal: this one ends them."""
-    # Started now: when it starts it unblocks signals.
+    """Delay SIGINT and SIGTERM until the end of the block, and block SIGINT in the processes started in it.
+
+    Ctrl-C reaches all processes of a terminal; the started ones must leave it to this process to end them.
+    """
+    # The tracker is started first, because its start unblocks signals.
     resource_tracker.ensure_running()
     arrived: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)
@@ -124,7 +127,7 @@ def _serve(rank: int, size: int, pipe: Connection, prepare: Callable[[], None] |
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if prepare is not None:
         prepare()
-    # EOFError: the command is over, however it ended.
+    # EOFError: the parent closed the pipe, so the command has ended.
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             pipe.send_bytes(_answer(rank, pipe.recv_bytes()))
@@ -141,5 +144,6 @@ def _answer(rank: int, job: bytes) -> bytes:
         dist.destroy_process_group()
         return result
     except Exception:
-        # The world is not left: the others would fail by the lost connection, before this rank's answer is read.
+        # The process group stays open: closing it would make the others fail on the lost connection, and their error
+        # could be read before this one.
         return pickle.dumps((traceback.format_exc(), None))

@@ -1,4 +1,4 @@
-"""What the command prints, and its numbers as JSON."""
+"""The report of check-parallel: tables and verdicts to print, and the numbers as JSON."""
 
 import json
 import math
@@ -13,13 +13,13 @@ CELL_WIDTH = 13
 
 
 def table_lines(results: list[Result], kinds: list[str]) -> list[str]:
-    """A column per result; a row per layer with the worst error of its output and of its gradients, and the scalars.
+    """Return the table: a column per result, and a row per layer with the worst errors of its output and its gradients.
 
-    kinds: of the layers.
+    The scalars (losses, gradient norm) follow as rows of their own. kinds: the kind of each layer, such as sse.
     """
     reference = results[0]
     labels = {row: row for row in reference.outputs}
-    labels |= {layer_row(number): f"{layer_row(number)} {kind}" for number, kind in enumerate(kinds)}
+    labels |= {layer_row(number): f"{layer_row(number)} {kind}" for number, kind in enumerate(kinds, 1)}
     width = 2 + max(map(len, [*labels.values(), *reference.scalars]))
     lines = []
     for first in range(0, len(results), COLUMNS_PER_BLOCK):
@@ -42,12 +42,12 @@ def _gradient(result: Result, row: str) -> float:
 
 
 def _short(error: float) -> str:
-    """1.2e-07 as 1e-7."""
+    """Return a number with one digit: 1.2e-07 becomes 1e-7."""
     return f"{error:.0e}".replace("e-0", "e-").replace("e+0", "e+") if error else "0"
 
 
 def verdict_lines(results: list[Result], limits: dict[str, float]) -> list[str]:
-    """One line per layout, more where a rank failed, and one for the unpinned routing."""
+    """Return one line per layout (more where a rank failed) and one for the unpinned routing."""
     lines = ["", *(f"{result.layout.name:<{CELL_WIDTH}}{_verdict(result, limits)}" for result in results)]
     same = [result.layout.name for result in results if result.moved == 0]
     return [*lines, f"unpinned routing of the first router: same in {', '.join(same)}"] if same else lines
@@ -59,14 +59,17 @@ def _verdict(result: Result, limits: dict[str, float]) -> str:
     if result.failure:
         return f"FAILED on {result.failure.rstrip()}"
     name, error, limit = result.worst(limits)
+    if name.startswith("gradient of decoder.layers."):
+        # Names of parameters count layers from 0.
+        name += f" ({row_of(name.removeprefix('gradient of '))})"
     text = f"{'same' if result.passes(limits) else 'DIFFERENT'}: worst {error:.1e} (allowed {limit:.1e}), {name}"
     if result.moved:
-        text += f"; unpinned routing DIFFERENT for {result.moved} tokens, counted on each rank"
+        text += f"; unpinned routing DIFFERENT for {result.moved} tokens, summed over ranks"
     return text
 
 
 def write_json(path: Path, results: list[Result], noise: Result, limits: dict[str, float], rules: list[str]) -> None:
-    """Errors of every tensor in every layout; null where one is not finite or was on no rank."""
+    """Write the errors of every tensor in every layout; null where one is not finite or no rank held the tensor."""
     layouts = {result.layout.name: _describe(result, limits) for result in results}
     document = {"rules": rules, "allowed": limits, "noise": _finite(noise.errors()), "layouts": layouts}
     path.write_text(json.dumps(document, indent=2) + "\n")

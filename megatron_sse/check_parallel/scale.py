@@ -1,4 +1,4 @@
-"""The user's settings made small, by named rules that keep what divides what."""
+"""Rules that make the user's settings small and keep which layouts are possible."""
 
 import copy
 import math
@@ -21,9 +21,9 @@ LARGEST_GRADIENT = 1e30
 
 
 def scale(config: RunConfig, layouts: Layouts, as_is: bool) -> tuple[Values, list[str]]:
-    """Settings to compare in `layouts`, as sections of values, and a line for every rule that changed something.
+    """Return the settings to compare in `layouts`, as sections of values, and a line for each rule that changed some.
 
-    as_is: only what makes a comparison possible is changed, no size.
+    as_is: change no sizes, only what makes a comparison possible.
     """
     layouts = [parallel for parallel in layouts if num_ranks(parallel) <= MAX_RANKS]
     values = config.model_dump()
@@ -50,12 +50,12 @@ def _short(value: Any) -> str:
 
 
 def smallest(size: int, at_least: int, keeps: Callable[[int], bool]) -> int:
-    """The smallest value from min(size, at_least) to `size` that has a property that `size` has."""
+    """Return the smallest value from min(size, at_least) to `size` that keeps() accepts; `size` is always accepted."""
     return next(value for value in range(min(size, at_least), size + 1) if value == size or keeps(value))
 
 
 def _alike(size: int, value: int, divisors: set[int]) -> bool:
-    """Whether the same ones of these divide both."""
+    """Check whether each of these divisors divides both numbers or neither."""
     return all((size % divisor == 0) == (value % divisor == 0) for divisor in divisors)
 
 
@@ -64,7 +64,7 @@ def _tensor_sizes(layouts: Layouts) -> set[int]:
 
 
 def _layers(values: Values, layouts: Layouts) -> None:
-    """Whole periods of the pattern, as many as the pipelines need that divide the model's layers."""
+    """Keep complete periods of the pattern, as few as the pipelines allow."""
     model = values["model"]
     period, num_layers = len(expand_pattern(model["layers"])), model["num_layers"]
     stages = {parallel.pipeline * parallel.virtual_pipeline for parallel in layouts}
@@ -88,7 +88,7 @@ def _heads(values: Values, layouts: Layouts) -> None:
 
 
 def _softmax_heads(heads: int, kv_heads: int, sizes: set[int], at_least: int) -> tuple[int, int]:
-    """Fewer query and key-value heads that groups and tensor ranks divide as they do these."""
+    """Return fewer query and key-value heads, in groups of the same kind and split alike by the tensor ranks."""
 
     def fits(kv: int, size: int) -> bool:
         return kv % size == 0 or size % kv == 0
@@ -111,15 +111,16 @@ def _head_dims(values: Values, layouts: Layouts) -> None:
         if sse["key_topk"]:
             sse["key_topk"] = max(1, sse["key_topk"] * sse["head_dim"] // dim)
     if softmax["head_dim"]:
-        # Rotary angles come in pairs: even stays even.
+        # Rotary embeddings need pairs of channels: an even size stays even.
         softmax["head_dim"] = min(softmax["head_dim"], HEAD_DIM - softmax["head_dim"] % 2)
 
 
 def _hidden_size(values: Values, layouts: Layouts) -> None:
-    """Initial weights grow with the root of what the size loses, so that projections stay as large."""
+    """Shrink both sizes; initial weights grow with the root of the ratio, so that projections keep their magnitude."""
     model = values["model"]
     hidden, inner, sizes = model["hidden_size"], model["ffn_hidden_size"], _tensor_sizes(layouts)
     model["hidden_size"] = min(hidden, HIDDEN_SIZE)
+    # Rounded up: the MLP keeps its ratio to the hidden size.
     at_least = -(-inner * model["hidden_size"] // hidden)
     model["ffn_hidden_size"] = smallest(inner, at_least, lambda value: _alike(inner, value, sizes))
     model["init_std"] *= math.sqrt(hidden / model["hidden_size"])
@@ -136,8 +137,9 @@ def _vocabulary(values: Values, layouts: Layouts) -> None:
 
 
 def _sequence_length(values: Values, layouts: Layouts) -> None:
-    """The window keeps its share of the sequence."""
+    """Shorten the sequence; the window keeps its share of it."""
     data, softmax = values["data"], values["model"]["softmax"]
+    # Zigzag cuts a sequence into 2 slots per context rank, and sequence parallelism cuts those again.
     splits = {2 * parallel.context * parallel.tensor for parallel in layouts}
     splits |= {split // 2 for split in splits} | {2 * parallel.context for parallel in layouts}
     length = data["sequence_length"]
@@ -147,7 +149,7 @@ def _sequence_length(values: Values, layouts: Layouts) -> None:
 
 
 def _batch(values: Values, layouts: Layouts) -> None:
-    """Two micro-batches or more on every rank."""
+    """Set a batch that gives every rank at least two micro-batches."""
     training = values["training"]
     training["micro_batch_size"] = min(training["micro_batch_size"], 2)
     rounds = [(p.data or 1) * (p.pipeline if p.virtual_pipeline > 1 else 1) for p in layouts]
@@ -155,7 +157,7 @@ def _batch(values: Values, layouts: Layouts) -> None:
 
 
 def _precision(values: Values, layouts: Layouts) -> None:
-    """States on their way between ranks included, for which the layouts have fp32 as well."""
+    """Set fp32, also for states that are sent between ranks."""
     values["training"]["precision"] = values["parallel"]["hand_off_wire"] = "fp32"
 
 
@@ -166,7 +168,7 @@ def _dropout(values: Values, layouts: Layouts) -> None:
 
 
 def _gradients(values: Values, layouts: Layouts) -> None:
-    """Compared whole on every rank, and before clipping."""
+    """Keep complete gradients on every rank, and turn clipping off by a limit that none reaches."""
     values["optimizer"]["clip_grad"] = LARGEST_GRADIENT
     values["parallel"]["distributed_optimizer"] = False
 

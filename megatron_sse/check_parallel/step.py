@@ -1,4 +1,4 @@
-"""What each process does: one training step in a layout, recorded, or compared with the record of one process."""
+"""One training step in a layout, as each process runs it: recorded, or compared with the record of one process."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,10 +21,10 @@ from megatron_sse.training.step import Trainer, wrap_model
 
 @dataclass
 class Record:
-    """One process's step, tensors on the CPU.
+    """Tensors of one process's step, on the CPU.
 
-    outputs: by row, [samples, G, ...]. picks: by layer, int64 [samples, G, P]. hidden: what the first router was given,
-    [samples, G, d]. gradients: by the parameter's name. scalars: losses and the gradient's norm.
+    outputs: by row, [samples, G, ...]. picks: by layer number, int64 [samples, G, P]. hidden: input of the first
+    router, [samples, G, d]. gradients: by the parameter's name. scalars: losses and the gradient's norm.
     """
 
     outputs: dict[str, Tensor] = field(default_factory=dict)
@@ -36,10 +36,10 @@ class Record:
 
 @dataclass
 class RankErrors:
-    """How far a rank's part is from the record: the RMS of the difference over the RMS of the whole recorded tensor.
+    """Distance of a rank's part from the record: RMS of the difference over RMS of the complete recorded tensor.
 
-    seen: by row of outputs, which tokens [samples, G] this rank held. moved: tokens whose unpinned picks differ, None
-    where this rank has no such router.
+    seen: by row of outputs, a mask [samples, G] of the tokens that this rank held. moved: number of tokens whose
+    unpinned picks differ; None where this rank does not have the first router.
     """
 
     outputs: dict[str, float] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class Step:
         self.probe = Probe(self.chunks, self.batches, self.groups)
 
     def run(self) -> dict[str, float]:
-        """Losses and the gradient's norm; gradients stay in the parameters."""
+        """Run the step and return the losses and the gradient's norm; gradients stay in the parameters."""
         chunks = wrap_model(self.config, self.chunks, self.groups)
         trainer = Trainer(self.config, self.groups, chunks, build_optimizer(self.config, chunks, self.groups))
         set_learning_rate(trainer.optimizer, self.config.optimizer.learning_rate)
@@ -71,7 +71,7 @@ class Step:
         return {**result.losses, "gradient norm": result.grad_norm}
 
     def parameters(self) -> dict[str, Any]:
-        """This rank's parameters by their names in the whole model."""
+        """Return this rank's parameters by their names in the complete model."""
         return {
             global_name(name, chunk): parameter for chunk in self.chunks for name, parameter in chunk.named_parameters()
         }
@@ -90,7 +90,7 @@ def record(device: Device, config: RunConfig, path: Path) -> None:
 
 
 def _join(pieces: dict[tuple[Any, int], tuple[Piece, Tensor]], config: RunConfig) -> dict[Any, Tensor]:
-    """Tensors over all tokens from their parts, by what the parts are named before their micro-batch."""
+    """Return tensors over all tokens by name (row or layer number), joined from the parts of the micro-batches."""
     whole: dict[Any, Tensor] = {}
     for (name, _), (piece, value) in pieces.items():
         if name not in whole:
@@ -105,7 +105,7 @@ def compare(device: Device, config: RunConfig, path: Path, nudge: bool) -> RankE
 
     nudge: move every weight to a neighbouring number first, to see what rounding does.
     """
-    # Mapped: every process of this machine reads the same pages.
+    # Mapped into memory, so that all processes share the same pages.
     expected = Record(**torch.load(path, mmap=True, weights_only=True))
     step = Step(config, device)
     errors = RankErrors()
@@ -119,6 +119,7 @@ def compare(device: Device, config: RunConfig, path: Path, nudge: bool) -> RankE
     tensor = step.groups.tp
     for name, parameter in step.parameters().items():
         whole = expected.gradients[name]
+        # Weights and gradients are split the same way, so the slice of the complete gradient is this rank's.
         part = own_part(whole, parameter, tensor.rank(), tensor.size())
         errors.gradients[name] = _ratio(_sum_squares(parameter.main_grad.cpu(), part), part.numel(), whole)
     for name, value in expected.scalars.items():
@@ -143,7 +144,8 @@ def _sum_squares(ours: Tensor, expected: Tensor) -> float:
 
 
 def _ratio(sum_squares: float, count: int, expected: Tensor) -> float:
-    """RMS of a difference over that of the whole expected tensor; infinite where something is not finite."""
+    """Return the RMS of a difference over that of the complete expected tensor; infinite where one is not finite."""
+    # Also where the expected tensor is all zeros.
     if sum_squares == 0:
         return 0.0
     ratio = (sum_squares / count) ** 0.5 / expected.double().square().mean().sqrt().clamp(min=1e-300).item()
@@ -151,6 +153,7 @@ def _ratio(sum_squares: float, count: int, expected: Tensor) -> float:
 
 
 def _moved_picks(step: Step, expected: Record) -> int | None:
+    """Return the number of tokens for which the first router, given the recorded input, picks other partitions."""
     first = min(expected.picks)
     if first not in step.probe.routers or expected.hidden is None:
         return None
@@ -160,8 +163,10 @@ def _moved_picks(step: Step, expected: Record) -> int | None:
 
 @torch.no_grad()
 def _move_weights(step: Step) -> None:
+    """Move every weight to the next larger or smaller fp32 number, at random."""
     generator = torch.Generator().manual_seed(step.config.training.seed)
     for parameter in step.parameters().values():
+        # nextafter moves towards +inf or -inf by one unit in the last place.
         up = torch.rand(parameter.shape, generator=generator) < 0.5
         target = torch.where(up, torch.inf, -torch.inf).to(parameter)
         parameter.copy_(torch.nextafter(parameter, target))

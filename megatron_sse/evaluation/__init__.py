@@ -1,1 +1,1 @@
-"""How well a model recalls and predicts: perplexity by position, associative recall, needles."""
+"""Measures of what a model predicts and recalls: perplexity by position, associative recall, needles."""

@@ -1,4 +1,4 @@
-"""`megatron-sse evaluate`: what a model predicts and recalls, as tables, JSON and pictures."""
+"""The command `megatron-sse evaluate`: measures what a model predicts and recalls; writes tables, JSON, pictures."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Job:
-    """A request whose files have been read and found to fit the model."""
+    """A request with its files read and checked against the model."""
 
     request: Request
     model: Model
@@ -49,11 +49,12 @@ class _Job:
 
 
 def run(request: Request) -> int:
-    """Evaluate, print and write; returns the exit status. Raises UserError.
+    """Evaluate, print and write; return the exit status. Raises UserError.
 
-    Under torchrun all processes together are one tensor group.
+    Under torchrun all processes form one tensor group.
     """
     world_size, is_writer = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
+    # All processes check the request, so that an error ends all of them.
     with found_by_all():
         job = _prepare(request, world_size)
     if is_writer:
@@ -138,7 +139,7 @@ def _show(job: _Job, task: str, results: dict[str, list[Any]]) -> None:
 
 
 def _parts(task: str, results: list[Any]) -> list[tuple[str, list[Any]]]:
-    """Results that share a table and a picture, with the picture's name."""
+    """Return the results by table and picture, each with the picture's name."""
     if task == MQAR:
         return [(task, results)]
     name = "file" if task == PERPLEXITY else "variant"
@@ -165,7 +166,7 @@ def _draw(task: str, path: Path, results: list[Any]) -> None:
 
 
 def _about(job: _Job) -> dict[str, Any]:
-    """What was evaluated, and how."""
+    """Return the model and the settings of this evaluation, for results.json."""
     settings = asdict(job.request) | {"lengths": job.lengths, "depths": job.request.depth_list()}
     settings |= {"pairs": [task.pairs for task in job.recall], "variants": [task.variant for task in job.needles]}
     settings["mqar"] = [task.model_dump() for task in job.recall]

@@ -1,4 +1,4 @@
-"""Numbers found in long texts, by where they stand."""
+"""Share of hidden numbers that a model finds in long texts, by length and depth."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from megatron_sse.inference.text import Tokenizer
 
 @dataclass(frozen=True)
 class Found:
-    """score: share of the numbers asked for that were answered, mean over the samples. depth: of the first of them."""
+    """Score at one length and depth: the share of the numbers asked for that were answered, a mean over samples.
+
+    depth: place of the first of these numbers, as a share of the text.
+    """
 
     variant: str
     length: int
@@ -29,7 +32,10 @@ class Found:
 def measure_needles(
     reader: Reader, tokenizer: Tokenizer, task: NeedleTask, length: int, depth: float, samples: int, seed: int
 ) -> Found:
-    """Greedy answers to `samples` texts of at most `length` tokens, answer included, at least least_length of them."""
+    """Return the score of greedy answers to `samples` texts of at most `length` tokens, answers included.
+
+    length: at least least_length(tokenizer, task).
+    """
     made = make_samples(tokenizer, task, length, depth, samples, seed)
     score = 0.0
     for first in range(0, samples, reader.batch):
@@ -42,8 +48,10 @@ def measure_needles(
 def make_samples(
     tokenizer: Tokenizer, task: NeedleTask, length: int, depth: float, samples: int, seed: int
 ) -> list[Needle]:
-    """The texts of a length and depth; other depths hide other numbers in other texts."""
+    """Return the texts of a length and depth; other depths hide other numbers in other texts."""
+    # The tokens that the tokenizer puts before the text count towards the length.
     room = length - _num_before(tokenizer)
+    # Seeds are integers: the depth counts in millionths.
     place = length, list(VARIANTS).index(task.variant), round(depth * 1e6)
     return [
         make_needle(sample_generator(seed, *place, number), task, room, depth, lambda text: count(tokenizer, text))
@@ -52,22 +60,22 @@ def make_samples(
 
 
 def least_length(tokenizer: Tokenizer, task: NeedleTask) -> int:
-    """Tokens of the longest text without filler, answer included."""
+    """Return the number of tokens of the longest text without filler, answer included."""
     return _num_before(tokenizer) + least_room(task, lambda text: count(tokenizer, text))
 
 
 def _num_before(tokenizer: Tokenizer) -> int:
-    """Tokens that a tokenizer puts before a text."""
+    """Return the number of tokens that a tokenizer puts before a text."""
     return len(tokenizer.encode("a")) - len(tokenizer.encode("a", goes_on=True))
 
 
 def count(tokenizer: Tokenizer, text: str) -> int:
-    """Tokens of a text that others come before."""
+    """Return the number of tokens of a text that continues another."""
     return len(tokenizer.encode(text, goes_on=True))
 
 
 def answer(reader: Reader, tokenizer: Tokenizer, needles: list[Needle]) -> list[str]:
-    """What the model says, in as many tokens as the longest right answer has."""
+    """Return the model's greedy answers, with as many tokens as the longest correct answer has."""
     net: GPTModel = reader.net
     prompts = [tokenizer.encode(needle.prompt) for needle in needles]
     num_tokens = max(count(tokenizer, needle.answer) for needle in needles)
@@ -75,6 +83,7 @@ def answer(reader: Reader, tokenizer: Tokenizer, needles: list[Needle]) -> list[
     sampler = Sampler(reader.vocab_size)
     for tokens in generate(net, Cache(net, len(needles)), prompts, num_tokens, sampler, tokenizer.end, reader.chunk):
         for slot, token in enumerate(tokens):
+            # None: this sequence has ended while others continue.
             if token is not None and token != tokenizer.end:
                 texts[slot] += decoders[slot](token)
     return texts

@@ -1,7 +1,7 @@
-"""Loss by position: how much a model gains from what it has read before.
+"""Loss by position, which shows how much a model gains from earlier tokens.
 
-Documents are cut into pieces of a length, which share one token with the piece before: every token but a document's
-first is predicted exactly once at each length, from what its piece has before it.
+Documents are cut into pieces of a given length. Each shares one token with the piece before it, so that every token but
+a document's first is predicted exactly once at each length, from the tokens before it in its piece.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron_sse.evaluation.read import Reader
 
 @dataclass(frozen=True)
 class Bucket:
-    """Tokens with `first` to 2 x `first` - 1 tokens of their piece before them. loss: nats per token."""
+    """Loss, in nats per token, of the tokens that have `first` to 2 x `first` - 1 tokens of their piece before them."""
 
     first: int
     tokens: int
@@ -32,8 +32,11 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Losses:
-    """On a file's first tokens, in pieces of `length` tokens. loss: nats per token. bits_per_byte: where the file says
-    how many bytes its tokens stand for, by the mean over the file."""
+    """Losses on a file's first tokens, in pieces of `length` tokens.
+
+    loss: nats per token. bits_per_byte: the same, by the file's mean number of bytes per token; None where its
+    metadata lacks that.
+    """
 
     file: str
     length: int
@@ -44,8 +47,10 @@ class Losses:
 
 
 def validation_files(config: RunConfig, prefix: str | None) -> list[TokenFile]:
-    """The checked file at a prefix; without one the model's validation files, or the held-out part of its training
-    files. Raises UserError."""
+    """Return the checked file at a prefix. Raises UserError.
+
+    Without a prefix, these are the model's validation files or the held-out part of its training files.
+    """
     data, vocab_size = config.data, config.model.vocab_size
     if prefix is not None:
         return [check_token_file("--data", prefix, vocab_size)]
@@ -53,21 +58,23 @@ def validation_files(config: RunConfig, prefix: str | None) -> list[TokenFile]:
     sources = data.validation or (data.train if data.validation_share else [])
     files = [check_token_file(key, source.prefix, vocab_size) for source in sources if source.prefix]
     if not files:
-        raise UserError("--data: got nothing, allowed a token file's prefix: the model names no validation data")
+        raise UserError("--data: got nothing, allowed a token file's prefix: the model has no validation data")
     return files if data.validation is not None else [split_file(file, data.validation_share)[1] for file in files]
 
 
 def measure_losses(reader: Reader, file: TokenFile, length: int, num_tokens: int) -> Losses:
-    """Losses on the documents of a file, up to its first `num_tokens` tokens; only what its loss mask leaves in."""
+    """Return the losses on the first `num_tokens` tokens of a file; only tokens that its loss mask keeps count."""
     pieces, counted = cut_documents(file, length, num_tokens)
-    # The last token of a piece is only predicted.
+    # The last token of a piece is a label only.
     fed = [tokens[:-1] for tokens in pieces]
     labels_T = np.concatenate([tokens[1:] for tokens in pieces]) if pieces else np.zeros(0, dtype=np.int64)
+    # begin_P: where the labels of each piece start in labels_T.
     begin_P = np.cumsum([0, *map(len, fed)])
     sums_K, counts_K = np.zeros((2, 64))
     for sequence_W, place_W, logits_WV in reader.logits(fed, counted):
         label_W = torch.from_numpy(labels_T[begin_P[sequence_W] + place_W]).to(logits_WV.device)
         loss_W = cross_entropy(logits_WV, label_W, reduction="none").double().cpu().numpy()
+        # The label at `place` has place + 1 tokens before it; bucket k is for 2^k to 2^(k+1) - 1 of them.
         power_W = np.floor(np.log2(place_W + 1)).astype(np.int64)
         sums_K += np.bincount(power_W, loss_W, minlength=64)
         counts_K += np.bincount(power_W, minlength=64)
@@ -80,8 +87,10 @@ def measure_losses(reader: Reader, file: TokenFile, length: int, num_tokens: int
 
 
 def cut_documents(file: TokenFile, length: int, num_tokens: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Pieces of `length` tokens and the one after, int64, the last of each document shorter, and which of the tokens
-    behind the first count. num_tokens: of the file's first documents; what is beyond is left out."""
+    """Return pieces of `length` + 1 tokens (int64), and for each a mask of the tokens after its first that count.
+
+    The last piece of a document may be shorter. num_tokens: number of tokens of the file to use, from its start.
+    """
     tokens_T = np.memmap(file.prefix + ".bin", dtype=file.index.dtype, mode="r")
     mask_T = None if file.mask_path is None else np.memmap(file.mask_path, dtype=np.uint8, mode="r")
     pieces: list[np.ndarray] = []
@@ -89,6 +98,7 @@ def cut_documents(file: TokenFile, length: int, num_tokens: int) -> tuple[list[n
     stop = int(file.offsets_D1[0]) + num_tokens
     for begin, end in zip(file.offsets_D1[:-1].tolist(), file.offsets_D1[1:].tolist(), strict=True):
         end = min(end, stop)
+        # Piece [first, last] has last - first inputs; its last token is the next piece's first input.
         for first in range(begin, end - 1, length):
             last = min(first + length, end - 1)
             pieces.append(np.array(tokens_T[first : last + 1], dtype=np.int64))

@@ -1,4 +1,4 @@
-"""Results as PNG files; needs matplotlib."""
+"""Pictures of results, as PNG files; needs matplotlib."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_sse.evaluation.report import show_depth
 
 
 def draw_losses(path: Path, results: Sequence[Losses]) -> None:
-    """A line for each length: loss over the tokens before."""
+    """Draw a line for each length: the loss by number of tokens before."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for losses in results:
@@ -31,7 +31,7 @@ def draw_losses(path: Path, results: Sequence[Losses]) -> None:
 
 
 def draw_recall(path: Path, results: Sequence[Recalled]) -> None:
-    """Accuracy by length and number of pairs."""
+    """Draw accuracy by length and number of pairs."""
     cells = {(f"{recalled.length:,}", f"{recalled.pairs:,}"): recalled.accuracy for recalled in results}
     columns = [f"{length:,}" for length in sorted({recalled.length for recalled in results})]
     rows = [f"{pairs:,}" for pairs in sorted({recalled.pairs for recalled in results})]
@@ -39,7 +39,7 @@ def draw_recall(path: Path, results: Sequence[Recalled]) -> None:
 
 
 def draw_needles(path: Path, results: Sequence[Found]) -> None:
-    """Share of numbers found by length and depth; of one variant."""
+    """Draw the share of numbers found by length and depth, for one variant."""
     cells = {(f"{found.length:,}", show_depth(found.depth)): found.score for found in results}
     columns = [f"{length:,}" for length in sorted({found.length for found in results})]
     rows = [show_depth(depth) for depth in sorted({found.depth for found in results})]
@@ -56,13 +56,13 @@ def _draw_map(
     column_name: str,
     row_name: str,
 ) -> None:
-    """A heat map of shares by (column, row), with their numbers; what is missing stays white."""
+    """Draw a heat map of shares by (column, row) with their numbers; missing cells stay white."""
     figure = Figure(figsize=(2.5 + 0.9 * len(columns), 1.8 + 0.6 * len(rows)), layout="constrained")
     axes = figure.subplots()
     values = [[cells.get((column, row), float("nan")) for column in columns] for row in rows]
     picture = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     for (column, row), value in cells.items():
-        # Dark on light, and the other way round.
+        # Black text on light cells, white text on dark ones.
         colour = "black" if value > 0.6 else "white"
         place = columns.index(column), rows.index(row)
         axes.text(*place, f"{value:.2f}", ha="center", va="center", color=colour)

@@ -1,4 +1,4 @@
-"""Logits after chosen tokens of sequences, in bounded memory."""
+"""Logits at chosen tokens of sequences, computed in bounded memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_sse.inference.run import cut, feed, logits_of
 
 @dataclass(frozen=True)
 class Reader:
-    """A model, and how much of its input is in memory at once: `batch` sequences, `chunk` of their tokens."""
+    """A model that reads `batch` sequences at a time, in chunks of at most `chunk` tokens."""
 
     net: GPTModel
     vocab_size: int
@@ -26,9 +26,11 @@ class Reader:
     def logits(
         self, sequences: Sequence[np.ndarray], wanted: Sequence[np.ndarray]
     ) -> Iterator[tuple[np.ndarray, np.ndarray, Tensor]]:
-        """Of the W wanted tokens of each chunk: sequence [W], place in it [W], logits after it [W, vocab_size], fp32.
+        """Yield, for the W wanted tokens of each chunk: sequence [W], place in it [W], logits [W, vocab_size] in fp32.
 
-        sequences: tokens, int64, each at least one. wanted: bool, as long as they are.
+        Args:
+            sequences: tokens, int64, at least one in each.
+            wanted: bool masks of the sequences, of the same lengths.
         """
         for first in range(0, len(sequences), self.batch):
             group = sequences[first : first + self.batch]
@@ -37,8 +39,10 @@ class Reader:
                 slots, begins, counts = (np.array(column) for column in zip(*pieces, strict=True))
                 chosen = [(slot, slice(begin, begin + count)) for slot, begin, count in pieces]
                 tokens_T = torch.from_numpy(np.concatenate([group[slot][part] for slot, part in chosen]))
+                # T counts the tokens of this chunk, sequence after sequence; W those of them that are wanted.
                 wanted_T = np.concatenate([wanted[first + slot][part] for slot, part in chosen])
                 hidden_T1d = feed(self.net, cache, tokens_T, slots.tolist(), counts.tolist())
+                # The chunk still had to be read: it changes the cache.
                 if not wanted_T.any():
                     continue
                 sequence_T = first + np.repeat(slots, counts)

@@ -1,4 +1,4 @@
-"""Accuracy at multi-query associative recall."""
+"""Accuracy on multi-query associative recall (MQAR)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_sse.evaluation.read import Reader
 
 @dataclass(frozen=True)
 class Distance:
-    """Questions asked `first` to 2 x `first` - 1 tokens after their value."""
+    """Accuracy on the questions that come `first` to 2 x `first` - 1 tokens after their value."""
 
     first: int
     questions: int
@@ -22,7 +22,10 @@ class Distance:
 
 @dataclass(frozen=True)
 class Recalled:
-    """accuracy: share of questions whose value is the likeliest token. chance: that of guessing a value."""
+    """Accuracy at one length and number of pairs: the share of questions whose value is the likeliest token.
+
+    chance: accuracy of guessing a value.
+    """
 
     length: int
     pairs: int
@@ -32,17 +35,19 @@ class Recalled:
 
 
 def measure_recall(reader: Reader, task: MQARTask, length: int, samples: int, seed: int) -> Recalled:
-    """Accuracy on `samples` sequences of a length; seed, length, pairs and their number decide them."""
+    """Return the accuracy on `samples` sequences of a length; seed, length, pairs and sample number determine each."""
     made = [make_recall(sample_generator(seed, length, task.pairs, number), task, length) for number in range(samples)]
     wanted = [np.isin(np.arange(length), recall.place_P) for recall in made]
-    # All questions, in order: Q.
+    # Q counts the questions of all sequences, in order.
     place_Q = np.concatenate([number * length + recall.place_P for number, recall in enumerate(made)])
     answer_Q = np.concatenate([recall.answer_P for recall in made])
     distance_Q = np.concatenate([recall.distance_P for recall in made])
     right_K, asked_K = np.zeros((2, 64))
     for sequence_W, place_W, logits_WV in reader.logits([recall.tokens_L for recall in made], wanted):
+        # place_Q is sorted, so the search finds the question asked at each of these places.
         question_W = np.searchsorted(place_Q, sequence_W * length + place_W)
         right_W = logits_WV.argmax(-1).cpu().numpy() == answer_Q[question_W]
+        # Bucket k is for distances from 2^k to 2^(k+1) - 1.
         power_W = np.floor(np.log2(distance_Q[question_W])).astype(np.int64)
         right_K += np.bincount(power_W, right_W, minlength=64)
         asked_K += np.bincount(power_W, minlength=64)
@@ -51,5 +56,5 @@ def measure_recall(reader: Reader, task: MQARTask, length: int, samples: int, se
 
 
 def sample_generator(seed: int, *place: int) -> np.random.Generator:
-    """Random numbers of one sample."""
+    """Return the random generator of one sample."""
     return np.random.Generator(np.random.PCG64([seed, *place]))

@@ -1,4 +1,4 @@
-"""Results as tables of text and as one JSON file."""
+"""Results as text tables and as one JSON file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VERSIONS = {"megatron_sse": __version__, "torch": torch.__version__, "megatron_c
 
 
 def tabulate_losses(results: Sequence[Losses]) -> str:
-    """Loss and number of tokens by the tokens before, for each length; of one file."""
+    """Return a table of loss and number of tokens by position, for each length of one file."""
     first = results[0]
     header = ["tokens before", *(text for losses in results for text in (f"length {losses.length:,}", "tokens"))]
     rows = []
@@ -40,7 +40,7 @@ def tabulate_losses(results: Sequence[Losses]) -> str:
 
 
 def tabulate_recall(results: Sequence[Recalled]) -> str:
-    """Accuracy by length and pairs, then by distance for each length."""
+    """Return tables of accuracy by length and pairs, then by distance for each length."""
     lengths, pairs = _values(results, "length"), _values(results, "pairs")
     cells = {(recalled.length, recalled.pairs): recalled for recalled in results}
     columns = [f"{number:,} pairs" for number in pairs]
@@ -59,7 +59,7 @@ def tabulate_recall(results: Sequence[Recalled]) -> str:
 
 
 def tabulate_needles(results: Sequence[Found]) -> str:
-    """Share of numbers found by depth and length; of one variant."""
+    """Return a table of the share of numbers found by depth and length, for one variant."""
     cells = {(found.length, found.depth): found.score for found in results}
     lengths = _values(results, "length")
     rows = [
@@ -71,7 +71,7 @@ def tabulate_needles(results: Sequence[Found]) -> str:
 
 
 def span(first: int) -> str:
-    """The whole numbers of a bucket."""
+    """Return the range of a bucket, such as "4 to 7"."""
     return f"{first:,}" if first == 1 else f"{first:,} to {2 * first - 1:,}"
 
 
@@ -84,12 +84,12 @@ def _share(value: float | None) -> str:
 
 
 def _values(results: Sequence[Any], name: str) -> list[Any]:
-    """Different values of an attribute, in order."""
+    """Return the distinct values of an attribute, sorted."""
     return sorted({getattr(result, name) for result in results})
 
 
 def table(title: str, header: list[str], rows: list[list[str]]) -> str:
-    """Columns as wide as they need, their cells to the right."""
+    """Return a text table with right-aligned columns."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     cells = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in (header, *rows)]
     lines = ["  ".join(row).rstrip() for row in cells]
@@ -103,7 +103,7 @@ def write_results(folder: Path, about: dict[str, Any], results: dict[str, list[A
 
 
 def write_json(path: Path, about: dict[str, Any], results: dict[str, Any]) -> Path:
-    """Write a file with the versions, which appears complete or not at all. Raises UserError."""
+    """Write results and versions to a file that appears complete or not at all. Raises UserError."""
     partial = path.with_name(f"{path.name}.partial")
     try:
         partial.write_text(json.dumps(about | {"versions": VERSIONS} | results, indent=2) + "\n")
@@ -114,8 +114,8 @@ def write_json(path: Path, about: dict[str, Any], results: dict[str, Any]) -> Pa
 
 
 def make_folder(path: str) -> None:
-    """The folder for results. Raises UserError."""
+    """Create the folder for results. Raises UserError."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output: {path} cannot be made ({error.strerror})") from None
+        raise UserError(f"--output: {path} cannot be created ({error.strerror})") from None

@@ -1,4 +1,4 @@
-"""What `megatron-sse evaluate` is asked for, and whether it fits the model."""
+"""The request of `megatron-sse evaluate`, and checks of it against the model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_sse.inference.run import DEFAULT_CHUNK
 from megatron_sse.inference.text import Tokenizer
 
 PERPLEXITY, MQAR, NEEDLE = TASKS = ("perplexity", "mqar", "needle")
-# Of a model that was not trained on the task.
+# Defaults for models that were not trained on the task.
 _RECALL = MQARTask(pairs=32, keys=64, values=32)
 _DIGITS = 7
 
@@ -24,7 +24,7 @@ Number = TypeVar("Number", int, float)
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """docs/evaluate.md explains each. Lists are texts with commas."""
+    """Options of `megatron-sse evaluate`, documented in docs/evaluate.md. Lists are strings with commas."""
 
     checkpoint: str
     tasks: Sequence[str]
@@ -46,7 +46,7 @@ class Request:
     any_length: bool = False
 
     def check(self) -> None:
-        """Raise UserError for what cannot be meant."""
+        """Raise UserError for impossible values."""
         for task in self.tasks:
             if task not in TASKS or self.tasks.count(task) > 1:
                 raise UserError(f"TASK: got {task!r}, allowed {', '.join(TASKS)}, each once")
@@ -59,14 +59,14 @@ class Request:
         self.length_list(), self.depth_list(), self.pair_list(), self.variant_list()
 
     def length_list(self) -> list[int]:
-        """Empty where not given; as the other lists. Raises UserError."""
+        """Return the lengths; like the other lists, empty where none is given. Raises UserError."""
         return _read_list("--lengths", self.lengths, int, lambda length: length >= 1, "whole numbers from 1 on")
 
     def pair_list(self) -> list[int]:
         return _read_list("--pairs", self.pairs, int, lambda pairs: pairs >= 1, "whole numbers from 1 on")
 
     def depth_list(self) -> list[float]:
-        """As shares of the text."""
+        """Return the depths as shares of the text, 0 to 1."""
         right = "numbers from 0 to 100, in percent of the text"
         return [depth / 100 for depth in _read_list("--depths", self.depths, float, lambda d: 0 <= d <= 100, right)]
 
@@ -96,8 +96,10 @@ def _read_list(
 
 
 def recall_tasks(request: Request, config: RunConfig, lengths: list[int]) -> list[MQARTask]:
-    """One for each number of pairs; what is not given is as the model was trained, if it was. Raises UserError where
-    they fit neither the model nor any of the lengths."""
+    """Return a task for each number of pairs. Raises UserError where one does not fit the model or any of the lengths.
+
+    Settings that are not given are those of the model's training on the task, or defaults.
+    """
     trained = next((source.mqar for source in config.data.sources() if source.mqar is not None), _RECALL)
     given = {name: getattr(request, name) for name in ("keys", "values") if getattr(request, name) is not None}
     sizes = trained.model_dump() | given
@@ -119,7 +121,7 @@ def recall_tasks(request: Request, config: RunConfig, lengths: list[int]) -> lis
 
 
 def needle_tasks(request: Request, config: RunConfig, lengths: list[int], tokenizer: Tokenizer) -> list[NeedleTask]:
-    """One for each variant; otherwise as recall_tasks. Raises UserError where a length is too short."""
+    """Return a task for each variant, with defaults like recall_tasks. Raises UserError where a length is too short."""
     trained = [source.needle for source in config.data.sources() if source.needle is not None]
     digits = request.digits or (trained[0].digits if trained else _DIGITS)
     variants = request.variant_list() or list(dict.fromkeys(task.variant for task in trained)) or list(VARIANTS)

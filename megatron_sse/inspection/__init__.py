@@ -1,1 +1,1 @@
-"""What SSE layers do with a text: use of partitions, rank of states, how long states remember."""
+"""Measures of SSE layers on given texts: use of partitions, rank of states, half-life of states."""

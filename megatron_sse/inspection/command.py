@@ -1,4 +1,4 @@
-"""`megatron-sse inspect-states`: what SSE layers do with texts, as tables, JSON and pictures."""
+"""The command `megatron-sse inspect-states`: measures SSE layers on texts; writes tables, JSON and pictures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RESULTS = "states.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What `megatron-sse inspect-states` was asked for; docs/states.md explains each."""
+    """Options of `megatron-sse inspect-states`, documented in docs/states.md."""
 
     checkpoint: str
     prompts: Sequence[str] = ()
@@ -40,19 +40,19 @@ class Request:
     any_length: bool = False
 
     def check(self) -> None:
-        """Raise UserError for what cannot be meant."""
+        """Raise UserError for impossible options."""
         if self.chunk < 1:
             raise UserError(f"--chunk: got {self.chunk}, allowed 1 or more")
         has_text = bool(self.prompts or self.prompt_files)
         if self.tokens is not None and has_text:
-            raise UserError("--tokens: got text too, allowed one of both")
+            raise UserError("--tokens: given together with text, allowed one of the two")
         if self.tokens is None and not has_text:
             raise UserError("got no text, allowed one or more with --prompt, --prompt-file or --tokens")
 
 
 @dataclass(frozen=True)
 class _Job:
-    """A request whose files have been read and found to fit. texts: token ids."""
+    """A request with its files read and checked against the model. texts: token ids."""
 
     model: Model
     config: RunConfig
@@ -60,9 +60,9 @@ class _Job:
 
 
 def run(request: Request) -> int:
-    """Measure, print and write; returns the exit status. Raises UserError.
+    """Measure, print and write; return the exit status. Raises UserError.
 
-    Under torchrun all processes together are one tensor group.
+    Under torchrun all processes form one tensor group.
     """
     world_size, is_writer = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
     with found_by_all():

@@ -1,6 +1,6 @@
-"""Histograms of half-lives: of bounded size, however long the text.
+"""Histograms of half-lives, whose size does not grow with the text.
 
-A decay of exp(g) at every write to a bank halves its state within ln 2 / -g writes.
+A decay of exp(g) at every write to a bank halves its state in ln 2 / -g writes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Bins are equally wide in log2: a percentile is right to half a bin, 0.6 %.
+# Bins are equally wide in log2. A percentile is exact to half a bin, 0.6 %.
 _PER_OCTAVE = 64
 _LOWEST, _HIGHEST = -20, 60
 _BINS = _PER_OCTAVE * (_HIGHEST - _LOWEST)
@@ -20,7 +20,7 @@ _BINS = _PER_OCTAVE * (_HIGHEST - _LOWEST)
 
 @dataclass(frozen=True)
 class Spread:
-    """Percentiles of half-lives; infinite without decay."""
+    """The 10th, 50th and 90th percentile of half-lives; infinite without decay."""
 
     p10: float
     p50: float
@@ -28,31 +28,35 @@ class Spread:
 
 
 class HalfLives:
-    """Counts by bank and half-life. counts_NB: int64; the last bin is that of no decay."""
+    """Counts of half-lives by bank. counts_NB: int64, bank by bin; the last bin is for no decay."""
 
     def __init__(self, num_banks: int, device: torch.device):
         self.counts_NB = torch.zeros(num_banks, _BINS + 1, dtype=torch.int64, device=device)
 
     def add(self, g: Tensor, bank_TP: Tensor) -> None:
-        """Count tokens. g: log decays [T, ...]. bank_TP: the banks that each token writes to."""
+        """Count the half-lives of tokens. g: log decays [T, ...]. bank_TP: the banks that each token writes to."""
+        # C: channels and heads of a token; each has a half-life of its own.
         half_life = math.log(2) / g.flatten(1).double().abs()
         bin_TC = ((half_life.log2() - _LOWEST) * _PER_OCTAVE).floor().clamp(0, _BINS - 1).long()
         bin_TC[half_life.isinf()] = _BINS
         for bank_T in bank_TP.unbind(1):
+            # One bincount for all banks: bin b of bank n is number n * (_BINS + 1) + b.
             place_TC = bank_T[:, None] * (_BINS + 1) + bin_TC
             self.counts_NB += place_TC.flatten().bincount(minlength=self.counts_NB.numel()).view_as(self.counts_NB)
 
 
 def spread(counts_NB: np.ndarray, writes_per_token_N: np.ndarray) -> Spread | None:
-    """Of all banks together, in tokens: half-lives in writes, divided by the writes that a bank gets per token.
+    """Return percentiles over all banks of half-lives in tokens; None without any write.
 
-    None without any write.
+    A half-life in tokens is the one in writes divided by the writes that the bank gets per token.
     """
+    # The middle of each bin, on the logarithmic scale.
     half_life_B = np.append(2.0 ** (_LOWEST + (np.arange(_BINS) + 0.5) / _PER_OCTAVE), np.inf)
     row, column = np.nonzero(counts_NB)
     if not len(row):
         return None
     value_C, count_C = half_life_B[column] / writes_per_token_N[row], counts_NB[row, column]
+    # Weighted percentiles: sort by half-life and look up shares of the cumulative count.
     order = np.argsort(value_C, kind="stable")
     sum_C = count_C[order].cumsum()
     places = np.searchsorted(sum_C, np.array([0.1, 0.5, 0.9]) * sum_C[-1])

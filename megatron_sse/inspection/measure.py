@@ -1,4 +1,4 @@
-"""Numbers of every layer over all tokens of some texts, in memory that does not grow with them."""
+"""Measures of every layer over all tokens of some texts, in memory that does not grow with the texts."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from megatron_sse.parallel.collectives import sum_value
 
 logger = logging.getLogger(__name__)
 
-# Ranks are measured after so many tokens, four times as many, and so on.
+# Ranks are measured after 16, 64, 256, ... tokens.
 _FIRST_MARK = 16
 
 
 @dataclass(frozen=True)
 class Use:
-    """How a layer's partitions are used.
+    """Use of a layer's partitions.
 
     write_share_N, read_share_N: share of all writes, and of all reads, that each partition gets.
-    written, read: partitions in effect, the exponential of the shares' entropy.
+    written, read: effective number of partitions, the exponential of the shares' entropy.
     top_probability: mean of the router's largest probability.
     """
 
@@ -47,7 +47,7 @@ class Use:
 class Rank:
     """Effective ranks of the states after some tokens, means over heads and texts.
 
-    tokens: mean over the texts. texts: those that are so long. shared: None without a shared bank.
+    tokens: mean over the texts. texts: number of texts that are this long. shared: None without a shared bank.
     """
 
     tokens: int
@@ -60,8 +60,8 @@ class Rank:
 class Memory:
     """Half-lives over tokens, heads and channels.
 
-    shared: in tokens. sparse_writes: in writes to the bank, all partitions together; sparse_tokens: the same, each
-    divided by the writes that its partition gets per token. None where nothing was written.
+    shared: in tokens. sparse_writes: of all partitions, in writes to the partition. sparse_tokens: the same in tokens,
+    by the writes that each partition gets per token. None where nothing was written.
     """
 
     shared: Spread | None
@@ -73,10 +73,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer; softmax layers have a kind alone.
+    """Measures of a layer; softmax layers have only number and kind.
 
-    most: largest possible rank. growth: ranks as texts are read, the last at the end of the longest. end: at the ends
-    of all texts. use: None without partitions.
+    most: largest possible rank. growth: ranks as texts are read, the last at the end of the longest. end: ranks at the
+    ends of all texts. use: None without partitions.
     """
 
     layer: int
@@ -89,7 +89,7 @@ class Layer:
 
 
 class LayerSums:
-    """What is added up of an SSE layer: a watcher of its banks."""
+    """Sums over the tokens of an SSE layer, filled as a watcher of its banks."""
 
     def __init__(self, mixer: SSEMixer, device: torch.device):
         self.number, num_partitions = mixer.layer_number, mixer.num_partitions
@@ -116,7 +116,7 @@ class LayerSums:
         self.top += routes.prob_TN.amax(-1).double().sum()
 
     def note_rank(self, states_XBHKV: Tensor, tokens: int, is_mark: bool, is_end: bool) -> None:
-        """The states after some tokens of a text. is_mark, is_end: what they count for."""
+        """Record the rank of the states after some tokens of a text: for `growth` if is_mark, for `end` if is_end."""
         _check_finite(states_XBHKV)
         rank_B = effective_rank(states_XBHKV)
         if is_mark:
@@ -125,7 +125,7 @@ class LayerSums:
             self.ends.append((tokens, rank_B))
 
     def layer(self, kind: str, group: dist.ProcessGroup) -> Layer:
-        """The numbers, of the heads on all tensor ranks."""
+        """Return the measures over the heads of all tensor ranks."""
         ranks = []
         for tokens, states in self.marks.items():
             ranks.append(self._rank([(tokens, state_B) for state_B in states], group))
@@ -147,14 +147,16 @@ class LayerSums:
 
     def _rank(self, found: Sequence[tuple[int, Tensor]], group: dist.ProcessGroup) -> Rank:
         tokens = round(float(np.mean([tokens for tokens, _ in found])))
-        # Every tensor rank has as many heads.
+        # Every tensor rank has the same number of heads.
         mean_B = sum_value(torch.stack([rank_B for _, rank_B in found]).mean(0), group) / group.size()
         rank_B = mean_B.tolist()
+        # The shared bank, where there is one, comes before the partitions.
         first = len(rank_B) - self.num_partitions
         return Rank(tokens, len(found), rank_B[0] if self.has_shared else None, rank_B[first:])
 
     def _memory(self, group: dist.ProcessGroup) -> Memory:
         shared_1B, sparse_NB = (sum_value(x.counts_NB, group).cpu().numpy() for x in (self.shared, self.sparse))
+        # Writes per token of each partition turn half-lives in writes into half-lives in tokens.
         per_token_N = self.writes_N.cpu().numpy() / max(self.num_tokens, 1)
         one_N = np.ones(self.num_partitions)
         banks = [slice(number, number + 1) for number in range(self.num_partitions)]
@@ -170,12 +172,12 @@ class LayerSums:
 def measure_layers(
     net: GPTModel, kinds: Sequence[str], texts: Sequence[Sequence[int]], chunk: int, group: dist.ProcessGroup
 ) -> list[Layer]:
-    """Every layer's numbers, each text read from empty states.
+    """Return the measures of every layer; each text is read from empty states.
 
     Args:
-        kinds: of the layers, first to last.
-        texts: token ids, at least one of each.
-        chunk: tokens that go through the model at once.
+        kinds: kinds of the layers, first to last.
+        texts: token ids, at least one in each text.
+        chunk: number of tokens that go through the model at once.
         group: tensor group.
 
     Raises UserError for a model whose numbers are not finite.
@@ -186,6 +188,7 @@ def measure_layers(
     marks = rank_marks(max(map(len, texts)))
     for number, tokens in enumerate(texts, 1):
         cache = WatchedCache(net, 1, sums)
+        # Chunks also end at the marks, where states are looked at.
         for start, end in pieces(len(tokens), marks, chunk):
             feed(net, cache, torch.tensor(tokens[start:end]), [0], [end - start])
             if end in marks or end == len(tokens):
@@ -201,11 +204,11 @@ def measure_layers(
 
 def _check_finite(x: Tensor) -> None:
     if not x.isfinite().all():
-        raise UserError("CHECKPOINT: got a model whose decays or states are not finite, it has diverged")
+        raise UserError("CHECKPOINT: the model has diverged: its decays or states are not finite")
 
 
 def rank_marks(longest: int) -> list[int]:
-    """Numbers of tokens after which ranks are measured, up to the length of the longest text."""
+    """Return the numbers of tokens after which ranks are measured, up to the length of the longest text."""
     marks, mark = [], _FIRST_MARK
     while mark < longest:
         marks.append(mark)
@@ -214,7 +217,7 @@ def rank_marks(longest: int) -> list[int]:
 
 
 def pieces(length: int, marks: Sequence[int], chunk: int) -> Iterator[tuple[int, int]]:
-    """First token and end of pieces of at most `chunk` tokens, which end at the marks."""
+    """Yield first token and end of pieces of at most `chunk` tokens; pieces also end at every mark."""
     start = 0
     for end in [*(mark for mark in marks if mark < length), length]:
         while start < end:

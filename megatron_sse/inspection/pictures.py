@@ -1,4 +1,4 @@
-"""What was measured as PNG files; needs matplotlib."""
+"""Pictures of the measures, as PNG files; needs matplotlib."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from megatron_sse.inspection.report import mean_of, partitions_of, reads_elsewhe
 from megatron_sse.plot.figures import COLOURS, STYLE
 from megatron_sse.plot.loads import NORM
 
-# With more cells than this in a row they have no numbers.
+# Rows with more cells than this show no numbers.
 _MOST_NUMBERS = 16
 
 
 def draw_all(folder: Path, layers: Sequence[Layer]) -> None:
-    """partitions.png (of models with partitions), rank.png and half_life.png."""
+    """Draw partitions.png (for models with partitions), rank.png and half_life.png."""
     with matplotlib.rc_context(STYLE):
         if partitions_of(layers):
             _draw_partitions(folder / "partitions.png", layers)
@@ -32,7 +32,7 @@ def draw_all(folder: Path, layers: Sequence[Layer]) -> None:
 
 
 def _draw_partitions(path: Path, layers: Sequence[Layer]) -> None:
-    """Heat maps of the shares, of writes and, where they differ, of reads."""
+    """Draw heat maps of the shares of writes and, where they differ, of reads."""
     num_partitions = partitions_of(layers)
     titles = ["share of the writes", "share of the reads"] if reads_elsewhere(layers) else ["share of writes and reads"]
     figure = _figure(layers, len(titles), num_partitions)
@@ -43,6 +43,7 @@ def _draw_partitions(path: Path, layers: Sequence[Layer]) -> None:
                 of_reads = title == titles[-1] and len(titles) > 1
                 share_N = layer.use.read_share_N if of_reads else layer.use.write_share_N
                 share_LN[row, : len(share_N)] = share_N
+        # Scaled by the number of partitions, so that an even share is 1, the middle of the colours.
         picture = axes.imshow(share_LN * num_partitions, cmap="RdBu_r", norm=NORM, aspect="auto")
         _write_numbers(axes, share_LN, dark_LN=np.abs(share_LN * num_partitions - 1) > 0.6)
         _label_rows(axes, layers)
@@ -54,7 +55,7 @@ def _draw_partitions(path: Path, layers: Sequence[Layer]) -> None:
 
 
 def _draw_ranks(path: Path, layers: Sequence[Layer]) -> None:
-    """By bank at the end, and by layer as the text is read."""
+    """Draw ranks by bank at the end, and by layer as the text is read."""
     num_banks = 1 + partitions_of(layers)
     figure = _figure(layers, 2, num_banks)
     left, right = figure.subplots(1, 2)
@@ -78,7 +79,7 @@ def _draw_ranks(path: Path, layers: Sequence[Layer]) -> None:
 
 
 def _draw_growth(axes: Axes, layers: Sequence[Layer]) -> None:
-    """Two lines for each layer, the deeper the lighter."""
+    """Draw two lines for each layer (shared bank, mean of partitions), deeper layers lighter."""
     there = [layer for layer in layers if layer.growth]
     colours = matplotlib.colormaps["viridis"].resampled(len(there) + 1)
     for number, layer in enumerate(there):
@@ -93,7 +94,7 @@ def _draw_growth(axes: Axes, layers: Sequence[Layer]) -> None:
                 axes.plot(tokens, values, style, ms=4, color=colours(number), label=label)
     axes.set_xscale("log", base=4)
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set(title="as the text is read; the deeper the layer, the lighter", xlabel="tokens", ylabel="effective rank")
+    axes.set(title="as the text is read; deeper layers are lighter", xlabel="tokens", ylabel="effective rank")
     axes.set_ylim(bottom=0)
     axes.legend()
 
@@ -103,7 +104,7 @@ def _value(rank: Rank, name: str) -> float:
 
 
 def _draw_half_lives(path: Path, layers: Sequence[Layer]) -> None:
-    """For each layer the range from the 10th to the 90th percentile, and the median; infinite ones on a line on top."""
+    """Draw for each layer the range from the 10th to the 90th percentile and the median; infinite ones at the top."""
     kinds = [
         ("shared bank, tokens", lambda memory: memory.shared),
         ("partitions, tokens", lambda memory: memory.sparse_tokens),
@@ -114,12 +115,14 @@ def _draw_half_lives(path: Path, layers: Sequence[Layer]) -> None:
         for name, get in kinds
     }
     finite = [value for spreads in found.values() for x in spreads.values() for value in _ends(x) if value < math.inf]
+    # Infinite half-lives are drawn at `top`, above all finite ones.
     top = 4 * max(finite, default=1.0)
     figure = Figure(figsize=(max(6.4, 2 + 0.5 * len(layers)), 4), layout="constrained")
     axes = figure.subplots()
     for number, (name, spreads) in enumerate(found.items()):
         if not spreads:
             continue
+        # Three bars for each layer, side by side.
         place = [layer + 0.22 * (number - 1) for layer in spreads]
         low, middle, high = ([min(value, top) for value in x] for x in zip(*map(_ends, spreads.values()), strict=True))
         axes.vlines(place, low, high, color=COLOURS[number], linewidth=4, alpha=0.4)
@@ -163,7 +166,7 @@ def _name(layer: Layer) -> str:
 
 
 def _write_numbers(axes: Axes, value_LN: np.ndarray, dark_LN: np.ndarray, digits: int = 2) -> None:
-    """The cells' values, light where the cell is dark."""
+    """Write the cells' values, in white where the cell is dark."""
     if value_LN.shape[1] > _MOST_NUMBERS + 1:
         return
     for (row, column), value in np.ndenumerate(value_LN):

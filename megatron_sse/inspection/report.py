@@ -1,4 +1,4 @@
-"""What was measured as tables of text and as a JSON file."""
+"""The measures as text tables and for a JSON file."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from megatron_sse.evaluation.report import table
 from megatron_sse.inspection.half_life import Spread
 from megatron_sse.inspection.measure import Layer, Rank
 
-# With more partitions a table would be wider than a terminal.
+# Tables with more partitions would be wider than a terminal.
 _MOST_COLUMNS = 16
 _FIRST = ["layer", "kind"]
 
 
 def tabulate(layers: Sequence[Layer]) -> str:
-    """All tables."""
+    """Return all tables."""
     tables = []
     num_partitions = partitions_of(layers)
     if num_partitions:
@@ -27,12 +27,12 @@ def tabulate(layers: Sequence[Layer]) -> str:
 
 
 def partitions_of(layers: Sequence[Layer]) -> int:
-    """The largest number of partitions of a layer."""
+    """Return the largest number of partitions of a layer."""
     return max(len(layer.use.write_share_N) if layer.use else 0 for layer in layers)
 
 
 def reads_elsewhere(layers: Sequence[Layer]) -> bool:
-    """Whether reads and writes differ."""
+    """Check whether the shares of reads and writes differ in any layer."""
     return any(layer.use is not None and layer.use.write_share_N != layer.use.read_share_N for layer in layers)
 
 
@@ -58,14 +58,14 @@ def _tabulate_use(layers: Sequence[Layer], num_partitions: int) -> str:
 
 
 def _partition_names(num_partitions: int) -> list[str]:
-    """Names of the columns of _shorten."""
+    """Return the names of the columns that _shorten fills."""
     if num_partitions > _MOST_COLUMNS:
         return ["least", "most"]
     return [str(number) for number in range(1, num_partitions + 1)]
 
 
 def _shorten(value_N: list[float]) -> list[float]:
-    """All values of partitions, or the least and the most."""
+    """Return the values of all partitions, or of many partitions only the smallest and the largest."""
     return [min(value_N), max(value_N)] if len(value_N) > _MOST_COLUMNS else value_N
 
 
@@ -86,7 +86,7 @@ def _tabulate_growth(layers: Sequence[Layer]) -> str:
     for layer in layers:
         found = {rank.tokens: rank for rank in layer.growth}
         rows.append([str(layer.layer), layer.kind, *(_pair(found.get(mark)) for mark in marks)])
-    title = "states: effective rank after so many tokens, shared bank / mean of the partitions"
+    title = "states: effective rank by number of tokens read, shared bank / mean of the partitions"
     return table(title, [*_FIRST, *(f"{mark:,}" for mark in marks)], rows)
 
 
@@ -97,7 +97,7 @@ def _pair(rank: Rank | None) -> str:
 
 
 def mean_of(rank: Rank) -> float:
-    """The partitions' mean rank."""
+    """Return the mean rank of the partitions."""
     return sum(rank.partition_N) / len(rank.partition_N)
 
 
@@ -121,14 +121,14 @@ def _spread(spread: Spread | None) -> list[str]:
 
 
 def show(half_life: float) -> str:
-    """Three digits."""
+    """Return a half-life as text with three digits."""
     if half_life == math.inf:
         return "inf"
     return f"{half_life:,.0f}" if 100 <= half_life < 1e6 else f"{half_life:.3g}"
 
 
 def to_json(layers: Sequence[Layer]) -> list[Any]:
-    """For a file: infinite half-lives become "inf", which JSON's numbers have not."""
+    """Return the layers as JSON values; infinite half-lives become "inf", since JSON has no such number."""
     return [_plain(asdict(layer)) for layer in layers]
 
 

@@ -1,4 +1,4 @@
-"""A cache that is watched: what SSE layers hand to their banks is seen on its way."""
+"""A cache that shows watchers what SSE layers pass to their banks."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from megatron_sse.parallel.sharding import WHOLE, ContextShard
 
 
 class Watcher(Protocol):
+    """An observer of one layer's banks."""
+
     def see(self, shared: BankInputs, sparse: BankInputs | None, routes: Routes | None) -> None:
-        """What the banks of a layer are handed for some tokens."""
+        """Observe the inputs of a layer's banks for some tokens."""
         ...
 
 
 class WatchedCache(Cache):
-    """A cache whose SSE layers show `watchers`, by layer number, what they hand to it."""
+    """A cache that shows `watchers`, by layer number, what SSE layers pass to it."""
 
     def __init__(self, model: GPTModel, num_sequences: int, watchers: Mapping[int, Watcher]):
         super().__init__(model, num_sequences)
@@ -31,7 +33,7 @@ class WatchedCache(Cache):
         }
 
     def banks(self, number: int) -> BankCache:
-        """What an SSE layer keeps."""
+        """Return the cache of an SSE layer's banks."""
         kept = self.layers[number]
         assert isinstance(kept, BankCache)
         return kept
@@ -41,7 +43,7 @@ class WatchedCache(Cache):
 
 
 class _WatchedBanks:
-    """Stands in for what a layer keeps."""
+    """A stand-in for a layer's cache that shows its inputs to a watcher first."""
 
     def __init__(self, kept: BankCache, watcher: Watcher):
         self._kept, self._watcher = kept, watcher

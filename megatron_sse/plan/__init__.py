@@ -1,4 +1,4 @@
-"""What a run will need, from its YAML alone: parameters, memory, operations, bytes, time; `megatron-sse plan`."""
+"""The needs of a run, from its YAML alone: parameters, memory, operations, bytes, time; `megatron-sse plan`."""
 
 from megatron_sse.plan.command import plan
 

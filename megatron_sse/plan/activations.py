@@ -1,8 +1,8 @@
-"""What autograd keeps of a micro-batch on one rank, bytes, from one pass over what each module saves.
+"""Bytes that autograd keeps of a micro-batch on one rank, added up over what each module saves.
 
-Two sets of kernels: "torch", which runs without a GPU, cuts rows into padded fp32 chunks and keeps those; "triton",
-with Transformer Engine's norms, keeps the inputs as they are and the states between pieces. Documents are taken to be
-whole sequences: each further document in a sequence adds at most a chunk per bank.
+There are two sets of kernels: "torch", which runs without a GPU, cuts rows into padded fp32 chunks and keeps those;
+"triton", with Transformer Engine's norms, keeps the inputs as they are and the states between pieces. Every sequence
+counts as one document; each further document in it would add at most a chunk per bank.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ INT64 = 8
 
 
 class Kept(NamedTuple):
-    """values: of tokens. states: of recurrences, between chunks and between ranks."""
+    """Kept bytes. values: of tokens. states: of recurrences, between chunks and between ranks."""
 
     values: int
     states: int = 0
@@ -28,9 +28,9 @@ class Kept(NamedTuple):
 
 
 def layer_activations(sizes: Sizes, kind: str) -> Kept:
-    """Kept of a layer without recomputation."""
+    """Return what a layer keeps without recomputation."""
     hidden, inner = sizes.config.model.hidden_size, sizes.config.model.ffn_hidden_size // sizes.config.parallel.tensor
-    # Both norms with their outputs, and the MLP: gate and up, and what SwiGLU makes of them.
+    # Both norms with their outputs, and the MLP: gate and up (2 x inner), and what SwiGLU makes of them (3 x inner).
     own = 2 * (_norm(sizes) + sizes.stream_tokens * hidden * sizes.element) + sizes.tokens * 5 * inner * sizes.element
     # Torch keeps a copy for each token that the convolution looks back at.
     width = sizes.config.model.input_convolution
@@ -40,7 +40,7 @@ def layer_activations(sizes: Sizes, kind: str) -> Kept:
 
 
 def end_activations(sizes: Sizes, is_first: bool, is_last: bool) -> int:
-    """Kept of the embedding, and of the output and the loss."""
+    """Return what the embedding keeps (is_first), and what the output and the loss keep (is_last)."""
     kept = INT64 * sizes.tokens if is_first else 0
     if is_last:
         model = sizes.config.model
@@ -51,7 +51,7 @@ def end_activations(sizes: Sizes, is_first: bool, is_last: bool) -> int:
 
 def _norm(sizes: Sizes) -> int:
     hidden = sizes.config.model.hidden_size
-    # Torch keeps input and normalised input, both fp32; fused kernels the input. And one number for each token.
+    # Torch keeps input and normalised input, both fp32; fused kernels keep the input. Both keep one number per token.
     width = 2 * FP32 if sizes.kernels == "torch" else sizes.element
     return sizes.stream_tokens * (width * hidden + FP32)
 
@@ -86,7 +86,7 @@ def recurrent_activations(sizes: Sizes, kind: str) -> Kept:
 
 
 def _inputs(sizes: Sizes, mixer: Mixer) -> int:
-    """Projections, and what becomes of queries, keys and decays; for each token."""
+    """Return the bytes per token of projections, and of what is computed from queries, keys and decays."""
     sse, element = sizes.config.model.sse, sizes.element
     recurrence = mixer.spec.recurrence
     scalars = len(recurrence.scalars) * mixer.gates * mixer.value_heads
@@ -105,7 +105,7 @@ def _inputs(sizes: Sizes, mixer: Mixer) -> int:
 
 
 def _low_ranks(sizes: Sizes, mixer: Mixer) -> int:
-    """Inputs of the second halves of low-rank pairs."""
+    """Return the bytes of the inputs of the second matrices of low-rank pairs."""
     sse = sizes.config.model.sse
     ranks = sse.value_head_dim * ((mixer.maps if mixer.partitions else 0) + sse.output_gate)
     if mixer.spec.has_decay_gates:
@@ -114,19 +114,20 @@ def _low_ranks(sizes: Sizes, mixer: Mixer) -> int:
 
 
 def _router(sizes: Sizes, mixer: Mixer) -> int:
-    """Probabilities, their order, the picks' weights, and in bf16 runs the input in fp32; for each token."""
+    """Return the bytes per token of probabilities, their order, picks' weights, and in bf16 runs the input in fp32."""
     if not mixer.partitions:
         return 0
     hidden = sizes.config.model.hidden_size if sizes.element < FP32 else 0
+    # With sequence parallelism each tensor rank routes its part of the tokens.
     parts = sizes.config.parallel.tensor if sizes.config.parallel.sequence else 1
-    # Torch sorts all partitions; the kernel finds the picks alone.
+    # Torch sorts all partitions; the kernel finds only the picks.
     every = sizes.config.model.sse.num_routers * mixer.partitions
     ranked = every if sizes.kernels == "torch" else _picks(sizes, mixer)
     return every * FP32 + ranked * INT64 + 3 * FP32 * _picks(sizes, mixer) + FP32 * hidden // parts
 
 
 def _picks(sizes: Sizes, mixer: Mixer) -> int:
-    """Partitions that a token's rows are made for."""
+    """Return the number of partitions for which a token has rows."""
     sse = sizes.config.model.sse
     if not mixer.partitions:
         return 0
@@ -134,15 +135,15 @@ def _picks(sizes: Sizes, mixer: Mixer) -> int:
 
 
 def _segments(sizes: Sizes, mixer: Mixer) -> int:
-    """(document, bank) pairs, with one document in each slot of each sequence."""
+    """Return the number of (document, bank) pairs, with one document in each slot of each sequence."""
     return sizes.config.training.micro_batch_size * sizes.num_slots * (1 + mixer.partitions)
 
 
 def _states(sizes: Sizes, mixer: Mixer, pieces: int) -> int:
-    """States that enter the pieces, and what pieces do to them."""
+    """Return the bytes of the states that enter the pieces, and of the pieces' transitions."""
     kept = pieces * (mixer.state + mixer.transition)
     if sizes.config.parallel.context > 1:
-        # Those from other ranks apart, and both together; and the hand-off's own.
+        # Also kept: states from other ranks, their sum with local ones, and the hand-off's own copies.
         kept += 2 * pieces * mixer.state + pieces * mixer.transition
         kept += _segments(sizes, mixer) * (mixer.state + mixer.transition)
     return FP32 * kept
@@ -150,11 +151,12 @@ def _states(sizes: Sizes, mixer: Mixer, pieces: int) -> int:
 
 def _torch_recurrence(sizes: Sizes, mixer: Mixer) -> Kept:
     rows = sizes.tokens * (1 + _picks(sizes, mixer))
+    # Rows are padded to complete chunks: up to one more chunk for each (document, bank).
     size = choose_chunk_size(rows, _segments(sizes, mixer))
     num_chunks = rows // size + _segments(sizes, mixer)
     recurrence = mixer.spec.recurrence
     gates = (mixer.key_dim if recurrence.channel_decay else 1) + recurrence.delta_rule
-    # Queries, keys, values, decays, and the queries as they meet the entering state.
+    # Queries, keys, values, decays, and the queries as they are applied to the entering state.
     width = FP32 * (3 * mixer.key_dim + mixer.value_dim + gates) + INT64
     kept = mixer.value_heads * (num_chunks * size * width + rows * INT64)
     if mixer.partitions:
@@ -171,14 +173,15 @@ def _triton_recurrence(sizes: Sizes, mixer: Mixer) -> Kept:
     if mixer.spec.recurrence.delta_rule:
         inputs = mixer.banks * (2 * element * mixer.keys + 2 * FP32 * mixer.value_heads)
     else:
-        # Decays that are the same for all tokens are written out, for both kinds of banks.
+        # Decays that are equal for all tokens are written out for both kinds of banks.
         inputs = FP32 * mixer.keys * (mixer.banks if sse.decay == "gate" else 2)
-        # What was kept already where it is fp32: the results of a softmax.
+        # Softmax maps keep their fp32 results already; other maps and other dtypes add a copy.
         maps = (sse.query_map, mixer.spec.key_map)
         inputs += mixer.banks * element * mixer.keys * sum(m == "silu" or element < FP32 for m in maps)
     # Values, the outputs of all banks, and the output gate.
     kept = sizes.tokens * (inputs + element * mixer.values * (2 + picks + sse.output_gate))
     kept += rows * 5 * FP32  # scales of the picks, and which row is which token's
+    # The kernels cut long segments into pieces until all blocks together fill a GPU.
     blocks = mixer.value_heads * max(1, mixer.key_dim // 64) * max(1, mixer.value_dim // 64)
     length = CHUNK_SIZE * choose_chunks_per_piece(rows, blocks)
     return Kept(kept, _states(sizes, mixer, rows // length + _segments(sizes, mixer)))

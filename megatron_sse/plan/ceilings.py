@@ -16,8 +16,11 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Gpu:
-    """flops: dense bf16 operations per second. bandwidth: of the memory, bytes per second. memory: bytes.
-    link, network: bytes per second and direction to GPUs of the same machine and of others."""
+    """Ceilings of a GPU.
+
+    flops: dense bf16 operations per second. bandwidth: of the memory, bytes per second. memory: bytes.
+    link, network: bytes per second and direction to GPUs of the same machine and of other machines.
+    """
 
     name: str
     flops: float
@@ -37,9 +40,9 @@ GPUS = {
 
 
 def find_gpu(name: str, tflops: float | None, bandwidth: float | None, memory: float | None) -> Gpu:
-    """A GPU of the table, with other numbers where they are given (1e12 operations and bytes per second; bytes).
+    """Return a GPU of the table, with other numbers where they are given. Raises UserError.
 
-    Raises UserError.
+    tflops, bandwidth: 1e12 operations and 1e12 bytes per second. memory: bytes.
     """
     if name not in GPUS:
         raise UserError(f"--gpu: got {name}, allowed {', '.join(GPUS)}")
@@ -57,8 +60,11 @@ def find_gpu(name: str, tflops: float | None, bandwidth: float | None, memory: f
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step on the busiest GPU. products: of matrices; or memory, whichever is longer, overlaps
-    the other. idle: of pipeline stages that wait for others. The rest: sending over each axis."""
+    """Seconds of one optimizer step on the busiest GPU.
+
+    products: matrix products. memory: traffic to and from memory, which overlaps the products, so that only the longer
+    counts. idle: pipeline stages waiting for others. The rest: sending over each axis.
+    """
 
     products: float
     memory: float
@@ -75,16 +81,18 @@ class StepTime:
 
 
 def step_time(sizes: Sizes, memory: Memory, sent: dict[str, int], stage: int, gpu: Gpu, per_node: int) -> StepTime:
-    """Time of a step from the memory and bytes of a stage."""
+    """Return the time of a step from the memory and the sent bytes of a stage."""
     config = sizes.config
     training, parallel = config.training, config.parallel
     tokens = training.global_batch_size * config.data.sequence_length
     num_gpus = sizes.data_size * parallel.replica_size
     flops = train_flops_per_token(config.model, config.data.sequence_length) * tokens / num_gpus
     if training.recompute == "full":
+        # Forward, forward again and backward (2 x forward): 4 in place of 3.
         flops *= 4 / 3
     products = flops / gpu.flops
     moved = _bytes_moved(sizes, memory, stage) / gpu.bandwidth
+    # Share of a pipeline's steady time for filling and draining it; virtual stages divide it.
     bubble = (parallel.pipeline - 1) / (parallel.virtual_pipeline * sizes.num_micro_batches)
     speeds = _link_speeds(sizes, gpu, per_node)
     return StepTime(
@@ -96,8 +104,11 @@ def step_time(sizes: Sizes, memory: Memory, sent: dict[str, int], stage: int, gp
 
 
 def _bytes_moved(sizes: Sizes, memory: Memory, stage: int) -> float:
-    """To and from memory: weights for each pass, what is kept (written, read, and the same for its gradient), and the
-    optimizer's step over everything it has."""
+    """Return the bytes moved to and from memory in a step.
+
+    These are the weights in each pass, activations (written, read, and the same for their gradients), and everything
+    that the optimizer holds.
+    """
     training = sizes.config.training
     without = replace(sizes, config=_without_recompute(sizes))
     passes = passes_under_way(without, stage) / sizes.config.parallel.virtual_pipeline
@@ -113,7 +124,7 @@ def _without_recompute(sizes: Sizes) -> RunConfig:
 
 
 def _link_speeds(sizes: Sizes, gpu: Gpu, per_node: int) -> dict[str, float]:
-    """Bytes per second by axis: neighbouring ranks differ in tensor, then context, data, pipeline."""
+    """Return bytes per second by axis. Neighbouring ranks differ in tensor, then context, data, pipeline."""
     parallel, span = sizes.config.parallel, 1
     speeds = {}
     for axis, size in (
@@ -122,6 +133,7 @@ def _link_speeds(sizes: Sizes, gpu: Gpu, per_node: int) -> dict[str, float]:
         ("data", sizes.data_size),
         ("pipeline", parallel.pipeline),
     ):
+        # Ranks of this axis lie `span` apart at most: they share a machine if that many GPUs fit in one.
         span *= size
         speeds[axis] = gpu.link if span <= per_node else gpu.network
     return speeds

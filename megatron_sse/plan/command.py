@@ -23,10 +23,12 @@ def plan(
     gpus_per_node: int = 8,
     search: bool = False,
 ) -> int:
-    """Print what the run needs on `num_gpus` GPUs (default: as many as the layout asks for); 1 where it does not fit.
+    """Print what the run needs on `num_gpus` GPUs and return 0 if it fits, 1 if not. Raises UserError.
 
-    gpu_name, tflops, bandwidth, memory (such as 80GiB): the GPU. search: rank all layouts too, 0 where one fits.
-    Raises UserError.
+    Args:
+        gpu_name, memory, tflops, bandwidth: the GPU, and numbers that replace its own (memory such as 80GiB).
+        num_gpus: default as many as the layout needs.
+        search: print all layouts that fit instead, the fastest first; return 0 if there is one.
     """
     for name, number in (("gpus", num_gpus), ("gpus-per-node", gpus_per_node)):
         if number is not None and number < 1:
@@ -34,7 +36,7 @@ def plan(
     gpu = find_gpu(gpu_name, tflops, bandwidth, None if memory is None else parse_bytes(memory))
     if config.stages is not None:
         stage = longest_stage(config)
-        print(f"of stage {stage.number + 1} of {len(config.stages)}, which has the longest sequences")
+        print(f"for stage {stage.number + 1} of {len(config.stages)}, which has the longest sequences")
         config = stage.config
     parallel = config.parallel
     num_gpus = num_gpus or parallel.replica_size * (parallel.data or 1)
@@ -49,7 +51,7 @@ def plan(
 
 
 def parse_bytes(text: str) -> float:
-    """Bytes of 80GiB, 80GB, ... Raises UserError."""
+    """Return the bytes of a text such as 80GiB or 80GB. Raises UserError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)", text)
     if match is None or match[2] not in _UNITS or not float(match[1]):
         raise UserError(f"--memory: got {text}, allowed a number with {', '.join(_UNITS)}, such as 80GiB")

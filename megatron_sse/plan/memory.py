@@ -16,10 +16,10 @@ HAND_OFF_COPIES = {False: 4.2, True: 5.1}
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes.
+    """Memory of a rank in bytes.
 
-    optimizer: moments, in bf16 runs also the fp32 weights. activations: kept for the backward passes under way, states
-    apart. hand_off: buffers of one hand-off. working: gradients of the largest activations.
+    optimizer: moments, in bf16 runs also the fp32 weights. activations: kept for the backward passes to come, without
+    states. hand_off: buffers of one hand-off. working: gradients of the largest activations.
     """
 
     weights: int
@@ -36,7 +36,7 @@ class Memory:
 
 
 def rank_memory(sizes: Sizes, stage: int) -> Memory:
-    """Memory of a rank of a pipeline stage."""
+    """Return the memory of a rank of a pipeline stage."""
     buffers = [buffer for chunk in stage_chunks(sizes.config, stage) for buffer in chunk_buffers(sizes, chunk)]
     shards = sizes.gradient_ranks if uses_distributed_optimizer(sizes.config) else 1
     kept = kept_of_step(sizes, stage)
@@ -53,7 +53,7 @@ def rank_memory(sizes: Sizes, stage: int) -> Memory:
 
 
 def kept_of_step(sizes: Sizes, stage: int) -> Kept:
-    """Activations of all micro-batches under way."""
+    """Return the activations of all micro-batches whose backward pass is still to come."""
     config = sizes.config
     recompute = config.training.recompute == "full"
     chunks = stage_chunks(config, stage)
@@ -63,19 +63,21 @@ def kept_of_step(sizes: Sizes, stage: int) -> Kept:
         values, states = len(layers) * sizes.stream_bytes, 0
     values += sum(end_activations(sizes, chunk.is_first, chunk.is_last) for chunk in chunks)
     passes = passes_under_way(sizes, stage)
+    # `passes` counts passes of one chunk each; values and states are of all chunks of the stage.
     kept = Kept(values * passes // len(chunks), states * passes // len(chunks))
     if recompute:
-        # One layer at a time is computed again.
+        # One layer at a time is recomputed.
         largest = max(layers, key=sum)
         kept = Kept(kept.values + largest.values, largest.states)
     return kept
 
 
 def passes_under_way(sizes: Sizes, stage: int) -> int:
-    """Forward passes of a chunk whose backward pass is still to come, at most at one time, in Megatron's schedules."""
+    """Return the most forward passes that wait for their backward pass at one time, in Megatron's schedules."""
     pipeline, chunks = sizes.config.parallel.pipeline, sizes.config.parallel.virtual_pipeline
     if chunks == 1:
         return min(pipeline - stage, sizes.num_micro_batches)
+    # Warm-up of the interleaved schedule; then one forward pass alternates with one backward pass.
     warm_up = 2 * (pipeline - stage - 1) + (chunks - 1) * pipeline
     return min(warm_up + 1, sizes.num_micro_batches * chunks)
 

@@ -1,4 +1,4 @@
-"""What the command prints."""
+"""The report of `megatron-sse plan`, as lines of text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_LAYOUTS = 15
 
 
 def describe_layout(layout: Layout, gpu: Gpu, longest: int) -> list[str]:
-    """Everything about a layout, a blank line between the tables."""
+    """Return all tables about a layout, with blank lines between them."""
     config, sizes = layout.sizes.config, layout.sizes
     num_gpus = sizes.data_size * config.parallel.replica_size
     tables = [
@@ -64,7 +64,7 @@ def _shown_stages(number: int) -> list[int]:
 
 
 def _total_with(layout: Layout, stage: int, recompute: str) -> int:
-    """The total with the other setting of training.recompute."""
+    """Return a stage's total memory with this setting of training.recompute."""
     sizes, memory = layout.sizes, layout.memory[stage]
     other = Sizes(with_settings(sizes.config, training={"recompute": recompute}), sizes.data_size)
     return memory.total - memory.activations - memory.states + sum(kept_of_step(other, stage))
@@ -91,7 +91,7 @@ def _operations(config: RunConfig) -> list[str]:
 
 
 def _sent(layout: Layout) -> list[str]:
-    lines = ["bytes sent by a GPU in a step, the most of all stages"]
+    lines = ["bytes sent by a GPU in a step, the largest of all stages"]
     for axis in AXES:
         lines.append(f"  {axis:<26}{max(sent[axis] for sent in layout.sent):>18,}")
     return lines
@@ -112,7 +112,7 @@ def _time(layout: Layout, gpu: Gpu) -> list[str]:
 
 
 def describe_search(layouts: list[Layout], num_gpus: int) -> list[str]:
-    """A line for each of the fastest layouts."""
+    """Return a line for each of the fastest layouts."""
     if not layouts:
         return [f"no layout of {num_gpus} GPUs fits; more GPUs, a smaller micro-batch or a shorter sequence would help"]
     head = f"{'tensor':>8}{'pipeline':>10}{'virtual':>9}{'context':>9}{'data':>6}  {'recompute':<10}{'GiB':>8}{'s':>10}"

@@ -1,4 +1,4 @@
-"""Other layouts and lengths of the same run: which fit, and which would be fastest at the ceilings."""
+"""Search of other layouts and lengths of the same run: those that fit, the fastest at the ceilings first."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from megatron_sse.plan.memory import Memory, rank_memory
 from megatron_sse.plan.sizes import Sizes
 from megatron_sse.plan.traffic import step_traffic
 
-# Left to CUDA's context, NCCL's buffers and what the allocator cannot use.
+# Share of the memory left free for CUDA's context, NCCL's buffers and fragmentation.
 HEADROOM = 0.1
 LONGEST = 1 << 26
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A layout with what it needs, stage by stage, and the time of the slowest stage."""
+    """A layout with its needs, stage by stage, and the time of the slowest stage."""
 
     sizes: Sizes
     memory: list[Memory]
@@ -39,7 +39,7 @@ class Layout:
 
 
 def work_out(config: RunConfig, data_size: int, gpu: Gpu, per_node: int) -> Layout:
-    """Everything about one layout."""
+    """Return memory, traffic and time of one layout."""
     sizes = Sizes(config, data_size)
     stages = range(config.parallel.pipeline)
     memory = [rank_memory(sizes, stage) for stage in stages]
@@ -49,7 +49,7 @@ def work_out(config: RunConfig, data_size: int, gpu: Gpu, per_node: int) -> Layo
 
 
 def search_layouts(config: RunConfig, num_gpus: int, gpu: Gpu, per_node: int) -> list[Layout]:
-    """Layouts of `num_gpus` GPUs that fit, the fastest first; micro-batch and global batch stay."""
+    """Return the layouts of `num_gpus` GPUs that fit, the fastest first; micro-batch and global batch stay."""
     found = []
     for changed in _variants(config, num_gpus):
         try:
@@ -83,7 +83,7 @@ def _variants(config: RunConfig, num_gpus: int) -> Iterator[RunConfig]:
 
 
 def with_settings(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
-    """The run with other settings. Raises ValidationError where they do not fit together."""
+    """Return the run with other settings. Raises ValidationError where they do not fit together."""
     values = config.model_dump()
     for name, settings in sections.items():
         values[name] |= settings
@@ -91,8 +91,9 @@ def with_settings(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
 
 
 def longest_sequence(config: RunConfig, data_size: int, gpu: Gpu) -> int:
-    """Tokens of the longest sequence whose memory fits in this layout, 0 for none; at most LONGEST."""
+    """Return the number of tokens of the longest sequence that fits in this layout; 0 for none, at most LONGEST."""
     parallel = config.parallel
+    # Lengths must be divisible by this, whichever layout of the sequence is chosen.
     step = 2 * parallel.context * (parallel.tensor if parallel.sequence else 1)
 
     def fits(steps: int) -> bool:
@@ -100,6 +101,7 @@ def longest_sequence(config: RunConfig, data_size: int, gpu: Gpu) -> int:
         stages = range(parallel.pipeline)
         return max(rank_memory(sizes, stage).total for stage in stages) <= (1 - HEADROOM) * gpu.memory
 
+    # Bisection: memory grows with the length.
     low, high = 0, LONGEST // step
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,4 +1,4 @@
-"""Bytes that a rank sends in one optimizer step, by axis; counted as parallel.traffic counts them."""
+"""Bytes that a rank sends in one optimizer step, by axis; counted the way parallel.traffic counts them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_sse.plan.parameters import Chunk, chunk_buffers, chunk_weights, st
 from megatron_sse.plan.sizes import FP32, Sizes
 
 AXES = ("tensor", "pipeline", "context", "data")
-# Sums of losses, tokens, answers and layers (six fp64 numbers) and the number of tokens, once per step.
+# Bytes summed once per step: six fp64 sums of losses, tokens, answers and layers, and a 4-byte number of tokens.
 LOSS_SUMS = 48
 TOKEN_COUNT = 4
 
@@ -25,7 +25,7 @@ class Passes(NamedTuple):
 
 
 def step_traffic(sizes: Sizes, stage: int, context_rank: int = 0) -> dict[str, int]:
-    """Bytes that a rank of a pipeline stage sends in one optimizer step, for each of AXES."""
+    """Return the bytes that a rank of a pipeline stage sends in one optimizer step, for each of AXES."""
     config, sent = sizes.config, Counter(dict.fromkeys(AXES, 0))
     parallel, passes = config.parallel, 2 if config.training.recompute == "full" else 1
     for chunk in stage_chunks(config, stage):
@@ -38,6 +38,7 @@ def step_traffic(sizes: Sizes, stage: int, context_rank: int = 0) -> dict[str, i
         ends = _ends_over_tensor(sizes, chunk.is_first, chunk.is_last)
         sent["tensor"] += sizes.num_micro_batches * ends
         if parallel.pipeline > 1:
+            # Activations go to the next chunk, gradients to the one before.
             neighbours = (not chunk.is_first) + (not chunk.is_last)
             sent["pipeline"] += sizes.num_micro_batches * neighbours * sizes.stream_bytes
         sent["data"] += _gradients(sizes, chunk)
@@ -50,21 +51,21 @@ def step_traffic(sizes: Sizes, stage: int, context_rank: int = 0) -> dict[str, i
 
 
 def all_reduce(size: int, ranks: int) -> int:
-    """Bytes sent to sum `size` bytes: reduced and gathered in parts."""
+    """Return the bytes that a rank sends to sum `size` bytes over the ranks: a reduce-scatter and an all-gather."""
     return size * 2 * (ranks - 1) // ranks
 
 
 def exchange(size: int, ranks: int) -> int:
-    """Bytes sent to gather `size` bytes in all from the ranks, or to reduce and scatter them."""
+    """Return the bytes that a rank sends to gather `size` bytes in all from the ranks, or to reduce-scatter them."""
     return size * (ranks - 1) // ranks
 
 
 def _layer_over_tensor(sizes: Sizes, kind: str) -> Passes:
-    """What goes around the matrices that are split over the tensor group."""
+    """Return what a layer sends over the tensor group for its split matrices, heads and router."""
     config, tokens = sizes.config, sizes.tokens
     tensor, sequence = config.parallel.tensor, config.parallel.sequence
     stream = config.model.hidden_size * sizes.element * tokens
-    # The mixer and the MLP each: in by columns, out by rows.
+    # Mixer and MLP each have an input matrix split by columns and an output matrix split by rows.
     forward = 2 * (_columns(sizes, stream).forward + _rows(sizes, stream).forward)
     backward = 2 * (_columns(sizes, stream).backward + _rows(sizes, stream).backward)
     if sequence:
@@ -75,7 +76,7 @@ def _layer_over_tensor(sizes: Sizes, kind: str) -> Passes:
     if kind == "softmax":
         softmax = config.model.softmax
         if softmax.num_kv_heads < tensor:
-            # Ranks hold parts of heads and put them together.
+            # Ranks hold parts of heads and gather them.
             rows = (softmax.num_heads + 2 * softmax.num_kv_heads) * softmax.head_dim * sizes.element
             forward += exchange(tokens * rows, tensor)
             backward += exchange(tokens * rows, tensor)
@@ -87,7 +88,7 @@ def _layer_over_tensor(sizes: Sizes, kind: str) -> Passes:
     for rank in ranks:
         inner = _columns(sizes, tokens * rank * sizes.element)
         forward, backward = forward + inner.forward, backward + inner.backward
-    backward += all_reduce(sse.value_head_dim * sizes.element, tensor)  # of the output norm, whose heads are split
+    backward += all_reduce(sse.value_head_dim * sizes.element, tensor)  # output norm, whose heads are split
     if mixer.partitions:
         probabilities = tokens * sse.num_routers * mixer.partitions * FP32
         if sequence:
@@ -99,17 +100,17 @@ def _layer_over_tensor(sizes: Sizes, kind: str) -> Passes:
 
 
 def _columns(sizes: Sizes, size: int) -> Passes:
-    """A matrix split by columns, whose input has `size` bytes over the tensor group: its gradient is summed."""
+    """Return the bytes for a matrix split by columns, whose input of `size` bytes gets a summed gradient."""
     parallel = sizes.config.parallel
     if not parallel.sequence:
         return Passes(0, all_reduce(size, parallel.tensor))
     part = exchange(size, parallel.tensor)
-    # Gathered, and once more for the weight's gradient.
+    # The input is gathered, and gathered again for the weight's gradient; its own gradient is reduce-scattered.
     return Passes(part, 2 * part)
 
 
 def _rows(sizes: Sizes, size: int) -> Passes:
-    """A matrix split by rows, whose output of `size` bytes is summed."""
+    """Return the bytes for a matrix split by rows, whose output of `size` bytes is summed."""
     parallel = sizes.config.parallel
     if not parallel.sequence:
         return Passes(all_reduce(size, parallel.tensor), 0)
@@ -118,7 +119,7 @@ def _rows(sizes: Sizes, size: int) -> Passes:
 
 
 def _ends_over_tensor(sizes: Sizes, is_first: bool, is_last: bool) -> int:
-    """Embedding, output and loss, forward and backward."""
+    """Return the bytes of embedding, output and loss, forward plus backward."""
     config, tensor = sizes.config, sizes.config.parallel.tensor
     stream = config.model.hidden_size * sizes.element * sizes.tokens
     sent = sum(_rows(sizes, stream)) if is_first else 0
@@ -129,7 +130,7 @@ def _ends_over_tensor(sizes: Sizes, is_first: bool, is_last: bool) -> int:
 
 
 def _summed_gradients(sizes: Sizes, stage: int) -> int:
-    """Gradients that tensor ranks hold for their part of the sequence or of the heads alone."""
+    """Return the bytes for gradients that each tensor rank has only for its part of the sequence or of the heads."""
     config = sizes.config
     weights = [w for chunk in stage_chunks(config, stage) for w in chunk_weights(config, chunk)]
     every = config.parallel.sequence
@@ -138,7 +139,7 @@ def _summed_gradients(sizes: Sizes, stage: int) -> int:
 
 
 def _layer_over_context(sizes: Sizes, kind: str, rank: int) -> Passes:
-    """States that are handed over, or keys and values that are gathered."""
+    """Return what a layer sends over the context group: states, or keys and values, and halos of convolutions."""
     config, ranks = sizes.config, sizes.config.parallel.context
     if ranks == 1:
         return Passes(0, 0)
@@ -169,13 +170,13 @@ def _layer_over_context(sizes: Sizes, kind: str, rank: int) -> Passes:
 
 
 def _input_halo(sizes: Sizes, ranks: int, num_slots: int, slot: int) -> int:
-    """For the convolution in front of a mixer."""
+    """Return the bytes of the halo for the convolution in front of a mixer."""
     model = sizes.config.model
     return _halo(sizes, model.input_convolution, ranks, num_slots, slot, model.hidden_size)
 
 
 def _halo(sizes: Sizes, width: int, ranks: int, num_slots: int, slot: int, channels: int) -> int:
-    """The last tokens of a rank's slots of `slot` tokens, for a convolution over `width` tokens, to all other ranks."""
+    """Return the bytes of a halo: the last width - 1 tokens of each slot of `slot` tokens, sent to all other ranks."""
     tokens = sizes.config.training.micro_batch_size * num_slots * min(max(width - 1, 0), slot)
     return (ranks - 1) * tokens * channels * sizes.element
 
@@ -183,25 +184,29 @@ def _halo(sizes: Sizes, width: int, ranks: int, num_slots: int, slot: int, chann
 def _attention_over_context(sizes: Sizes) -> Passes:
     config, softmax = sizes.config, sizes.config.model.softmax
     ranks, tensor = config.parallel.context, config.parallel.tensor
+    # Keys and values of this rank's tokens.
     pair = 2 * sizes.tokens * max(1, softmax.num_kv_heads // tensor) * softmax.head_dim * sizes.element
     kind = attention_kind(config) if sizes.kernels == "triton" else None
     if kind == "a2a":
         queries = 2 * sizes.tokens * softmax.num_heads // tensor * softmax.head_dim * sizes.element  # and outputs
         passes = Passes(exchange(pair + queries, ranks), exchange(pair + queries, ranks))
     elif kind == "p2p":
-        # A ring; its backward pass sends the gradients along.
+        # A ring, whose backward pass also sends the gradients.
         passes = Passes((ranks - 1) * pair, 2 * (ranks - 1) * pair)
     else:
         passes = Passes((ranks - 1) * pair, (ranks - 1) * pair)
     if kind is None or sizes.num_slots == 2:
         return passes
-    # To the zigzag order that Transformer Engine wants, and back.
+    # Tokens move to the zigzag order that Transformer Engine needs, and back.
     moved = 2 * exchange(sizes.stream_bytes, ranks)
     return Passes(passes.forward + moved, passes.backward + moved)
 
 
 def _gradients(sizes: Sizes, chunk: Chunk) -> int:
-    """Gradients over the ranks that hold the same weights; with the distributed optimizer the weights come back."""
+    """Return the bytes for gradients, summed over the ranks with the same weights.
+
+    The distributed optimizer also gathers the updated weights.
+    """
     ranks, sent = sizes.gradient_ranks, 0
     for buffer in chunk_buffers(sizes, chunk):
         if uses_distributed_optimizer(sizes.config):

@@ -1,4 +1,4 @@
-"""What the tests break in the processes of the command, and a run with such processes."""
+"""Faults that tests inject into the processes of check-parallel, and a run with such processes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,24 +17,24 @@ from tests.workers import fork_context
 
 
 def check_broken(config: RunConfig, layouts: list[str], json_path: Path, prepare: Callable[[], None]) -> int:
-    """check_parallel with something broken. Its processes are forked: each would load for longer than it computes."""
+    """Run check_parallel with an injected fault. Processes are forked, since loading takes longer than computing."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(processes, "get_context", lambda method: fork_context())
         return check_parallel(config, layouts, json_path=json_path, prepare=prepare)
 
 
 def hand_off_disabled() -> None:
-    """Every slot begins with empty states."""
+    """Make every slot start from empty states."""
     mixer_module.exclusive_scan = lambda transition, state, hand_off: torch.zeros_like(state)
 
 
 def router_sum_forgotten() -> None:
-    """Each tensor rank keeps its own heads' part of the router's gradient."""
+    """Leave the router's gradient unsummed: each tensor rank keeps the part of its own heads."""
     router_module.sum_gradient = lambda x, group: x
 
 
 def picks_depend_on_the_layout() -> None:
-    """Where there are other ranks, the picks that are not replayed are the next partitions."""
+    """With more than one rank, shift picks that are not replayed to the next partition."""
     route = router_module.route
 
     def wrong(prob_TN: Tensor, num_writers: int, num_readers: int, bank_TP: Tensor | None = None) -> Routes:
@@ -47,7 +47,7 @@ def picks_depend_on_the_layout() -> None:
 
 
 def rank_1_fails() -> None:
-    """Rank 1 fails where states are handed off; rank 0 waits for it."""
+    """Make rank 1 fail at the hand-off of states, while rank 0 waits for it."""
     scan = mixer_module.exclusive_scan
 
     def failing(transition: Tensor, state: Tensor, hand_off: object) -> Tensor:

@@ -1,4 +1,4 @@
-"""The command: sound layouts pass, broken ones do not, and no process stays behind."""
+"""check-parallel: correct layouts pass, faulty ones fail, and no process is left behind."""
 
 import json
 import os
@@ -23,7 +23,7 @@ SMALL = ["model.layers=sse, softmax", "model.num_layers=2"]
 
 
 def run(folder: Path, layouts: list[str], prepare: Callable[[], None]) -> tuple[int, dict[str, Any]]:
-    """Exit status, and what the JSON says of each layout."""
+    """Return the exit status and the content of the JSON file."""
     path = folder / "numbers.json"
     status = broken.check_broken(load_config(QUICKSTART, SMALL), layouts, path, prepare)
     return status, json.loads(path.read_text())
@@ -45,13 +45,16 @@ def test_quickstart_passes(capfd: pytest.CaptureFixture[str]) -> None:
     assert lines[-1] == "unpinned routing of the first router: same in tp2-sequence, cp2-zigzag, pp2, dp2"
     for name in ("tp2-sequence", "cp2-zigzag", "pp2", "dp2"):
         assert " same: worst " in verdicts[name]
+        for index, number in re.findall(r"decoder\.layers\.(\d+)\..* \(layer (\d+)\)", verdicts[name]):
+            assert int(number) == int(index) + 1
+        assert ("decoder.layers" in verdicts[name]) == verdicts[name].endswith(")")
     assert verdicts["pp2-virtual"].endswith(
         "not possible: parallel.virtual_pipeline: got 2, allowed a divisor of the 3 layers of a pipeline stage"
     )
     assert "sequence        data.sequence_length 1024 -> 128" in lines
     [heads] = [line for line in lines if "noise" in line]
     assert heads.split() == ["noise", "tp2-sequence", "cp2-zigzag", "pp2", "dp2"]
-    rows = ["embedding", *(f"layer {n} sse" for n in range(5)), "layer 5 softmax", "output", "loss", "gradient norm"]
+    rows = ["embedding", *(f"layer {n} sse" for n in range(1, 6)), "layer 6 softmax", "output", "loss", "gradient norm"]
     for row in rows:
         assert any(line.startswith(row) for line in lines), row
 
@@ -68,7 +71,7 @@ def test_forgotten_router_sum_is_seen(tmp_path: Path) -> None:
 def test_unpinned_routing_is_compared(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     status, numbers = run(tmp_path, ["cp2"], broken.picks_depend_on_the_layout)
     assert status == 1
-    # All tokens; everything else agrees, since the step replays the recorded picks.
+    # All tokens move. Everything else agrees, since the step replays the recorded picks.
     tokens = 4 * 128
     assert numbers["layouts"]["cp2"]["moved_picks"] == tokens
     assert wrong_tensors(numbers, "cp2") == set()
@@ -85,7 +88,7 @@ def test_failing_rank_is_shown_and_the_next_layout_runs(tmp_path: Path, capfd: p
 
 
 def _spawned(process: psutil.Process) -> list[psutil.Process]:
-    """Processes that multiprocessing started and that compute."""
+    """Return the computing processes that multiprocessing started."""
     return [child for child in process.children(recursive=True) if "spawn_main" in " ".join(child.cmdline())]
 
 
@@ -99,7 +102,7 @@ def test_interrupt_leaves_no_processes(number: int, status: int) -> None:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # A shell's background jobs ignore interrupts, and so do the processes that they start.
+        # Background jobs of a shell ignore SIGINT, and their children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stdout is not None
@@ -107,7 +110,7 @@ def test_interrupt_leaves_no_processes(number: int, status: int) -> None:
     while not output.endswith("runs one process"):
         assert (character := process.stdout.read(1)), process.communicate()
         output += character
-    # The first job is about to be sent to processes that are starting.
+    # At this point both processes are starting and have not received a job yet.
     while len(children := _spawned(psutil.Process(process.pid))) < 2:
         assert process.poll() is None
     if number == signal.SIGINT:
@@ -124,7 +127,10 @@ WRONG = [
     (["--layouts", "tp2,cp2zigzag"], "--layouts: got 'cp2zigzag', allowed tp2, tp2-sequence, cp2, "),
     (["--layouts", "tp2"], "--layouts: none is possible; tp2: model.sse.num_heads: got 9, allowed a multiple of "),
     (["--tolerance", "-1"], "--tolerance: got -1.0, allowed a number from 0\n"),
-    (["--json", "nowhere/numbers.json"], "--json: got nowhere/numbers.json, allowed a file in a folder that exists\n"),
+    (
+        ["--json", "nowhere/numbers.json"],
+        "--json: folder nowhere not found; create it first\n",
+    ),
 ]
 
 

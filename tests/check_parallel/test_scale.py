@@ -1,4 +1,4 @@
-"""Settings made small allow the layouts that they allowed before, and no others."""
+"""Settings made small allow the same layouts as the full settings; what ranks report is merged."""
 
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ def test_small_model_allows_the_same_layouts(overrides: list[str]) -> None:
     assert small.keys() == full.keys()
     for name, layout in small.items():
         assert (layout.config is None) == (full[name].config is None), (name, layout.reason, full[name].reason)
-        # Of the user's sizes, not of the small ones.
+        # The reason names the user's sizes, not the small ones.
         assert layout.reason == full[name].reason
     assert any(layout.config is not None for layout in small.values())
 
@@ -58,7 +58,7 @@ def test_full_size_becomes_small_and_keeps_the_rest() -> None:
     )
     model = small.model
     assert (model.num_layers, model.hidden_size, model.sse.num_heads, model.sse.head_dim) == (12, 64, 4, 16)
-    # Groups of two, key-value heads that two ranks cannot split, half of the sequence in the window.
+    # Groups of two stay, key-value heads stay indivisible by two, and the window stays half of the sequence.
     assert (model.softmax.num_heads, model.softmax.num_kv_heads, model.softmax.window) == (6, 3, 64)
     assert (small.data.sequence_length, small.training.precision) == (128, "fp32")
     assert model.sse.num_partitions == 6 and model.layer_kinds() == config.model.layer_kinds()[:12]
@@ -73,14 +73,14 @@ def test_own_layout_is_one_of_them() -> None:
         "parallel.context=2", "parallel.hand_off=two_level", "parallel.context_per_node=2"
     )
     large = fit(load_config(FULL_SIZE, ["parallel.context=4", "parallel.data=4"]))["own"]
-    assert large.reason == "16 ranks, at most 8 are started here"
+    assert large.reason == "needs 16 ranks, at most 8 are started"
 
 
 def test_layouts_that_the_gpus_are_too_few_for() -> None:
     config = load_config(FULL_SIZE)
     given = config.model_dump()
     layout = fit_layout("cp4", choose_layouts(config, ["cp4"])["cp4"], given, given, num_gpus=2)
-    assert layout.config is None and layout.reason.startswith("4 ranks, there are 2 GPUs")
+    assert layout.config is None and layout.reason.startswith("needs 4 ranks, found 2 GPUs")
 
 
 def test_documents_of_every_sort() -> None:
@@ -95,12 +95,12 @@ def test_documents_of_every_sort() -> None:
 def test_what_no_rank_held_is_infinitely_wrong() -> None:
     def rank(**errors: Any) -> RankErrors:
         half = torch.tensor([[True, False]])
-        return RankErrors(outputs={"layer 0": 0.0}, seen={"layer 0": half}, **errors)
+        return RankErrors(outputs={"layer 1": 0.0}, seen={"layer 1": half}, **errors)
 
     layout = Layout("x", choose_layouts(load_config(FULL_SIZE), ["tp2"])["tp2"])
-    other = RankErrors(outputs={"layer 0": 0.0}, seen={"layer 0": torch.tensor([[False, True]])})
+    other = RankErrors(outputs={"layer 1": 0.0}, seen={"layer 1": torch.tensor([[False, True]])})
     whole = merge(layout, [rank(gradients={"a": 1e-7, "b": 0.0}), other])
-    assert whole.outputs == {"layer 0": 0.0} and whole.gradients == {"a": 1e-7, "b": 0.0}
+    assert whole.outputs == {"layer 1": 0.0} and whole.gradients == {"a": 1e-7, "b": 0.0}
     missing = merge(layout, [rank(gradients={"a": 1e-7})], whole)
-    assert missing.outputs == {"layer 0": float("inf")} and missing.gradients == {"a": 1e-7, "b": float("inf")}
+    assert missing.outputs == {"layer 1": float("inf")} and missing.gradients == {"a": 1e-7, "b": float("inf")}
     assert not missing.passes({name: 1.0 for name in missing.errors()})

@@ -1,4 +1,4 @@
-"""Whole runs of the command line in processes of their own, with a fault injected into one of them."""
+"""Complete command-line runs in processes of their own, with a fault injected into one of them."""
 
 import os
 import signal
@@ -38,7 +38,7 @@ ACTS: dict[str, Callable[[], None]] = {
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens (a name in ACTS, or the number of an error of the system), where, and on which ranks."""
+    """A fault: what happens (a name in ACTS, or a system error number), where, and on which ranks."""
 
     act: str | int
     point: str
@@ -52,7 +52,7 @@ class Fault:
 
 @dataclass
 class Processes:
-    """The processes of one run. Their output goes to one file, in the order in which it is written."""
+    """The processes of one run, whose output goes to one file in the order of writing."""
 
     config: Path
     fault: Fault | None
@@ -60,7 +60,7 @@ class Processes:
     running: list[BaseProcess] = field(default_factory=list)
 
     def start(self) -> "Processes":
-        # All imports are made once, in the process that the others are forked from.
+        # Imports are made once, in the process from which the others are forked.
         context = fork_context()
         port = _free_port()
         for rank in range(self.world_size):
@@ -75,8 +75,10 @@ class Processes:
         return self.config.with_suffix(".log")
 
     def end(self, stopped: tuple[int, ...] = ()) -> tuple[list[int | None], str]:
-        """Exit codes (-9: killed) and output, once all have ended; those in `stopped` are killed, the others have to
-        end by themselves."""
+        """Wait for all processes and return their exit codes (-9: killed) and the output.
+
+        Those in `stopped` are killed; the others must end by themselves.
+        """
         for rank, process in enumerate(self.running):
             if rank not in stopped:
                 process.join(SECONDS_TO_END)
@@ -90,7 +92,7 @@ class Processes:
 
 
 def run_rank(rank: int, world_size: int, port: int, config: str, fault: Fault | None, log: str) -> None:
-    """One process of a run, as torchrun starts it."""
+    """Run one process of a run, as torchrun starts it."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -134,13 +136,13 @@ def _inject(fault: Fault) -> None:
             super().__init__(path, is_stopped)
             self.is_shard = path.suffix == ".distcp"
             self.writes = 0
-            # torch's writer does not hand on an exception from below it.
+            # torch's writer does not pass on exceptions from below it.
             if self.is_shard and fault.act == "raise":
                 count(FAULTY_SAVE)
 
         def write(self, data: Any) -> int:
             self.writes += 1
-            # In the middle of the file.
+            # The write fails in the middle of the file.
             if self.is_shard and self.writes == 10 and fault.act != "raise":
                 try:
                     count(FAULTY_SAVE)

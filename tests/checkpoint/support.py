@@ -1,4 +1,4 @@
-"""Runs on worker pools that stop, save and go on."""
+"""Runs on worker pools that stop, save and resume."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def save(run: Run, step: int, background: bool = False) -> None:
 
 
 def whole_state(run: Run) -> dict[str, torch.Tensor]:
-    """Weights, the optimizer's state and the states of the random generators of this rank."""
+    """Return this rank's weights, optimizer state and states of the random generators."""
     state = {
         f"{number}.{name}": parameter.detach().clone()
         for number, chunk in enumerate(run.trainer.chunks)
@@ -50,7 +50,7 @@ def whole_state(run: Run) -> dict[str, torch.Tensor]:
 def train_and_save(
     folder: Path, sections: dict[str, Any], resume: Path | None, last_step: int, saves: bool
 ) -> tuple[Trace, dict[str, torch.Tensor]]:
-    """Train up to `last_step` on every rank, perhaps from a checkpoint, perhaps with one at the end."""
+    """Train up to `last_step` on every rank, optionally from a checkpoint and with a checkpoint at the end."""
     resume = first_whole([] if resume is None else [resume], hashes=True)
     run = start(small_run(folder, **sections), resume)
     trace = take_steps(run, last_step)

@@ -28,7 +28,7 @@ TRAINING = {"steps": 5, "global_batch_size": 2, "precision": "fp32"}
 
 
 def save_two(folder: Path) -> None:
-    """Checkpoints after 2 and 4 steps of a run on two ranks, each of which writes a file."""
+    """Save checkpoints after steps 2 and 4 of a run on two ranks, each of which writes a file."""
     run = start(small_run(folder, parallel=PARALLEL, training=TRAINING))
     take_steps(run, 2)
     save(run, 2)
@@ -38,7 +38,7 @@ def save_two(folder: Path) -> None:
 
 
 def go_on(folder: Path, sections: dict[str, Any]) -> tuple[int | str, list[str]]:
-    """Start the run again as the command line does, up to its last step; its first step or its error, and the log."""
+    """Resume the run as the command line does, and return its first step or its error, and the log."""
     log: list[str] = []
     handler = logging.Handler(logging.INFO)
     handler.emit = lambda record: log.append(record.getMessage())  # type: ignore[method-assign]
@@ -72,7 +72,7 @@ def folder(tmp_path: Path, two_checkpoints: Path) -> Path:
 
 
 class Payload:
-    """Runs a command when it is unpickled."""
+    """An object that runs a command when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -82,7 +82,7 @@ class Payload:
 
 
 def vouch(newest: Path, name: str) -> None:
-    """Make the manifest agree with a file that was changed, as one who made the payload would."""
+    """Make the manifest match a changed file, as an attacker would."""
     manifest = json.loads((newest / "manifest.json").read_text())
     manifest["files"][name] = {"size": (newest / name).stat().st_size, "sha256": sha256_of(newest / name)}
     (newest / "manifest.json").write_text(json.dumps(manifest))
@@ -133,13 +133,13 @@ def write(name: str, content: bytes) -> Callable[[Path], None]:
 
 
 def half_written(newest: Path) -> None:
-    """A save that was broken off, and one of an older program that did not rename."""
+    """Leave an interrupted save, and one by an older version that did not rename folders."""
     for name in ("partial_iter_0000006", "iter_0000008"):
         (newest.parent / name).mkdir()
         (newest.parent / name / "__0_0.distcp").write_bytes(b"half")
 
 
-# Fault: how, first step afterwards, what the log says of it.
+# Fault: how it is made, the first step afterwards, what the log says.
 DAMAGE: dict[str, tuple[Callable[[Path], None], int, str]] = {
     "F7 truncated shard": (truncate, 3, r"iter_0000004/__1_0.distcp: has 1000 bytes, the manifest says \d+"),
     "F8 flipped byte": (flip_byte, 3, "iter_0000004/__0_0.distcp: its SHA-256 is not the manifest's"),
@@ -172,7 +172,7 @@ def test_a_run_falls_back_and_says_so(fault: str, folder: Path) -> None:
     if expected == 3:
         assert any("falling back" in line or "ignored" in line for line in log)
     assert not (newest / "run by pickle").exists()
-    # The run has saved again: what was half is gone, and all is well.
+    # The run has saved again: the incomplete folders are gone, and all checkpoints are intact.
     assert (folder / "run/checkpoints/latest").read_text() == "iter_0000005\n"
     assert not (folder / "run/checkpoints/partial_iter_0000006").exists()
 
@@ -224,7 +224,7 @@ ARCHITECTURES: list[tuple[dict[str, Any], list[str]]] = [
 
 @pytest.mark.parametrize(("changes", "lines"), ARCHITECTURES, ids=str)
 def test_another_architecture_gives_a_table(changes: dict[str, Any], lines: list[str], folder: Path) -> None:
-    """F17."""
+    """A checkpoint of another architecture is refused with a table of differences (F17)."""
     for error, _ in run_workers(2, go_on, folder, {"model": changes}):
         first, *table = str(error).splitlines()
         assert first.endswith("iter_0000004: got a checkpoint of another architecture than that of this run")

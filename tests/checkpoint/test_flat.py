@@ -20,5 +20,5 @@ def test_boxes_are_the_range_in_order(shape: tuple[int, ...]) -> None:
         parts = [whole[tuple(slice(o, o + s) for o, s in zip(*box, strict=True))] for box in boxes]
         assert [tuple(part.shape) for part in parts] == [size for _, size in boxes]
         assert [int(x) for part in parts for x in part.flatten()] == list(range(start, stop))
-        # Partial rows at both ends of each dim, and the whole ones between them.
+        # Partial rows at both ends of each dim, and complete rows between them.
         assert len(boxes) <= max(1, 2 * len(shape) - 1)

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, which are kept, and what stands in the way of both."""
+"""Which checkpoint a run resumes from, which are kept, and what prevents either."""
 
 import logging
 from pathlib import Path
@@ -22,7 +22,7 @@ from tests.training.support import small_run
 
 
 def make_whole(folder: Path, step: int) -> Path:
-    """A checkpoint in all but its content."""
+    """Make a checkpoint folder that is complete except for real content."""
     make_partial(folder, step)
     write_content(folder / f"partial_iter_{step:07d}", step)
     return promote(folder, step)
@@ -41,7 +41,7 @@ def name_of(step: int) -> str:
     return step_folder(Path(), step).name
 
 
-# Complete, incomplete, the pointer's content, and what is found.
+# Complete checkpoints, incomplete ones, the pointer's content, and what is found.
 FOUND: list[tuple[list[int], list[int], str | None, list[int]]] = [
     ([], [], None, []),
     ([5, 10], [], "iter_0000005\n", [5, 10]),
@@ -114,7 +114,7 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keep_last", [1, 2])
 def test_the_newest_whole_checkpoint_is_never_deleted(tmp_path: Path, keep_last: int) -> None:
-    """F35: the newer ones are damaged, one of them while it was written."""
+    """The newest intact checkpoint is kept when all newer ones are damaged, one of them during its save (F35)."""
     for step in (2, 4, 6, 8):
         saved = make_whole(tmp_path, step)
     (step_folder(tmp_path, 6) / "content").write_text("step 7")
@@ -122,7 +122,7 @@ def test_the_newest_whole_checkpoint_is_never_deleted(tmp_path: Path, keep_last:
     prune(tmp_path, keep_last, saved)
     kept = [name_of(step) for step in (4, 6, 8) if step != 6 or keep_last == 2]
     assert names(tmp_path) == [*kept, "latest"]
-    # And with none whole nothing is deleted.
+    # Without an intact checkpoint nothing is deleted.
     (step_folder(tmp_path, 4) / "content").unlink()
     prune(tmp_path, keep_last, saved)
     assert names(tmp_path) == [*kept, "latest"]

@@ -1,4 +1,4 @@
-"""What an index or a manifest may hold, and what is refused (F16)."""
+"""Contents of an index or a manifest that are accepted or refused (F16)."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from tests.checkpoint.test_folders import make_whole
 
 
 class Call:
-    """Unpickles to the result of a call."""
+    """An object that unpickles to the result of a call."""
 
     def __init__(self, function: Any, *arguments: Any):
         self.call = function, arguments
@@ -26,7 +26,7 @@ class Call:
 
 
 def dotted_name() -> bytes:
-    # Protocol 4: STACK_GLOBAL takes dotted names apart.
+    # In protocol 4, STACK_GLOBAL splits dotted names.
     module = b"\x8c" + bytes([len("torch")]) + b"torch"
     name = b"\x8c" + bytes([len("hub.load")]) + b"hub.load"
     return b"\x80\x04" + module + name + b"\x93."

@@ -28,7 +28,7 @@ def test_tables(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [layout] = [line for line in lines if "saved at" in line]
     assert "world 2, tensor 2, pipeline 1" in layout and layout.endswith("data 1, distributed_optimizer on")
     words = [line.split() for line in lines]
-    # 46,448 parameters, of which the router's 4 x 32 are fp32.
+    # There are 46,448 parameters, of which the router's 4 x 32 are fp32.
     for kind, dtype, elements in (
         ("weights", "bfloat16", "46,320"),
         ("weights", "float32", "128"),

@@ -1,4 +1,4 @@
-"""A checkpoint of any layout goes on at any other, and with the other optimizer (F18): the losses are the same."""
+"""A checkpoint of any layout resumes in any other, and with the other optimizer, with the same losses (F18)."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from tests.training.support import small_run, start
 from tests.workers import run_workers
 
 NUM_BEFORE, NUM_AFTER = 3, 10
-# All that a tensor group splits in its own way; the vocabulary is padded to 128 rows.
+# Everything that a tensor group splits differently; the vocabulary is padded to 128 rows.
 SECTIONS: dict[str, dict[str, Any]] = {
     "model": {
         "num_layers": 4,
@@ -23,7 +23,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "softmax": {"num_heads": 4, "num_kv_heads": 2, "qk_norm": True},
     },
     "training": {"steps": 20, "global_batch_size": 2, "precision": "fp32"},
-    # AdamW's first steps make much of rounding, the more the higher the rate.
+    # AdamW's first steps amplify rounding, the more so at higher learning rates.
     "optimizer": {"learning_rate": 1e-3, "warmup_steps": 0},
 }
 SAVED: dict[str, tuple[int, dict[str, Any]]] = {
@@ -32,7 +32,7 @@ SAVED: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2": (2, {"distributed_optimizer": True}),
     "pp2_virtual": (2, {"pipeline": 2, "virtual_pipeline": 2}),
 }
-# As loaded: some with the other optimizer than they save with.
+# Layouts for loading; some use another optimizer than the one that saved.
 LOADED = {name: (size, parallel | {"distributed_optimizer": name != "dp2"}) for name, (size, parallel) in SAVED.items()}
 
 
@@ -40,12 +40,12 @@ def save_at(folder: Path, name: str, parallel: dict[str, Any]) -> list[float]:
     run = start(config_of(folder, name, parallel))
     trace = take_steps(run, NUM_BEFORE)
     save(run, NUM_BEFORE)
-    # One process goes on, so that there is something to compare with.
+    # One process continues, for comparison.
     return losses_of(trace + (take_steps_after(run) if name == "one" else []))
 
 
 def config_of(folder: Path, name: str, parallel: dict[str, Any]) -> Any:
-    # As few passes as the layout can do with.
+    # The smallest number of micro-batches that the layout allows.
     micro_batch_size = 2 if parallel.get("context", 1) > 1 else 1
     training = SECTIONS["training"] | {"micro_batch_size": micro_batch_size}
     sections = SECTIONS | {"training": training, "parallel": parallel, "monitor": {"folder": str(folder / name)}}
@@ -62,7 +62,7 @@ def losses_of(trace: Any) -> list[float]:
 
 
 def load_at(folder: Path, parallel: dict[str, Any], names: list[str]) -> dict[str, list[float]]:
-    """Losses after each of the checkpoints, in one layout."""
+    """Return the losses after each of the checkpoints, in one layout."""
     losses = {}
     for name in names:
         checkpoint = folder / name / f"checkpoints/iter_{NUM_BEFORE:07d}"
@@ -75,7 +75,7 @@ def load_at(folder: Path, parallel: dict[str, Any], names: list[str]) -> dict[st
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
-    """A folder with a run for each layout, and the losses that follow."""
+    """Return a folder with a run for each layout, and the losses of the steps after them."""
     folder = tmp_path_factory.mktemp("layouts")
     small_run(folder)
     [expected] = run_workers(1, save_at, folder, "one", {})

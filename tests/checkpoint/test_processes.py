@@ -1,4 +1,4 @@
-"""Processes that die, stop, fail or are told to end, during a step and during a save (F1 to F6, F14, F15)."""
+"""Processes that die, stop, fail or are terminated, during a step and during a save (F1 to F6, F14, F15)."""
 
 import errno
 import re
@@ -19,7 +19,7 @@ PARALLEL = {"distributed_optimizer": True}
 
 
 def write_run(folder: Path, **sections: dict[str, Any]) -> Path:
-    """The YAML file of a run on two ranks, each of which writes a part of its checkpoints, after steps 2, 4 and 6."""
+    """Write the YAML file of a run on two ranks, which both write checkpoints, after steps 2, 4 and 6."""
     sections = {"training": TRAINING, "parallel": PARALLEL, "checkpoint": {"interval": 2}} | sections
     path = folder / "run.yaml"
     path.write_text(small_run(folder, **sections).to_yaml())
@@ -27,7 +27,7 @@ def write_run(folder: Path, **sections: dict[str, Any]) -> Path:
 
 
 def newest(folder: Path) -> str:
-    """The checkpoint that `latest` names, which is whole, and so are all others; there is nothing else."""
+    """Return the checkpoint that `latest` names; check that all are intact and nothing else is left."""
     checkpoints = folder / "run/checkpoints"
     for path in checkpoints.glob("iter_*"):
         assert find_all_damage(path, hashes=True) == []
@@ -37,7 +37,7 @@ def newest(folder: Path) -> str:
 LOST = r"rank 0: .* in .+ \(ranks 0, 1\) lost its peers; no answer from rank 1"
 INTERRUPTED = "interrupted; nothing saved since the last checkpoint"
 
-# Fault: exit codes, what the output says, the newest checkpoint afterwards.
+# Fault: exit codes, expected output, newest checkpoint afterwards.
 FAULTS: dict[str, tuple[Fault, tuple[int, int], str, str]] = {
     "F1 killed in a step": (Fault("kill", STEP), (1, -9), LOST, "iter_0000002"),
     "F1 killed in a save": (Fault("kill", SAVE), (1, -9), LOST, "iter_0000002"),
@@ -66,7 +66,7 @@ FAULTS: dict[str, tuple[Fault, tuple[int, int], str, str]] = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_nothing_hangs_and_nothing_good_is_lost(name: str, tmp_path: Path) -> None:
     fault, codes, message, latest = FAULTS[name]
-    # In a step: the checkpoint before it is finished.
+    # A fault in a step: the checkpoint before it is still completed.
     config = write_run(tmp_path, checkpoint={"interval": 2, "asynchronous": fault.point == SAVE})
     ended, output = Processes(config, fault).start().end()
     assert ended == list(codes), output
@@ -83,14 +83,14 @@ def test_nothing_hangs_and_nothing_good_is_lost(name: str, tmp_path: Path) -> No
 
 
 def test_a_stopped_process_is_named_with_its_group(tmp_path: Path) -> None:
-    """F3, in a step and in a save, at the same time."""
+    """A stopped process is named with its group, in a step and in a save (F3); both runs at once."""
     runs = []
     for point in (STEP, SAVE):
         (tmp_path / point).mkdir()
         saving = {"interval": 2, "asynchronous": point == SAVE}
         config = write_run(tmp_path / point, parallel=PARALLEL | {"timeout_minutes": 0.1}, checkpoint=saving)
         runs.append(Processes(config, Fault("stop", point)).start())
-    # All are ended before anything is asserted: a stopped process would stay.
+    # All processes are ended before the first assertion, since a stopped one would stay.
     ended = [run.end(stopped=(1,)) for run in runs]
     for point, (codes, output) in zip((STEP, SAVE), ended, strict=True):
         assert codes == [1, -signal.SIGKILL], output
@@ -100,7 +100,7 @@ def test_a_stopped_process_is_named_with_its_group(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of one MiB, with room for one checkpoint, in the place of the run's folder."""
+    """Mount a disk of one MiB, with room for one checkpoint, as the run's folder."""
     folder = tmp_path / "run"
     folder.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True).returncode:
@@ -110,7 +110,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk(small_disk: Path) -> None:
-    """F14: every save after the first fails, the run goes on to its end, and ends with an error."""
+    """On a full disk every save after the first fails; the run continues and ends with an error (F14)."""
     codes, output = Processes(write_run(small_disk), None).start().end()
     assert codes == [1, 1], output
     assert len(re.findall("E checkpoint not saved: .*: No space left on device", output)) == 2, output
@@ -119,7 +119,7 @@ def test_a_full_disk(small_disk: Path) -> None:
 
 
 def test_a_folder_that_becomes_read_only(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """F15: at the start it is an error before anything is computed, later the checkpoints there are stay."""
+    """A read-only folder is an error before the first step; later, existing checkpoints stay (F15)."""
     run = Processes(write_run(small_disk, training=TRAINING | {"steps": 2}), None).start()
     assert run.end()[0] == [0, 0]
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk / "run")], check=True)

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint is bitwise the same as not having stopped (F32)."""
+"""A resumed run is bitwise the same as one that never stopped (F32)."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ SHORT = {"steps": 100, "global_batch_size": 2, "micro_batch_size": 1, "precision
 DROPOUT = {"model": {"transformer": {"hidden_dropout": 0.1}}}
 
 RESUMED = [
-    # The whole run of the issue: 100 = 50 + 50.
+    # The long case: 100 steps against 50 + 50.
     (2, 50, {"parallel": {"distributed_optimizer": True}, **DROPOUT}),
     (1, 4, {}),
     (1, 4, {"training": SHORT | {"precision": "bf16"}}),
@@ -42,7 +42,7 @@ PRECISIONS = [("fp32", "bf16"), ("bf16", "fp32")]
 
 @pytest.mark.parametrize(("before", "after"), PRECISIONS)
 def test_precision_may_change(tmp_path: Path, before: str, after: str) -> None:
-    """The fp32 weights go over as they are, whichever tensors hold them."""
+    """fp32 weights are loaded unchanged, whichever tensors hold them."""
     small_run(tmp_path)
     [(_, old)] = run_workers(1, train_and_save, tmp_path, {"training": SHORT | {"precision": before}}, None, 3, True)
     checkpoint = tmp_path / "run/checkpoints/iter_0000003"
@@ -52,7 +52,7 @@ def test_precision_may_change(tmp_path: Path, before: str, after: str) -> None:
     weights = [name for name in old if not name.startswith(("rng", "moments"))]
     assert weights
     for name in weights:
-        # A bf16 weight is its fp32 copy, rounded.
+        # A bf16 weight is its fp32 copy after rounding.
         low = torch.bfloat16 if torch.bfloat16 in (old[name].dtype, new[name].dtype) else torch.float32
         assert torch.equal(old[name].to(low), new[name].to(low)), name
     if after == "fp32":
@@ -61,7 +61,7 @@ def test_precision_may_change(tmp_path: Path, before: str, after: str) -> None:
 
 @pytest.mark.parametrize(("before", "after"), [(128, 32), (32, 128)])
 def test_padding_of_the_vocabulary_may_change(tmp_path: Path, before: int, after: int) -> None:
-    """64 rows of the embedding are the vocabulary's; of the others as many are there as vocab_multiple says."""
+    """The embedding's 64 rows of real tokens are kept; padding rows follow vocab_multiple."""
 
     def sections(multiple: int) -> dict[str, Any]:
         model = {"vocab_multiple": multiple, "tie_embeddings": True}

@@ -1,4 +1,4 @@
-"""Saving in the background, starting from weights, and the order of samples after going on."""
+"""Saving in the background, starting from weights, and the order of samples after a resume."""
 
 import ast
 import json
@@ -28,7 +28,7 @@ TRAINING = {"steps": 8, "global_batch_size": 4, "micro_batch_size": 1, "precisio
 
 
 def train_while_saving(folder: Path, parallel: dict[str, Any]) -> list[str]:
-    """Begin to save after step 2, write after step 4, load: what differs from the state after step 2."""
+    """Start a save after step 2, write it after step 4, load it, and return what differs from step 2."""
     run = start(small_run(folder, training=TRAINING, parallel=parallel))
     take_steps(run, 2)
     before = whole_state(run)
@@ -58,14 +58,14 @@ def test_what_is_saved_is_the_state_at_the_start_of_the_save(tmp_path: Path, par
 def start_from_weights(folder: Path, weights: Path, sections: dict[str, Any]) -> tuple[int, dict[str, torch.Tensor]]:
     config = small_run(folder, **sections)
     run = Run(config, start(config).groups, cpu(), None, first_whole([weights], hashes=True))
-    # The moments are made here, as they are before a save.
+    # This creates the moments, as happens before a save.
     list(held_by(run.trainer.optimizer))
     return run.first_step, whole_state(run)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_starts_from_weights(tmp_path: Path, precision: str) -> None:
-    """From a run's checkpoint, and from one that has weights alone; moments are as in a new run."""
+    """A run starts from a full or a weights-only checkpoint, with the moments of a new run."""
     sections = {"training": TRAINING | {"precision": precision}, "parallel": {"tensor": 2}}
     small_run(tmp_path)
     run_workers(2, train_and_save, tmp_path, {"training": TRAINING}, None, 2, True)
@@ -91,14 +91,14 @@ def resume_from_weights_alone(folder: Path, weights: Path) -> str:
 
 
 def samples_of(folder: Path, sections: dict[str, Any], resume: Path | None, last_step: int) -> list[list[int]]:
-    """The first tokens of all sequences that this rank takes, step by step, with a checkpoint at the end."""
+    """Return the first tokens of all sequences that this rank trains on, by step; save a checkpoint at the end."""
     run = start(small_run(folder, **sections), resume)
     batches, _ = build_data_iterators(run.stage, run.groups, run.consumed_samples)
     seen = []
     for _ in range(run.first_step, last_step + 1):
         taken = [next(batches) for _ in range(run.trainer.num_micro_batches)]
         first = [int(token) for batch in taken for token in batch.tokens_BL[:, 0]]
-        # The other context ranks have the sequences' later parts.
+        # Other context ranks hold later parts of the sequences.
         seen.append(first if run.groups.cp.rank() == 0 else [])
         run.consumed_samples += run.config.training.global_batch_size
     save(run, last_step)
@@ -109,9 +109,9 @@ def samples_of(folder: Path, sections: dict[str, Any], resume: Path | None, last
 @pytest.mark.parametrize("after", [{"context": 2}, {}], ids=str)
 @pytest.mark.parametrize("last_step", [2, 3])
 def test_the_order_of_samples_goes_on(tmp_path: Path, after: dict[str, Any], last_step: int) -> None:
-    """F33, F34: at another data-parallel or context size, at the end of an epoch of 12 samples and before it."""
+    """The order continues at another data-parallel or context size, within and at the end of an epoch (F33, F34)."""
     length, num_samples = 16, 12
-    # Each sample begins with a token of its own.
+    # Each sample begins with a unique token.
     tokens = [(1 + place // length) if place % length == 0 else 0 for place in range(num_samples * length + 1)]
     write_tokens(str(tmp_path / "train"), [tokens])
     sections = {"training": TRAINING}
@@ -125,7 +125,7 @@ def test_the_order_of_samples_goes_on(tmp_path: Path, after: dict[str, Any], las
 
 
 def saved_folder(folder: Path, train: Any) -> Path:
-    """The checkpoint of a run that has taken no step."""
+    """Save the checkpoint of a run before its first step."""
     folder.mkdir()
     data = {"train": train, "sequence_length": 128}
     sections = {"model": {"vocab_size": 300}, "monitor": {"folder": str(folder / "run")}}
@@ -136,7 +136,7 @@ def saved_folder(folder: Path, train: Any) -> Path:
 
 
 def test_texts_made_while_training_are_of_byte_tokens(tmp_path: Path) -> None:
-    """So an exported model gets their tokenizer; other tasks have no texts."""
+    """Runs on generated texts record the byte tokenizer for export; other tasks have no tokenizer."""
     needle, mqar = {"needle": {"digits": 3}}, {"mqar": {"pairs": 4, "keys": 8, "values": 6}}
     [saved] = run_workers(1, saved_folder, tmp_path / "needle", [mqar, needle])
     described = json.loads((saved / "tokens.json").read_text())
@@ -148,14 +148,14 @@ def test_texts_made_while_training_are_of_byte_tokens(tmp_path: Path) -> None:
 
 
 def test_every_torch_load_is_restricted() -> None:
-    """No source of ours unpickles what a file asks for, but for the index, which is read with a list of what it may."""
+    """No source file unpickles freely: every torch.load is restricted, and the index has a list of allowed names."""
     files = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     names = [name for name in files.split() if not name.startswith("tests/") and (ROOT / name).exists()]
     loads = 0
     for name in names:
         for call in (node for node in ast.walk(ast.parse((ROOT / name).read_text())) if isinstance(node, ast.Call)):
             function = ast.unparse(call.func)
-            # What its own processes send each other is no file.
+            # Messages between check-parallel's own processes are not files.
             assert not function.startswith("pickle.load") or name == "megatron_sse/check_parallel/processes.py", name
             assert function != "pickle.Unpickler" or name == "megatron_sse/checkpoint/index.py", name
             if function == "torch.load":

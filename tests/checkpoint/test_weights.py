@@ -1,4 +1,4 @@
-"""Weights-only checkpoints: the same tensors that Megatron-Core's checkpoints hold, read and written without groups."""
+"""Weights-only checkpoints hold the same tensors as Megatron-Core's, and need no process groups."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ MODEL = {
 
 
 def draw_and_load(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Parameters of a model, and those of one of another seed into which Megatron-Core loaded what was written."""
+    """Return a model's parameters, and those that Megatron-Core loaded from its file into another model."""
     groups = init_groups()
     (drawn,) = build_model(run_config(MODEL), groups, cpu())
     write_weights(folder, run_config(MODEL), drawn.named_parameters())

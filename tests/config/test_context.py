@@ -1,4 +1,4 @@
-"""How softmax layers attend over context ranks, chosen from the settings."""
+"""The choice, from the settings, of how softmax layers attend over context ranks."""
 
 from typing import Any
 
@@ -41,7 +41,7 @@ def settings_of(
         ("p2p", {}, {"given": {"cp_comm_type": None}}),
         ("a2a", {}, {"given": {"cp_comm_type": "a2a"}}),
         ("all_gather", {}, {"given": {"cp_comm_type": "all_gather"}, "reset": False}),
-        # No window with p2p; no packed documents with all_gather; with a2a each rank needs a head.
+        # p2p has no window, all_gather no packed documents, and a2a needs a head for each rank.
         ("a2a", {"window": 8}, {}),
         ("all_gather", {"window": 8}, {"reset": False}),
         ("a2a", {"window": 8}, {"reset": False, "length": 66}),

@@ -1,4 +1,4 @@
-"""Values derived from the settings: the parameters of the table are those of the built model."""
+"""Values derived from the settings, such as parameter counts, which must match the built model."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The YAML files that ship: they load, and reference.yaml documents the whole schema."""
+"""Shipped YAML files load, and reference.yaml documents the complete schema."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ SHIPPED = sorted(CONFIGS.glob("*.yaml"))
 
 
 def read_reference() -> dict[str, tuple[str, str]]:
-    """Dotted key -> (value text, comment) of every line of reference.yaml."""
+    """Return value text and comment of every line of reference.yaml, by dotted key."""
     found, parents = {}, []
     for line in (CONFIGS / "reference.yaml").read_text().splitlines():
         match = re.fullmatch(r"( *)(\w+):([^#]*)(?:# (.*))?", line)

@@ -1,4 +1,4 @@
-"""Length stages: what they make of the settings, and what is refused."""
+"""Length stages: the settings of each, and what is refused."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ STAGES = (
 
 def test_stages_make_settings_of_their_own():
     config = load_config(REFERENCE, [*EMPTY, STAGES, "optimizer.min_learning_rate=1e-5"])
-    # 40,000 tokens are 39.06 steps of 4 x 256.
+    # 40,000 tokens make 39.06 steps of 4 x 256.
     assert (config.training.steps, config.data.sequence_length) == (40 + 8, 1024)
     first, second = plan_stages(config)
     assert (first.steps, first.first_step, first.end, first.first_sample) == (40, 0, 40, 0)
@@ -44,7 +44,7 @@ def test_without_stages_the_run_is_one():
 
 
 def test_one_layout_for_all_stages():
-    """The model is built once: what is best for the longest sequences holds for all."""
+    """The layout that suits the longest sequences holds for all stages, since the model is built once."""
     settings = ["parallel.context=2", "data.reset_at_documents=false", "model.layers=sse, 5*softmax"]
     config = load_config(REFERENCE, [*EMPTY, STAGES.replace("1024", "65536"), *settings])
     assert [stage.config.parallel.layout for stage in plan_stages(config)] == ["zigzag", "zigzag"]

@@ -1,4 +1,4 @@
-"""Wrong configurations: each gives one line with its place, its key, what was given and what is allowed."""
+"""Each wrong configuration gives one line with its place, its key, what was given and what is allowed."""
 
 from pathlib import Path
 
@@ -263,7 +263,7 @@ WRONG_OVERRIDES = {
 
 
 def assert_reads(line: str, expected: str) -> None:
-    """`expected` word for word, with anything in the place of `...`."""
+    """Check a line against `expected`, where `...` stands for any text."""
     assert "\n" not in line
     pieces = expected.split("...")
     assert line.startswith(pieces[0]) and line.endswith(pieces[-1]), line

@@ -1,4 +1,4 @@
-"""transformers, before it is imported: no network, and copies of modeling files in a folder that goes away."""
+"""Set-up of transformers before its import: no network, and modeling files copied to a temporary folder."""
 
 import atexit
 import os

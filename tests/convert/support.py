@@ -1,4 +1,4 @@
-"""Tiny random models in Hugging Face folders, and what is compared of them."""
+"""Tiny random models in Hugging Face folders, and comparisons of them."""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ LLAMA3 = {
 
 
 def make_dense(folder: Path, model_type: str, **settings: Any) -> Path:
-    """A random model of a family, in several files; its weights are large enough for each to matter."""
+    """Make a random model of a family, in several files, with weights large enough for each to matter."""
     config = transformers.AutoConfig.for_model(model_type, **(SIZES | settings))
     network = transformers.AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(1)
@@ -41,12 +41,12 @@ def make_dense(folder: Path, model_type: str, **settings: Any) -> Path:
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder's safetensors files."""
+    """Return all tensors of a folder's safetensors files."""
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 def assert_same_tensors(folder: Path, other: Path) -> None:
-    """Bitwise the same tensors under the same names."""
+    """Check that two folders hold bitwise the same tensors under the same names."""
     first, second = read_tensors(folder), read_tensors(other)
     assert first.keys() == second.keys() and first
     for name, tensor in first.items():

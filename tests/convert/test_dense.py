@@ -1,4 +1,4 @@
-"""Llama, Qwen2, Qwen3 and Mistral into softmax layers of ours and back."""
+"""Conversion of Llama, Qwen2, Qwen3 and Mistral to our softmax layers and back."""
 
 import json
 from pathlib import Path
@@ -119,7 +119,7 @@ def test_a_family_gets_only_what_it_has(
 
 
 def test_settings_of_older_transformers(tmp_path: Path) -> None:
-    """rope_theta and rope_scaling stood beside the other settings before version 5."""
+    """Settings before version 5 of transformers, with rope_theta and rope_scaling at the top level, are read."""
     source = make_dense(tmp_path / "source", "llama", rope_parameters=LLAMA3)
     values = json.loads((source / "config.json").read_text())
     rope = values.pop("rope_parameters")

@@ -1,4 +1,4 @@
-"""The upcycling command of docs/convert.md, on a small model in place of the named one; score beside it."""
+"""The upcycling and scoring commands of docs/convert.md run on a small model."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""SSE models: the authors' layout both ways, and exports with a modeling file of their own."""
+"""Conversion of SSE models: the authors' layout both ways, and exports with their own modeling file."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ def model(layers: str = "sse", sse: dict[str, Any] | None = None, **others: Any)
     return BASE | {"layers": layers, "sse": SSE | (sse or {})} | others
 
 
-# What the authors' code has.
+# Settings that the authors' code supports.
 THEIRS = {
     "gla": model(sse={"value_head_dim": 12}),
     "gdn": model(sse={"recurrence": "gdn", "gate": "reference", "num_value_heads": 4, "negative_eigenvalues": True}),
@@ -48,7 +48,7 @@ THEIRS = {
     ),
     "mask": model(sse={"form": "mask", "num_writers": 2, "num_readers": 1}),
 }
-# What it does not have.
+# Settings that it does not support.
 OURS = {
     "gdn, post_norm": model(sse={"recurrence": "gdn", "num_writers": 2, "num_readers": 1}),
     "all kinds": model("sse, gla, gdn, softmax", num_layers=4, softmax=SOFTMAX | {"qk_norm": True, "head_dim": 12}),
@@ -70,7 +70,7 @@ OURS = {
 
 
 def make_ours(target: Path, section: dict[str, Any], precision: str = "fp32") -> Path:
-    """A checkpoint of a random model whose weights are large enough for each to matter."""
+    """Make a checkpoint of a random model with weights large enough for each to matter."""
     config = make_run_config(section, 256, precision, "test")
     generator = torch.Generator().manual_seed(1)
     tensors = {}
@@ -90,7 +90,7 @@ def assert_same_weights(ours: Path, other: Path) -> None:
     assert first.config.model == second.config.model
     vocabulary = first.config.model.vocab_size
     for name in first.weights.keys():
-        # Rows that pad the vocabulary are written as zeros.
+        # Rows that pad the vocabulary are exported as zeros.
         rows = slice(vocabulary if name in PADDED else None)
         assert torch.equal(first.weights.get(name)[rows], second.weights.get(name)[rows]), name
     assert set(first.weights.keys()) == set(second.weights.keys())
@@ -158,11 +158,11 @@ def test_an_export_generates_what_we_do(tmp_path: Path, name: str) -> None:
     tokens_BL = random_tokens(length=20)
     settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     generated = network.generate(tokens_BL, **settings)
-    # Each token is the one that we find most probable after those before it.
+    # Each generated token is our model's most probable one.
     logits = compute_logits(open_model("", ours), generated[:, :-1])
     assert torch.equal(logits[:, 19:].argmax(-1), generated[:, 20:])
     assert len(generated[:, 20:].unique()) > 4
-    # Shorter prompts beside longer ones, padded on the left, give what they give alone.
+    # Short prompts, padded on the left beside longer ones, give the same tokens as alone.
     real_BL = torch.ones_like(tokens_BL)
     real_BL[0, :7] = 0
     padded = network.generate(tokens_BL.where(real_BL.bool(), 0), attention_mask=real_BL, **settings)

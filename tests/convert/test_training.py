@@ -1,4 +1,4 @@
-"""Checkpoints of training at any layout are converted, and training starts from what was converted."""
+"""Conversion of training checkpoints of any layout, and training from converted weights."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ MODEL: dict[str, Any] = {
     "hidden_size": 32,
     "layers": "sse, softmax",
     "tie_embeddings": True,
-    # Rows that pad the vocabulary count in the loss and do not go through a conversion.
+    # Rows that pad the vocabulary affect the loss but are not converted.
     "vocab_multiple": 32,
     "sse": {"recurrence": "gdn", "num_heads": 2, "head_dim": 8, "num_value_heads": 4, "short_convolution": 4},
     "softmax": {"num_heads": 4, "num_kv_heads": 2, "qk_norm": True, "qkv_bias": True},
@@ -26,13 +26,13 @@ MODEL: dict[str, Any] = {
 
 
 def save_new(folder: Path, name: str, sections: dict[str, Any]) -> None:
-    """A checkpoint of a run that has taken no step."""
+    """Save the checkpoint of a run before its first step."""
     run = start(small_run(folder, model=MODEL, monitor={"folder": str(folder / name)}, **sections))
     save(run, 0)
 
 
 def first_steps(folder: Path, weights: Path | None, sections: dict[str, Any]) -> list[float]:
-    """Losses of two steps of a run, from the weights of a checkpoint, or from its own, which are those of save_new."""
+    """Return the losses of two steps, from a checkpoint's weights or from initial ones as in save_new."""
     model = MODEL | ({} if weights is None else {"init_std": 0.5})
     config = small_run(folder, model=model, **sections)
     parallel = config.parallel
@@ -42,7 +42,7 @@ def first_steps(folder: Path, weights: Path | None, sections: dict[str, Any]) ->
 
 @pytest.mark.parametrize("parallel", [{"tensor": 2}, {"pipeline": 2}, {"distributed_optimizer": True}], ids=str)
 def test_a_layout_of_training_does_not_matter(tmp_path: Path, parallel: dict[str, Any]) -> None:
-    """Initial weights are the same in all layouts: so are those of the folders made of them."""
+    """Checkpoints of all layouts convert to the same weights, since initial weights are equal."""
     small_run(tmp_path)
     run_workers(1, save_new, tmp_path, "one", {})
     run_workers(2, save_new, tmp_path, "two", {"parallel": parallel})

@@ -1,4 +1,4 @@
-"""Softmax models into SSE hybrids: what goes over is the source's, and every tensor's source is said."""
+"""Upcycling of softmax models to SSE hybrids: copied tensors equal the source's, and the origin of each is reported."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def test_without_sse_layers_it_is_the_source(tmp_path: Path, family: str) -> Non
 
 
 def layer_outputs(folder: Path, number: int, hidden_LBd: torch.Tensor) -> torch.Tensor:
-    """What one layer of a checkpoint makes of hidden states."""
+    """Return the output of one layer of a checkpoint for hidden states."""
     opened = open_model("", folder)
     config = make_run_config(opened.config.model.model_dump(), len(hidden_LBd), "fp32", "test")
     with single_process() as (groups, device), torch.no_grad():

@@ -1,4 +1,4 @@
-"""Wrong folders, damaged files and full disks: one line each, and no folder half written."""
+"""Wrong folders, damaged files and full disks give one line each and no partly written folder."""
 
 import json
 import shutil
@@ -161,7 +161,7 @@ def test_other_logits_are_exit_status_1(
 ) -> None:
     arguments = ["convert", str(llama)]
     assert main([*arguments, str(tmp_path / "a"), "--tolerance", "1e-12"]) == 1
-    # A conversion that mixes up two projections.
+    # This conversion swaps two projections.
     from megatron_sse.convert import command
 
     def swapped(links, source):
@@ -181,7 +181,7 @@ def test_packages_that_are_missing_are_named(
     monkeypatch.setattr(installed.importlib.util, "find_spec", lambda name: None if name in missing else find(name))
     with pytest.raises(UserError, match=r"source \(a llama model\): needs transformers, .* pip install .*\[hf\]"):
         convert(str(llama), str(tmp_path / "ours"))
-    # Ours to a folder of ours needs no transformers.
+    # Converting from our format to our format needs no transformers.
     assert convert(str(ours), str(tmp_path / "hf")) == 0
     missing.add("safetensors")
     with pytest.raises(UserError, match="needs safetensors, which is not installed"):

@@ -21,7 +21,7 @@ def write_tokens(prefix: str, documents: list[list[int]], dtype: type = np.uint1
 
 
 def random_documents(num_documents: int, longest: int, seed: int = 0) -> list[list[int]]:
-    """Documents of 1 to `longest` tokens, the last one END."""
+    """Return random documents of 1 to `longest` tokens, each ending with END."""
     generator = np.random.default_rng(seed)
     lengths = generator.integers(0, longest, num_documents)
     return [[*generator.integers(0, END, length).tolist(), END] for length in lengths]
@@ -30,14 +30,14 @@ def random_documents(num_documents: int, longest: int, seed: int = 0) -> list[li
 def data_parallel_groups(
     rank: int = 0, size: int = 1, context_rank: int = 0, context_size: int = 1
 ) -> ProcessGroupCollection:
-    """The data-parallel and context groups of a rank, as far as the data reads them."""
+    """Return stand-ins for a rank's data-parallel and context groups, with what the data code reads of them."""
     sizes = ((rank, size), (context_rank, context_size))
     data, context = (SimpleNamespace(rank=lambda r=r: r, size=lambda n=n: n) for r, n in sizes)
     return SimpleNamespace(dp=data, cp=context)  # type: ignore[return-value]
 
 
 def run_config(train: str, **sections: dict[str, Any]) -> RunConfig:
-    """A small run on `train`; settings given for a section replace its own."""
+    """Return a small run on `train`, with other settings by section."""
     values: dict[str, Any] = {
         "model": {
             "num_layers": 2,

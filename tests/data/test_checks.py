@@ -29,7 +29,7 @@ def write_metadata(prefix, **changes):
     Path(prefix + ".json").write_text(json.dumps({**values, "unigram_bits_per_byte": 4.5, **changes}))
 
 
-# Name: (what is done to the files of a prefix, settings, what the error says)
+# Name: (a change to the files of a prefix, settings, the error)
 BAD_FILES = {
     "index without header": (lambda p: edit(p + ".idx", lambda d: d.__delitem__(slice(20, None))), {}, "20 bytes"),
     "version": (lambda p: put(p + ".idx", 9, "<Q", 2), {}, r"train\.idx: index version 2"),

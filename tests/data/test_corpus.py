@@ -42,7 +42,7 @@ def test_the_standard_library_becomes_two_files_that_pass_the_checks(built):
     assert train.tokens == train.bytes + train.documents
     assert 0.05 < validation.bytes / (train.bytes + validation.bytes) < 0.1
     assert validation.documents >= 5
-    # English and code: nobody needs 8 bits, no unigram model gets below 3.
+    # A plausible range for English and code: less than 8 bits, and more than the 3 of unigram models.
     assert 3 < train.unigram_bits_per_byte < 6 and 3 < validation.unigram_bits_per_byte < 6
     assert sorted(path.name for path in built.iterdir()) == [
         f"{part}.{suffix}" for part in ("train", "validation") for suffix in ("bin", "idx", "json")
@@ -88,12 +88,12 @@ def test_a_build_that_is_killed_is_not_taken_as_complete(tmp_path, monkeypatch):
 
 def test_unigram_bits_are_the_cross_entropy_by_hand(tmp_path):
     bits = corpus.byte_bits({"a": b"aab"})
-    # Counts with one more each: a 3, b 2, end 2, the other 254 one; 261 in all.
+    # Counts plus one: a has 3, b 2, the end 2, the other 254 tokens 1 each; 261 in all.
     expected = np.log2(261 / np.array([3, 2, 2, 1]))
     assert np.allclose(bits[[97, 98, END_OF_DOCUMENT, 99]], expected)
     metadata = corpus.write_token_file(str(tmp_path / "file"), {"b": b"ac"}, bits)
     assert np.isclose(metadata.unigram_bits_per_byte, (expected[0] + expected[3] + expected[2]) / 2)
-    # ln 2 nats a token are one bit a token: three tokens carry two bytes.
+    # ln 2 nats are one bit per token, and three tokens stand for two bytes.
     assert np.isclose(metadata.bits_per_byte(np.log(2)), 1.5)
 
 

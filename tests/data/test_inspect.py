@@ -1,4 +1,4 @@
-"""What `data inspect` shows, and how it answers damaged files."""
+"""`data inspect`: its output, and its errors for damaged files."""
 
 import re
 from pathlib import Path
@@ -50,7 +50,7 @@ def unlink_mask(prefix: str) -> None:
     Path(prefix + ".mask").unlink()
 
 
-# Name: (what is done to the files, what the error says)
+# Name: (a change to the files, the error)
 DAMAGES = {
     "idx": (lambda p: put(p + ".idx", 0, "<B", 0), r"out.idx: not an index of a Megatron token file"),
     "idx cut": (lambda p: edit(p + ".idx", lambda d: d.__delitem__(slice(-8, None))), r"out.idx: .* truncated"),

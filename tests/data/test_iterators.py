@@ -13,7 +13,7 @@ LENGTH = 16
 
 @pytest.fixture(scope="module")
 def prefix(tmp_path_factory):
-    """A file of some 300 tokens: 18 samples, so that two global batches and a bit are an epoch."""
+    """Return a file of some 300 tokens in 18 samples: an epoch is a little more than two global batches."""
     prefix = str(tmp_path_factory.mktemp("tokens") / "train")
     write_tokens(prefix, random_documents(60, longest=11))
     return prefix
@@ -24,7 +24,7 @@ def all_tokens(prefix):
 
 
 def global_batches(config, size, steps, consumed=0):
-    """Tokens [steps, GLOBAL_BATCH, L] as `size` data-parallel ranks read them, in the order of the samples."""
+    """Return tokens [steps, GLOBAL_BATCH, L] as `size` data-parallel ranks read them, in sample order."""
     micro = config.training.micro_batch_size
     rounds = GLOBAL_BATCH // (micro * size)
     by_rank = [
@@ -81,7 +81,7 @@ def test_another_seed_is_another_order(prefix):
 
 
 def validation_samples(num_tokens: int) -> list[int]:
-    """Of two global batches: evenly over the file."""
+    """Return the samples of two validation batches, which are spread evenly over the file."""
     num_samples, needed = (num_tokens - 1) // LENGTH, 2 * GLOBAL_BATCH
     samples = [number * num_samples // needed for number in range(needed)]
     assert samples[-1] > samples[0] + needed

@@ -1,4 +1,4 @@
-"""Which samples a run sees, and in which order: the same at any layout, across resumes and stages; blends; masks."""
+"""The samples of a run and their order: the same in any layout, after resumes and across stages; blends; masks."""
 
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,7 @@ VOCABULARY = 20_000
 
 @pytest.fixture(scope="module")
 def prefixes(tmp_path_factory) -> list[str]:
-    """Two files in which every token is there once, so that a token names its sample."""
+    """Return two files in which every token occurs once, so that a token identifies its sample."""
     folder = tmp_path_factory.mktemp("tokens")
     found = []
     for number, (first, last) in enumerate([(0, 8_000), (8_000, 20_000)]):
@@ -32,7 +32,7 @@ def prefixes(tmp_path_factory) -> list[str]:
 
 
 def staged(prefixes: list[str]) -> RunConfig:
-    """1,000 steps: 600 on 16 tokens a sequence, then 400 on 32, on a blend, packed."""
+    """Return a run of 600 steps on sequences of 16 tokens, then 400 on 32, on a packed blend."""
     blend = [{"prefix": prefixes[0], "weight": 0.3}, {"prefix": prefixes[1], "weight": 0.7}]
     data = {"train": blend, "packing": "best_fit"}
     training = {"global_batch_size": 4, "micro_batch_size": 1}
@@ -46,7 +46,7 @@ def staged(prefixes: list[str]) -> RunConfig:
 
 
 def sample_ids(config: RunConfig, data_size: int, context_size: int, first_step: int = 1) -> list[tuple]:
-    """Per step the tokens of its samples, put together from all ranks."""
+    """Return, by step, the tokens of its samples, collected from all ranks."""
     stages, found = plan_stages(config), []
     step = first_step
     while step <= config.training.steps:
@@ -96,7 +96,7 @@ def test_a_blend_keeps_its_weights_from_the_start_and_repeats_the_smaller_file(p
     from_first = np.array([order[position].tokens_G1[0] < 8_000 for position in range(2_000)])
     counts = np.cumsum(from_first)
     assert np.abs(counts - 0.75 * np.arange(1, 2_001)).max() <= 1
-    # 1,500 samples of a file of 499: each three times, no sooner than the others.
+    # 1,500 samples from a file of 499: each occurs three times, once before any occurs again.
     firsts = [order[position].tokens_G1[0] for position in np.flatnonzero(from_first)[:499]]
     assert len(set(firsts)) == 499
     longer = TrainingOrder(open_training(stage), [1, 0])
@@ -117,7 +117,7 @@ def test_the_loss_mask_and_padding_leave_labels_out(tmp_path):
     assert counted == {3, 4, 5, 7, 8, 12} and batch.loss_tokens == 6
     real = batch.layout.real_BL[0].tolist()
     assert real == [True] * 12 + [False] * 4
-    # Padding is a document of its own.
+    # Padding is a separate document.
     assert batch.layout.num_documents == 4
     Path(prefix + ".mask").write_bytes(bytes(mask[:-1]))
     with pytest.raises(UserError, match=r"chat\.mask: .* 12 bytes"):

@@ -1,4 +1,4 @@
-"""Every way of packing against a loop over documents, and what it says of padding and cut documents."""
+"""Every packing mode against a loop over documents, and its report of padding and cut documents."""
 
 from itertools import pairwise
 
@@ -16,13 +16,13 @@ def settings(packing: str, long_documents: str) -> DataConfig:
 
 
 def file_offsets(seed: int, longest: int = 60, first: int = 100, documents: int = 80) -> np.ndarray:
-    """Documents of 0 to `longest` tokens, the first of them `first` tokens into the file."""
+    """Return the offsets of random documents of 0 to `longest` tokens, which start `first` tokens into the file."""
     sizes = np.random.default_rng(seed).integers(0, longest + 1, documents)
     return first + np.concatenate([[0], np.cumsum(sizes)])
 
 
 def labels_of(packing, offsets_D1):
-    """How often each token of the file is the label of the token before it, in the same document."""
+    """Count how often each token of the file is a label of the token before it in the same document."""
     counts = np.zeros(offsets_D1[-1] + 1, dtype=int)
     for sample in range(packing.account.samples):
         for begin, count in packing.pieces(sample):
@@ -54,7 +54,7 @@ def test_every_token_is_a_label_once_when_documents_continue(packing, seed):
     wanted = np.ones_like(counts)
     wanted[: offsets_D1[0]] = 0
     wanted[offsets_D1] = 0
-    # In order, the tail that fills no sample is left out.
+    # in_order leaves out the tail that does not fill a sample.
     last = len(wanted) if packing == "best_fit" else offsets_D1[-1] - ROOM
     np.testing.assert_array_equal(counts[:last], wanted[:last])
     assert counts.max() == 1
@@ -71,7 +71,7 @@ def test_cut_documents_keep_their_beginning():
 
 
 def test_windows_say_what_they_split():
-    # Borders at tokens 16, 32, 48: inside the first document, at the third one's start, and at its last token.
+    # Samples end at tokens 16, 32 and 48: inside the first document, at the third one's start, at its last token.
     packed = pack(settings("in_order", "continue"), np.array([0, 20, 32, 49]))
     assert packed.account.samples == 3 and packed.account.split == 1 and packed.account.dropped == 0
     assert packed.pieces(1) == [(16, 4), (20, 12), (32, 1)]

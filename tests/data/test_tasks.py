@@ -1,4 +1,4 @@
-"""Recall tasks: right by construction, a function of seed and number, and sources of data like token files."""
+"""Recall tasks: correct answers, samples determined by seed and number, and use as data like token files."""
 
 import re
 from itertools import islice
@@ -52,7 +52,7 @@ def test_every_key_is_asked_for_once_and_its_value_is_the_answer(length: int) ->
 def test_samples_follow_from_the_seed() -> None:
     assert np.array_equal(draw(3).tokens_L, draw(3).tokens_L)
     assert len({draw(number).tokens_L.tobytes() for number in range(50)}) == 50
-    # Keys, orders and gaps are spread evenly.
+    # Keys, orders and gaps are distributed evenly.
     tokens_SL = np.stack([draw(number).tokens_L for number in range(400)])
     assert np.bincount(tokens_SL[tokens_SL < TASK.keys]).min() > 0.8 * 400 * 2 * TASK.pairs / TASK.keys
     gaps_L = (tokens_SL == TASK.keys + TASK.values).mean(0)
@@ -60,7 +60,7 @@ def test_samples_follow_from_the_seed() -> None:
 
 
 def solve(needle: Needle) -> list[str]:
-    """Read the text and answer its question."""
+    """Solve a needle task by reading its text, and return the answer."""
     text, question = needle.prompt.rsplit("\n", 1)
     names = re.fullmatch(r"The magic numbers? of (.*) (?:is|are)", question)[1].split(", ")
     facts = re.findall(r"The magic number of (\S+) is (\d+)\. ", text)
@@ -133,7 +133,7 @@ def test_needle_samples_are_texts_with_an_end() -> None:
 
 
 def samples_of(config: RunConfig, data_size: int, consumed: int, count: int) -> list[tuple[int, ...]]:
-    """Tokens of `count` samples in the order of the run, put together from all ranks."""
+    """Return the tokens of `count` samples in the order of the run, collected from all ranks."""
     stage, found = plan_stages(config)[0], []
     ranks = [
         build_data_iterators(stage, data_parallel_groups(rank, data_size), consumed)[0] for rank in range(data_size)
@@ -227,5 +227,5 @@ def test_validation_and_training_of_a_share(tmp_path: Path) -> None:
     _, make_validation = build_data_iterators(plan_stages(config)[0], data_parallel_groups(), 0)
     batches = list(islice(make_validation(), 99))
     assert len(batches) == 4 and min(batch.loss_tokens for batch in batches) >= 4
-    # Half of 8 samples are of the task.
+    # Half of the 8 samples come from the task.
     assert sum(int(batch.answers_BL.sum()) for batch in batches) == 4 * 4

@@ -1,4 +1,4 @@
-"""The doctor's lines: ticks for a sound run, a cross that says what to do for each thing that is wrong."""
+"""The doctor's lines: ticks for a sound run, and for each fault a cross that says what to do."""
 
 import importlib.metadata
 import json
@@ -25,7 +25,7 @@ STEPS = 2
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run's folder with data, settings and a checkpoint after two of its steps."""
+    """Return a run folder with data, settings and a checkpoint after two steps."""
     folder = tmp_path_factory.mktemp("doctor")
     (folder / "run.yaml").write_text(small_run(folder).to_yaml())
     run_workers(1, train_and_save, folder, {}, None, STEPS, True)
@@ -34,7 +34,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(saved: Path, tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
+    """Return a copy that a test may damage."""
     copy = tmp_path / "copy"
     shutil.copytree(saved, copy)
     text = (copy / "run.yaml").read_text().replace(str(saved), str(copy))
@@ -43,7 +43,7 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 
 
 def marks(folder: Path, *overrides: str) -> dict[str, tuple[str, str]]:
-    """Mark and text of each line, by name."""
+    """Return mark and text of each line, by name."""
     return {finding.name: (finding.mark, finding.text) for finding in find_all(str(folder / "run.yaml"), [*overrides])}
 
 
@@ -77,7 +77,7 @@ def nothing(folder: Path) -> None:
     pass
 
 
-# What is done to the run, settings put over it, the line with the cross and what it says.
+# A change to the run, other settings, the line with the cross and its text.
 WRONG: list[tuple[Callable[[Path], None], list[str], str, str]] = [
     (nothing, ["model.sse.num_head=3"], "settings", "did you mean model.sse.num_heads"),
     (nothing, ["training.steps=many"], "settings", "allowed an integer"),
@@ -145,7 +145,7 @@ class Properties:
 
 @pytest.fixture
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch as on a machine with two small GPUs, the second one old."""
+    """Make torch report two small GPUs, the second one old."""
     answers: dict[str, Any] = {
         "is_available": lambda: True,
         "device_count": lambda: 2,

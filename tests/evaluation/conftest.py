@@ -1,4 +1,4 @@
-"""Checkpoints of tiny models, and one of them loaded in this process: those of the tests of inference."""
+"""Fixtures shared with the tests of inference: checkpoints of tiny models, and models loaded in this process."""
 
 from tests.inference.conftest import hybrid, nets, pure
 

@@ -1,4 +1,4 @@
-"""`megatron-sse evaluate`: its numbers against a direct forward pass, what it writes, and what it refuses."""
+"""`megatron-sse evaluate`: its numbers against a direct forward pass, its output, and the errors of wrong requests."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ PNG = b"\x89PNG"
 
 @pytest.fixture(scope="module")
 def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Two documents of bytes, of 50 and 21 tokens, with a loss mask."""
+    """Write two documents of bytes, of 50 and 21 tokens, with a loss mask."""
     prefix = str(tmp_path_factory.mktemp("tokens") / "file")
     tokens_T = np.random.default_rng(2).integers(0, 256, 71)
     tokens_T[[49, 70]] = 256
@@ -41,13 +41,13 @@ def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def evaluate(folder: Path, output: Path, *arguments: str) -> dict[str, Any]:
-    """What is written."""
+    """Run the command and return the content of its results.json."""
     assert main(["evaluate", str(folder), *arguments, "--output", str(output)]) == 0
     return json.loads((output / "results.json").read_text())
 
 
 def expected_losses(folder: Path, prefix: str, length: int) -> dict[int, list[float]]:
-    """Loss of every token that counts, by the bucket of the tokens before it; a forward pass for each piece."""
+    """Return the losses of all tokens that count, by bucket of position, from a forward pass of each piece."""
     opened, found = open_model("", folder), {}
     tokens_T = np.fromfile(f"{prefix}.bin", np.uint16).astype(np.int64)
     mask_T = np.fromfile(f"{prefix}.mask", np.uint8)
@@ -78,7 +78,7 @@ def test_perplexity_by_position(kind: str, request: pytest.FixtureRequest, prefi
         assert losses["tokens"] == len(every) == 71 - 2 - 10
         assert abs(losses["loss"] - np.mean(every)) < 1e-5
         assert abs(losses["bits_per_byte"] - np.mean(every) / np.log(2) / 2) < 1e-5
-    # At 16 tokens a piece, less is known of the same tokens.
+    # In pieces of 16 tokens the same tokens have less context.
     assert results[0]["loss"] != results[1]["loss"]
     assert (tmp_path / "perplexity.png").read_bytes().startswith(PNG)
 
@@ -91,7 +91,7 @@ def test_a_file_is_read_up_to_a_number_of_tokens(pure: Path, prefix: str, tmp_pa
 def test_recall_like_a_direct_forward_pass(pure: Path, tmp_path: Path) -> None:
     options = ["--lengths", "30,48", "--pairs", "6,12", "--keys", "200", "--values", "56", "--samples", "5"]
     results = evaluate(pure, tmp_path, "mqar", *options, "--seed", "4", "--chunk", "37")
-    # 12 pairs do not fit into 30 tokens.
+    # 12 pairs need 36 tokens and do not fit into 30.
     assert [(r["pairs"], r["length"]) for r in results["mqar"]] == [(6, 30), (6, 48), (12, 48)]
     task, right = MQARTask(pairs=12, keys=200, values=56), 0
     for number in range(5):
@@ -126,7 +126,7 @@ def test_needles_are_greedy_answers(
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "needle_single.png", "needle_multi_key.png"}
     table = capsys.readouterr().out
     assert "needle, multi_key" in table and "100 %" in table
-    # The same as generate's answer to the first text.
+    # `generate` gives the same answer to the first text.
     prompt = make_samples(ByteTokenizer(), NeedleTask(digits=2), 256, 0.0, 1, 0)[0]
     (tmp_path / "prompt").write_text(prompt.prompt)
     tokens = ["--max-tokens", str(len(prompt.answer))]
@@ -160,7 +160,7 @@ WRONG = {
     "--data: got nothing, allowed a token file's prefix": ["{pure}", "perplexity"],
     "none.idx not found": ["{pure}", "perplexity", "--data", "{tmp}/none"],
     "no tokenizer (tokenizer.json), and 300 tokens are not": ["{words}", "needle"],
-    "cannot be made": ["{pure}", "mqar", "--output", "/dev/null/x"],
+    "cannot be created": ["{pure}", "mqar", "--output", "/dev/null/x"],
 }
 
 
@@ -179,7 +179,7 @@ def test_wrong_requests(
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of 300 tokens, whose meaning is not known."""
+    """Return a model with 300 tokens and no tokenizer."""
     return make_checkpoint(tmp_path_factory.mktemp("words") / "model", model(vocab_size=300))
 
 

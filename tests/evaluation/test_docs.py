@@ -1,4 +1,4 @@
-"""Every command of the page about evaluation runs, on small models."""
+"""Every command of docs/evaluate.md runs, on small models."""
 
 import os
 import re
@@ -16,7 +16,7 @@ from tests.inference.support import make_checkpoint, model
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "evaluate.md").read_text()
 COMMANDS = re.findall(r"^ +((?:\./run\.sh|\.venv/bin/megatron-sse) (?!evaluate CHECKPOINT).*)$", PAGE, re.MULTILINE)
-# Options put behind those of the page.
+# Options that are added to the page's.
 FEWER = {
     "perplexity": ["--tokens", "500"],
     "mqar": ["--samples", "2"],
@@ -32,8 +32,10 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the commands run: with the project's configurations, a model in place of the quickstart's, and what the
-    page's commands train."""
+    """Return the folder where the commands run.
+
+    It has the project's configurations, a small model in place of the quickstart's, and one that the page trains.
+    """
     folder = tmp_path_factory.mktemp("checkout")
     (folder / "configs").symlink_to(ROOT / "configs")
     (folder / "runs").mkdir()

@@ -20,7 +20,7 @@ TASK = MQARTask(pairs=6, keys=12, values=8)
 
 
 class Oracle(Reader):
-    """Looks keys up, in as many of the last tokens as it can remember."""
+    """A reader that answers by looking keys up in a limited number of the last tokens."""
 
     def __init__(self, memory: int):
         super().__init__(None, TASK.keys + TASK.values + 1, 4, 16)
@@ -56,7 +56,7 @@ def test_recall_by_distance() -> None:
 
 
 def answer_texts(known: int):
-    """In place of generation: the first `known` of the numbers asked for, the others as 0."""
+    """Return a replacement for generation that answers the first `known` numbers correctly and 0 for the others."""
 
     def generate(net, cache, prompts, num_tokens, sampler, end, chunk):
         answers = []

@@ -1,4 +1,4 @@
-"""Models that were trained on the tasks."""
+"""Evaluation of models that were trained on the tasks."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def test_a_model_learns_to_recall(tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*train, f"monitor.folder={tmp_path}/run"], env=environment, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    # Keys, values and pairs are as trained.
+    # Keys, values and pairs default to those of training.
     options = ["--samples", "50", "--output", str(tmp_path / "out")]
     assert main(["evaluate", str(tmp_path / "run"), "mqar", *options]) == 0
     [recalled] = json.loads((tmp_path / "out" / "results.json").read_text())["mqar"]

@@ -1,4 +1,4 @@
-"""Checkpoints of tiny models, and one of them loaded in this process."""
+"""Checkpoints of tiny models, and models loaded in this process."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,19 +16,19 @@ from tests.inference.support import SOFTMAX, make_checkpoint, model
 
 @pytest.fixture(scope="session")
 def pure(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SSE layers alone, with a short convolution, byte tokens."""
+    """Return a model of SSE layers with a short convolution and byte tokens."""
     return make_checkpoint(tmp_path_factory.mktemp("pure") / "model", model(sse={"short_convolution": 4}))
 
 
 @pytest.fixture(scope="session")
 def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SSE and softmax layers, trained on 64 tokens."""
+    """Return a model of SSE and softmax layers, for sequences of 64 tokens."""
     return make_checkpoint(tmp_path_factory.mktemp("hybrid") / "model", model("sse, softmax", softmax=SOFTMAX), 64)
 
 
 @pytest.fixture(scope="module")
 def nets(pure: Path, hybrid: Path) -> Iterator[list[GPTModel]]:
-    """Both models."""
+    """Yield both models, loaded."""
     device = setup_device(0)
     init_process_group(device)
     groups = init_groups()

@@ -22,14 +22,14 @@ SOFTMAX: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2}
 
 
 def model(layers: str = "sse", sse: dict[str, Any] | None = None, **others: Any) -> dict[str, Any]:
-    """Settings of a tiny model."""
+    """Return the settings of a tiny model."""
     return BASE | {"layers": layers, "sse": SSE | (sse or {})} | others
 
 
 def make_checkpoint(
     folder: Path, section: dict[str, Any], length: int = 256, precision: str = "fp32", validation: str | None = None
 ) -> Path:
-    """A checkpoint of a random model whose weights are large enough for each to matter."""
+    """Make a checkpoint of a random model with weights large enough for each to matter."""
     config = make_run_config(section, length, precision, "test")
     config.data.validation = validation and [Source(prefix=validation)]
     generator = torch.Generator("cpu").manual_seed(1)

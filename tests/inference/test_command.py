@@ -1,4 +1,4 @@
-"""`megatron-sse generate`: what it prints, and what it refuses."""
+"""`megatron-sse generate`: its output, and the errors of wrong requests."""
 
 import io
 from pathlib import Path
@@ -16,13 +16,13 @@ PROMPT = "def f(x):"
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What is printed on stdout."""
+    """Run the command and return what it prints on stdout."""
     assert main(["generate", *arguments]) == 0
     return capsys.readouterr().out
 
 
 def greedy(folder: Path, tokens: list[int], num_tokens: int) -> list[int]:
-    """By the parallel forward pass of ever longer sequences."""
+    """Return greedy tokens by parallel forward passes of ever longer sequences."""
     opened = open_model("", folder)
     for _ in range(num_tokens):
         tokens = [*tokens, int(compute_logits(opened, torch.tensor([tokens]))[0, -1].argmax())]
@@ -41,7 +41,7 @@ def test_text_of_checkpoint_and_export(capsys: pytest.CaptureFixture[str], pure:
     options = ["--max-tokens", "6"]
     text = run(capsys, str(pure), "--prompt", PROMPT, *options)
     expected = bytes(token for token in greedy(pure, list(PROMPT.encode()), 6) if token < 256)
-    # What broken UTF-8 at the end would become is never printed.
+    # Incomplete UTF-8 at the end is never printed as a replacement character.
     assert expected.decode(errors="replace").startswith(text.removesuffix("\n")) and text
     (tmp_path / "prompt.txt").write_text(PROMPT)
     assert run(capsys, str(pure), "--prompt-file", str(tmp_path / "prompt.txt"), *options) == text
@@ -70,7 +70,7 @@ def test_interactive(
     monkeypatch.setattr("sys.stdin", io.StringIO("\nab\n\ncd\n" + "x" * 60 + "\n"))
     assert main(["generate", *options]) == 0
     said = capsys.readouterr()
-    # The empty line at first has nothing to go on from, the last one is too long for the softmax layer.
+    # The empty first line has no text to continue; the last line is too long for the softmax layer.
     assert said.err.count("empty prompt") == 1 and said.err.count("allowed 64") == 1
     steps = run(capsys, *options, "--prompt", "ab", "--save-cache", cache)
     steps += run(capsys, *options, "--prompt", "", "--load-cache", cache, "--save-cache", cache)

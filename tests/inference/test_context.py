@@ -1,4 +1,4 @@
-"""Prompts shared by context ranks: the logits and the caches of one process."""
+"""Prompts split over context ranks give the logits and caches of one process."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,14 +21,14 @@ from tests.inference.support import make_checkpoint
 from tests.inference.test_parity import MODELS, TOLERANCE
 from tests.workers import run_workers
 
-# Parts of less than a convolution or a window looks back, of one token, and nothing to share; then a second turn, where
-# what is kept enters the first part.
+# The first turn has parts shorter than a convolution or window looks back, parts of one token, and too few tokens to
+# split. In the second turn, the kept states enter the first part.
 PROMPTS = ((61, 5, 2), (9, 1, 30))
 CHUNK = 7
 
 
 def run(folders: list[Path], tensor: int, mutation: Callable | None = None) -> list[list[Tensor]]:
-    """Of each model: logits after each turn's prompts and after one more token, and all that is kept in the end."""
+    """Return, for each model, logits after each turn's prompts and after one more token, and the final caches."""
     groups, device = init_groups(tensor, context=dist.get_world_size() // tensor), setup_device(0)
     shard = ContextShard(groups.cp.rank(), groups.cp.size())
     generator = torch.Generator("cpu").manual_seed(2)

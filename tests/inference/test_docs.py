@@ -1,4 +1,4 @@
-"""The command of docs/generate.md, on a small model in place of the quickstart's."""
+"""The command of docs/generate.md runs, on a small model in place of the quickstart's."""
 
 import re
 import shlex
@@ -18,5 +18,5 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     make_checkpoint(tmp_path / "runs" / "quickstart", model())
     monkeypatch.chdir(tmp_path)
     assert main(shlex.split(command)) == 0
-    # 200 tokens of a random model: bytes that seldom are whole characters.
+    # A random model's 200 tokens are bytes that seldom form complete characters.
     assert len(capsys.readouterr().out) > 50

@@ -50,7 +50,7 @@ MODELS = {
     ),
 }
 
-# How sequences of LENGTHS come in: at each step (slot, number of tokens).
+# Schedules by which sequences of LENGTHS are fed: for each step, pairs of slot and number of tokens.
 Steps = list[list[tuple[int, int]]]
 
 
@@ -69,7 +69,7 @@ SCHEDULES: dict[str, Steps] = {
 
 
 def run(folders: list[Path], schedules: list[Steps], mutation: Callable | None = None) -> list[list[Tensor]]:
-    """Logits [tokens, V] of each model: of the parallel forward pass of the packed sequences, and of each schedule."""
+    """Return logits [tokens, V] of each model: of a parallel pass over packed sequences, and of each schedule."""
     groups, device = init_groups(tensor=dist.get_world_size()), setup_device(0)
     results = []
     with pytest.MonkeyPatch.context() as patch:
@@ -128,7 +128,7 @@ def test_two_tensor_ranks(folders: list[Path], one_rank: dict[str, list[Tensor]]
     for name, results, others in zip(MODELS, first, second, strict=True):
         for logits, other in zip(results, others, strict=True):
             assert (logits - one_rank[name][0]).abs().max() < TOLERANCE, name
-            # Both ranks pick the same tokens.
+            # Both tensor ranks pick the same tokens.
             assert torch.equal(logits, other), name
 
 
@@ -138,7 +138,7 @@ def small_masks(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["softmax", "softmax, window"])
 def test_blocks_of_queries(name: str, folders: list[Path]) -> None:
-    """Masks are bounded: the new tokens attend in blocks, down to one at a time."""
+    """New tokens attend in blocks, down to one at a time, so that masks have bounded size."""
     folder = next(folder for folder in folders if folder.name == name)
     [[[whole, *by_schedule]]] = run_workers(1, run, [folder], list(SCHEDULES.values()), small_masks)
     for logits in by_schedule:

@@ -1,4 +1,4 @@
-"""Batches, chunks, ends, and caches that are saved and go on."""
+"""Batches, chunks, ends of sequences, and caches that are saved and continued."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ VOCABULARY = 257
 
 
 def sample(net: GPTModel, prompts: list[list[int]], num_tokens: int = 8, cache: Cache | None = None, **options):
-    """New tokens of each prompt."""
+    """Return the new tokens of each prompt."""
     sampler = Sampler(VOCABULARY, options.pop("temperature", 0.0), seed=options.pop("seed", 0))
     steps = list(generate(net, cache or Cache(net, len(prompts)), prompts, num_tokens, sampler, **options))
     return [[token for token in tokens if token is not None] for tokens in zip(*steps, strict=True)]
@@ -72,7 +72,7 @@ def test_a_saved_cache_goes_on(nets: list[GPTModel], number: int, tmp_path: Path
     loaded = Cache.restore(read_cache(path, {"hidden_size": 32}), net)
     rest = sample(net, [[], [], []], 5, loaded)
     assert [a + b for a, b in zip(first, rest, strict=True)] == sample(net, PROMPTS, 8)
-    # With more of a prompt.
+    # The loaded cache continues with more prompt tokens.
     again = Cache.restore(read_cache(path, {"hidden_size": 32}), net)
     more = sample(net, [[1, 2], [3], []], 5, again)
     assert more == sample(net, [a + b + c for a, b, c in zip(PROMPTS, first, [[1, 2], [3], []], strict=True)], 5)

@@ -1,4 +1,4 @@
-"""Which token is picked."""
+"""Sampling: which token is picked."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, and those that stand in a model's folder."""
+"""Tokenizers: bytes, and those in a model's folder."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Checkpoints of tiny models: those of the tests of inference."""
+"""Fixtures shared with the tests of inference: checkpoints of tiny models."""
 
 from tests.inference.conftest import hybrid, pure
 

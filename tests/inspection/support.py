@@ -1,5 +1,4 @@
-"""What `megatron-sse inspect-states` should say: by the oracle, from what layers hand to their banks in training's
-forward pass."""
+"""Expected output of `megatron-sse inspect-states`, by the oracle, from banks' inputs in the training forward pass."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from megatron_sse.parallel import layout
 
 @dataclass(frozen=True)
 class Handed:
-    """What a layer handed to its banks for a text."""
+    """The inputs of a layer's banks for a text."""
 
     shared: BankInputs
     sparse: BankInputs | None
@@ -28,7 +27,7 @@ class Handed:
     options: dict[str, Any]
 
     def first(self, count: int) -> "Handed":
-        """Of the first tokens."""
+        """Return the part for the first tokens."""
         routes = self.routes and replace(
             self.routes, **{name: getattr(self.routes, name)[:count] for name in ("prob_TN", "bank_TP", "weight_TP")}
         )
@@ -37,7 +36,7 @@ class Handed:
 
 
 def look_at(folder: Path, texts: list[list[int]]) -> list[list[Handed]]:
-    """For every SSE layer what it handed to its banks for each text."""
+    """Return the inputs of the banks, for every SSE layer and text."""
     found: list[list[Handed]] = []
     original = layout.sse_attention
 
@@ -56,7 +55,7 @@ def look_at(folder: Path, texts: list[list[int]]) -> list[list[Handed]]:
 
 
 def ranks(handed: Handed) -> np.ndarray:
-    """Effective rank of each bank's state, mean over heads, [B]."""
+    """Return the effective rank of each bank's state [B], a mean over heads."""
     double = [bank and bank.map(lambda x: x.double()) for bank in (handed.shared, handed.sparse)]
     offsets_D1 = torch.tensor([0, len(handed.v_THV)])
     _, final = reference_sse(*double, handed.v_THV.double(), handed.routes, offsets_D1, **handed.options)
@@ -70,7 +69,7 @@ def ranks(handed: Handed) -> np.ndarray:
 
 
 def half_lives(g: Tensor) -> list[float]:
-    """Of all heads and channels of some tokens."""
+    """Return the half-lives of all heads and channels of some tokens."""
     return (np.log(2) / g.double().abs()).flatten().tolist()
 
 

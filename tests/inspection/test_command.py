@@ -1,4 +1,4 @@
-"""`megatron-sse inspect-states`: what it prints and writes, and what it refuses."""
+"""`megatron-sse inspect-states`: its output, and the errors of wrong requests."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ PICTURES = {"partitions.png", "rank.png", "half_life.png"}
 
 
 def inspect(folder: Path, output: Path, *arguments: str) -> dict[str, Any]:
-    """What is written."""
+    """Run the command and return the content of its JSON file."""
     assert main(["inspect-states", str(folder), *arguments, "--output", str(output)]) == 0
     return json.loads((output / "states.json").read_text())
 
@@ -61,7 +61,7 @@ def test_without_decay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_more_partitions_than_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of the shares the least and the most; reads of their own."""
+    """With many partitions only the smallest and largest share is shown, for writes and for separately routed reads."""
     section = model(sse={"num_partitions": 20, "num_writers": 2, "num_readers": 1})
     folder = make_checkpoint(tmp_path / "model", section)
     results = inspect(folder, tmp_path / "out", "--prompt", "A text")
@@ -77,7 +77,7 @@ def test_more_partitions_than_columns(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_texts_of_all_kinds(pure: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same text as a prompt, as a file and as numbers; without what draws pictures."""
+    """A text gives the same numbers as a prompt, a file and token ids, also without matplotlib."""
     monkeypatch.setattr(command, "has_pictures", lambda: False)
     text = "from a to b"
     (tmp_path / "text").write_text(text)
@@ -94,13 +94,13 @@ WRONG = {
     "--prompt-file: {tmp}/none cannot be read": ["{pure}", "--prompt-file", "{tmp}/none"],
     "--prompt 2: got an empty prompt": ["{pure}", "--prompt", "a", "--prompt", ""],
     "--prompt-file {tmp}/empty: got an empty prompt": ["{pure}", "--prompt-file", "{tmp}/empty"],
-    "--tokens: got text too": ["{pure}", "--prompt", "a", "--tokens", "{tmp}/empty"],
+    "--tokens: given together with text": ["{pure}", "--prompt", "a", "--tokens", "{tmp}/empty"],
     "--tokens: got {tmp}/empty, which is empty": ["{pure}", "--tokens", "{tmp}/empty"],
     "--tokens: {tmp}/large:1: got token 257, allowed 0 to 256": ["{pure}", "--tokens", "{tmp}/large"],
     "--chunk: got 0, allowed 1": ["{pure}", "--prompt", "a", "--chunk", "0"],
     "whose layers are all softmax, allowed a model with sse, gla or gdn": ["{softmax}", "--prompt", "a"],
     "got a text of 70 tokens, allowed 64, the length": ["{hybrid}", "--prompt", "7" * 70],
-    "--output: /dev/null/x cannot be made": ["{pure}", "--prompt", "a", "--output", "/dev/null/x"],
+    "--output: /dev/null/x cannot be created": ["{pure}", "--prompt", "a", "--output", "/dev/null/x"],
 }
 
 

@@ -17,7 +17,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = re.findall(r"^ +\.venv/bin/megatron-sse (inspect-states (?!CHECKPOINT).*)$", PAGE, re.MULTILINE)
     assert len(commands) == 2
     (tmp_path / "runs").mkdir()
-    # As long and as hybrid as the quickstart's.
+    # The model has the sequence length and layer kinds of the quickstart's.
     make_checkpoint(tmp_path / "runs" / "quickstart", model("sse, softmax", softmax=SOFTMAX), 1024)
     make_checkpoint(tmp_path / "runs" / "recall_mqar", model(vocab_size=97))
     (tmp_path / "megatron_sse").symlink_to(ROOT / "megatron_sse")
@@ -26,6 +26,6 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for command in commands:
         assert main(shlex.split(command)) == 0
         output = re.findall(r"--output (\S+)", command)[0]
-        # The page says what is written.
+        # The page names the files that are written.
         for path in (tmp_path / output).iterdir():
             assert f"`{path.name}`" in PAGE

@@ -1,4 +1,4 @@
-"""What is measured, against the oracle, and on models whose numbers are known."""
+"""Measures against the oracle, and on models with known numbers."""
 
 import math
 from dataclasses import asdict
@@ -30,7 +30,7 @@ MODELS = {
     "no partitions": model(sse={"num_partitions": 0}),
     "all kinds": model("gdn, softmax, sse, gla", num_layers=4, softmax=SOFTMAX, sse={"value_head_dim": 12}),
 }
-# Half a bin of a histogram is 0.54 %.
+# Half a bin of the histogram is 0.54 %.
 WIDTH = 0.006
 
 
@@ -117,7 +117,7 @@ def check_half_lives(layer: Layer, handed: list[Handed]) -> None:
 
 
 def close(value: Any) -> Any:
-    """A layer's numbers to be compared with others of nearly the same decays, some of which fall into the next bin."""
+    """Return a layer's numbers as approximate values: nearly equal decays may fall into neighbouring bins."""
     if isinstance(value, dict):
         return {key: close(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -144,14 +144,14 @@ def on_two_ranks(folder: Path) -> list[Layer]:
 
 
 def test_two_tensor_ranks(folders: dict[str, Path]) -> None:
-    """Each has half of the heads, and both say the same of all."""
+    """Two tensor ranks with half of the heads each report the same measures of all heads."""
     first, second = run_workers(2, on_two_ranks, folders["all kinds"])
     assert first == second
     assert numbers(first) == close(numbers(measure(folders["all kinds"], TEXTS, 2048)))
 
 
 def test_constant_decay(tmp_path: Path) -> None:
-    """Of two heads, 1 - 1/32 and 1 - 1/64; a router without weights picks the first partition."""
+    """Known half-lives: heads decay by 1 - 1/32 and 1 - 1/64, and a zero router picks the first partition."""
     folder = make_checkpoint(tmp_path / "model", model(sse={"decay": "constant"}))
 
     @torch.no_grad()
@@ -186,13 +186,13 @@ def test_without_shared_bank(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("layer", "part"), [(0, "decay_gates.0.down"), (1, "in_proj")])
 def test_not_finite(layer: int, part: str, folders: dict[str, Path]) -> None:
-    """Decays, and states alone."""
+    """Decays that are not finite are reported, and so are states with finite decays."""
 
     @torch.no_grad()
     def diverge(net: Any) -> None:
         net.decoder.layers[layer].self_attention.get_submodule(part).weight.fill_(math.nan)
 
-    with pytest.raises(UserError, match="CHECKPOINT: got a model whose decays or states are not finite"):
+    with pytest.raises(UserError, match="CHECKPOINT: the model has diverged: its decays or states are not finite"):
         measure(folders["gla"], [[1, 2, 3]], 2048, diverge)
 
 
@@ -203,7 +203,7 @@ def test_marks_and_pieces() -> None:
 
 
 def test_memory_does_not_grow(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 6,000 tokens as much is kept as of 60, but for the ranks at the marks: at 16 and 60, then at 6."""
+    """The measures keep as much for 6,000 tokens as for 60, except ranks at 6 marks in place of 2."""
     sizes = []
     original = LayerSums.layer
 

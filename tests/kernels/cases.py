@@ -9,7 +9,7 @@ from torch.nn.functional import logsigmoid
 
 from megatron_sse.kernels import BankInputs, Routes, join_routes, route
 
-# One-token documents, lengths below, at and above the chunk sizes, and several chunks.
+# Documents of one token, of lengths below, at and above the chunk sizes, and of several chunks.
 UNEVEN = (1, 37, 1, 64, 3, 70)
 SHORT = (5, 1, 33)
 
@@ -25,8 +25,8 @@ class Case:
     num_partitions: int = 4
     num_writers: int = 1
     num_readers: int = 1
-    own_reads: bool = False  # a router of its own for reads: what the token before would write
-    routing: str = "random"  # random, one (all to one partition), gaps (some stay empty), ties
+    own_reads: bool = False  # reads have a router of their own: they read what the previous token would write
+    routing: str = "random"  # random, one (all tokens pick one partition), gaps (some partitions stay empty), ties
     decay: str = "long"  # long (memory of thousands of tokens), one (exactly), underflow
     beta_max: float = 1.0
     gate: str = "post_norm"
@@ -41,7 +41,7 @@ class Case:
 
 @dataclass
 class Inputs:
-    """Leaves: bank tensors, values, router probabilities, initial states; T tokens in D documents."""
+    """Inputs of T tokens in D documents; leaves: bank tensors, values, router probabilities, initial states."""
 
     shared: BankInputs
     sparse: BankInputs | None
@@ -59,7 +59,7 @@ class Inputs:
         return {name: leaf for name, leaf in named.items() if leaf is not None}
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Inputs":
-        """Copy with new leaves."""
+        """Return a copy with new leaves."""
 
         def leaf(x: Tensor | None) -> Tensor | None:
             return None if x is None else function(x.detach()).requires_grad_()
@@ -74,7 +74,7 @@ class Inputs:
 
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
-    """fp64 inputs of a case."""
+    """Return the fp64 inputs of a case."""
     generator = torch.Generator().manual_seed(seed)
     num_tokens = sum(case.lengths)
 
@@ -111,7 +111,7 @@ def _decay(kind: str, x: Tensor) -> Tensor:
         return torch.zeros_like(x)
     long = logsigmoid(x + 4) / 16
     if kind == "underflow":
-        # One step in four forgets everything: exp(-2000) is zero in fp64, its neighbours keep their memory.
+        # One step in four forgets everything, since exp(-2000) is zero in fp64; the other steps keep their memory.
         return torch.where(x > 0.7, -2000.0, long)
     return long
 
@@ -127,7 +127,7 @@ def _probabilities(case: Case, logits_TN: Tensor) -> Tensor:
 
 
 def routes_of(case: Case, inputs: Inputs, tokens: Tensor | slice = slice(None)) -> Routes | None:
-    """Of some tokens."""
+    """Return the routes of some tokens."""
     if inputs.prob_TN is None:
         return None
     prob_TN = inputs.prob_TN[tokens]
@@ -139,13 +139,13 @@ def routes_of(case: Case, inputs: Inputs, tokens: Tensor | slice = slice(None)) 
 
 
 def run(function: Callable, case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Output and final states of `sse_attention` (given a form) or `reference_sse`."""
+    """Return output and final states of `sse_attention` (given a form) or `reference_sse`."""
     options = {name: getattr(case, name) for name in ("gate", "weight_writes", "weight_reads")}
     return function(inputs, routes_of(case, inputs), initial_DBHKV=inputs.initial_DBHKV, **options)
 
 
 def outputs_and_gradients(function: Callable, case: Case, inputs: Inputs) -> dict[str, Tensor]:
-    """Output, final states and the gradient of every leaf for fixed random output gradients."""
+    """Return output, final states and the gradient of every leaf for fixed random output gradients."""
     o_THV, final = run(function, case, inputs)
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(x.shape, dtype=torch.float64, generator=generator).to(x.device) for x in (o_THV, final)]
@@ -160,12 +160,12 @@ def rms(x: Tensor) -> float:
 
 
 def errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """RMS of each difference over the RMS of what is expected; every name of `expected` must be there."""
+    """Return the RMS of each difference over the RMS of the expected tensor; every expected name must exist."""
     largest_gradient = max((rms(x) for name, x in expected.items() if name.startswith("d ")), default=0.0)
     result = {}
     for name, x in expected.items():
         size = rms(x)
-        # What vanishes by cancellation keeps the rounding of what cancelled: measured against the largest gradient.
+        # Gradients that cancel keep the rounding of their terms, so they are compared with the largest gradient.
         if name.startswith("d ") and size < 1e-3 * largest_gradient:
             size = largest_gradient
         result[name] = rms(actual[name].double() - x.double()) / size

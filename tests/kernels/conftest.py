@@ -1,4 +1,4 @@
-"""Kernels are tested on uninitialised memory filled with NaN, in one thread."""
+"""Set-up of kernel tests: uninitialised memory is filled with NaN, and torch uses one thread."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    # On a GPU torch's own sums have no deterministic form.
+    # On a GPU some of torch's sums have no deterministic implementation.
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
     assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(1).isnan()
     yield

@@ -1,4 +1,4 @@
-"""The implementations under one signature: (inputs, routes, **options) -> output, final states."""
+"""All implementations with one signature: (inputs, routes, **options) -> output, final states."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Sequences generated token by token against the oracle."""
+"""Token-by-token generation against the oracle."""
 
 from collections.abc import Callable
 
@@ -28,7 +28,7 @@ CASES = [
 
 
 def generate(step: Callable[..., Tensor], case: Case, inputs: Inputs) -> dict[str, Tensor]:
-    """Every document a sequence of one batch; one that has ended is padding. Slots are taken in reverse order."""
+    """Run a step function on a batch with one sequence per document, padded at its end, slots in reverse order."""
     dtype = inputs.v_THV.dtype
     num_sequences, offsets = len(case.lengths), inputs.offsets_D1
     slots = torch.arange(num_sequences).flip(0) + 1

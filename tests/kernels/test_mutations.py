@@ -1,4 +1,4 @@
-"""Seeded bugs: the comparison with the oracle must see each of them."""
+"""Seeded bugs, each of which the comparison with the oracle must detect."""
 
 from dataclasses import replace
 
@@ -49,7 +49,7 @@ def ignore_the_last_chunk(patch: Patch) -> None:
 
 
 def read_where_is_written(patch: Patch) -> None:
-    """The reads' own router is not asked."""
+    """Read where writes go, ignoring the reads' own router."""
     join = routing.join_routes
     patch.setattr("tests.kernels.cases.join_routes", lambda writes, reads: replace(join(writes, reads), first_reader=0))
 

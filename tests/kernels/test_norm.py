@@ -23,7 +23,7 @@ def test_gated_norm(with_picks: bool, with_gate: bool) -> None:
 
 
 def test_low_precision_is_rounded_once() -> None:
-    """A sum of outputs that cancel keeps its digits."""
+    """Outputs that cancel are summed in full precision and rounded once."""
     o = torch.full((1, 1, 4), 256.0, dtype=torch.bfloat16)
     picked = torch.stack((torch.tensor([1.0, 2, 3, 4]), torch.full((4,), -256.0))).bfloat16()[None, :, None]
     y = gated_norm(o, picked, torch.ones(4), None, 0.0)

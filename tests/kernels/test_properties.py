@@ -1,4 +1,4 @@
-"""What holds whatever the numbers: documents apart, no look ahead, no waiting for the device, a router that learns."""
+"""Properties for all inputs: separate documents, causality, no waiting for the device, a router that learns."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ every_form = pytest.mark.parametrize("form", FORMS)
 
 
 def disturb(inputs: Inputs, tokens: slice) -> Inputs:
-    """Other queries, keys, values, gates and picks at the tokens."""
+    """Return inputs with other queries, keys, values, gates and picks at the tokens."""
 
     def flip(x: Tensor) -> Tensor:
         x = x.clone()
@@ -65,7 +65,7 @@ def test_a_token_is_not_seen_by_earlier_ones(recurrence: str, form: str, first: 
 
 
 class NoHostSync(TorchDispatchMode):
-    """Refuses operations whose result the host must wait for."""
+    """A mode that refuses operations whose result the host must wait for."""
 
     SYNCS = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "bincount", "is_nonzero", "equal")
 
@@ -91,7 +91,7 @@ def test_nothing_waits_for_the_device(recurrence: str, form: str) -> None:
 @every_form
 @every_recurrence
 def test_shapes_follow_from_sizes_known_on_the_host(recurrence: str, form: str) -> None:
-    """Meta tensors hold no values: whatever looked at one would raise."""
+    """Meta tensors hold no values, so any look at a value raises."""
     case = Case(recurrence=recurrence, lengths=UNEVEN, num_writers=2, initial=True)
     inputs = make_inputs(case).to("meta")
     actual = outputs_and_gradients(attention(form), case, inputs)
@@ -117,7 +117,7 @@ def test_a_host_sync_is_seen(sync) -> None:
 
 @every_form
 def test_the_task_trains_the_router(form: str) -> None:
-    """The delta rule's normalisation cancels weights applied before it: only `post_norm` passes a gradient on."""
+    """The delta rule's key normalisation cancels earlier weights, so only `post_norm` gives the router a gradient."""
 
     def router_gradient(**options) -> float:
         case = Case(lengths=(40, 30), num_writers=2, num_readers=2, **options)

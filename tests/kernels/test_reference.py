@@ -1,4 +1,4 @@
-"""The oracle itself, against a recurrence over all banks at once that shares no code with it."""
+"""The oracle against an independent recurrence over all banks at once."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tests.kernels.implementations import oracle
 
 
 def dense_recurrence(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """All banks at every token, writes and reads as masks; one key head per value head."""
+    """Update all banks at every token, with masks for writes and reads and one key head per value head."""
     num_banks = 1 + case.num_partitions
     share = torch.ones(len(inputs.v_THV), num_banks, dtype=torch.float64)
     writes, reads = share.bool(), share.bool()

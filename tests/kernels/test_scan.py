@@ -1,4 +1,4 @@
-"""The scan over chunks against a loop over segments, with the gradients."""
+"""The scan over chunks and its gradients, against a loop over segments."""
 
 import pytest
 import torch

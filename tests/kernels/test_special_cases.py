@@ -1,4 +1,4 @@
-"""Known models that fall out of the same recurrence, and row-sparse keys."""
+"""Known models that are special cases of the recurrence, and row-sparse keys."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def one_document(q: Tensor, k: Tensor, g: Tensor, v: Tensor, initial: Tensor | N
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 3.0])
 def test_constant_decay_is_attention_with_a_decay_mask(rate: float) -> None:
-    """Rate 0 is plain linear attention, a rate per head RetNet or Lightning Attention."""
+    """Rate 0 gives plain linear attention, a rate per head gives RetNet or Lightning Attention."""
     q, k, v = normal(T, H, K), normal(T, H, K, seed=1), normal(T, H, V, seed=2)
     rate_H = rate * torch.tensor([1.0, 0.25], dtype=torch.float64)
     distance = torch.arange(T)[:, None] - torch.arange(T)
@@ -43,7 +43,7 @@ def test_a_key_of_one_minus_decay_is_hgrn2() -> None:
 
 
 def test_a_row_that_is_neither_written_nor_decayed_keeps_its_state() -> None:
-    """Row-sparse keys: the rows that a token's top k leaves out have key 0 and log decay 0."""
+    """With row-sparse keys, rows outside a token's top k have key 0 and log decay 0."""
     picked = torch.zeros(T, H, K, dtype=torch.bool).scatter(-1, normal(T, H, K - 2).topk(3).indices, True)
     k, g = (x.masked_fill(~picked, 0) for x in (normal(T, H, K, seed=1), -normal(T, H, K, seed=4).exp()))
     initial = normal(1, 1, H, K, V, seed=5)

@@ -17,7 +17,7 @@ def expected(case: Case) -> dict[str, Tensor]:
     return outputs_and_gradients(oracle, case, make_inputs(case))
 
 
-# What both recurrences share.
+# Cases for both recurrences.
 COMMON = [
     Case(lengths=UNEVEN),
     Case(lengths=UNEVEN, initial=True, num_writers=2, num_readers=2),
@@ -87,7 +87,7 @@ def test_fp32_against_the_fp64_oracle(recurrence: str, decay: str, form: str) ->
     case = Case(recurrence=recurrence, decay=decay, lengths=UNEVEN, num_writers=2, num_readers=2, initial=True)
     actual = outputs_and_gradients(attention(form), case, make_inputs(case).map(lambda x: x.float()))
     assert actual["o"].dtype == actual["final"].dtype == torch.float32
-    # Twice what was measured (3.6e-7, the delta rule's gates).
+    # Twice the measured error (3.6e-7, in the delta rule's gates).
     worst = {name: error for name, error in errors(actual, expected(case)).items() if not error < 8e-7}
     assert not worst
 
@@ -95,7 +95,7 @@ def test_fp32_against_the_fp64_oracle(recurrence: str, decay: str, form: str) ->
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("recurrence", ["gla", "gdn"])
 def test_bf16_is_rounded_only_where_it_enters_and_leaves(recurrence: str, form: str) -> None:
-    """Queries, keys and values in bf16, gates and router in fp32, as in training."""
+    """Inputs as in training: queries, keys and values in bf16, gates and router in fp32."""
     case = Case(recurrence=recurrence, lengths=UNEVEN, num_writers=2, num_readers=2, num_value_heads=4)
     rounded = make_inputs(case).map(lambda x: x.bfloat16().double())
     mixed = rounded.map(lambda x: x.float())

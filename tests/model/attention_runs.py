@@ -44,7 +44,7 @@ def make_attention(
     dtype: torch.dtype = torch.float64,
     cp_comm_type: str | None = None,
 ) -> SoftmaxAttention:
-    """A layer whose weights are the same in every layout."""
+    """Return a layer whose weights are the same in every layout."""
     model_parallel_cuda_manual_seed(1)
     config = TransformerConfig(
         num_layers=1,
@@ -85,7 +85,7 @@ def run_attention(
     device: str = "cpu",
     cp_comm_type: str | None = None,
 ) -> list[Results]:
-    """Output and all gradients of each case on this rank; the rest of the world is the tensor group."""
+    """Return output and all gradients of each case on this rank; the remaining ranks form the tensor group."""
     groups = init_groups(tensor=dist.get_world_size() // context, context=context)
     shard = ContextShard(groups.cp.rank(), context, zigzag)
     results = []
@@ -99,7 +99,7 @@ def run_attention(
 
 
 def calls_of(case: Case, core: type, context: int, sequence: bool, zigzag: bool) -> list[dict[str, Any]]:
-    """What a core attention that keeps its calls was called with in one forward pass."""
+    """Return the calls that a recording core attention got in one forward pass."""
     groups = init_groups(tensor=dist.get_world_size() // context, context=context)
     shard = ContextShard(groups.cp.rank(), context, zigzag)
     layer = make_attention(case, core, groups, sequence, cp_comm_type="a2a")
@@ -108,7 +108,7 @@ def calls_of(case: Case, core: type, context: int, sequence: bool, zigzag: bool)
 
 
 def traffic_of(case: Case, core: type, context: int, sequence: bool) -> Traffic:
-    """What is sent in one forward and backward pass on contiguous parts."""
+    """Return the traffic of one forward and backward pass on contiguous parts."""
     groups = init_groups(tensor=dist.get_world_size() // context, context=context)
     layer = make_attention(case, core, groups, sequence)
     layout = layout_of(case.lengths, shard=ContextShard(groups.cp.rank(), context))

@@ -1,4 +1,4 @@
-"""One process, one rank of every group, for tests that need no pool."""
+"""A single process as the only rank of every group, for tests that need no pool."""
 
 from collections.abc import Iterator
 

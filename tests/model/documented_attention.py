@@ -1,4 +1,4 @@
-"""Transformer Engine's DotProductAttention as its documentation has it, in plain torch for any number of ranks."""
+"""Transformer Engine's DotProductAttention by its documentation, in plain torch for any number of ranks."""
 
 from itertools import pairwise
 from typing import Any
@@ -14,12 +14,12 @@ from torch import Tensor
 from megatron_sse.model.attention import DocumentArguments
 from megatron_sse.parallel.sharding import ContextShard
 
-# What it leaves in the rows of padding: anything, as far as its callers are concerned.
+# Output in padding rows; callers must not depend on it.
 GARBAGE = 1e3
 
 
 class DocumentedAttention(torch.nn.Module):
-    """Signature of Megatron-Core's TEDotProductAttention; `calls` keeps what it was called with."""
+    """An attention with the signature of Megatron-Core's TEDotProductAttention; `calls` records its calls."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class DocumentedAttention(torch.nn.Module):
         attn_mask_type: AttnMaskType,
         packed_seq_params: PackedSeqParams | None,
     ) -> Tensor:
-        """sbhd: sequences in zigzag; thd: documents in zigzag, padded by cu_seqlens_q_padded."""
+        """Attend within sequences (sbhd) or documents (thd, padded by cu_seqlens_q_padded), both in zigzag order."""
         assert attention_mask is None
         self.calls.append({"shape": query.shape, "mask": attn_mask_type, "documents": packed_seq_params})
         qkv = (query, key, value)
@@ -79,7 +79,7 @@ class DocumentedAttention(torch.nn.Module):
         return torch.cat(parts)
 
     def _document(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """Tokens start to stop of the padded documents, in order, from all ranks' parts."""
+        """Return tokens start to stop of the padded documents, in order, from all ranks' parts."""
         if self.size == 1:
             return x[start:stop]
         assert start % (2 * self.size) == 0 and stop % (2 * self.size) == 0
@@ -89,7 +89,7 @@ class DocumentedAttention(torch.nn.Module):
         return torch.cat([first for first, _ in parts] + [second for _, second in reversed(parts)])
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One document: q [n, heads, head dim] to [n, heads * head dim]."""
+        """Attend within one document: q [n, heads, head dim] to [n, heads * head dim]."""
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
         distance = torch.arange(len(q))[:, None] - torch.arange(len(q))
@@ -98,4 +98,4 @@ class DocumentedAttention(torch.nn.Module):
 
 
 class DocumentedTEAttention(DocumentArguments, DocumentedAttention):
-    """What the model calls where Transformer Engine is installed, on top of the documentation."""
+    """The class that the model uses where Transformer Engine is installed, on top of the documented one."""

@@ -28,7 +28,7 @@ RUNS = {
 
 @pytest.mark.parametrize("name", RUNS)
 def test_like_one_gpu(name: str) -> None:
-    """No further from fp64 than twice the way of one GPU in bf16."""
+    """The error against fp64 is at most twice that of one GPU in bf16."""
     case, kind, zigzag = RUNS[name]
     on_gpu = {"device": "cuda"}
     [[exact]] = run_workers(1, run_on, [case], TorchAttention, {"dtype": torch.float64} | on_gpu)
@@ -41,5 +41,5 @@ def test_like_one_gpu(name: str) -> None:
 
 
 def run_on(cases: list[Case], core: type, options: dict):
-    """run_attention with options by name."""
+    """Call run_attention with keyword options."""
     return run_attention(cases, core, **options)

@@ -1,4 +1,4 @@
-"""One forward and backward of mixers on every rank of a world, and the comparison with one rank's."""
+"""Forward and backward passes of mixers on every rank of a world, compared with one rank."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +22,7 @@ Mutation = Callable[[pytest.MonkeyPatch], None]
 
 
 class Result:
-    """A tensor of one rank, and how it is split over the tensor group (outputs and input gradients are whole)."""
+    """A tensor of one rank, and how the tensor group splits it (outputs and input gradients are complete)."""
 
     def __init__(self, value: Tensor, parameter: Any = None, tensor_rank: int = 0, tensor_size: int = 1):
         self.value = value
@@ -32,7 +32,7 @@ class Result:
         self.partition_stride = getattr(parameter, "partition_stride", 1)
 
     def error(self, whole: "Result") -> float:
-        """RMS error against the same tensor of one rank."""
+        """Return the RMS error against the same tensor of one rank."""
         return rms_error(self.value, own_part(whole.value, self, self.tensor_rank, self.tensor_size))
 
 
@@ -46,8 +46,10 @@ def run_mixers(
     zigzag: bool = False,
     mutation: Mutation | None = None,
 ) -> list[Results]:
-    """Output, gradients and balance loss of each case (settings, document lengths per sequence) on this rank; what the
-    context ranks leave over of the world is the tensor group. Beside model.sse's settings, input_convolution."""
+    """Return output, gradients and balance loss of each case (settings, document lengths per sequence) on this rank.
+
+    Ranks beyond the context group form the tensor group. Settings are those of model.sse, and input_convolution.
+    """
     groups = init_groups(tensor=dist.get_world_size() // context, context=context)
     with pytest.MonkeyPatch.context() as patch:
         if mutation is not None:
@@ -69,7 +71,7 @@ def _run(case: dict, lengths: list[list[int]], groups: ProcessGroupCollection, s
 
 
 def forward_backward(mixer: Any, layout: TokenLayout, groups: ProcessGroupCollection) -> Results:
-    """Output and all gradients, summed over ranks as at the end of a step, for inputs and gradients from one seed."""
+    """Return output and all gradients, summed over ranks as at the end of a step, for seeded inputs."""
     shard, length = layout.shard, layout.length * layout.shard.size
     dtype, device = next(mixer.parameters()).dtype, layout.column_L.device
     generator = torch.Generator("cpu").manual_seed(2)
@@ -95,7 +97,7 @@ def forward_backward(mixer: Any, layout: TokenLayout, groups: ProcessGroupCollec
     for name, parameter in mixer.named_parameters():
         assert parameter.grad is not None, name
         if sequence and getattr(parameter, "sequence_parallel", False) or name.startswith(QK_NORMS):
-            # What Megatron-Core does for these at the end of a step.
+            # Megatron-Core sums these at the end of a step.
             dist.all_reduce(parameter.grad, group=groups.tp)
         dist.all_reduce(parameter.grad, group=groups.cp)
         results[name] = Result(parameter.grad.double().cpu(), parameter, tp_rank, tp_size)
@@ -109,7 +111,7 @@ def _gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def worst_error(by_rank: list[Results], whole: Results) -> tuple[float, str]:
-    """The largest RMS error over ranks and tensors, and the tensor's name."""
+    """Return the largest RMS error over ranks and tensors, and the tensor's name."""
     worst = (0.0, "")
     for results in by_rank:
         assert results.keys() == whole.keys()

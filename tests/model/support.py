@@ -1,4 +1,4 @@
-"""Small models and inputs for the tests of the model room."""
+"""Small models and inputs for the tests of megatron_sse/model."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -26,7 +26,7 @@ def cpu() -> Device:
 
 
 def run_config(model: dict[str, Any], sequence_length: int = 64, **sections: dict[str, Any]) -> RunConfig:
-    """A run of a model in fp32; other sections' settings on top."""
+    """Return a run of a model in fp32, with other settings by section."""
     defaults: dict[str, dict[str, Any]] = {
         "data": {"train": "unused", "sequence_length": sequence_length},
         "training": {"steps": 1, "global_batch_size": 1, "precision": "fp32"},
@@ -41,7 +41,7 @@ def run_config(model: dict[str, Any], sequence_length: int = 64, **sections: dic
 def layout_of(
     lengths: Sequence[Sequence[int]], padding: int = 0, shard: ContextShard | None = None, device: str = "cpu"
 ) -> TokenLayout:
-    """One list of document lengths per sequence; the last `padding` tokens of each are not real."""
+    """Return the layout of sequences, each given by document lengths; the last `padding` tokens of each are padding."""
     starts = np.zeros((len(lengths), sum(lengths[0])), dtype=bool)
     for row, documents in zip(starts, lengths, strict=True):
         row[np.cumsum([0, *documents[:-1]])] = True
@@ -59,7 +59,7 @@ def make_mixer(
     zigzag: bool = False,
     input_convolution: int = 0,
 ) -> SSEMixer:
-    """A mixer in fp64, its weights from draw_weights."""
+    """Return a mixer in fp64 with weights from draw_weights."""
     config = TransformerConfig(
         num_layers=1,
         hidden_size=HIDDEN,
@@ -79,7 +79,7 @@ def make_mixer(
 
 
 def draw_weights(module: torch.nn.Module, groups: ProcessGroupCollection) -> None:
-    """Weights drawn whole from one seed, so that all tensor ranks hold parts of the same."""
+    """Draw complete weights from one seed, so that all tensor ranks hold parts of the same weights."""
     generator = torch.Generator("cpu").manual_seed(1)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -91,7 +91,7 @@ def draw_weights(module: torch.nn.Module, groups: ProcessGroupCollection) -> Non
 
 
 class Tensors:
-    """Tensors by name, as conversions read them."""
+    """A source of tensors by name, as conversions read them."""
 
     def __init__(self, tensors: dict[str, torch.Tensor]):
         self.tensors = tensors
@@ -107,5 +107,5 @@ class Tensors:
 
 
 def rms_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    """Root mean square of the difference over that of the reference."""
+    """Return the root mean square of the difference over that of the reference."""
     return ((ours - reference).norm() / reference.norm().clamp(min=1e-30)).item()

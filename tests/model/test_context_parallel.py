@@ -1,4 +1,4 @@
-"""The mixer on parts of the sequences: outputs and all gradients are those of one rank, wherever documents are cut."""
+"""The mixer on parts of sequences has the outputs and gradients of one rank, wherever documents are cut."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from tests.model.mixer_runs import Results, run_mixers, worst_error
 from tests.workers import run_workers
 
 TOLERANCE = 1e-12
-# 48 tokens: slots of 24 down to 3 tokens, shorter than a chunk and than the convolution looks back.
+# 48 tokens give slots of 24 down to 3 tokens, shorter than a chunk and than the convolution looks back.
 DOCUMENTS = {
     "one": [48],
     "over three ranks": [13, 22, 13],
@@ -21,7 +21,7 @@ DOCUMENTS = {
     "one-token ends": [1, 46, 1],
     "many": [1, 2, 3, 5, 7, 11, 13, 6],
 }
-# 2 sequences x 4 banks x 2 heads x 3 key channels: no multiple of 4 ranks' rows in every case.
+# 2 sequences x 4 banks x 2 heads x 3 key channels: rows that 4 ranks cannot always share equally.
 BASE = {"num_heads": 2, "head_dim": 3, "value_head_dim": 4, "num_partitions": 3, "balance_loss": 1.0}
 CASES = {
     "gla": BASE,
@@ -39,7 +39,7 @@ CASES = {
 
 
 def runs(cases: list[str]) -> dict[tuple[str, str], tuple[dict, list[list[int]]]]:
-    """Every case with every set of documents, next to a sequence that is one document."""
+    """Return every case with every set of documents, beside a sequence that is one document."""
     return {(case, name): (CASES[case], [lengths, [48]]) for case in cases for name, lengths in DOCUMENTS.items()}
 
 
@@ -53,7 +53,7 @@ def one_rank() -> dict[tuple[str, str], Results]:
 @pytest.mark.parametrize("zigzag", [False, True], ids=["contiguous", "zigzag"])
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_like_one_rank(size: int, zigzag: bool, one_rank: dict[tuple[str, str], Results]) -> None:
-    # Eight processes are slow on small machines: the two recurrences will do there.
+    # Eight processes are slow on small machines, so only the two recurrences run with them.
     grid = runs(list(CASES) if size < 8 else ["gla", "gdn"])
     by_rank = run_workers(size, run_mixers, list(grid.values()), size, False, zigzag)
     for number, key in enumerate(grid):
@@ -75,7 +75,7 @@ def skip_hand_off(patch: pytest.MonkeyPatch) -> None:
 
 
 def forget_reset(patch: pytest.MonkeyPatch) -> None:
-    """What enters a slot leaves it, documents that start there or not."""
+    """Pass the entering states on, even where a document starts in the slot."""
     original = segments.Edges.__init__
 
     def wrong(self, entry, continues, exit_, carries, exchange):
@@ -85,7 +85,7 @@ def forget_reset(patch: pytest.MonkeyPatch) -> None:
 
 
 def forget_boundary(patch: pytest.MonkeyPatch) -> None:
-    """States enter documents that start at a slot's edge."""
+    """Let states enter documents that start at a slot's edge."""
     original = segments.Edges.__init__
 
     def wrong(self, entry, continues, exit_, carries, exchange):
@@ -127,7 +127,7 @@ def forget_halo(patch: pytest.MonkeyPatch) -> None:
         (forget_reset, "gdn", "edges on ranks", True),
         (forget_boundary, "gla", "edges on ranks", False),
         (forget_boundary, "gdn", "edges on ranks", True),
-        # In rank order the contiguous chain is the right one.
+        # In contiguous layouts rank order is correct, so only zigzag can fail.
         (chain_in_rank_order, "gla", "one", True),
         (chain_in_rank_order, "gdn", "one", True),
         (forget_transpose, "gdn", "one", False),
@@ -141,5 +141,5 @@ def test_seeded_bugs_are_seen(mutation, case, documents, zigzag, one_rank: dict[
     run = (CASES[case], [DOCUMENTS[documents], [48]])
     by_rank = run_workers(4, run_mixers, [run], 4, False, zigzag, mutation)
     error, _ = worst_error([results[0] for results in by_rank], one_rank[case, documents])
-    # Far above the tolerance, and for what crosses ranks a long memory: a tenth of a tensor and more.
+    # Errors are far above the tolerance; without the hand-off, long memory makes them a tenth of a tensor and more.
     assert error > (0.05 if mutation in (skip_hand_off, chain_in_rank_order) else 1e-5)

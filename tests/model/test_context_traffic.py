@@ -1,4 +1,4 @@
-"""What a mixer sends over its context group: the formula's bytes, whatever the length; two collectives each way."""
+"""Traffic of a mixer over its context group: the formula's bytes at any length, two collectives each way."""
 
 from collections import Counter
 
@@ -19,7 +19,7 @@ FP64 = 8
 
 
 def count(recurrence: str, length: int, zigzag: bool) -> tuple[Counter[str], Counter[str], int]:
-    """Calls, bytes and this rank of one forward and backward."""
+    """Return calls and bytes of one forward and backward pass, and this rank."""
     groups = init_groups(context=dist.get_world_size())
     settings = SSEConfig(
         recurrence=recurrence,
@@ -47,6 +47,6 @@ def test_sent_bytes_are_the_formula(size: int, length: int, recurrence: str, zig
         chain = ContextShard(rank, size, zigzag).chain
         formula = handoff_bytes(chain, rank, units, KEY_DIM, VALUE_DIM, recurrence == "gdn", element_bytes=FP64)
         assert sent["alltoall_base_"] == sum(formula)
-        # The balance loss sums N shares, N probabilities and the tokens.
+        # The balance loss sums N shares, N probabilities and the number of tokens.
         assert calls == {"alltoall_base_": 4, "allreduce_": 1}
         assert sent["allreduce_"] == 2 * (size - 1) * (2 * PARTITIONS + 1) * FP64 // size

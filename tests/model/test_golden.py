@@ -1,4 +1,4 @@
-"""Parity with numbers of the authors' code: single layers in fp64, a whole model's logits."""
+"""Parity with numbers of the authors' code: single layers in fp64, and logits of a complete model."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ from megatron_sse.parallel.layout import TokenLayout
 from tests.model.support import HIDDEN, Tensors, cpu, make_mixer, rms_error, run_config
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-# The router's probabilities were rounded to fp32 in the golden data.
+# The golden data has router probabilities rounded to fp32.
 TOLERANCE = 1e-5
 
 

@@ -1,4 +1,4 @@
-"""Initial weights: the embedding's size is a setting of its own."""
+"""Initial weights: the embedding's standard deviation is a separate setting."""
 
 import pytest
 
@@ -34,7 +34,7 @@ def test_std(settings: dict, embedding: float) -> None:
     [found] = run_workers(1, measured_std, settings)
     assert found.pop("embedding.word_embeddings.weight") == pytest.approx(embedding, rel=0.05)
     assert ("output_layer.weight" in found) != settings.get("tie_embeddings", False)
-    # One layer: what is added to the residual stream is smaller by the root of 2.
+    # With one layer, matrices that add to the residual stream are smaller by the root of 2.
     for name, std in found.items():
         smaller = 2**0.5 if name.endswith(("out_proj.weight", "linear_fc2.weight")) else 1
         assert std == pytest.approx(0.1 / smaller, rel=0.05), name

@@ -1,4 +1,4 @@
-"""Softmax attention on parts of the sequences: outputs and all gradients are those of one rank."""
+"""Softmax attention on parts of sequences has the outputs and gradients of one rank."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ from tests.parallel.zigzag_cases import PADDING, rows_after, rows_before
 from tests.workers import run_workers
 
 TOLERANCE = 1e-12
-# 48 tokens: parts of 24 to 12, documents shorter than the 2P chunks that they are cut into.
+# 48 tokens in parts of 24 to 12; some documents are shorter than the 2P chunks into which they are cut.
 DOCUMENTS = {
     "one": ((48,), (48,)),
     "over three ranks": ((13, 22, 13), (48,)),
@@ -34,7 +34,7 @@ CASES = {
     "no rotary": Case(DOCUMENTS["edges on ranks"], rotary_base=0.0),
     "one key head": Case(DOCUMENTS["over three ranks"], num_kv_heads=1),
 }
-# Contiguous parts of 9 tokens: 8 chunks do not divide the sequence.
+# Contiguous parts have 9 tokens, and 8 chunks do not divide the sequence.
 ODD = Case(((36,), (36,)), window=20)
 CORES = [TorchAttention, DocumentedTEAttention]
 
@@ -75,7 +75,7 @@ def test_sequences_that_2p_does_not_divide(core: type, one_rank: dict[str, Resul
 
 
 def forget_positions(patch: pytest.MonkeyPatch) -> None:
-    """Rotary angles of the rows as they were."""
+    """Keep the rotary angles of the original order."""
     original = attention.SoftmaxAttention._attend
 
     def wrong(self, hidden_states, attention_mask, layout):
@@ -88,7 +88,7 @@ def forget_positions(patch: pytest.MonkeyPatch) -> None:
 
 
 def keep_padding(patch: pytest.MonkeyPatch) -> None:
-    """Something stands in the rows of padding, there and on the gradient's way."""
+    """Leave ones in padding rows, in the forward and the backward exchange."""
     original = routes._exchange
 
     def wrong(x_RC, route, group):
@@ -100,7 +100,7 @@ def keep_padding(patch: pytest.MonkeyPatch) -> None:
 
 
 def forget_zigzag(patch: pytest.MonkeyPatch) -> None:
-    """Ranks hold the padded documents in contiguous parts."""
+    """Give ranks contiguous parts of the padded documents."""
     original = zigzag._document_rows
 
     def wrong(lengths_D, padded_D, size):
@@ -129,7 +129,7 @@ def test_seeded_bugs_are_seen(mutation, case: str, one_rank: dict[str, Results])
 def test_packed_documents_as_transformer_engine_takes_them(world_size: int, sequence: bool, zigzag: bool) -> None:
     case = Case(((5, 11), (16,)))
     for [call] in run_workers(world_size, calls_of, case, DocumentedTEAttention, 2, sequence, zigzag):
-        # 2P = 4: padded to 8, 12 and 16; an empty document comes last, since there is padding.
+        # 2P = 4 pads lengths 5, 11 and 16 to 8, 12 and 16; since there is padding, an empty document follows.
         assert call["shape"] == (20, NUM_HEADS * 2 // world_size, case.head_dim)
         assert call["mask"] is AttnMaskType.padding_causal and call["kind"] == "a2a"
         documents = call["documents"]
@@ -138,7 +138,7 @@ def test_packed_documents_as_transformer_engine_takes_them(world_size: int, sequ
         assert documents.cu_seqlens_q_padded.tolist() == documents.cu_seqlens_kv_padded.tolist() == [0, 8, 20, 36, 40]
         assert documents.cu_seqlens_q.dtype == documents.cu_seqlens_q_padded.dtype == torch.int32
         assert documents.max_seqlen_q == documents.max_seqlen_kv == 16
-        # No other context group than the layer's.
+        # Calls name no context group: the layer's own is used.
         assert documents.cp_group is None and documents.local_cp_size is None
 
 
@@ -158,7 +158,7 @@ def test_one_rank_has_no_padding() -> None:
 
 @pytest.mark.parametrize("sequence", [False, True], ids=["tensor", "sequence"])
 def test_hidden_states_are_what_is_sent(sequence: bool) -> None:
-    """There and back, each token once to the rank that wants it, from the tensor rank that holds it."""
+    """Each token is sent once to the rank that needs it, by the tensor rank that holds it, and once back."""
     lengths = [[5, 11], [16]]
     before = rows_before(lengths, 2, 2 if sequence else 1, False)
     after = rows_after(lengths, 2, 2 if sequence else 1)

@@ -1,4 +1,4 @@
-"""The mixer split over a tensor group: outputs and all gradients are those of one rank."""
+"""A mixer split over a tensor group has the outputs and gradients of one rank."""
 
 import pytest
 import torch.distributed as dist
@@ -50,7 +50,7 @@ def test_like_one_rank(size: int, sequence: bool, one_rank: dict[str, Results]) 
     by_rank = run_workers(size, run_mixers, RUNS, 1, sequence)
     for number, (name, case) in enumerate(CASES.items()):
         error, tensor = worst_error([results[number] for results in by_rank], one_rank[name])
-        # The reference gate's task gradient of the router cancels; what is left of it is rounding.
+        # With the reference gate the router's task gradient cancels, and only rounding remains.
         assert error < (1e-8 if case.get("gate") == "reference" else TOLERANCE), (name, tensor)
 
 
@@ -74,7 +74,7 @@ def multiply_balance_loss(patch: pytest.MonkeyPatch) -> None:
 
 
 def balance_inside_heads(patch: pytest.MonkeyPatch) -> None:
-    """The balance loss taken from the probabilities whose gradient is summed over the heads."""
+    """Take the balance loss from probabilities whose gradient is summed over heads, which counts it several times."""
     original = router_module.Router._balance_loss
 
     def wrong(self, own_LBN, routes, layout):
@@ -95,7 +95,7 @@ def forget_norm_sum(patch: pytest.MonkeyPatch) -> None:
         (forget_router_sum, True),
         (multiply_balance_loss, False),
         (multiply_balance_loss, True),
-        # Under sequence parallelism the gather's backward would give the same.
+        # With sequence parallelism, the backward pass of the gather gives the same result.
         (balance_inside_heads, False),
         (forget_norm_sum, False),
         (forget_norm_sum, True),

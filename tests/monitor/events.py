@@ -1,4 +1,4 @@
-"""What a run wrote for TensorBoard, and what its monitor warned of."""
+"""A run's TensorBoard events and its monitor's warnings."""
 
 import logging
 from pathlib import Path
@@ -9,14 +9,14 @@ from megatron_sse.training.loop import Run, Signals
 
 
 def read_events(run_folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Steps and values by scalar name."""
+    """Return steps and values by scalar name."""
     events = EventAccumulator(str(run_folder / "tensorboard"))
     events.Reload()
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
 def run_and_listen(run: Run) -> list[str]:
-    """Train to the end; the monitor's warnings."""
+    """Train to the end and return the monitor's warnings."""
     lines: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]

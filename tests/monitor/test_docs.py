@@ -1,4 +1,4 @@
-"""The commands of docs/observe.md do what it says, and its table of tags is what a run writes."""
+"""The commands of docs/observe.md work as it says, and its table lists the tags that a run writes."""
 
 import json
 import re
@@ -43,7 +43,7 @@ def run(config: RunConfig) -> None:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the page's runs have been made, smaller and shorter, on tokens of their own."""
+    """Return a folder with smaller and shorter versions of the page's runs, on random tokens."""
     folder = tmp_path_factory.mktemp("observe")
     write_tokens(str(folder / "train"), random_documents(300, 40))
     Metadata("bytes", 257, 300, 6000, 6000, 4.5).write(folder / "train.json")
@@ -70,7 +70,7 @@ def test_the_table_has_every_tag_and_no_other(workplace: Path) -> None:
         re.sub(r"share_\d+", "share_K", re.sub(r"layer_\d\d", "layer_NN", tag))
         for tag in read_events(workplace / "runs/quickstart")
     }
-    # Of a CPU no peak is known, and there is no task.
+    # A CPU has no known peak, and these runs have no task.
     assert named - {"speed/mfu", "validation/accuracy"} == written
 
 
@@ -86,7 +86,7 @@ def test_tensorboard_shows_the_runs(workplace: Path) -> None:
     try:
         address = next(found[0] for line in process.stderr if (found := re.search(r"http://\S+:\d+", line)))
         runs: dict[str, object] = {}
-        # The events are read while the server answers already.
+        # The server answers before it has read all events.
         while len(runs) < 2:
             assert process.poll() is None
             with urllib.request.urlopen(f"{address}/data/plugin/scalars/tags") as answer:

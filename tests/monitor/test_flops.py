@@ -1,4 +1,4 @@
-"""Counts by hand: hidden 8, MLP 24, vocabulary 10, one layer. Products are multiply-adds, so two operations each."""
+"""Operations counted by hand: hidden 8, MLP 24, vocabulary 10, one layer; a multiply-add is two operations."""
 
 import pytest
 
@@ -25,13 +25,13 @@ def model(layers, num_layers=1, softmax=None, **sse):
     )
 
 
-# q and k 8 x 6 each, v 8 x 20, out 20 x 8, output gate 8 x 5 and 5 x 20.
+# q and k are 8 x 6 each, v 8 x 20, out 20 x 8, the output gate 8 x 5 and 5 x 20.
 LINEAR = 2 * 8 * 6 + 8 * 20 + 20 * 8 + 8 * 5 + 5 * 20
 GLA_GATE = 8 * 7 + 7 * 6
 GDN_GATES = 2 * 8 * 4
-# 4 value heads with states of 3 x 5.
+# There are 4 value heads with states of 3 x 5.
 STATE = 4 * 3 * 5
-# Router 8 x 3; the sparse banks' queries and keys 8 x 5 and 5 x 6 each.
+# The router is 8 x 3; the sparse banks' queries and keys are 8 x 5 and 5 x 6 each.
 SPARSE = 8 * 3 + 2 * (8 * 5 + 5 * 6)
 TWO_READERS = {"num_partitions": 3, "num_writers": 1, "num_readers": 2}
 
@@ -53,9 +53,9 @@ CASES = {
     ),
     "convolution": (model("gla", short_convolution=4), LINEAR + 2 * 4 * 6 + GLA_GATE + 2 * STATE),
     "key from decay": (model("gla", key_map="one_minus_decay"), LINEAR - 8 * 6 + GLA_GATE + 2 * STATE),
-    # q 8 x 8, k and v 8 x 4 each, out 8 x 8; scores and sums of 4 heads x 2 over (1 + ... + 16) / 16 = 8.5 tokens.
+    # q is 8 x 8, k and v 8 x 4 each, out 8 x 8; 4 heads of 2 score and sum over (1 + ... + 16) / 16 = 8.5 tokens.
     "softmax": (model("softmax", softmax=SOFTMAX), 8 * 8 + 2 * 8 * 4 + 8 * 8 + 2 * 8 * 8.5),
-    # A window of 4: 1, 2, 3, then 4 for the other 13 tokens.
+    # A window of 4 covers 1, 2, 3, then 4 tokens for the other 13.
     "window": (model("softmax", softmax={**SOFTMAX, "window": 4}), 192 + 2 * 8 * (1 + 2 + 3 + 13 * 4) / 16),
 }
 

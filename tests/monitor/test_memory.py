@@ -1,4 +1,4 @@
-"""Memory snapshots with stand-ins for torch.cuda's functions, and what a run that finds no room says."""
+"""Memory snapshots with stand-ins for torch.cuda's functions, and the error of a run that is out of memory."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ from tests.workers import run_workers
 
 
 def record(folder: Path, first: int, last: int, start: int, end: int) -> list[str]:
-    """What a window from `first` to `last` asks of torch in steps `start` to `end`."""
+    """Return the calls to torch, in steps `start` to `end`, of a window from `first` to `last`."""
     calls: list[str] = []
 
     def switch(enabled: str | None = "all", max_entries: int = 0) -> None:
@@ -79,7 +79,7 @@ def test_a_gpu_without_room_leaves_a_snapshot(tmp_path: Path) -> None:
 
 
 def test_a_run_without_room_says_what_to_change(tmp_path: Path) -> None:
-    # An embedding beyond any address space, which no system promises to hold.
+    # This embedding exceeds any address space, so that its allocation fails.
     config = small_run(tmp_path, model={"vocab_size": 1 << 43})
     path = tmp_path / "run.yaml"
     path.write_text(config.to_yaml())

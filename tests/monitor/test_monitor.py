@@ -37,7 +37,7 @@ def small_config(folder, layout=None, **monitor):
 
 
 def fake_means(layer, tensor_rank, data_rank):
-    """Metrics that differ by layer and rank, so that a wrong mean shows."""
+    """Return metrics that differ by layer and rank, so that a wrong mean is noticed."""
     rank = tensor_rank + 10 * data_rank
     means = {"decay": layer + rank, "state_norm": 2 * layer + rank}
     if layer <= 2:
@@ -47,7 +47,7 @@ def fake_means(layer, tensor_rank, data_rank):
 
 
 def run_monitor(folder, layout=None, steps=4, log_interval=1, memory_steps=None):
-    """A run of `steps` steps; returns what this rank logged."""
+    """Run the monitor for `steps` steps and return what this rank logged."""
     config = small_config(folder, layout, log_interval=log_interval, memory_steps=memory_steps)
     parallel = config.parallel
     groups = init_groups(parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, parallel.context)
@@ -103,7 +103,7 @@ def test_events_are_complete_at_any_layout(name, tmp_path):
     assert scalars["validation/bits_per_byte"] == [(4, pytest.approx(1.5))] * 2
     assert scalars["validation/accuracy"] == [(4, 0.25)]
 
-    # Ranks count 0 and 1 over the tensor group, 0 and 10 over data-parallel ranks: their means.
+    # Tensor ranks add 0 and 1, data-parallel ranks 0 and 10, which gives these means.
     offset = {"TP2": 0.5, "DP2": 5.0}.get(name, 0.0)
     for layer in (1, 2, 3):
         prefix = f"sse/layer_{layer:02d}"
@@ -115,7 +115,7 @@ def test_events_are_complete_at_any_layout(name, tmp_path):
         assert scalars[f"{prefix}/balance_loss"][0] == (2, 4 * layer + offset)
         for partition in range(PARTITIONS):
             assert scalars[f"{prefix}/share_{partition + 1}"][0] == (2, 100 * layer + partition)
-    # A gla layer has no router, a softmax layer no health.
+    # gla layers have no router, and softmax layers have no health metrics.
     assert not [tag for tag in scalars if tag.startswith("sse/layer_03/share")]
     assert not [tag for tag in scalars if tag.startswith("sse/layer_04")]
 
@@ -138,7 +138,7 @@ def test_console_says_what_happens_and_where_things_are(tmp_path):
 def test_log_interval_gives_means_over_its_steps(tmp_path):
     (lines,) = run_workers(1, run_monitor, str(tmp_path), None, 10, 4)
     assert [line.split(" |")[0] for line in lines if "tokens/s" in line] == ["step 4/10", "step 8/10", "step 10/10"]
-    # Steps 5 to 8 take 0.25 s times their number.
+    # Step n takes n x 0.25 s, here for steps 5 to 8.
     assert read_events(tmp_path / "run")["speed/tokens_per_second"][1] == (
         8,
         pytest.approx(4000 / (0.25 * (5 + 6 + 7 + 8))),

@@ -1,4 +1,4 @@
-"""Profiler windows on CPU ranks: which steps, which ranks, and what is left of a window that a run does not finish."""
+"""Profiler windows on CPU ranks: their steps and ranks, and the trace of a window that a run does not finish."""
 
 import gzip
 import json
@@ -12,7 +12,7 @@ from tests.workers import run_workers
 
 
 def take_steps(folder: Path, first: int, last: int, start: int, end: int) -> None:
-    """Steps `start` to `end` of a run, step n being n products, with a window from `first` to `last`."""
+    """Run steps `start` to `end`, step n with n products, and a window from `first` to `last`."""
     window = ProfileWindow([first, last], folder, on_gpu=False)
     square = torch.ones(8, 8)
     for step in range(start, end + 1):
@@ -24,7 +24,7 @@ def take_steps(folder: Path, first: int, last: int, start: int, end: int) -> Non
 
 
 def read_traces(folder: Path) -> list[int]:
-    """Number of products in each trace."""
+    """Return the number of products in each trace."""
     counts = []
     for path in sorted((folder / "tensorboard/profile").glob("rank0_steps_*.pt.trace.json.gz")):
         events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]

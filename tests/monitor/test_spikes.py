@@ -1,4 +1,4 @@
-"""F20: a loss or gradient norm far above the last ones is warned of, and nothing else is."""
+"""Warnings of a loss or gradient norm far above the last ones, and of nothing else (F20)."""
 
 import math
 from pathlib import Path
@@ -16,7 +16,7 @@ FACTOR = 10.0
 
 
 def check(values: Any, factor: float = FACTOR) -> list[int]:
-    """Numbers of the values that are spikes."""
+    """Return the numbers of the values that are spikes."""
     spikes = Spikes(factor)
     found = [number for number, value in enumerate(values) if spikes.check({"loss": float(value)})]
     assert spikes.count == len(found)
@@ -24,7 +24,7 @@ def check(values: Any, factor: float = FACTOR) -> list[int]:
 
 
 def curve(num_steps: int = 400) -> np.ndarray:
-    """A loss that falls from 8 to 2 with the noise of small batches."""
+    """Return a loss curve that falls from 8 to 2 with the noise of small batches."""
     return 2 + 6 * np.exp(-np.arange(num_steps) / 60) + np.random.default_rng(0).normal(0, 0.1, num_steps)
 
 
@@ -85,7 +85,7 @@ def test_names_are_compared_apart_and_a_step_counts_once() -> None:
 
 
 def run_with_a_high_rate(folder: Path, high_at: int | None) -> list[str]:
-    """Warnings of a run whose learning rate is far too high in one step."""
+    """Return the warnings of a run whose learning rate is far too high in one step."""
     training = {"steps": 36, "global_batch_size": 4, "precision": "fp32"}
     run = start(small_run(folder, training=training, monitor={"tensorboard": True}))
     rate = run.learning_rate
@@ -101,6 +101,6 @@ def test_f20_a_spike_of_a_run_is_warned_of_and_counted(tmp_path: Path, high_at: 
     if high_at is None:
         assert lines == [] and set(counts.values()) == {0}
         return
-    # The step after the one that spoilt the weights is the first to show it.
+    # The step after the one that spoilt the weights is the first with a high loss.
     assert lines[0].startswith("step 31/36 | SPIKE: loss "), lines
     assert counts[30] == 0 and counts[31] == 1

@@ -1,4 +1,4 @@
-"""A rank that has more work than the others is named; ranks that wait for it, or have other work, are not."""
+"""The monitor names a rank with more work than the others, but not ranks that wait or have different work."""
 
 import os
 import socket
@@ -30,7 +30,7 @@ def test_stages_differ_in_their_work() -> None:
 
 
 class FakeEvent:
-    """A stand-in for torch.cuda.Event on a device whose time goes on by a second with every event."""
+    """A stand-in for torch.cuda.Event on a device whose time advances by a second with every event."""
 
     now = 0.0
 
@@ -55,7 +55,7 @@ def test_on_a_gpu_events_around_the_passes_are_added_up(monkeypatch: pytest.Monk
 
 
 def run_with_a_slow_rank(folder: Path, parallel: dict[str, Any], slow: int | None) -> list[str]:
-    """Warnings of a run in which one rank has extra work in each forward pass of its SSE layer."""
+    """Return the warnings of a run in which one rank has extra work in each forward pass of its SSE layer."""
     training = {"steps": 6, "global_batch_size": 4, "micro_batch_size": 2, "precision": "fp32"}
     monitor = {"tensorboard": True, "health_interval": 3, "straggler_factor": FACTOR}
     run = start(small_run(folder, training=training, monitor=monitor, parallel=parallel))
@@ -66,7 +66,7 @@ def run_with_a_slow_rank(folder: Path, parallel: dict[str, Any], slow: int | Non
     return run_and_listen(run)
 
 
-# In a tensor group the others wait inside of the passes, with copies of the model after them.
+# Tensor ranks wait for the slow one inside the passes, data-parallel ranks after them.
 @pytest.mark.parametrize("parallel", [{"tensor": 2}, {}], ids=str)
 @pytest.mark.parametrize("slow", [1, None])
 def test_the_slow_rank_is_named_and_equal_ranks_are_not(

@@ -1,4 +1,4 @@
-"""Chains of slots with known answers: the whole chain in one process, and the same spread over ranks."""
+"""Chains of slots with known answers, in one process and spread over ranks."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from tests.workers import run_workers
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes are odd on purpose: 3 units and 15 channels do not divide by 2 or 4."""
+    """Sizes and settings of a hand-off; the odd sizes (3 units, 15 channels) do not divide by 2 or 4."""
 
     size: int = 2
     zigzag: bool = False
@@ -42,7 +42,7 @@ class Case:
 
 @dataclass
 class Slots:
-    """Tensors of slots, in chain order or of one rank; `weight` makes a loss of what enters: its gradient there."""
+    """Tensors of slots, in chain order or of one rank; `weight` is the loss's gradient for the entering states."""
 
     transition: Tensor
     state: Tensor
@@ -50,7 +50,7 @@ class Slots:
 
 
 def whole_chain(case: Case) -> Slots:
-    """Transitions near 1: what enters a slot is a good part of what leaves it."""
+    """Return a chain with transitions near 1, so that entering states are a large part of leaving ones."""
     generator = torch.Generator().manual_seed(case.seed)
     shape = (len(case.chain), case.units, case.key_dim)
 
@@ -73,9 +73,9 @@ def whole_chain(case: Case) -> Slots:
 
 
 def serial_fold(slots: Slots) -> tuple[Tensor, Tensor, Tensor]:
-    """What enters each slot, gradients of transitions and states: one process, torch's own autograd."""
+    """Return entering states and gradients of transitions and states, by torch's autograd in one process."""
     transition, state = (x.clone().requires_grad_() for x in (slots.transition, slots.state))
-    # Zeros that autograd knows of.
+    # Zeros that are connected to the graph.
     entering = [state[0] * 0]
     for here in range(len(state) - 1):
         entering.append(apply_transition(transition[here], entering[here]) + state[here])
@@ -94,7 +94,7 @@ def own_slots(case: Case, rank: int) -> Slots:
 
 
 def make_hand_off(case: Case, chain: Chain | None = None) -> HandOff:
-    """Over all processes of this world."""
+    """Return a hand-off over all processes of this world."""
     chain = chain or case.chain
     if case.algorithm != "two_level":
         return HandOff(chain, dist.group.WORLD, case.algorithm, case.wire)
@@ -109,7 +109,7 @@ def _node_groups(node_size: int) -> tuple[Any, Any]:
 
 
 def scan_own_slots(case: Case, bug: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """On one rank: what enters its slots, gradients of its transitions and states. `bug`: what to break."""
+    """Return this rank's entering states and gradients of transitions and states. bug: the fault to inject."""
     own = own_slots(case, dist.get_rank())
     hand_off = make_hand_off(case, tuple(sorted(case.chain)) if bug == "rank order" else None)
     broken: dict[str, Any] = {}
@@ -129,7 +129,7 @@ def _skip(hand_off: HandOff, transition: Tensor | None, state: Tensor, kept: Any
 
 
 def scan_over_ranks(case: Case, bug: str | None = None) -> list[Tensor]:
-    """The results of scan_own_slots on all ranks, in chain order."""
+    """Return the results of scan_own_slots on all ranks, in chain order."""
     return in_chain_order(case, run_workers(case.size, scan_own_slots, case, bug))
 
 

@@ -23,7 +23,7 @@ VOCAB, LENGTH, GLOBAL_BATCH = 128, 16, 4
 
 @dataclass(frozen=True)
 class Layout:
-    """How a test splits the model; data parallelism takes the processes that are left."""
+    """The split of the model; data parallelism takes the remaining processes."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -33,7 +33,7 @@ class Layout:
 
 
 def build_chunks(layout: Layout, groups: ProcessGroupCollection) -> list[GPTModel]:
-    """The model chunks of this rank, before DDP, with weights that depend on their name alone."""
+    """Return the model chunks of this rank, before DDP, with weights that depend only on their names."""
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     interleaved = layout.virtual_pipeline > 1
     config = TransformerConfig(
@@ -81,7 +81,7 @@ def build_chunks(layout: Layout, groups: ProcessGroupCollection) -> list[GPTMode
 
 
 def named_parameters(chunk: GPTModel) -> Iterator[tuple[str, Any]]:
-    """Parameters with names that count the layers of the whole model."""
+    """Yield parameters with names that count the layers of the complete model."""
     for name, parameter in chunk.named_parameters():
         parts = name.split(".")
         if parts[:2] == ["decoder", "layers"]:
@@ -102,7 +102,7 @@ def _fill(name: str, parameter: Any, groups: ProcessGroupCollection) -> None:
 
 
 def wrap(chunks: list[GPTModel], layout: Layout, groups: ProcessGroupCollection) -> list[DistributedDataParallel]:
-    """Megatron's DDP around every chunk, gradients in fp32."""
+    """Wrap every chunk in Megatron's DDP, with gradients in fp32."""
     settings = DistributedDataParallelConfig(
         use_distributed_optimizer=layout.distributed_optimizer, grad_reduce_in_fp32=True
     )
@@ -113,18 +113,18 @@ def wrap(chunks: list[GPTModel], layout: Layout, groups: ProcessGroupCollection)
 
 
 def tokens_of_step(step: int) -> torch.Tensor:
-    """[GLOBAL_BATCH, LENGTH + 1] int64, the same in every layout."""
+    """Return tokens [GLOBAL_BATCH, LENGTH + 1], int64, the same in every layout."""
     generator = torch.Generator().manual_seed(100 + step)
     return torch.randint(VOCAB, (GLOBAL_BATCH, LENGTH + 1), generator=generator)
 
 
 def micro_batches(step: int, groups: ProcessGroupCollection) -> list[torch.Tensor]:
-    """The sequences of this data-parallel rank, one per micro-batch."""
+    """Return the sequences of this data-parallel rank, one per micro-batch."""
     return list(tokens_of_step(step)[groups.dp.rank() :: groups.dp.size()].split(1))
 
 
 def full_gradients(chunks: list[DistributedDataParallel], groups: ProcessGroupCollection) -> dict[str, torch.Tensor]:
-    """Gradients of this rank's layers, put together over the tensor and (distributed optimizer) data groups."""
+    """Return the complete gradients of this rank's layers, gathered over the tensor and (if sharded) data groups."""
     for chunk in chunks:
         for bucket in (bucket for buffer in chunk.buffers for bucket in buffer.buckets):
             if chunk.ddp_config.use_distributed_optimizer:
@@ -143,7 +143,7 @@ def full_gradients(chunks: list[DistributedDataParallel], groups: ProcessGroupCo
 
 
 def train(layout: Layout, num_steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Train for some steps; returns the mean loss of each step (last stage only) and the gradients of the first."""
+    """Train some steps and return the mean loss of each (last stage only) and the gradients of the first."""
     groups = init_groups(layout.tensor, layout.pipeline, layout.virtual_pipeline)
     chunks = wrap(build_chunks(layout, groups), layout, groups)
     config = chunks[0].config

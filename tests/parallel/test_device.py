@@ -1,4 +1,4 @@
-"""The CPU stand-ins for CUDA: what Megatron-Core asks of CUDA is answered by the CPU, in the backward pass too."""
+"""The CPU stand-ins for CUDA: the CPU serves Megatron-Core's CUDA calls, also in the backward pass."""
 
 import logging
 import subprocess
@@ -15,7 +15,7 @@ from tests.workers import run_workers
 
 
 class AsksForCuda(torch.autograd.Function):
-    """Makes tensors on "cuda" in both directions, as Megatron-Core does."""
+    """A function that creates tensors on "cuda" in both directions, as Megatron-Core does."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -56,7 +56,7 @@ def backward_asks_for_cuda(how: str) -> torch.Tensor:
 
 
 def dropout_inside_and_outside() -> tuple[list[torch.Tensor], int]:
-    """Two draws outside and two inside the tracker's fork, mixed; and how many messages the tracker logged."""
+    """Return alternating draws outside and inside the tracker's fork, and the number of messages it logged."""
     messages: list[logging.LogRecord] = []
     handler = logging.Handler()
     handler.emit = messages.append  # type: ignore[assignment,method-assign]

@@ -73,7 +73,7 @@ def test_a_world_that_does_not_divide_is_an_error_on_every_rank() -> None:
 
 
 def gloo_threads() -> int:
-    """Threads that wait for data once a layout's groups have been used."""
+    """Return the number of threads that wait for data once a layout's groups have been used."""
     init_groups(tensor=2)
     value = torch.ones(1)
     for group in [*dist.distributed_c10d._world.pg_map]:

@@ -1,4 +1,4 @@
-"""States over ranks equal one serial fold, values and gradients, by every algorithm; broken on purpose, they do not."""
+"""Hand-off over ranks equals a serial fold, with gradients, for every algorithm, and injected bugs are seen."""
 
 from dataclasses import replace
 from itertools import product
@@ -61,7 +61,7 @@ def test_any_shape(name: str) -> None:
     "case", [Case(size=size, **kind) for size, kind in product((2, 4, 8), KINDS_AND_CHAINS)], ids=str
 )
 def test_the_cases_remember(case: Case) -> None:
-    """With gates that forget everything the chain would not be exercised."""
+    """The cases' gates remember: with gates that forget everything, no test would exercise the chain."""
     slots = whole_chain(case)
     entering, *_ = serial_fold(slots)
     arrived = apply_transition(slots.transition, entering)[1:]
@@ -82,7 +82,7 @@ def test_one_rank_needs_no_group(kind: dict[str, bool], algorithm: str) -> None:
 
 @pytest.mark.parametrize("zigzag", [False, True])
 def test_algorithms_agree_bitwise_on_decays(zigzag: bool) -> None:
-    """Sums are done in the same order everywhere, and where they are done does not matter."""
+    """All algorithms sum in the same order, so results are bitwise equal wherever the sums are computed."""
     case = Case(size=4, zigzag=zigzag, dtype=torch.float32)
     by_algorithm = [scan_over_ranks(replace(case, algorithm=name)) for name in ("p2p", "exscan", "allgather")]
     for results in by_algorithm[1:]:
@@ -98,7 +98,7 @@ def test_repeated_runs_are_bitwise_equal(algorithm: str, matrix: bool) -> None:
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_bf16_wire(algorithm: str) -> None:
-    """States are rounded once or twice on the way (by p2p at every hop), never inside the fold."""
+    """A bf16 wire rounds states once or twice when sent (p2p at every hop), never inside the fold."""
     case = Case(size=4, zigzag=True, units=8, key_dim=16, value_dim=16, algorithm=algorithm, dtype=torch.float32)
     results = scan_over_ranks(replace(case, wire=torch.bfloat16))
     expected = serial_fold(whole_chain(replace(case, dtype=torch.float64)))
@@ -110,7 +110,7 @@ def test_bf16_wire(algorithm: str) -> None:
 
 
 def several_in_flight(case: Case) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """All forwards before the first backward, as in a pipeline; each micro-batch has its own data."""
+    """Run all forward passes before the first backward pass, as in a pipeline, each with data of its own."""
     owns = [own_slots(replace(case, seed=seed), dist.get_rank()) for seed in range(3)]
     enterings = [exclusive_scan(own.transition, own.state, make_hand_off(case)) for own in owns]
     for own, entering in zip(owns, enterings, strict=True):
@@ -144,7 +144,7 @@ def test_recomputed_in_backward(algorithm: str) -> None:
 
 
 def in_a_subgroup(case: Case) -> tuple[Tensor, Tensor, Tensor]:
-    """Ranks 0 and 2, 1 and 3: places in the group are not ranks of the world."""
+    """Scan in groups of ranks 0 and 2, and 1 and 3, where group ranks differ from global ranks."""
     groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
     group = groups[dist.get_rank() % 2]
     own = own_slots(replace(case, seed=dist.get_rank() % 2), group.rank())
@@ -162,7 +162,7 @@ def test_group_that_is_not_the_world(algorithm: str) -> None:
         assert worst_error(in_chain_order(case, by_rank[seed::2]), expected) < 1e-12
 
 
-# --- broken on purpose ---
+# --- injected bugs ---
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -182,7 +182,7 @@ def test_bugs_are_seen(bug: str, case: Case, algorithm: str) -> None:
     results = scan_over_ranks(case, bug)
     assert worst_error(results, expected) > 1e-2
     if bug == "not transposed":
-        # Forward is right: only gradients show it.
+        # The forward pass is correct; only gradients are wrong.
         assert worst_error(results[:1], expected[:1]) < 1e-12
 
 

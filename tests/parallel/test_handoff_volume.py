@@ -1,4 +1,4 @@
-"""What a hand-off costs: bytes as the formula says, collectives and memory that do not grow with the ranks."""
+"""Costs of a hand-off: bytes by the formula, and collectives and memory that do not grow with the ranks."""
 
 from collections import Counter
 from dataclasses import replace
@@ -100,7 +100,7 @@ def test_one_rank_sends_nothing() -> None:
 
 @pytest.mark.parametrize("matrix", [False, True])
 def test_bytes_of_exscan_do_not_grow_with_the_ranks(matrix: bool) -> None:
-    """(P - 1) / P of twice the states and once the transitions; the P-th part stays where it is."""
+    """exscan sends (P - 1) / P of twice the states and once the transitions; the P-th part stays on its rank."""
     units, key_dim, value_dim = 5 * 1024, 128, 128
     states = 4 * units * key_dim * value_dim
     transitions = states * (key_dim if matrix else 1) // value_dim
@@ -117,12 +117,12 @@ def test_two_levels_send_less_between_nodes_than_exscan() -> None:
     chain = ContextShard(0, 64).chain
     inside = handoff_bytes(ContextShard(0, 8).chain, 0, 17 * 16, 128, 128, False)[0]
     between = handoff_bytes(chain, 0, 17 * 16, 128, 128, False, "two_level", node_size=8)[0] - inside
-    # Of 64 ranks 56 are on other nodes.
+    # 56 of 64 ranks are on other nodes.
     assert 0 < between < 0.6 * handoff_bytes(chain, 0, 17 * 16, 128, 128, False)[0] * 56 / 63
 
 
 class LiveMemory(TorchDispatchMode):
-    """Bytes of the tensors that live at one time and were made inside: the largest sum is `peak`."""
+    """A mode that tracks the bytes of live tensors created inside it; `peak` is the largest sum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class LiveMemory(TorchDispatchMode):
 
 
 def peak_memory(case: Case) -> tuple[float, float, float]:
-    """Forward, kept between, backward: in units of one rank's states, over what was there before.
+    """Return memory of forward, between passes, and backward, above the start, in units of one rank's states.
 
     Collectives only fill their outputs here: gloo's threads hold on to buffers for a while.
     """
@@ -164,7 +164,7 @@ def test_memory_of_exscan_does_not_grow_with_the_ranks(matrix: bool) -> None:
     peaks = {size: peak_memory(replace(case, size=size)) for size in (2, 4, 8, 64)}
     for size in (4, 8, 64):
         assert all(larger <= smaller for larger, smaller in zip(peaks[size], peaks[2], strict=True)), peaks
-    # What enters and this rank's part of the transitions are kept; matrices are as large as states here.
+    # Entering states and this rank's part of the transitions are kept; here matrices are as large as states.
     forward, kept, backward = peaks[2]
     assert kept == (2 if matrix else 1 + 1 / 16)
     assert forward < (4.6 if matrix else 3.2) and backward < (5.1 if matrix else 4.2), peaks

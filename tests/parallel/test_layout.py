@@ -6,7 +6,7 @@ from megatron_sse.parallel.layout import TokenLayout
 
 
 def brute_force(starts_BL):
-    """Documents found token by token."""
+    """Find documents token by token."""
     documents, positions, offsets = [], [], []
     for row in starts_BL:
         for column, start in enumerate(row):

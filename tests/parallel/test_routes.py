@@ -1,4 +1,4 @@
-"""Tokens rearranged over ranks: every row, every gradient and every byte, against loops in one process."""
+"""Tokens rearranged over ranks: rows, gradients and bytes against loops in one process."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from tests.parallel.zigzag_cases import (
 )
 from tests.workers import run_workers
 
-# World and context size; the rest of the world is tensor ranks under sequence parallelism.
+# World and context size; the other ranks are tensor ranks with sequence parallelism.
 WORLDS = [(2, 2), (4, 4), (4, 2)]
 
 
@@ -28,7 +28,7 @@ def test_rows_gradients_and_bytes(world_size: int, context: int, zigzag: bool) -
         before = rows_before(lengths, context, world_size // context, zigzag)
         after = rows_after(lengths, context, world_size // context)
         results = [results[number] for results in by_rank]
-        # Where each token goes decides its gradient.
+        # A token's destination determines its gradient.
         token_grad = torch.zeros(sum(map(sum, lengths)), CHANNELS, dtype=torch.float64)
         for rows, result in zip(after, results, strict=True):
             real = torch.tensor(rows) != PADDING
@@ -46,7 +46,7 @@ def test_rows_gradients_and_bytes(world_size: int, context: int, zigzag: bool) -
 
 @pytest.mark.parametrize("seed", range(5))
 def test_any_rearrangement(seed: int) -> None:
-    """Ranks of unequal sizes, some without a row, padding on both sides: sent by hand."""
+    """Any rearrangement equals rows moved by hand: unequal ranks, some without rows, padding on both sides."""
     random = np.random.default_rng(seed)
     tokens, size = 40, 5
     before, after = (

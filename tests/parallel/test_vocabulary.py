@@ -1,4 +1,4 @@
-"""The likeliest token of logits that are split between ranks is that of the whole."""
+"""The likeliest token of logits split over ranks equals that of the complete logits."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def find_likeliest(logits_XV: torch.Tensor, vocab_size: int) -> list[int]:
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("vocab_size", [PADDED, 13, 5])
 def test_like_one_rank(world_size: int, vocab_size: int) -> None:
-    """Also where a rank has nothing but padding, where several are alike, and where all are below zero."""
+    """Split logits give the same token, also with ranks of padding only, with ties, and with all logits negative."""
     logits_XV = torch.randint(-9, -1, (ROWS, PADDED), generator=torch.Generator().manual_seed(0)).bfloat16()
     logits_XV[:, vocab_size:] = 7.0
     expected = [row.index(max(row)) for row in logits_XV[:, :vocab_size].tolist()]

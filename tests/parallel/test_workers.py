@@ -1,4 +1,4 @@
-"""The pool of gloo workers that other tests build on: results by rank, failures that name the rank, no hangs."""
+"""The pool of gloo workers that other tests use: results by rank, failures that name the rank, no hangs."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Micro-batches in zigzag as Transformer Engine documents it: its thd_get_partitioned_indices, and cu_seqlens."""
+"""Zigzag micro-batches as Transformer Engine documents them: thd_get_partitioned_indices and cu_seqlens."""
 
 from itertools import pairwise
 
@@ -16,7 +16,7 @@ def make(lengths: list[list[int]], rank: int, size: int, tensor_rank: int = 0, t
 
 
 def partitioned_indices(padded: list[int], total: int, size: int, rank: int) -> list[int]:
-    """What Transformer Engine's function of that name computes."""
+    """Return what Transformer Engine's thd_get_partitioned_indices computes."""
     local = [offset // size for offset in padded]
     indices = []
     for token in range(total // size):
@@ -68,7 +68,7 @@ def test_what_is_not_padded_says_so() -> None:
 
 
 def test_padding_of_the_last_document_is_before_another() -> None:
-    """Transformer Engine up to 2.17 compares all offsets but the last to see whether anything is padded."""
+    """Padding is never only in the last document, since Transformer Engine up to 2.17 ignores the last offset there."""
     documents = make([[16, 30]], 0, 2).documents
     assert documents.cu_seqlens_q.tolist() == [0, 16, 46, 46]
     assert documents.cu_seqlens_q_padded.tolist() == [0, 16, 48, 52]

@@ -1,4 +1,4 @@
-"""Which token is in which row of a micro-batch in zigzag, found by loops, and one rearrangement on every rank."""
+"""Rows of zigzag micro-batches, found by loops, and a rearrangement on every rank."""
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from megatron_sse.parallel.traffic import Traffic
 
 CHANNELS = 3
 PADDING = -1
-# Document lengths of each sequence, 48 tokens: shorter than 2P, longer, cut on edges of ranks and elsewhere.
+# Document lengths of each sequence of 48 tokens: shorter and longer than 2P, cut at edges of ranks and elsewhere.
 BATCHES = {
     "one": [[48]],
     "two sequences": [[48], [48]],
@@ -26,7 +26,7 @@ BATCHES = {
 
 
 def starts_of(lengths: list[list[int]]) -> np.ndarray:
-    """Bool [B, G]."""
+    """Return document starts, bool [B, G]."""
     starts = np.zeros((len(lengths), sum(lengths[0])), dtype=bool)
     for row, documents in zip(starts, lengths, strict=True):
         row[np.cumsum([0, *documents[:-1]])] = True
@@ -34,12 +34,12 @@ def starts_of(lengths: list[list[int]]) -> np.ndarray:
 
 
 def is_packed(lengths: list[list[int]], size: int) -> bool:
-    """Whether the sequences cannot stay as they are: documents begin inside, or 2P chunks do not divide them."""
+    """Check whether sequences must be packed: documents start inside, or 2P chunks do not divide them."""
     return any(len(documents) > 1 for documents in lengths) or sum(lengths[0]) % (2 * size) > 0
 
 
 def rows_before(lengths: list[list[int]], size: int, tensor_size: int, zigzag: bool) -> list[list[int]]:
-    """Tokens in the rows of every rank's hidden states [L, B]."""
+    """Return the tokens in the rows of every rank's hidden states [L, B]."""
     length = sum(lengths[0])
     parts = []
     for rank in range(size):
@@ -49,7 +49,7 @@ def rows_before(lengths: list[list[int]], size: int, tensor_size: int, zigzag: b
 
 
 def rows_after(lengths: list[list[int]], size: int, tensor_size: int) -> list[list[int]]:
-    """Tokens in the rows of every rank in zigzag."""
+    """Return the tokens in the rows of every rank in zigzag order."""
     if not is_packed(lengths, size):
         return rows_before(lengths, size, tensor_size, zigzag=True)
     parts: list[list[int]] = [[] for _ in range(size)]
@@ -69,22 +69,22 @@ def rows_after(lengths: list[list[int]], size: int, tensor_size: int) -> list[li
 
 
 def cut(rows: list[int], pieces: int) -> list[list[int]]:
-    """Equal consecutive pieces."""
+    """Return equal consecutive pieces of the rows."""
     assert len(rows) % pieces == 0
     each = len(rows) // pieces
     return [rows[piece * each : (piece + 1) * each] for piece in range(pieces)]
 
 
 def values_of(numbers: list[int], channels: int = CHANNELS) -> Tensor:
-    """Rows that tell tokens apart, [R, C]; zeros for padding."""
+    """Return rows [R, C] that identify tokens; zeros for padding."""
     row = torch.tensor(numbers, dtype=torch.float64) + 1
     return row[:, None] * 10.0 ** torch.arange(channels)
 
 
 def run_routes(batches: list[list[list[int]]], context: int, zigzag: bool) -> list[tuple]:
-    """For each batch: rows before and after, there and back, the gradient, and the traffic of both directions.
+    """Return for each batch the rows there and back, the gradient, and the traffic of both directions.
 
-    What the context ranks leave over of the world is the tensor group, under sequence parallelism.
+    Ranks beyond the context group form the tensor group, with sequence parallelism.
     """
     groups = init_groups(tensor=dist.get_world_size() // context, context=context)
     group, rank = (groups.tp_cp, groups.tp_cp.rank()) if groups.tp.size() > 1 else (groups.cp, groups.cp.rank())

@@ -1,4 +1,4 @@
-"""What one real training step sends, by group."""
+"""Bytes that a real training step sends, by group."""
 
 from collections import Counter
 from pathlib import Path
@@ -11,7 +11,7 @@ from megatron_sse.data.iterators import build_data_iterators
 from megatron_sse.parallel.traffic import Traffic
 from tests.training.support import small_run, start
 
-# Megatron-Core's names of its groups, and the axis that they belong to.
+# Axis of each group, by Megatron-Core's names of its groups.
 AXES = {
     "TENSOR_MODEL_PARALLEL_GROUP": "tensor",
     "PIPELINE_MODEL_PARALLEL_GROUP": "pipeline",
@@ -22,20 +22,20 @@ AXES = {
     "DATA_PARALLEL_GROUP": "data",
     "DATA_PARALLEL_GROUP_WITH_CP": "data",
 }
-# The gradient norm is one number, summed over all of these.
+# Groups over which the gradient norm, one number, is summed.
 NORM_GROUPS = ("MODEL_PARALLEL_GROUP", "INTRA_DISTRIBUTED_OPTIMIZER_INSTANCE_GROUP", "default_pg")
 NORM_BYTES = 4
 
 
 class TrafficByGroup(Traffic):
-    """Bytes sent by (group's name, collective)."""
+    """A traffic counter that adds up bytes by (group's name, collective)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.by_group: Counter[tuple[str, str]] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.name() == "c10d::broadcast_":  # of the number of tokens in the batch, which Traffic does not count
+        if func.name() == "c10d::broadcast_":  # sends the number of tokens in the batch, which Traffic does not count
             return func(*args, **(kwargs or {}))
         before = self.sent.total()
         result = super().__torch_dispatch__(func, types, args, kwargs)
@@ -47,14 +47,14 @@ class TrafficByGroup(Traffic):
 
 
 def count_step(folder: Path, sections: dict[str, Any]) -> tuple[dict[str, int], int, int]:
-    """Bytes by axis that this rank sends in a step, its pipeline stage and its context rank."""
+    """Return the bytes by axis that this rank sends in a step, its pipeline stage and its context rank."""
     run = start(small_run(folder, **sections))
     batches, _ = build_data_iterators(run.stage, run.groups, 0)
     with TrafficByGroup() as traffic:
         run.trainer.train_step(batches)
     by_axis = dict.fromkeys(AXES.values(), 0)
     for (group, collective), sent in traffic.by_group.items():
-        # Of two stages that send both ways at once, one uses the group of all processes.
+        # When two stages send in both directions at once, one of them uses the group of all processes.
         axis = "pipeline" if collective == "send" and "CONTEXT" not in group else AXES.get(group)
         if axis is None:
             assert group in NORM_GROUPS and sent <= 2 * NORM_BYTES, (group, collective, sent)

@@ -1,4 +1,4 @@
-"""The plan's command: what fits, which layouts are found, and what is refused."""
+"""The command plan: what fits, which layouts are found, and the errors of wrong requests."""
 
 from pathlib import Path
 
@@ -81,7 +81,7 @@ def test_search_finds_what_fits_and_ranks_it() -> None:
     for layout in found:
         assert layout.fits(H100)
         assert layout.sizes.data_size * layout.sizes.config.parallel.replica_size == 16
-    # One GPU cannot hold a sequence of 131,072 tokens.
+    # One GPU cannot hold the activations of 131,072 tokens.
     assert all(layout.sizes.config.parallel.replica_size > 1 for layout in found)
     assert {layout.sizes.config.parallel.context for layout in found} >= {2, 4, 8}
 

@@ -1,4 +1,4 @@
-"""Every command of the pages about plan and doctor does what it should."""
+"""Every command of docs/plan.md and docs/doctor.md works as the page says."""
 
 import re
 import shlex

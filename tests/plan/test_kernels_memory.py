@@ -1,4 +1,4 @@
-"""What a mixer keeps on the Triton kernels, run in Triton's interpreter, against the plan: within 2 %."""
+"""Memory that a mixer keeps on the Triton kernels (in Triton's interpreter) is the plan's within 2 %."""
 
 from typing import Any
 from unittest import mock
@@ -35,9 +35,9 @@ def make_config(sse: dict[str, Any], precision: str) -> RunConfig:
 
 
 def kept_by_mixers() -> list[int]:
-    """Bytes kept by one forward pass of each run's mixer."""
+    """Return the bytes kept by one forward pass of each run's mixer."""
     found, groups = [], init_groups()
-    # Everywhere where the form of the arithmetic is asked for.
+    # All modules that choose between torch and Triton.
     places = [f"megatron_sse.kernels.{name}.use_triton" for name in ("sse", "scan", "routing", "norm", "conv")]
     for place in places:
         mock.patch(place, lambda x: True).start()

@@ -1,4 +1,4 @@
-"""Memory of the plan against what a real step on the CPU holds: within 10 %, weights and gradients exactly."""
+"""Planned memory against a real step on the CPU: within 10 %, weights and gradients exactly."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ LENGTH = 512
 
 
 class KeptTensors(torch.autograd.graph.saved_tensors_hooks):
-    """Bytes of the storages that autograd keeps, parameters left out and each counted once."""
+    """Hooks that count the bytes of storages that autograd keeps, each once and without parameters."""
 
     def __init__(self, parameters: Any) -> None:
         self.known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
@@ -54,7 +54,7 @@ class KeptTensors(torch.autograd.graph.saved_tensors_hooks):
 
 
 def measure(folder: Path, runs: list[dict[str, Any]]) -> list[tuple[int, int, int, int]]:
-    """For each run, on this rank: bytes kept by one forward pass; weights, gradients, and optimizer after a step."""
+    """Return, for each run, this rank's bytes kept by a forward pass, and of weights, gradients and optimizer."""
     found = []
     for sections in runs:
         run = start(small_run(folder, **sections))
@@ -68,7 +68,7 @@ def measure(folder: Path, runs: list[dict[str, Any]]) -> list[tuple[int, int, in
 
 
 def kept_by_pass(run: Run) -> int:
-    """Bytes kept of one micro-batch of whole-sequence documents."""
+    """Return the bytes kept of one micro-batch in which every sequence is one document."""
     training, length = run.config.training, run.config.data.sequence_length
     shard = ContextShard(run.groups.cp.rank(), run.groups.cp.size())
     layout = TokenLayout.from_starts(np.zeros((training.micro_batch_size, length), dtype=bool), shard=shard)
@@ -82,14 +82,14 @@ def kept_by_pass(run: Run) -> int:
 
 
 def held(run: Run) -> tuple[int, int]:
-    """Bytes of weights and of DDP's gradients."""
+    """Return the bytes of weights and of DDP's gradients."""
     [chunk] = run.trainer.chunks
     weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in chunk.parameters()}
     return sum(weights.values()), sum(buffer.grad_data.nbytes for buffer in chunk.buffers)
 
 
 def optimizer_bytes(run: Run) -> int:
-    """Bytes of moments and fp32 copies."""
+    """Return the bytes of moments and fp32 copies."""
     [chunk] = run.trainer.chunks
     known = {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}
     state: dict[int, int] = {}
@@ -102,7 +102,7 @@ def optimizer_bytes(run: Run) -> int:
     return sum(state.values())
 
 
-# Processes, layout, model, training.
+# Number of processes, layout, model, training.
 RUNS: list[tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     (1, {}, MODEL, {}),
     (1, {}, MODEL, {"precision": "bf16", "micro_batch_size": 2}),
@@ -139,7 +139,7 @@ def test_memory_is_that_of_a_real_step(size: int, tmp_path: Path) -> None:
 
 
 def planned_by_pass(sizes: Sizes) -> int:
-    """What is planned to be kept, without the layer that is computed again in the backward pass."""
+    """Return the planned bytes to be kept, without the layer that is recomputed in the backward pass."""
     kept = sum(kept_of_step(sizes, 0))
     if sizes.config.training.recompute == "full":
         kept -= max(sum(layer_activations(sizes, kind)) for kind in sizes.config.model.layer_kinds())

@@ -1,4 +1,4 @@
-"""The plan's weights are those of the built model: of every shipped configuration, on every rank of several layouts."""
+"""Planned weights equal those of the built model, for every shipped configuration and rank of several layouts."""
 
 from pathlib import Path
 
@@ -16,11 +16,11 @@ from tests.workers import run_workers
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SHIPPED = sorted(path.name for path in CONFIGS.glob("*.yaml"))
-# Sizes and types alone, nothing is allocated.
+# Parameters have sizes and dtypes only; nothing is allocated.
 META = Device("meta", "gloo", "no memory")
 
 Run = tuple[str, list[str]]
-# Elements of fp32 and of bf16 parameters, of one chunk.
+# Numbers of elements of a chunk's fp32 and bf16 parameters.
 Elements = dict[int, int]
 
 MIXED = ["model.layers=sse, gdn, gla, softmax", "model.num_layers=8", "model.sse.short_convolution=4"]
@@ -36,7 +36,7 @@ RUNS: list[tuple[int, Run]] = [
 
 
 def built_elements(runs: list[Run]) -> list[tuple[int, list[Elements]]]:
-    """Pipeline stage and chunks of this rank, for each run."""
+    """Return the pipeline stage and the chunks of this rank, for each run."""
     found = []
     for name, overrides in runs:
         config = load_config(CONFIGS / name, overrides)

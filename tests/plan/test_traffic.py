@@ -1,4 +1,4 @@
-"""Bytes of a step as the plan has them are those that a real step sends, over every axis, on every rank."""
+"""Planned bytes of a step equal those that a real step sends, over every axis and on every rank."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ SHARED_KEYS = MODEL | {"softmax": MODEL["softmax"] | {"num_kv_heads": 1, "qk_nor
 FULL = {"recompute": "full"}
 BF16 = {"precision": "bf16"}
 
-# Processes, layout, model, training.
+# Number of processes, layout, model, training.
 RUNS: list[tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     (2, {"tensor": 2}, MODEL, {}),
     (2, {"tensor": 2, "sequence": True}, DELTA, {}),

@@ -1,4 +1,4 @@
-"""Run folders as a run leaves them, without a run."""
+"""Run folders that look like those of real runs."""
 
 import math
 from pathlib import Path
@@ -12,7 +12,7 @@ PARTITIONS = 4
 
 
 def write_run(folder: Path, steps: int = 60, processes: int = 1, **sections: dict[str, Any]) -> Path:
-    """A run folder with settings and events of `steps` steps; layers sse, softmax, sse, softmax."""
+    """Write a run folder with settings and events of `steps` steps; layers sse, softmax, sse, softmax."""
     model = {"num_layers": 4, "layers": "sse, softmax", **sections.pop("model", {})}
     config = run_config(str(folder / "train"), model=model, monitor={"folder": str(folder)}, **sections)
     folder.mkdir(parents=True, exist_ok=True)
@@ -26,9 +26,9 @@ def write_run(folder: Path, steps: int = 60, processes: int = 1, **sections: dic
 
 
 def write_events(folder: Path, values: dict[int, dict[str, float]]) -> None:
-    """One more event file in a run folder, with the scalars of some steps."""
+    """Write one more event file to a run folder, with the scalars of some steps."""
     number = len(list(folder.glob("tensorboard/*")))
-    # Event files are named after the second that they were made in.
+    # Event files are named after the second of their creation.
     writer = SummaryWriter(str(folder / "tensorboard"), filename_suffix=f".{number}")
     for step, scalars in values.items():
         for tag, value in scalars.items():

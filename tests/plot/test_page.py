@@ -1,4 +1,4 @@
-"""The command: its files, the page without a network, one run and many, and wrong requests."""
+"""The command plot: its files, a page that needs no network, one run and many, and wrong requests."""
 
 import base64
 import re
@@ -17,7 +17,7 @@ PICTURES = ["grad_norm", "layouts", "learning_rate", "loss", "memory", "partitio
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two runs of different layouts, drawn."""
+    """Return the pictures of two runs with different layouts."""
     folder = tmp_path_factory.mktemp("runs")
     first = write_run(folder / "one <1>")
     second = write_run(folder / "two", 80, 8, parallel={"tensor": 2, "context": 2}, training={"precision": "fp32"})
@@ -56,7 +56,7 @@ def test_the_tables(drawn: Path) -> None:
     assert table[1][0].endswith("one &lt;1&gt;") and table[1][1:4] == ["one process", "1", "60 of 10"]
     assert table[2][1:4] == ["tensor 2, context 2, data 2", "8", "80 of 10"]
     assert table[2][5:] == ["2.1000", "80,000", "0"]
-    # Token files aside, which lie in the runs' folders.
+    # The runs' folders also hold token files, which do not count here.
     assert [row for row in table[4:] if not row[0].startswith("data.train")] == [
         ["parallel.tensor", "1", "2"],
         ["parallel.context", "1", "2"],
@@ -65,7 +65,7 @@ def test_the_tables(drawn: Path) -> None:
 
 
 def test_a_run_with_few_numbers(tmp_path: Path) -> None:
-    """Stopped after its first step, without SSE layers; with a loss that was not finite."""
+    """Runs that stopped after the first step, have no SSE layers, or a loss that is not finite, can be drawn."""
     write_run(tmp_path / "run", steps=1, model={"layers": "softmax"})
     for path in (tmp_path / "run/tensorboard").iterdir():
         path.unlink()

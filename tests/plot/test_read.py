@@ -1,4 +1,4 @@
-"""Event files of one run, of a resumed one and of a killed one; folders that are no runs."""
+"""Event files of a run, of a resumed run and of a killed run; folders that are no runs."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def test_ten_thousands_of_steps_are_all_read(tmp_path: Path) -> None:
 
 def test_a_resumed_run_takes_the_place_of_what_it_repeats(tmp_path: Path) -> None:
     write_events(tmp_path, losses(1, 2, 3, 4, 5, 6, value=1.0))
-    # Resumed after step 3, ended before it came as far as the first time.
+    # The run resumed after step 3, and ended before it reached the first attempt's last step.
     write_events(tmp_path, losses(4, 5, value=2.0))
     assert read_scalars(tmp_path)["train/loss"] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0)]
 

@@ -9,7 +9,7 @@ import sys
 def test_defaults_compile_without_spills() -> None:
     command = [sys.executable, "-m", "megatron_sse.tools.compile_kernels"]
     command += ["--arch", "90", "--dim", "128", "--dtype", "bf16"]
-    # In a process of its own: in this one the kernels are interpreted.
+    # In another process, since this one runs the kernels in the interpreter.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

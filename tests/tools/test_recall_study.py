@@ -1,4 +1,4 @@
-"""The study of recall: its arms, what it measures, and a small study that is interrupted and goes on."""
+"""The study of recall: its arms, its measures, and a small study that is interrupted and resumed."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def configs() -> dict[str, RunConfig]:
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_arm(arm: str, configs: dict[str, RunConfig]) -> None:
-    """No setting is without effect, and what is called equal is."""
+    """Every setting of an arm has an effect, and sizes that should match do."""
     config, matched = configs[arm], ARMS[arm]
     assert ignored_settings(config) == []
     if matched.parameters_as is not None:
@@ -49,7 +49,7 @@ def test_arm(arm: str, configs: dict[str, RunConfig]) -> None:
 
 
 def test_table() -> None:
-    """Says what other settings make unequal."""
+    """The table says where other settings make arms unequal."""
     table = tabulate_arms([BASE, "gla_large_heads"], CONFIG, [])
     assert table.endswith("| gla_large_heads | a | 109,264 | n8k1 | 2,304 | n8k1 |")
     table = tabulate_arms(["gla_large_heads"], CONFIG, ["model.sse.num_heads=4", "model.ffn_hidden_size=8"])
@@ -59,15 +59,18 @@ def test_table() -> None:
 
 
 def test_state_elements(configs: dict[str, RunConfig]) -> None:
-    """2 layers of 9 banks of 2 heads of 8 x 8; 96 keys and values of 64 in each of 2 layers; 5 layers of the one kind
-    and one of the other."""
+    """Sizes counted by hand.
+
+    SSE: 2 layers of 9 banks of 2 heads of 8 x 8. Softmax: 96 keys and values of 64 in each of 2 layers. Hybrid: 5
+    layers of the first kind and 1 of the second.
+    """
     assert state_elements(configs[BASE]) == 2 * 9 * 2 * 64
     assert state_elements(configs["softmax"]) == 2 * 2 * 96 * 64
     assert state_elements(configs["hybrid6"]) == 5 * 9 * 2 * 64 + 2 * 96 * 64
 
 
 def by_key(recall: Recall, first: int) -> np.ndarray:
-    """Key mod 8 for every key, its first place `first` further, and for every value that of its key."""
+    """Return partitions: key mod 8 for keys and their values, shifted by `first` for the key before each value."""
     bank_L = recall.tokens_L % 8
     value_P = recall.place_P - recall.distance_P
     bank_L[value_P] = bank_L[recall.place_P]
@@ -80,7 +83,7 @@ def by_key(recall: Recall, first: int) -> np.ndarray:
     [("key", 1, 1, 1 / 8), ("value", 0, 1, 1 / 8), ("random", 1 / 8, 1 / 8, 1 / 8), ("one", 1, 1, 1)],
 )
 def test_match(router: str, key: float, value: float, chance: float, configs: dict[str, RunConfig]) -> None:
-    """Of routers made by hand, in place of a model's own."""
+    """Match of hand-made routers, which replace a model's own."""
     config = configs[BASE]
     recalls = make_samples(config.data.train[0].mqar, config.data.sequence_length, 32)
     generator = np.random.default_rng(0)
@@ -107,14 +110,14 @@ def test_match(router: str, key: float, value: float, chance: float, configs: di
         behind = layer["match_behind"]
         assert len(behind) == 3
         assert behind[0] == pytest.approx(value, abs=0.04 if router == "random" else 0)
-        # The token behind the value is another pair's key, or a question: not the question itself, but for the last.
+        # The token after the value is another pair's key or a question, which is the pair's own only for the last pair.
         assert behind[1] == pytest.approx(31 / 32 if router == "one" else 1 / 8, abs=0.04)
         assert layer["match_chance"] == pytest.approx(chance, abs=0.04)
         assert len(layer["rank_B"]) == 9
 
 
 def interrupt_when_saved(checkpoints: Path, ended: threading.Event) -> None:
-    """Ctrl-C once there is a checkpoint, unless there was none until the end."""
+    """Send SIGINT once there is a checkpoint, unless the study ends first."""
     while not ended.wait(0.05):
         if list(checkpoints.glob("iter_*")):
             os.kill(os.getpid(), signal.SIGINT)
@@ -122,7 +125,7 @@ def interrupt_when_saved(checkpoints: Path, ended: threading.Event) -> None:
 
 
 def test_study(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Two arms: interrupted while the first trains, finished, and nothing left to do; the report has them."""
+    """A study of two arms is interrupted in the first, resumed, then finds nothing left to do; it reports both."""
     output = tmp_path / "evidence"
     arguments = ["--output", str(output), "--arms", "n2k1,softmax", "--seeds", "1", "--steps", "24", "--samples", "4"]
     checkpoints = output / "n2k1/seed_0/checkpoints"
@@ -132,12 +135,12 @@ def test_study(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     status = main([*arguments, "--workers", "1", *TINY])
     ended.set()
     watcher.join()
-    assert (status, capfd.readouterr().err) == (130, "interrupted; the same command goes on\n")
+    assert (status, capfd.readouterr().err) == (130, "interrupted; run the same command to resume\n")
     assert list(checkpoints.glob("iter_*")) and not list(output.glob("*/*/result.json"))
     assert not (output / "softmax").exists()
 
     assert main([*arguments, *TINY]) == 0
-    assert "2 runs, 0 of them done before" in capfd.readouterr().out
+    assert "2 runs, 0 already done" in capfd.readouterr().out
     assert "resumed from" in (output / "n2k1/seed_0/train.log").read_text()
     logs = {path: path.read_text() for path in output.glob("*/*/train.log")}
     result = json.loads((output / "n2k1/seed_0/result.json").read_text())
@@ -145,18 +148,19 @@ def test_study(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert result["partitions"] == 2 and 0 <= result["points"][-1]["layers"][1]["match_behind"][0] <= 1
     assert not checkpoints.exists()
 
-    # A setting that came later.
+    # A setting that was added after the run.
     settings = output / "n2k1/seed_0/settings.json"
     begun = json.loads(settings.read_text())
     del begun["model"]["sse"]["own_read_router"]
     settings.write_text(json.dumps(begun))
     assert main([*arguments, *TINY]) == 0
-    assert "2 runs, 2 of them done before" in capfd.readouterr().out
+    assert "2 runs, 2 already done" in capfd.readouterr().out
     assert {path: path.read_text() for path in output.glob("*/*/train.log")} == logs
     report = (output / "report.md").read_text()
     assert "| n2k1 | a | 1 |" in report and "| softmax | a | 1 |" in report and "Missing" not in report
     results = json.loads((output / "results.json").read_text())
-    assert results["summary"]["n2k1"]["accuracy"]["median"] == result["accuracy"]
+    assert [run["arm"] for run in results["runs"]] == ["n2k1", "softmax"]
+    assert results["runs"][0]["accuracy"] == pytest.approx(result["accuracy"], rel=1e-6)
     assert {path.stem for path in output.glob("*.png")} == {"accuracy", "partitions", "match", "training"}
 
     assert main(["--report", *arguments, "--seeds", "2"]) == 0
@@ -164,23 +168,23 @@ def test_study(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main([*arguments, *TINY, "optimizer.learning_rate=1e-3"]) == 2
     assert "is a run with other settings" in capfd.readouterr().err
 
-    # A clone has no folders of runs.
+    # A clone has results.json but no folders of runs.
     clone = tmp_path / "clone"
     clone.mkdir()
     shutil.copy(output / "results.json", clone)
     arguments[1] = str(clone)
     assert main([*arguments, *TINY]) == 0
-    assert "2 runs, 2 of them done before" in capfd.readouterr().out
+    assert "2 runs, 2 already done" in capfd.readouterr().out
     assert json.loads((clone / "results.json").read_text()) == results and not list(clone.glob("*/"))
     assert main([*arguments, *TINY, "optimizer.learning_rate=1e-3"]) == 2
     assert "results.json has n2k1, seed 0, with other settings" in capfd.readouterr().err
     (clone / "results.json").write_text("{}")
     assert main([*arguments, *TINY]) == 2
-    assert "is not what the study writes" in capfd.readouterr().err
+    assert "was not written by this study" in capfd.readouterr().err
 
 
 def test_report(tmp_path: Path) -> None:
-    """Numbers over seeds, bars, and every plot, of accuracies made by hand."""
+    """Report of hand-made accuracies: numbers over seeds, expectations, and every plot."""
     found = {}
     accuracies = {BASE: [0.7, 0.9, 0.8], "n16k1": [0.5, 0.6, 0.7], "no_balance": [0.6], "no_weights": [0.55]}
     for arm, values in (accuracies | {"gla": [0.4], "softmax": [1.0]}).items():
@@ -214,7 +218,7 @@ def test_report(tmp_path: Path) -> None:
     ],
 )
 def test_errors(arguments: list[str], error: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One line, and nothing trained."""
+    """Errors are one line, and nothing is trained."""
     assert main(["--output", str(tmp_path), "--arms", BASE, *arguments]) == 2
     said = capsys.readouterr().err
     assert error in said and said.count("\n") == 1
@@ -222,7 +226,7 @@ def test_errors(arguments: list[str], error: str, tmp_path: Path, capsys: pytest
 
 
 def test_needs_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Said before anything is trained, and before it is imported."""
+    """A missing matplotlib is reported before anything is trained or matplotlib imported."""
     for name in [name for name in sys.modules if name.startswith("matplotlib") or name.endswith("recall_report")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -1,4 +1,4 @@
-"""The job script, with stand-ins for Slurm's commands and for run.sh."""
+"""The Slurm job script, with stand-ins for Slurm's commands and run.sh."""
 
 import os
 import re
@@ -14,7 +14,7 @@ TEMPLATE = ROOT / "tools" / "slurm.sbatch"
 PAGE = (ROOT / "docs" / "multi_node.md").read_text()
 
 STAND_INS = {
-    # Gives signals on, as Slurm's does.
+    # Passes signals on, as Slurm's srun does.
     "bin/srun": 'while [[ "$1" == --* ]]; do echo "srun $1"; shift; done\nexec "$@"\n',
     "bin/scontrol": 'echo "scontrol $*"\n',
     "bin/sbatch": 'while [[ "$1" == --* ]]; do shift; done\nexport SLURM_JOB_ID=50123\nexec bash "$@"\n',
@@ -25,7 +25,7 @@ STAND_INS = {
 
 
 def start_job(folder: Path, command: list[str], status: int) -> subprocess.Popen[str]:
-    """A job whose run ends with a status when it is told to."""
+    """Start a job whose run ends with a given status when it gets a signal."""
     for name, script in STAND_INS.items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)
@@ -43,7 +43,7 @@ def start_job(folder: Path, command: list[str], status: int) -> subprocess.Popen
     [(signal.SIGUSR1, 0, True), (signal.SIGTERM, 0, False), (signal.SIGUSR1, 3, False)],
 )
 def test_job(signum: int, status: int, requeued: bool, tmp_path: Path) -> None:
-    """The command of the docs; a run that has saved at the end of its time goes back into the queue."""
+    """The command of the docs runs, and a run that has saved at its time limit is requeued."""
     [line] = re.findall("^    (sbatch .*)$", PAGE, re.MULTILINE)
     job = start_job(tmp_path, shlex.split(line), status)
     assert job.stdout is not None

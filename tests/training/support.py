@@ -17,7 +17,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def small_run(folder: Path, **sections: dict[str, Any]) -> RunConfig:
-    """A run in `folder`, which gets its token file; settings on top by section."""
+    """Return a run in `folder`, with a token file and other settings by section."""
     prefix = str(folder / "train")
     if not Path(prefix + ".bin").exists():
         write_tokens(prefix, random_documents(200, 24))
@@ -28,7 +28,7 @@ def small_run(folder: Path, **sections: dict[str, Any]) -> RunConfig:
 
 
 def start(config: RunConfig, resume: Path | None = None) -> Run:
-    """The run on this rank of a worker pool."""
+    """Set up the run on this rank of a worker pool."""
     parallel = config.parallel
     groups = init_groups(parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, parallel.context)
     return Run(config, groups, cpu(), resume)

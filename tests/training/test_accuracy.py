@@ -1,4 +1,4 @@
-"""Validation on tasks: loss and share of right answers, the same in every layout."""
+"""Validation on tasks: loss and share of correct answers, the same in every layout."""
 
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from tests.training.support import small_run, start
 from tests.workers import run_workers
 
 VOCAB = 15
-# The second of two tensor ranks has 5 tokens and 5 rows of padding.
+# The second of two tensor ranks holds 5 tokens and 5 padding rows of the vocabulary.
 MODEL = {"num_layers": 4, "vocab_size": VOCAB, "vocab_multiple": 20, "layers": "sse, softmax, sse, sse"}
-# So that answers differ.
+# Large weights make answers differ.
 MODEL |= {"init_std": 0.5, "sse": {"num_heads": 2, "head_dim": 8}, "softmax": {"num_heads": 2}}
 MQAR = {"mqar": {"pairs": 8, "keys": 8, "values": 6}}
 TRAINING = {"steps": 8, "precision": "fp32", "micro_batch_size": 4, "global_batch_size": 16, "validation_batches": 4}
@@ -32,7 +32,7 @@ def write_texts(folder: Path) -> str:
 
 
 def validate(folder: Path, parallel: dict[str, Any], sources: list[Any]) -> tuple[dict[str, float], dict[str, float]]:
-    """What validation says, and what one process counts of single samples."""
+    """Return validation's results, and those that one process counts sample by sample."""
     data = {"validation": sources, "sequence_length": 24}
     run = start(small_run(folder, model=MODEL, data=data, training=TRAINING, parallel=parallel))
     _, make_validation = build_data_iterators(run.stage, run.groups, 0)
@@ -50,7 +50,7 @@ def count_one_by_one(run: Run) -> dict[str, float]:
         batch = make_batch([sample := samples[position]], reset_at_documents=True)
         place_A = batch.loss_mask_BL[0] > 0
         losses += net(batch.tokens_BL, None, None, labels=batch.labels_BL, packed_seq_params=batch.layout)[0, place_A]
-        # A text's labels are its own tokens.
+        # The labels of a text are its own tokens.
         if sample.labels_G1 is not None:
             logits_LV = net(batch.tokens_BL, None, None, packed_seq_params=batch.layout)[0, :, :VOCAB]
             found += (logits_LV.argmax(-1).numpy()[place_A] == sample.labels_G1[1:][place_A]).tolist()
@@ -68,7 +68,7 @@ LAYOUTS = [
 
 @pytest.fixture(scope="module")
 def blend(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
-    """A folder, and texts and a task that are validated on."""
+    """Return a folder, and texts and a task for validation."""
     folder = tmp_path_factory.mktemp("accuracy")
     return folder, [{"prefix": write_texts(folder)}, MQAR]
 

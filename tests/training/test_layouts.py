@@ -1,4 +1,4 @@
-"""A hybrid trains alike in every layout: losses, and the first step's gradient of every parameter."""
+"""A hybrid trains equally in every layout: losses, and the first step's gradient of every parameter."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.training.support import small_run, start
 from tests.workers import run_workers
 
 NUM_STEPS = 20
-# Of layouts with context ranks, where rounding differs more: to 1e-5 for the first 20, to 1e-4 for all.
+# Steps of layouts with context ranks, where rounding differs more: 1e-5 for the first 20 steps, 1e-4 for all.
 NUM_CONTEXT_STEPS = 50
 MODEL: dict[str, Any] = {
     "hidden_size": 32,
@@ -24,8 +24,8 @@ MODEL: dict[str, Any] = {
     "softmax": {"num_heads": 4, "num_kv_heads": 2, "window": 24, "qk_norm": True},
 }
 DATA = {"sequence_length": 32}
-# Two micro-batches, over pipeline stages or copies of the model. Where there are none, one does, and fewer layers: the
-# time of so small a model is that of its number of calls.
+# DEEP has two micro-batches, for pipeline stages or copies of the model. FLAT has one micro-batch and fewer layers,
+# which is faster, since the time of so small a model is that of its calls.
 DEEP = {"model": MODEL | {"num_layers": 4, "layers": "sse, gdn, sse, softmax"}, "training": {"micro_batch_size": 2}}
 FLAT = {"model": MODEL | {"num_layers": 3, "layers": "sse, gdn, softmax"}, "training": {"micro_batch_size": 4}}
 
@@ -41,7 +41,7 @@ class Part:
 
 
 def train(folder: Path, sections: dict[str, Any], num_steps: int) -> tuple[list[float], dict[str, Part], int]:
-    """Losses, the first step's gradients by name in the whole model, and the tensor rank."""
+    """Train, and return losses, the first step's gradients by name in the complete model, and the tensor rank."""
     run = start(small_run(folder, data=DATA, **sections))
     iterator, _ = build_data_iterators(run.stage, run.groups, 0)
     losses, gradients = [], {}
@@ -57,7 +57,7 @@ def train(folder: Path, sections: dict[str, Any], num_steps: int) -> tuple[list[
 
 @dataclass(frozen=True)
 class OneProcess:
-    """A run of one process: its losses, and the first step's gradients."""
+    """Losses of a run of one process, and its first step's gradients."""
 
     folder: Path
     sections: dict[str, Any]
@@ -145,7 +145,7 @@ def compare(
     flat: OneProcess,
     num_steps: int | None = None,
 ) -> None:
-    """Train in a layout and hold losses and gradients against those of one process."""
+    """Train in a layout and compare losses and gradients with those of one process."""
     tensor_size = parallel.get("tensor", 1)
     expected = flat if 1 < world_size == tensor_size * parallel.get("context", 1) else deep
     training = expected.sections["training"] | {"recompute": recompute}

@@ -1,4 +1,4 @@
-"""Whole runs: where they end, what they save on the way, and validation."""
+"""Complete runs: where they end, what they save, and validation."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from tests.workers import run_workers
 
 
 def terminated_on_one_rank(folder: Path) -> list[str]:
-    """Rank 1 alone gets SIGTERM during step 3; what the run leaves behind."""
+    """Send SIGTERM to rank 1 alone during step 3, and return the checkpoints that the run leaves."""
     run = start(small_run(folder))
     take_step = run.trainer.train_step
 
@@ -38,7 +38,7 @@ def test_sigterm_on_one_rank_ends_all_after_the_same_step(tmp_path: Path) -> Non
 
 
 def saved_on_the_way(folder: Path, asynchronous: bool, steps_until_end: int) -> list[int]:
-    """The steps that a run saves whose time is up in step `steps_until_end`."""
+    """Return the steps that a run saves when its time is up in step `steps_until_end`."""
     training = {"steps": 9, "global_batch_size": 2, "precision": "fp32"}
     checkpoint = {"interval": 2, "keep_last": 2, "asynchronous": asynchronous}
     run = start(small_run(folder, training=training, checkpoint=checkpoint))
@@ -110,7 +110,7 @@ def test_a_finished_run_has_nothing_to_do(tmp_path: Path) -> None:
 
 
 def finish_twice(folder: Path) -> tuple[int, int]:
-    """Steps taken by a run of three steps, and by the same run started again."""
+    """Return the number of steps taken by a run of three steps, and by the same run started again."""
     taken = []
     for resume in (None, folder / "run/checkpoints/iter_0000003"):
         run: Run = start(small_run(folder, training={"steps": 3, "global_batch_size": 4, "precision": "fp32"}), resume)

@@ -1,4 +1,4 @@
-"""Weight-decay groups, and Adam against torch's own."""
+"""Groups of weight decay, and Adam against torch's own."""
 
 import copy
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.workers import run_workers
 
 
 def undecayed_names(folder: Path, recurrence: str, distributed_optimizer: bool) -> tuple[list[str], list[str]]:
-    """Parameters without and with weight decay, layer numbers cut off."""
+    """Return the names of parameters without and with weight decay, without layer numbers."""
     sse = {"num_heads": 2, "head_dim": 16, "recurrence": recurrence, "short_convolution": 4}
     config = small_run(
         folder,

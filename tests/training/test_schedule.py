@@ -1,4 +1,4 @@
-"""Learning-rate schedules at their corners."""
+"""Learning-rate schedules at their first, last and turning steps."""
 
 import pytest
 

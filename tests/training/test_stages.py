@@ -1,4 +1,4 @@
-"""A run over length stages: what changes on the way, and that a resume lands where it was."""
+"""A run over length stages: settings that change between stages, and resuming within each."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.data.files import random_documents, write_tokens
 from tests.training.support import small_run, start
 from tests.workers import run_workers
 
-# 3 steps of 4 sequences of 16 tokens, then 3 of 2 sequences of 32, on other data.
+# Three steps of 4 sequences of 16 tokens are followed by three of 2 sequences of 32, on other data.
 STEPS = 6
 
 
@@ -36,7 +36,7 @@ def staged_run(folder: Path, sections: dict[str, dict[str, Any]]) -> RunConfig:
 
 
 def run_from(folder: Path, resume: Path | None, sections: dict[str, dict[str, Any]]) -> list[tuple]:
-    """Steps from a checkpoint to the end: what the monitor is told, the rotary base and the sequence length."""
+    """Run from a checkpoint to the end; return, by step, the monitor's values, rotary base and sequence length."""
     run = start(staged_run(folder, sections), resume)
     seen: list[tuple] = []
 
@@ -62,7 +62,7 @@ def refused(folder: Path, resume: Path, sections: dict[str, dict[str, Any]]) -> 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> tuple[Path, list[tuple]]:
-    """A folder with the checkpoints of all steps of an undisturbed run, and what the run said."""
+    """Return a folder with the checkpoints of all steps of an uninterrupted run, and its values by step."""
     folder = tmp_path_factory.mktemp("stages")
     staged_run(folder, {})
     seen = run_workers(2, run_from, folder, None, {})
@@ -76,7 +76,7 @@ def test_settings_change_between_stages(whole):
     assert [tokens for *_, tokens, _ in seen] == [64] * STEPS
     assert [base for *_, base in seen] == [1e4] * 3 + [5e4] * 3
     rates = [rate for _, _, rate, *_ in seen]
-    # The first stage follows the run's schedule (2 steps of warm-up, cosine to step 6), the second one its own.
+    # The first stage follows the run's schedule (2 steps of warm-up, cosine to step 6), the second its own.
     assert rates[:3] == pytest.approx([5e-3, 1e-2, 1e-2 * (1 + 2**-0.5) / 2])
     assert rates[3:] == pytest.approx([5e-4, 1e-3, 0.0])
     saved = [yaml.safe_load((folder / f"run/checkpoints/iter_000000{step}/config.yaml").read_text()) for step in (3, 4)]
@@ -87,7 +87,7 @@ def test_settings_change_between_stages(whole):
 
 @pytest.mark.parametrize("steps_before", [2, 3, 4])
 def test_a_resume_lands_in_the_right_place(whole, steps_before):
-    """Before, at and after the border; bitwise."""
+    """A run resumed before, at or after the border between stages is bitwise the same."""
     folder, seen = whole
     resume = folder / f"run/checkpoints/iter_000000{steps_before}"
     sections = {"monitor": {"folder": str(folder / f"resumed{steps_before}")}}
@@ -108,7 +108,7 @@ def test_other_data_is_refused_unless_accepted(whole):
         checkpoints = {step: folder / f"run/checkpoints/iter_000000{step}" for step in (step, others)}
         (text,) = set(run_workers(2, refused, folder, checkpoints[step], {}))
         assert f"{name} has other contents than" in text
-        # Of the other stage's file the model has seen nothing, or all that it will.
+        # Changes to the other stage's file are accepted: the model has seen nothing of it, or is done with it.
         assert set(run_workers(2, refused, folder, checkpoints[others], {})) == {"accepted"}
         accept = {"checkpoint": {"changed_data": "accept"}}
         assert set(run_workers(2, refused, folder, checkpoints[step], accept)) == {"accepted"}

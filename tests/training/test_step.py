@@ -1,4 +1,4 @@
-"""The training step with either optimizer; where something is not finite: tests/test_faults.py."""
+"""The training step with either optimizer; tests/test_faults.py covers values that are not finite."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from tests.workers import run_workers
 
 
 def train_steps(folder: Path, distributed_optimizer: bool) -> list[tuple[dict[str, float], float]]:
-    """Losses and gradient norm of five steps."""
+    """Return losses and gradient norms of five steps."""
     run = start(small_run(folder, parallel={"distributed_optimizer": distributed_optimizer}))
     iterator, _ = build_data_iterators(run.stage, run.groups, 0)
     results = []

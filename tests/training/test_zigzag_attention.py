@@ -1,4 +1,4 @@
-"""Training with softmax layers that convert to zigzag and back: losses and gradients of one process."""
+"""Training with softmax layers that convert to zigzag and back has the losses and gradients of one process."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ NUM_STEPS = 3
 
 
 def train_in_zigzag(folder: Path, sections: dict[str, Any]) -> tuple[list[float], dict[str, Part], int]:
-    """Training in fp32, which Transformer Engine's own attention does not have."""
+    """Train in fp32, which Transformer Engine's own attention does not support."""
     backend = replace(choose_backend(cpu()), core_attention=DocumentedTEAttention)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "attend_over_context", lambda unused, config: backend)

@@ -1,4 +1,4 @@
-"""A build that kills itself and its workers at a point of its way, in a process of its own:
+"""A build, in a process of its own, that kills itself and its workers at a given point:
 
 python -m tests.data.builder.killed POINT WORKERS PREFIX INPUT
 """
@@ -15,9 +15,9 @@ from megatron_sse.data import writer
 from megatron_sse.data.builder import command, parts, workspace
 from megatron_sse.data.builder.command import Request, build
 
-# Where the build dies: name of the point, and what it has done by then.
+# Points at which the build dies, and what it has done by then.
 POINTS = ("third part", "sixth part", "joined", "bin named", "idx named", "half removed")
-# In the process that builds parts, so with one worker.
+# This point is in the process that builds parts, so it needs one worker.
 WITHIN = "within a part"
 
 
@@ -26,7 +26,7 @@ def die() -> None:
 
 
 def before(module: Any, name: str, is_there: Callable[..., bool]) -> None:
-    """Die instead of the first call of a function of a module for which `is_there`."""
+    """Die instead of the first call of a module's function for which `is_there` holds."""
     call = getattr(module, name)
 
     def wrapped(*arguments: Any, **options: Any) -> Any:

@@ -28,7 +28,7 @@ TEXTS = [
 
 
 def write_lines(path: Path, records: Sequence[Any]) -> Path:
-    """A JSONL file; bytes are written as they stand, all else as JSON."""
+    """Write a JSONL file: bytes unchanged, all else as JSON."""
     lines = [record if isinstance(record, bytes) else json.dumps(record).encode() for record in records]
     content = b"\n".join(lines) + b"\n"
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
@@ -40,7 +40,7 @@ def records(texts: Sequence[str] = TEXTS) -> list[dict[str, Any]]:
 
 
 def run(output: Path, *inputs: Path, picture: bool = False, **options: Any) -> int:
-    """A build in units of 64 bytes, in this process, which neither waits for the disk nor, without `picture`, draws."""
+    """Build in this process, in units of 64 bytes, without disk syncs and (unless `picture`) without pictures."""
     given = {"workers": 1, "unit_bytes": 64, **options}
     request = Request(inputs=[str(path) for path in inputs], output=str(output), **given)
     with ExitStack() as stack:
@@ -51,19 +51,19 @@ def run(output: Path, *inputs: Path, picture: bool = False, **options: Any) -> i
 
 
 def documents(prefix: Path) -> list[np.ndarray]:
-    """Token documents of a finished file, as Megatron-Core reads them."""
+    """Return the token documents of a finished file, as Megatron-Core reads them."""
     file = IndexedDataset(str(prefix))
-    # Copied: the map goes with the file.
+    # Copied, since the memory map ends with the file.
     return [file[number].copy() for number in range(len(file))]
 
 
 def texts(prefix: Path) -> list[str]:
-    """Documents of a file of bytes."""
+    """Return the documents of a byte-token file as texts."""
     return [decode(document) for document in documents(prefix)]
 
 
 def files(prefix: Path) -> dict[str, bytes]:
-    """Content of all files of a prefix but the picture, which names what drew it."""
+    """Return the content of all files of a prefix except the picture, which contains matplotlib's version."""
     return {
         path.name.removeprefix(prefix.name): path.read_bytes()
         for path in prefix.parent.glob(f"{prefix.name}.*")
@@ -72,7 +72,7 @@ def files(prefix: Path) -> dict[str, bytes]:
 
 
 def make_tokenizer(folder: Path, begin: bool = False, vocab_size: int = 300, **settings: Any) -> Tokenizer:
-    """A byte-level BPE with <begin>, <end>, <|user|> and <|assistant|>. begin: put <begin> before texts."""
+    """Make a byte-level BPE with <begin>, <end>, <|user|> and <|assistant|>. begin: put <begin> before texts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

@@ -1,4 +1,4 @@
-"""Chats: rendered as transformers does, and only what an assistant writes counts."""
+"""Chats are rendered as transformers renders them, and only the assistant's words count in the loss."""
 
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ MARKED = CLOSED.replace("{{ message.content }}", "{% generation %}{{ message.con
 
 
 def mask_of(prefix: Path) -> list[np.ndarray]:
-    """The mask of each document."""
+    """Return the loss mask of each document."""
     lengths = [len(document) for document in documents(prefix)]
     mask = np.fromfile(f"{prefix}.mask", dtype=np.uint8)
     assert len(mask) == sum(lengths) and set(mask.tolist()) <= {0, 1}
@@ -47,7 +47,7 @@ def mask_of(prefix: Path) -> list[np.ndarray]:
 
 
 def counted(prefix: Path) -> list[str]:
-    """What counts of each document of bytes, its end as a $."""
+    """Return the text of each byte document that counts in the loss, with its end as $."""
     kept = [document[mask == 1] for document, mask in zip(documents(prefix), mask_of(prefix), strict=True)]
     return [decode(tokens) + "$" * int((tokens == END_OF_DOCUMENT).sum()) for tokens in kept]
 
@@ -67,7 +67,7 @@ def test_answers_and_ends_count(tmp_path: Path) -> None:
     share = np.unique(labels, return_counts=True)[1] / len(labels)
     expected = -len(labels) * (share * np.log2(share)).sum() / sum(sizes)
     assert np.isclose(metadata.unigram_bits_per_byte, expected)
-    # A loss is one of labels: ln 2 nats for each.
+    # The loss covers labels only: ln 2 nats for each.
     assert np.isclose(metadata.bits_per_byte(np.log(2)), (sum(sizes) + 2) / sum(sizes))
 
 
@@ -123,7 +123,7 @@ def test_a_template_that_changes_what_came_before_is_refused(tmp_path: Path) -> 
     path = write_lines(tmp_path / "a.jsonl", [{"messages": TURNS[2:4]}, {"messages": TURNS[2:]}])
     options = {"format": "chat", "chat_template": str(tmp_path / "template.jinja")}
     for old, new, message in (
-        # As those that leave out earlier thoughts.
+        # A template that leaves out earlier thoughts, as those of reasoning models do.
         (
             "message['content']",
             "(message['content'] if loop.last else 'gone')",

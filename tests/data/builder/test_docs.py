@@ -1,4 +1,4 @@
-"""Every command of docs/data.md about building does what it should."""
+"""Every command of docs/data.md about building runs and does what the page says."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""Every format becomes the documents that it holds, cut and worked on in any way."""
+"""Every format is read into its documents, for any number of units and workers."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ from tests.data.builder.support import TEXTS, documents, files, records, run, te
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
 @pytest.mark.parametrize("unit_bytes", [1, 7, 64, 1 << 20])
 def test_jsonl(tmp_path: Path, name: str, unit_bytes: int) -> None:
-    # A unit for each byte needs few of them.
+    # One unit per byte is slow, so these files are small.
     given = TEXTS if unit_bytes > 1 else ["a", "ü", "b"]
     assert run(tmp_path / "out", write_lines(tmp_path / name, records(given)), unit_bytes=unit_bytes) == 0
     assert texts(tmp_path / "out") == given
@@ -112,7 +112,7 @@ def test_metadata_counts_and_the_code_length_of_the_files_own_frequencies(tmp_pa
     metadata = read_metadata(str(tmp_path / "out"))
     assert metadata is not None
     assert (metadata.documents, metadata.tokens, metadata.bytes, metadata.end) == (2, 6, 4, 256)
-    # Two each of a, b and the end: log2(3) bits for each of six tokens.
+    # Six tokens, two each of a, b and the end, have log2(3) bits each.
     assert np.isclose(metadata.unigram_bits_per_byte, 6 * np.log2(3) / 4)
     assert json.loads((tmp_path / "out.json").read_text())["loss_mask"] is False
 

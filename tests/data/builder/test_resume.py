@@ -1,4 +1,4 @@
-"""A build that is killed goes on and makes the files of one that was left alone."""
+"""A killed build resumes and makes the same files as an uninterrupted one."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ def test_killed_at_each_point_in_turn(tmp_path: Path, count: int) -> None:
         call = [sys.executable, "-m", "tests.data.builder.killed", point, str(count), str(tmp_path / "out"), str(path)]
         process = subprocess.run(call, cwd=ROOT, start_new_session=True, capture_output=True, text=True)
         assert process.returncode == (0 if point == "never" else -signal.SIGKILL), process.stderr
-        # An index is there once all is, and not before.
+        # The index appears last, once everything else is complete.
         assert (tmp_path / "out.idx").exists() == (point in ("idx named", "half removed", "never"))
     assert f"{len(TEXTS) * 12} documents" in process.stdout and "length in tokens" in process.stdout
     run(tmp_path / "whole", path, unit_bytes=2048)
@@ -34,7 +34,7 @@ def test_killed_at_each_point_in_turn(tmp_path: Path, count: int) -> None:
 
 @pytest.fixture
 def half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A JSONL file of which a build to `out` has read a half."""
+    """Return a JSONL file of which a build to `out` has processed one half."""
     path = write_lines(tmp_path / "a.jsonl", records())
 
     def interrupted(*arguments: Any) -> Any:

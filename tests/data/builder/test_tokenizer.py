@@ -1,4 +1,4 @@
-"""Files made with a tokenizer of the tokenizers library hold what that library says."""
+"""Files made with a tokenizer hold the tokens that the tokenizers library gives."""
 
 import json
 from pathlib import Path
@@ -25,13 +25,13 @@ def test_tokens_are_those_of_the_library(tmp_path: Path, begin: bool) -> None:
     metadata = read_metadata(str(tmp_path / "out"))
     assert metadata is not None and metadata.vocab_size == tokenizer.get_vocab_size() and metadata.end == end
     assert metadata.tokenizer.startswith("tiny sha256:")
-    # Worked on by processes, and by the file instead of its folder.
+    # Built with several processes, and with the tokenizer's file in place of its folder.
     run(tmp_path / "two", path, tokenizer=str(tmp_path / "tiny/tokenizer.json"), workers=2)
     assert files(tmp_path / "two") == files(tmp_path / "out")
 
 
 def long_text() -> str:
-    """Lines that end in all ways, and begin with spaces, line ends and words."""
+    """Return lines with all kinds of ends, which begin with spaces, line ends and words."""
     generator = np.random.default_rng(0)
     words = ["def", "f(x):", " ", "\n", "\n\n", "\n    ", ".\n", "🐈\n", "12\n", "\t", "ü", "word", "\r\n", "words"]
     return "".join(words[number] for number in generator.integers(0, len(words), 20_000))
@@ -43,7 +43,7 @@ def test_a_long_text_is_cut_where_that_changes_no_token(
 ) -> None:
     tokenizer = make_tokenizer(tmp_path / "tiny", begin=True)
     if depends:
-        # A space before the first word of what is encoded, so that no cut can be right.
+        # This tokenizer puts a space before the first word that it encodes, so that texts must not be cut.
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         tokenizer.save(str(tmp_path / "tiny/tokenizer.json"))
     monkeypatch.setattr(encode, "_PIECE", 1_000)

@@ -1,4 +1,4 @@
-"""Wrong input is refused with its place or counted, by setting; wrong requests are refused in one line."""
+"""Wrong input is refused with its place or counted, as set; wrong requests are refused in one line."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from tests.data.builder.support import make_tokenizer, records, run, texts, writ
 GOOD = {"text": "good"}
 CHAT = {"prompt": "p", "completion": "c"}
 TURNS = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
-# Name: (a line between good ones, options, what is refused, the kind that is counted)
+# Name: (a bad line between good ones, options, the error, the kind that is counted)
 LINES: dict[str, tuple[Any, dict[str, Any], str, str]] = {
     "broken": (b'{"text": "a', {}, "broken JSON", "broken JSON"),
     "deep": (b"[" * 100_000, {"unit_bytes": 1 << 16}, "broken JSON", "broken JSON"),
@@ -49,7 +49,7 @@ def test_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         run(tmp_path / "out", path, **options)
     assert "\n" not in str(caught.value) and re.search(r"--(wrong|empty) skip$", str(caught.value))
     assert not (tmp_path / "out.idx").exists()
-    # What was built before the refusal is used.
+    # Parts that were built before the error are reused.
     assert run(tmp_path / "out", path, **options | {"wrong": "skip", "empty": "skip"}) == 0
     assert f"left out: 1 x {kind}" in capsys.readouterr().out
     assert len(texts(tmp_path / "out")) == 3
@@ -101,7 +101,7 @@ def test_damaged_files(tmp_path: Path) -> None:
         run(tmp_path / "out", path)
 
 
-# Name: (options, what is refused)
+# Name: (options, the error)
 REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
     "format": ({"format": "csv"}, "--format: got csv, allowed auto, jsonl, text"),
     "wrong": ({"wrong": "count"}, "--wrong: got count, allowed refuse, skip"),

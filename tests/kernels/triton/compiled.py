@@ -1,4 +1,4 @@
-"""Attention through torch.compile; a process of its own, where nothing was compiled before: python -m ... RECURRENCE"""
+"""Attention through torch.compile, run as a fresh process without compiled kernels: python -m ... RECURRENCE"""
 
 import sys
 

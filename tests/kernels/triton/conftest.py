@@ -1,4 +1,4 @@
-"""Triton's interpreter runs the kernels on the CPU, with its arithmetic in bf16 mended."""
+"""Set-up of Triton's interpreter, which runs the kernels on the CPU, with its bf16 arithmetic corrected."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ _multiply = interpreter.InterpreterBuilder.create_dot
 
 
 def _convert_float(x, source, target, rounding_mode):
-    """Bits of floats in another format; fp32 to bf16 to the nearest, as GPUs round, where the original cuts off."""
+    """Convert floats; fp32 to bf16 rounds to nearest, as on GPUs, where the original truncates."""
     if (source.name, target.name) == ("fp32", "bf16"):
         bits = np.ascontiguousarray(x).view(np.uint32)
         return ((bits + ((bits >> 16) & 1) + 0x7FFF) >> 16).astype(np.uint16)
@@ -23,7 +23,7 @@ def _widen(x):
 
 
 def _create_dot(self, a, b, *rest):
-    """The original would multiply the integers that hold the bits of bf16."""
+    """Multiply bf16 as fp32; the original would multiply the integers that hold the bits."""
     return _multiply(self, _widen(a), _widen(b), *rest)
 
 

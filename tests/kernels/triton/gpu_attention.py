@@ -1,6 +1,6 @@
-"""On a GPU: the kernels as they are compiled there. Run by name: TRITON_INTERPRET=0 pytest THIS_FILE
+"""The compiled kernels on a GPU. Run by name: TRITON_INTERPRET=0 pytest THIS_FILE
 
-compute-sanitizer --tool memcheck (racecheck) python -m pytest THIS_FILE -k small looks for stray accesses.
+compute-sanitizer --tool memcheck (racecheck) python -m pytest THIS_FILE -k small finds invalid accesses.
 """
 
 from collections.abc import Iterator
@@ -59,7 +59,7 @@ def test_does_not_wait_for_the_device(recurrence: str) -> None:
 
 
 def step(case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
-    """Output and gradients, without random numbers or copies from the host."""
+    """Return output and gradients, computed without random numbers or copies from the host."""
     from tests.kernels.cases import run
 
     o_THV, final = run(attention("varlen"), case, inputs)
@@ -77,7 +77,7 @@ def test_forward_and_backward_in_one_cuda_graph(recurrence: str) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step(case, inputs)
-    # Other numbers, so other picks and segments, through the same launches.
+    # Other values give other picks and segments in the same captured launches.
     other = make_inputs(case, seed=1)
     for leaf, x in zip(inputs.leaves().values(), other.leaves().values(), strict=True):
         leaf.data.copy_(x.data)
@@ -95,7 +95,7 @@ def test_twice_the_same_bits(recurrence: str) -> None:
 
 @every_recurrence
 def test_offsets_beyond_32_bits(recurrence: str) -> None:
-    """140,000 tokens and their picks of 32 heads with 256 values: 2^31 elements are passed; the ends are compared."""
+    """140,000 tokens and picks of 32 heads with 256 values exceed 2^31 elements; results at both ends are compared."""
     lengths = (200, 139_600, 200)
     case = replace(SMALL, recurrence=recurrence, lengths=lengths, num_heads=32, num_value_heads=32)
     case = replace(case, key_dim=16, value_dim=256, num_writers=1, num_readers=1)
@@ -125,5 +125,5 @@ def _documents(lengths: tuple[int, ...]) -> Tensor:
 
 
 def _padded(inputs: Inputs, rows: int) -> Inputs:
-    """The inputs behind `rows` rows of their own first row."""
+    """Return the inputs after `rows` copies of their first row."""
     return inputs.map(lambda x: torch.cat((x[:1].expand(rows, *x.shape[1:]), x)))

@@ -1,4 +1,4 @@
-"""What bf16 costs: the errors of the kernels, and of plain torch whose matrix products are in bf16."""
+"""Errors of bf16: of the kernels, and of plain torch with matrix products in bf16."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.at
 
 
 class ProductsInBf16(TorchDispatchMode):
-    """Rounds what goes into matrix products and what comes out, forward and backward; sums are in fp32."""
+    """A mode that rounds inputs and outputs of matrix products, forward and backward; sums are in fp32."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function not in _PRODUCTS:
@@ -23,7 +23,7 @@ class ProductsInBf16(TorchDispatchMode):
 
 
 def mixed_inputs(case: Case, device: str) -> tuple[Inputs, Inputs]:
-    """Queries, keys and values in bf16, gates and router in fp32, as in training; and the same numbers in fp64."""
+    """Return inputs as in training (queries, keys, values bf16; gates, router fp32), and the same numbers in fp64."""
     rounded = make_inputs(case).map(lambda x: x.bfloat16().double())
     mixed = rounded.map(lambda x: x.float()).to(device)
     assert mixed.sparse is not None
@@ -33,11 +33,11 @@ def mixed_inputs(case: Case, device: str) -> tuple[Inputs, Inputs]:
 
 
 def errors_of_bf16(case: Case, device: str = "cpu") -> dict[str, tuple[float, float]]:
-    """By output and gradient: the kernels' error and plain torch's, both against fp64."""
+    """Return, by output and gradient, the errors of the kernels and of plain torch against fp64."""
     mixed, rounded = mixed_inputs(case, device)
     expected = outputs_and_gradients(oracle, case, rounded)
     actual = outputs_and_gradients(attention("varlen"), case, mixed)
-    # On the CPU, where backward runs in the thread of the mode.
+    # Plain torch runs on the CPU, where the backward pass runs in this thread, in which the mode applies.
     with ProductsInBf16(), pytest.MonkeyPatch.context() as patch:
         for module in (routing, scan, sse):
             patch.setattr(module, "use_triton", lambda x: False)

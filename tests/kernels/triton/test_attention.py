@@ -1,4 +1,4 @@
-"""The whole attention on the Triton kernels against the oracle: outputs, final states, the gradient of every input."""
+"""Complete attention on the Triton kernels against the oracle: outputs, final states, all gradients."""
 
 import subprocess
 import sys
@@ -22,14 +22,14 @@ TOLERANCE = 1e-5
 
 @pytest.fixture(autouse=True)
 def small_pieces_on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter takes what a GPU would get; pieces are so short that segments have several."""
+    """Select the Triton kernels, with pieces so short that segments have several."""
     for module in (decode, norm, routing, scan, sse):
         monkeypatch.setattr(module, "use_triton", lambda x: x.dtype != torch.float64, raising=False)
     monkeypatch.setattr(triton_attention, "choose_chunks_per_piece", lambda num_rows, programs: 1)
 
 
 BASE = Case(lengths=LENGTHS, num_heads=1, num_value_heads=1, key_dim=16, value_dim=16, num_partitions=3)
-# The operators' own tests have more; here each is there for what surrounds them.
+# The operators have tests with more cases; these cover the code around them.
 CASES = [
     replace(BASE, num_value_heads=2, key_dim=12, value_dim=24, num_writers=2, num_readers=2, initial=True),
     replace(BASE, num_writers=1, num_readers=2, routing="ties", weight_writes=False),
@@ -37,7 +37,7 @@ CASES = [
     replace(BASE, num_partitions=0, initial=True),
 ]
 CASES += [replace(case, recurrence="gdn") for case in CASES]
-# Mask form: all partitions are picks, through the same kernels.
+# In mask form all partitions are picks of the same kernels.
 FORMS = [("varlen", case) for case in CASES] + [("mask", case) for case in CASES if case.routing == "ties"]
 
 
@@ -54,7 +54,7 @@ def test_matches_the_oracle(form: str, case: Case) -> None:
 
 
 class Spans:
-    """One document of three spans that see each other's states through `exchange` alone."""
+    """One document in three spans that get each other's states only through `exchange`."""
 
     lengths = (70, 64, 20)
 
@@ -90,7 +90,7 @@ def test_states_from_elsewhere(recurrence: str) -> None:
 
 @pytest.mark.parametrize("recurrence", ["gla", "gdn"])
 def test_bf16_costs_at_most_twice_what_it_costs_plain_torch(recurrence: str) -> None:
-    """Of every output and gradient, gates included."""
+    """The error of every output and gradient, gates included, is at most twice that of plain torch in bf16."""
     case = replace(BASE, recurrence=recurrence, num_writers=2, num_readers=2)
     worse = {name: pair for name, pair in errors_of_bf16(case).items() if not pair[0] < 2 * pair[1]}
     assert not worse
@@ -114,7 +114,7 @@ def test_shapes_are_known_without_data(recurrence: str) -> None:
 
 
 def read_rows_for_tokens(patch: pytest.MonkeyPatch) -> None:
-    """As if picks were numbered by partition first."""
+    """Number picks by partition first, which is wrong."""
     rows, num_tokens = triton_attention.make_rows, sum(LENGTHS)
     patch.setattr(triton_attention, "make_rows", lambda *args: replace(r := rows(*args), token_R=r.row_R % num_tokens))
 

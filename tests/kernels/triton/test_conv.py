@@ -1,4 +1,4 @@
-"""The short convolution's kernels against the torch form in fp64, with the gradients."""
+"""The short convolution's kernels and gradients, against the torch form in fp64."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,7 @@ def make_inputs(num_channels: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     x_TC = torch.randn(sum(LENGTHS), num_channels, dtype=torch.float64, generator=generator)
     weight_CW = torch.randn(num_channels, width, dtype=torch.float64, generator=generator)
-    # The first document began before these tokens.
+    # The first document starts before these tokens.
     position_T = torch.cat([torch.arange(length) for length in LENGTHS])
     position_T[0] = 5
     return x_TC, weight_CW, position_T
@@ -40,7 +40,7 @@ def error(inputs: tuple[Tensor, ...], dtype: torch.dtype = torch.float32) -> flo
 @pytest.mark.parametrize("width", [2, 3, 4, 8])
 @pytest.mark.parametrize("num_channels", [6, 70])
 def test_short_convolution(num_channels: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Fewer programs than blocks: each takes several.
+    # There are fewer programs than blocks, so each processes several.
     monkeypatch.setattr(triton_conv, "MAX_PROGRAMS", 2)
     assert error(make_inputs(num_channels, width)) < 1e-6
 

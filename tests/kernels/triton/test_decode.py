@@ -1,4 +1,4 @@
-"""Generation's kernel against the torch form in fp64, several tokens in a row."""
+"""The decoding kernel against the torch form in fp64, over several tokens."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,7 +31,7 @@ def test_decode_step(case: Case) -> None:
 
 @pytest.mark.parametrize("recurrence", ["gla", "gdn"])
 def test_several_blocks(recurrence: str) -> None:
-    # Blocks of 4096 / 128 = 32 columns, the last one not full.
+    # Blocks have 4096 / 128 = 32 columns; the last one is partial.
     assert error(Case(recurrence=recurrence, lengths=(2, 1), key_dim=100, value_dim=70, initial=True)) < 1e-6
 
 

@@ -1,4 +1,4 @@
-"""The delta rule's kernels, with the scan over pieces between them, against the oracle: every output and gradient."""
+"""The delta rule's kernels and the scan between them against the oracle: every output and gradient."""
 
 import sys
 from functools import cache
@@ -21,7 +21,7 @@ TOLERANCE = 1e-5
 
 
 class _Attend(torch.autograd.Function):
-    """Tokens' inputs in, rows' outputs and the segments' final states out."""
+    """An operation from tokens' inputs to rows' outputs and segments' final states."""
 
     @staticmethod
     def forward(ctx, rows: Rows, writes_R, initial, write_R, read_R, *tensors):
@@ -51,7 +51,7 @@ class _Attend(torch.autograd.Function):
 
 
 def kernels(inputs: Inputs, routes: Routes | None, weight_writes, weight_reads, gate, initial_DBHKV):
-    """As tests.kernels.implementations.attention, through the kernels."""
+    """Compute attention through the kernels, with the signature of tests.kernels.implementations.attention."""
     num_tokens, num_heads, value_dim = inputs.v_THV.shape
     num_documents = len(inputs.offsets_D1) - 1
     shared = inputs.shared.normalize()
@@ -110,7 +110,7 @@ def test_matches_the_oracle(case: Case) -> None:
 
 
 def test_a_step_that_forgets_everything_has_no_gradient_of_its_decay() -> None:
-    """Exactly none: large log decays come from large parameters, which would multiply any rounding."""
+    """The gradient of a forgetting step's decay is exactly 0, since large parameters would multiply any rounding."""
     case_ = case(lengths=(150,), num_partitions=0, decay="underflow", initial=True)
     inputs = make_inputs(case_).map(lambda x: x.float())
     gradient = outputs_and_gradients(kernels, case_, inputs)["d shared.g"]
@@ -119,7 +119,7 @@ def test_a_step_that_forgets_everything_has_no_gradient_of_its_decay() -> None:
 
 
 def test_the_inverse_of_repeated_keys_with_negative_eigenvalues() -> None:
-    """Beta 2 on one key over and over: (1 + L)^-1 stays small, powers of L reach 1e17."""
+    """Repeating one key with beta 2 keeps (1 + L)^-1 small although powers of L reach 1e17."""
     num_tokens, tables = 64, torch.tensor([0])
     key = torch.nn.functional.normalize(torch.ones(num_tokens, 1, 16), dim=-1)
     zeros, twos, ones = torch.zeros(num_tokens, 1), torch.full((num_tokens, 1), 2.0), torch.ones(num_tokens)

@@ -18,7 +18,7 @@ from tests.kernels.implementations import oracle
 
 
 class _Attention(torch.autograd.Function):
-    """Outputs by row and final states; what the operators leave to their caller is done in torch."""
+    """An operation that returns outputs by row and final states; torch does what operators leave to callers."""
 
     @staticmethod
     def forward(ctx, rows: Rows, q1, k1, g1, q2, k2, g2, v, writes, write, read, initial_S):
@@ -54,7 +54,7 @@ def _sum_picks(x_R: Tensor, num_tokens: int) -> Tensor:
 
 
 def triton_attention(chunks_per_piece: int, form: str = "varlen") -> Callable[..., tuple[Tensor, Tensor]]:
-    """As tests.kernels.implementations; the mask form has a row for every partition of every token."""
+    """Return an implementation on the kernels; its mask form has a row for every partition of every token."""
 
     def function(inputs: Inputs, routes: Routes | None, *, weight_writes, weight_reads, initial_DBHKV, gate):
         num_tokens, num_documents = len(inputs.document_T), len(inputs.offsets_D1) - 1
@@ -95,7 +95,7 @@ def steepen(inputs: Inputs, factor: float) -> Inputs:
 
 
 def compare(case: Case, chunks_per_piece: int = 1, form: str = "varlen", factor: float = 1.0) -> dict[str, float]:
-    """Errors in fp32 of outputs, final states and all gradients."""
+    """Return the fp32 errors of outputs, final states and all gradients."""
     inputs = steepen(make_inputs(case), factor)
     expected = outputs_and_gradients(oracle, case, inputs)
     attention = triton_attention(chunks_per_piece, form)
@@ -122,11 +122,11 @@ SMALL = replace(FEW, lengths=(1, 20), num_partitions=2, initial=True)
     "case, chunks_per_piece, form, factor",
     [
         (replace(SEVERAL, decay="underflow", routing="gaps"), 2, "varlen", 1.0),
-        # Some chunks forget more than exp(-8), some less.
+        # Some chunks decay by more than exp(-8), some by less.
         (replace(ALONE, initial=True, num_heads=2, num_value_heads=2), 2, "varlen", 50.0),
         (replace(ALONE, decay="one", lengths=(200,)), 1, "varlen", 1.0),
         (replace(ALONE, decay="underflow", initial=True), 1, "varlen", 1.0),
-        # Forgets exp(-20) in a chunk, exp(-5) in 16 rows: between the kernels' cases.
+        # Decays of exp(-20) per chunk and exp(-5) per 16 rows lie between the kernels' cases.
         (replace(FEW, routing="one"), 4, "varlen", 200.0),
         (replace(FEW, num_readers=1), 1, "mask", 1.0),
         (replace(ALONE, key_dim=80, value_dim=144, lengths=(65,), initial=True), 1, "varlen", 200.0),
@@ -134,14 +134,14 @@ SMALL = replace(FEW, lengths=(1, 20), num_partitions=2, initial=True)
     ids=str,
 )
 def test_matches_the_oracle(case: Case, chunks_per_piece: int, form: str, factor: float) -> None:
-    # Three times what was measured (3e-7).
+    # Three times the measured error (3e-7).
     worst = {name: error for name, error in compare(case, chunks_per_piece, form, factor).items() if not error < 1e-6}
     assert not worst
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bits(dtype: torch.dtype) -> None:
-    """Queries, keys and values in 16 bits, gates and router in fp32, as in training."""
+    """Inputs as in training: queries, keys and values in 16 bits, gates and router in fp32."""
     rounded = make_inputs(SMALL).map(lambda x: x.to(dtype).double())
     mixed = rounded.map(lambda x: x.float())
     for bank in (mixed.shared, mixed.sparse):
@@ -210,7 +210,7 @@ def test_a_seeded_bug_is_seen(mutate: Callable, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_operators_are_registered() -> None:
-    """Schemas and fake outputs agree with what the operators do."""
+    """Schemas and fake outputs of the operators agree with their real behaviour."""
     rows = make_rows(Segments(torch.tensor([0, 3])), 3, 0, 1)
     key, value, ones = torch.randn(3, 1, 16), torch.randn(3, 1, 20), torch.ones(3)
     chunks, pieces = rows.chunks, rows.pieces

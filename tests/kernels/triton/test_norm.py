@@ -1,4 +1,4 @@
-"""The epilogue's kernels against the torch form in fp64, with the gradients."""
+"""The epilogue's kernels and gradients, against the torch form in fp64."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ T, H, EPS = 75, 3, 1e-5
 
 
 def make_leaves(value_dim: int, num_picks: int, with_gate: bool) -> list[Tensor | None]:
-    """o, picks, weight, gate."""
+    """Return leaves: output, picks, weight, gate."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(T, H, value_dim), (T, num_picks, H, value_dim), (value_dim,), (T, H, value_dim)]
     leaves: list[Tensor | None] = [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes]
@@ -39,7 +39,7 @@ def error(leaves: list[Tensor | None], dtype: torch.dtype = torch.float32) -> fl
 @pytest.mark.parametrize("num_picks", [0, 1, 3])
 @pytest.mark.parametrize("value_dim", [32, 21])
 def test_gated_norm(value_dim: int, num_picks: int, with_gate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Fewer partial sums than blocks: programs take several.
+    # There are fewer partial sums than blocks, so programs process several.
     monkeypatch.setattr(triton_norm, "MAX_PARTIALS", 2)
     assert error(make_leaves(value_dim, num_picks, with_gate)) < 1e-6
 

@@ -1,4 +1,4 @@
-"""Picks and their sorting against the torch forms, exactly."""
+"""Picks and their sorting, which equal the torch forms exactly."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from megatron_sse.kernels.triton.routing import sort_by_segment, top_banks
 
 
 def probabilities(num_tokens: int, num_partitions: int) -> torch.Tensor:
-    """Coarse, so that many are equal."""
+    """Return coarse probabilities, of which many are equal."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(1, 5, (num_tokens, num_partitions), generator=generator) / 8
 
@@ -36,7 +36,7 @@ def test_sort_by_segment(num_partitions: int, num_picks: int, lengths: tuple[int
 
 
 def test_all_picks_in_one_bank() -> None:
-    """Replayed picks may be anything, the same partition twice included."""
+    """Replayed picks may all name one partition, even twice for one token."""
     bank_TP, document_T = torch.full((300, 2), 3), torch.arange(300) // 150
     arguments = bank_TP, document_T, 2, 5
     for actual, expected in zip(sort_by_segment(*arguments), routing.sort_by_segment(*arguments), strict=True):

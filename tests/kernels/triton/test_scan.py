@@ -1,4 +1,4 @@
-"""The scan's kernels against the torch form in fp64, with the gradients."""
+"""The scan's kernels and gradients, against the torch form in fp64."""
 
 from dataclasses import replace
 
