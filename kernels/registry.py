@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_sse.kernels import gdn, gla
+from megatron_sse.kernels import gdn, gla, kda
 from megatron_sse.kernels.banks import BankInputs
 from megatron_sse.kernels.chunks import ChunkAction, run_chunks
 from megatron_sse.kernels.segments import Segments
@@ -30,6 +30,7 @@ class Kernels(NamedTuple):
 KERNELS = {
     "gla": Kernels(gla.act, has_triton=True),
     "gdn": Kernels(gdn.act, has_triton=True),
+    "kda": Kernels(kda.act, has_triton=False),
 }
 if KERNELS.keys() != RECURRENCES.keys():
     raise ImportError(f"kernels of {sorted(KERNELS)}, recurrences {sorted(RECURRENCES)}")

@@ -3,12 +3,13 @@
 S is the state [K, V] of one head of one bank, a a decay in [0, 1], b a write strength:
     gla  S <- diag(a) S + k^T v                             o = q S / sqrt(K)    (arXiv 2312.06635)
     gdn  S <- a S + b k^T (v - k a S)                       the same             (arXiv 2412.06464)
+    kda  S <- diag(a) S + b k^T (v - k diag(a) S)           the same             (arXiv 2510.26692)
 """
 
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
-RecurrenceName = Literal["gla", "gdn"]
+RecurrenceName = Literal["gla", "gdn", "kda"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ RECURRENCES: Final[dict[str, Recurrence]] = {
     for row in (
         Recurrence("gla", delta_rule=False, channel_decay=True, key_map="softmax"),
         Recurrence("gdn", delta_rule=True, channel_decay=False, key_map="silu"),
+        Recurrence("kda", delta_rule=True, channel_decay=True, key_map="silu"),
     )
 }
 if RECURRENCES.keys() != set(get_args(RecurrenceName)):

@@ -86,7 +86,9 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
         q, k = normal(*shape), normal(*shape)
         if case.recurrence == "gla":
             return BankInputs(q, k.softmax(-1), _decay(case.decay, normal(*shape)))
-        x, beta = (normal(num_tokens, case.num_value_heads) for _ in range(2))
+        channels = (case.key_dim,) if case.recurrence == "kda" else ()
+        x = normal(num_tokens, case.num_value_heads, *channels)
+        beta = normal(num_tokens, case.num_value_heads)
         return BankInputs(q, k, _decay(case.decay, x), case.beta_max * beta.sigmoid())
 
     initial = None

@@ -24,6 +24,10 @@ CASES = [
     Case(**SPREAD, recurrence="gdn", num_writers=1, num_readers=3, weight_writes=False, beta_max=2.0),
     Case(**SPREAD, recurrence="gdn", num_writers=2, num_readers=1, gate="reference", weight_reads=False),
     Case(**SPREAD, recurrence="gdn", num_partitions=0),
+    Case(**SPREAD, recurrence="kda"),
+    Case(**SPREAD, recurrence="kda", num_writers=1, num_readers=3, weight_writes=False, beta_max=2.0),
+    Case(**SPREAD, recurrence="kda", num_writers=2, num_readers=1, gate="reference", decay="underflow"),
+    Case(**SPREAD, recurrence="kda", num_partitions=0),
 ]
 
 

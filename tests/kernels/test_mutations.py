@@ -63,14 +63,14 @@ def ties_to_the_higher_index(patch: Patch) -> None:
 
 
 MUTATIONS = {
-    drop_the_reset: ("gla", "gdn"),
-    forget_the_write_mask: ("gla", "gdn"),
-    do_not_transpose_in_backward: ("gdn",),
-    decay_what_is_written_at_once: ("gla", "gdn"),
-    ignore_the_write_weights: ("gla", "gdn"),
-    ignore_the_last_chunk: ("gla", "gdn"),
-    ties_to_the_higher_index: ("gla", "gdn"),
-    read_where_is_written: ("gla", "gdn"),
+    drop_the_reset: ("gla", "gdn", "kda"),
+    forget_the_write_mask: ("gla", "gdn", "kda"),
+    do_not_transpose_in_backward: ("gdn", "kda"),
+    decay_what_is_written_at_once: ("gla", "gdn", "kda"),
+    ignore_the_write_weights: ("gla", "gdn", "kda"),
+    ignore_the_last_chunk: ("gla", "gdn", "kda"),
+    ties_to_the_higher_index: ("gla", "gdn", "kda"),
+    read_where_is_written: ("gla", "gdn", "kda"),
 }
 
 

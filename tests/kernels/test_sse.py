@@ -54,7 +54,7 @@ DELTA_RULE = [
     Case(gate="reference", num_readers=2, weight_reads=False),
     Case(gate="reference", num_writers=2, weight_writes=False, initial=True),
 ]
-CASES = COMMON + [replace(case, recurrence="gdn") for case in COMMON + DELTA_RULE]
+CASES = COMMON + [replace(case, recurrence=name) for name in ("gdn", "kda") for case in COMMON + DELTA_RULE]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -66,7 +66,7 @@ def test_matches_the_oracle(case: Case, form: str) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 4, 8, 16, 32, 64])
-@pytest.mark.parametrize("recurrence", ["gla", "gdn"])
+@pytest.mark.parametrize("recurrence", ["gla", "gdn", "kda"])
 def test_any_chunk_size(recurrence: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(recurrence=recurrence, lengths=UNEVEN, initial=True)
     monkeypatch.setattr(chunks, "choose_chunk_size", lambda *sizes: size)
@@ -82,7 +82,7 @@ def test_chunk_size(rows: int, segments: int, size: int) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("decay", ["long", "one", "underflow"])
-@pytest.mark.parametrize("recurrence", ["gla", "gdn"])
+@pytest.mark.parametrize("recurrence", ["gla", "gdn", "kda"])
 def test_fp32_against_the_fp64_oracle(recurrence: str, decay: str, form: str) -> None:
     case = Case(recurrence=recurrence, decay=decay, lengths=UNEVEN, num_writers=2, num_readers=2, initial=True)
     actual = outputs_and_gradients(attention(form), case, make_inputs(case).map(lambda x: x.float()))
@@ -93,7 +93,7 @@ def test_fp32_against_the_fp64_oracle(recurrence: str, decay: str, form: str) ->
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("recurrence", ["gla", "gdn"])
+@pytest.mark.parametrize("recurrence", ["gla", "gdn", "kda"])
 def test_bf16_is_rounded_only_where_it_enters_and_leaves(recurrence: str, form: str) -> None:
     """Inputs as in training: queries, keys and values in bf16, gates and router in fp32."""
     case = Case(recurrence=recurrence, lengths=UNEVEN, num_writers=2, num_readers=2, num_value_heads=4)
