@@ -59,6 +59,7 @@ def attend_banks(
     """
     num_tokens, num_heads = v_THV.shape[:2]
     segments, num_picks = documents, 0
+    # The shared bank's rows write and read with factor 1, the picks' rows with their own.
     scales = [v_THV.new_ones(num_tokens, dtype=torch.float32)] * 3
     if picks is not None:
         num_picks = picks.bank_TP.shape[1]

@@ -34,6 +34,7 @@ def conv_forward_kernel(
     b_position = tl.load(position_ptr + token, mask=token < num_tokens, other=0)
     b_y = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     for back in tl.static_range(W):
+        # The last tap is the token's own.
         b_weight = tl.load(weight_ptr + channel * W + (W - 1 - back), mask=channel < C, other=0.0).to(tl.float32)
         earlier = token - back
         seen = inside & ((b_position >= back) & (earlier >= 0))[:, None]
@@ -113,6 +114,7 @@ def _backward(x_TC: Tensor, weight_CW: Tensor, position_T: Tensor, grad_y_TC: Te
     num_steps = triton.cdiv(token_blocks * channel_blocks, MAX_PROGRAMS)
     num_parts = triton.cdiv(token_blocks, num_steps)
     grad_x_TC = torch.empty_like(x_TC)
+    # Partial sums are added up afterwards in a fixed order: atomic additions would not be deterministic.
     partial_XCW = torch.empty(num_parts, *weight_CW.shape, dtype=torch.float32, device=x_TC.device)
     conv_backward_kernel[(num_parts * channel_blocks,)](
         x_TC,

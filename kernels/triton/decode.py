@@ -75,6 +75,7 @@ def _write_and_read(
         b_state *= decay
         b_change = b_v * write
         if DELTA:
+            # The delta rule writes the difference between the value and what the key recalls.
             b_change = (b_change - tl.sum(b_k[:, None] * b_state, axis=0)) * beta
         b_state += b_k[:, None] * b_change[None, :]
         tl.store(state_ptr + cell, b_state, mask=inside)

@@ -144,6 +144,7 @@ def _launch(
         blocks = triton.cdiv(dims.key_dim, constants["BK"])
     if kernel in PER_PIECE:
         blocks = triton.cdiv(dims.value_dim, constants["BV"])
+    # Blocks of columns of the increment [K, V] and then of the transition [K, K].
     if kernel is gdn_forward.gdn_summarize_kernel:
         blocks += triton.cdiv(dims.key_dim, constants["BV"])
     spans = inputs.piece_start_M if kernel in PER_PIECE else inputs.chunk_start_G

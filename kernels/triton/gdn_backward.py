@@ -72,6 +72,7 @@ def gdn_states_backward_kernel(
         grad_state = tl.zeros((BK, BV), dtype=tl.float32)
     num_chunks = tl.maximum(end - start + C - 1, 0) // C
     first_chunk = tl.load(chunk_ptr + piece).to(tl.int64)
+    # From the last chunk to the first.
     for done in range(0, num_chunks):
         first = start + (num_chunks - 1 - done) * C
         place = first + within
@@ -252,6 +253,7 @@ def gdn_keys_backward_kernel(
     key_row = token * H + head // (HV // H)
     key = block * BK + tl.arange(0, BK)
     matrix = (chunk * HV + head) * K * V
+    # Each block of K writes sums of its own, [blocks, 5, HV, R]; gdn_gates_backward_kernel adds them up.
     sums_ptr += block.to(tl.int64) * 5 * HV * num_rows
     from_start = load_gate(gates_ptr, 2, head, start, within, valid, num_rows, HV)
     read = tl.load(read_ptr + row, mask=valid, other=0.0)

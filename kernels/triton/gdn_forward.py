@@ -130,6 +130,7 @@ def gdn_gates_kernel(
     start, end = tl.load(chunk_start_ptr + tl.program_id(0)), tl.load(chunk_end_ptr + tl.program_id(0))
     if start >= end:
         return
+    # Sorted positions from num_tokens on are picks: they use the partitions' tensors.
     if start >= num_tokens:
         g1_ptr, beta1_ptr = g2_ptr, beta2_ptr
     place, head = start + tl.arange(0, C), tl.arange(0, BH)
@@ -184,6 +185,7 @@ def gdn_prepare_kernel(
     within = tl.arange(0, C)
     valid = start + within < end
     token = tl.load(token_ptr + start + within, mask=valid, other=0).to(tl.int64)
+    # Neighbouring value heads share a key head.
     key_row = token * H + head // (HV // H)
     met = tl.zeros((C, C), dtype=tl.float32)
     scores = tl.zeros((C, C), dtype=tl.float32)
@@ -256,11 +258,13 @@ def gdn_summarize_kernel(
     is_increment = block < value_blocks
     within, key, matrix = tl.arange(0, C), tl.arange(0, BK), (piece * HV + head).to(tl.int64)
     column = (block if is_increment else block - value_blocks) * BV + tl.arange(0, BV)
+    # Zero for the increment, the identity's columns for the transition.
     state = tl.where((key[:, None] == column[None, :]) & (block >= value_blocks), 1.0, 0.0)
     for first in range(start, end, C):
         place = first + within
         valid = place < end
         row, token = load_rows(row_ptr, token_ptr, place, valid)
+        # inverse, scores, d and the gates are stored by head and then by sorted position.
         sorted_row = head.to(tl.int64) * num_rows + first
         k = load_tile(k1_ptr, token * H + head // (HV // H), valid, key, K).to(dtype)
         inverse = load_tile(inverse_ptr + sorted_row * C, within, valid, within, C)

@@ -41,12 +41,14 @@ def gla_states_kernel(
     blocks_v: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K * blocks_v
     piece, block, head = tl.program_id(0) // blocks, tl.program_id(0) % blocks, tl.program_id(1)
+    # Neighbouring value heads share a key head.
     key_head = head // (num_value_heads // num_heads)
     dim_K = block // blocks_v * BLOCK_K + tl.arange(0, BLOCK_K)
     dim_V = block % blocks_v * BLOCK_V + tl.arange(0, BLOCK_V)
     start, end = tl.load(piece_start_ptr + piece), tl.load(piece_end_ptr + piece)
     if end <= start:
         return
+    # The piece's first chunk: what `prepare` stored for its chunks is at chunk + i.
     chunk = tl.load(chunk_ptr + piece)
     offset_KV, mask_KV = state_offsets(piece, head, num_value_heads, dim_K, dim_V, K, V)
     b_state = tl.load(entering_ptr + offset_KV, mask=mask_KV, other=0.0)
@@ -133,6 +135,7 @@ def gla_inter_kernel(
         b_decay = tl.load(decay_ptr + offset_K, mask=dim_K < K, other=0.0)
 
         b_state = tl.trans(b_state)
+        # The gradient of the chunk's log decay by way of the state: S and dS multiplied, times the decay.
         b_through = b_decay * tl.sum(b_state.to(tl.float32) * b_grad_state, 0)
         tl.store(through_ptr + ((chunk + i) * num_value_heads + head) * K + dim_K, b_through, mask=dim_K < K)
         b_grad_key = tl.dot(b_v, b_grad_state.to(dtype), input_precision=PRECISION) * write_C[:, None]
@@ -141,6 +144,7 @@ def gla_inter_kernel(
         read_partial_C = tl.sum(b_query.to(tl.float32) * b_grad_query, 1)
         b_grad_query *= read_C[:, None]
         store_rows(grad_query_ptr, position_C, valid_C, head, num_value_heads, dim_K, K, b_grad_query)
+        # The scores' gradient does not depend on the block of K, so only one program per piece and head computes it.
         if block == 0:
             b_scores = load_rows(scores_ptr, position_C, valid_C, key_head, num_heads, dim_C, CHUNK)
             write_1C = tl.where(valid_C, write_C, 0.0)[None, :]

@@ -57,11 +57,13 @@ def gla_summarize_kernel(
     blocks_v: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K * blocks_v
     piece, block, head = tl.program_id(0) // blocks, tl.program_id(0) % blocks, tl.program_id(1)
+    # Neighbouring value heads share a key head.
     key_head = head // (num_value_heads // num_heads)
     dim_K = block // blocks_v * BLOCK_K + tl.arange(0, BLOCK_K)
     dim_V = block % blocks_v * BLOCK_V + tl.arange(0, BLOCK_V)
     start, end = tl.load(piece_start_ptr + piece), tl.load(piece_end_ptr + piece)
     x_ptr, g_ptr = x1_ptr, g1_ptr
+    # Sorted positions from num_tokens on are picks: they use the partitions' tensors.
     if start >= num_tokens:
         x_ptr, g_ptr = x2_ptr, g2_ptr
 
@@ -94,6 +96,7 @@ def gla_summarize_kernel(
         b_x = (b_x.to(tl.float32) * tl.exp(b_sum) * SCALE).to(dtype)
         b_y = load_rows(y_ptr, row_C if REVERSE else token_C, valid_C, head, num_value_heads, dim_V, V)
         b_y = (b_y.to(tl.float32) * factor_C[:, None]).to(dtype)
+        # The chunk's rows were decayed to its border, so the state is decayed by the chunk and their product is added.
         b_state = tl.dot(tl.trans(b_x), b_y, b_state * tl.exp(total)[:, None], input_precision=PRECISION)
 
     offset_KV, mask_KV = state_offsets(piece, head, num_value_heads, dim_K, dim_V, K, V)
@@ -138,6 +141,7 @@ def gla_prepare_kernel(
     """
     chunk, head = tl.program_id(0), tl.program_id(1)
     start, end = tl.load(chunk_start_ptr + chunk), tl.load(chunk_end_ptr + chunk)
+    # Chunks and pieces are cut into tables of a fixed size; the unused ones are empty.
     if end <= start:
         return
     q_ptr, k_ptr, g_ptr = q1_ptr, k1_ptr, g1_ptr

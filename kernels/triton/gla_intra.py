@@ -57,6 +57,7 @@ def gla_intra_kernel(
     start, end = tl.load(chunk_start_ptr + chunk), tl.load(chunk_end_ptr + chunk)
     if end <= start:
         return
+    # Launched twice: for steep chunks, and for all others.
     if (tl.load(steep_ptr + chunk * num_heads + head) != 0) != STEEP:
         return
     q_ptr, k_ptr, g_ptr = q1_ptr, k1_ptr, g1_ptr

@@ -67,6 +67,7 @@ def gla_steep_scores_kernel(
         b_next = load_log_decays(g_ptr, writes_ptr, row_ptr, token_ptr, position_C + 1, end, head, num_heads, dim_K, K)
         for level in tl.static_range(2):
             b_scores += _scores_across(b_q, b_k, b_g, b_next, dtype, CHUNK, 32 >> level, PRECISION)
+        # Blocks of 16 rows that are mild: q exp(sum) times k exp(-sum), as in chunks that are not steep.
         b_sum = sum_from_start(b_g, 16)
         if tl.min(b_sum) >= -MILD:
             b_block = _product(b_q * tl.exp(b_sum), b_k * tl.exp(-b_sum), dtype, PRECISION)

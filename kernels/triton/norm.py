@@ -87,6 +87,7 @@ def norm_backward_kernel(
         if HAS_GATE:
             b_gate = tl.load(gate_ptr + cell, mask=inside, other=0.0).to(tl.float32)
             b_sigmoid = tl.sigmoid(b_gate)
+            # The derivative of silu: (x sigmoid(x))' = sigmoid(x) (1 + x (1 - sigmoid(x))).
             b_slope = b_sigmoid * (1 + b_gate * (1 - b_sigmoid))
             b_grad_gate = b_grad * b_normed * b_weight * b_slope
             tl.store(grad_gate_ptr + cell, b_grad_gate.to(grad_gate_ptr.dtype.element_ty), mask=inside)
@@ -147,6 +148,7 @@ def _backward(
     num_rows = o_THV.numel() // value_dim
     constants = _constants(value_dim, 0 if picked is None else picked.shape[1], gate_THV is not None)
     num_blocks = triton.cdiv(num_rows, constants["BLOCK_R"])
+    # At most MAX_PARTIALS programs, each of which walks over num_steps blocks of rows.
     num_steps = triton.cdiv(num_blocks, MAX_PARTIALS)
     num_programs = triton.cdiv(num_blocks, num_steps)
     grad_o_THV = torch.empty_like(o_THV)
