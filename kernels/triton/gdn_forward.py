@@ -258,13 +258,11 @@ def gdn_summarize_kernel(
     is_increment = block < value_blocks
     within, key, matrix = tl.arange(0, C), tl.arange(0, BK), (piece * HV + head).to(tl.int64)
     column = (block if is_increment else block - value_blocks) * BV + tl.arange(0, BV)
-    # Zero for the increment, the identity's columns for the transition.
     state = tl.where((key[:, None] == column[None, :]) & (block >= value_blocks), 1.0, 0.0)
     for first in range(start, end, C):
         place = first + within
         valid = place < end
         row, token = load_rows(row_ptr, token_ptr, place, valid)
-        # inverse, scores, d and the gates are stored by head and then by sorted position.
         sorted_row = head.to(tl.int64) * num_rows + first
         k = load_tile(k1_ptr, token * H + head // (HV // H), valid, key, K).to(dtype)
         inverse = load_tile(inverse_ptr + sorted_row * C, within, valid, within, C)
@@ -337,6 +335,7 @@ def gdn_attend_kernel(
         place = first + within
         valid = place < end
         row, token = load_rows(row_ptr, token_ptr, place, valid)
+        # inverse, scores, d and the gates are stored by head and then by sorted position.
         sorted_row = head.to(tl.int64) * num_rows + first
         key_row = token * H + head // (HV // H)
         k = load_tile(k1_ptr, key_row, valid, key, K).to(dtype)
