@@ -89,7 +89,7 @@ def test_resume_can_be_turned_off_or_name_a_path(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="^checkpoint.resume: .* is not a complete checkpoint: .* not found"):
         find(str(folder / "iter_0000020"))
     weights = small_run(tmp_path, checkpoint={"load_weights": str(tmp_path)})
-    with pytest.raises(UserError, match="^checkpoint.load_weights: .* not found; give null or the path of"):
+    with pytest.raises(UserError, match="^checkpoint.load_weights: .* holds no checkpoint; give null or the"):
         find_weights(weights)
 
 
