@@ -1,7 +1,7 @@
 """Which tokens of a micro-batch belong to which document, on one context rank.
 
 Dims: B batch, L tokens of a sequence on this rank, T = B * L flat tokens (t = b * L + l), D fragments (the parts of
-documents that lie in one slot; whole documents without context parallelism), F slots, G tokens of a sequence on all
+documents that lie in one slot; full documents without context parallelism), F slots, G tokens of a sequence on all
 context ranks together.
 """
 

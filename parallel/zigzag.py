@@ -1,6 +1,6 @@
 """A micro-batch rearranged for attention kernels that need every document in zigzag over the context ranks.
 
-Dims as in layout.py; T tokens of the batch on all ranks, S the same with padding, D whole documents, R rows of a rank.
+Dims as in layout.py; T tokens of the batch on all ranks, S the same with padding, D full documents, R rows of a rank.
 """
 
 from __future__ import annotations
