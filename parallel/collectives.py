@@ -14,7 +14,7 @@ class _SumGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         if ctx.group.size() > 1:
-            # A copy: the gradient may be a view, or belong to somebody else.
+            # all_reduce works in place, and autograd may still use this gradient elsewhere, or it may be a view.
             grad = grad.clone(memory_format=torch.contiguous_format)
             dist.all_reduce(grad, group=ctx.group)
         return grad, None
@@ -34,13 +34,17 @@ class _SumValue(torch.autograd.Function):
 
 
 def sum_gradient(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """x itself, the same on every rank of the group, for use by each rank's own part: its gradient is summed.
+    """Return x unchanged; backward sums its gradient over the ranks of the group.
 
-    Megatron-Core's copy_to_tensor_model_parallel_region does not sum a gradient that is not contiguous.
+    For an x that is the same on every rank and enters each rank's own part of a computation (such as the columns of a
+    split matrix). Megatron-Core's copy_to_tensor_model_parallel_region does not sum a gradient that is not contiguous.
     """
     return _SumGradient.apply(x, group)
 
 
 def sum_value(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum of x over the ranks of the group, for use alike on all of them: its gradient goes back as it is."""
+    """Return the sum of x over the ranks of the group; backward passes the gradient on unchanged.
+
+    For a sum that every rank uses in the same way, so that its gradient is already the same on all of them.
+    """
     return _SumValue.apply(x, group)

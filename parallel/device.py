@@ -24,20 +24,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Device:
-    """Where this process computes: torch's device type, torch.distributed's backend, a description for people."""
+    """Where this process computes: torch's device type, torch.distributed's backend, and a description for logs."""
 
     type: str
     backend: str
     description: str
 
     def peak_memory_bytes(self) -> int:
-        """Largest memory held so far: allocated on the GPU, or resident for the whole process on a CPU."""
+        """Return the peak memory so far: what was allocated on the GPU, or the resident memory of the process."""
         if self.type == "cuda":
             return torch.cuda.max_memory_allocated()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def synchronize(self) -> None:
-        """Wait until the device has finished what was queued."""
+        """Wait until the device has finished all queued work."""
         torch.cuda.synchronize()
 
 
@@ -54,7 +54,7 @@ def setup_device(local_rank: int) -> Device:
 
 
 def to_device(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
-    """Copy of a host array on `device`, without waiting for it."""
+    """Copy a host array to `device` without waiting for the copy to finish."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     if torch.device(device).type == "cpu":
         return tensor
@@ -63,7 +63,7 @@ def to_device(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
 
 
 def install_cpu_stand_ins() -> None:
-    """Make Megatron-Core run on the CPU in this process; does nothing when called again."""
+    """Make Megatron-Core run on the CPU in this process; a second call does nothing."""
     if any(isinstance(mode, CudaOnCpu) for mode in _get_current_function_mode_stack()):
         return
     for module, name, stand_in in (
@@ -78,20 +78,24 @@ def install_cpu_stand_ins() -> None:
         (torch.autograd, "_engine_run_backward", _engine_run_backward),
     ):
         setattr(module, name, stand_in)
-    # Never left: it has to hold for as long as the process lives.
+    # There is no __exit__: the mode stays on for the life of the process.
     CudaOnCpu().__enter__()
-    logger.info("no GPU found: running on the CPU with gloo, CUDA calls of Megatron-Core are answered by the CPU")
+    logger.info("no GPU found: running on the CPU with gloo; Megatron-Core's CUDA calls are redirected to the CPU")
 
 
-# Without an argument called device.
+# Functions that can name a device other than by an argument called `device`.
 _NAME_A_DEVICE = {torch.Tensor.cuda, torch.Tensor.type, torch.Tensor.to}
 
 
 class CudaOnCpu(TorchFunctionMode):
-    """Sends what asks for a CUDA tensor to the CPU, and names CPU tensors as Megatron-Core's optimizers expect."""
+    """A mode that makes CPU tensors where CUDA tensors are asked for.
+
+    It also reports the type of a CPU tensor as that of a CUDA tensor ('torch.cuda.FloatTensor' for torch.FloatTensor),
+    which Megatron-Core's optimizers check.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # Thousands of calls a step come through here.
+        # The fast path: thousands of calls a step come through here, and nearly all of them name no device.
         if not kwargs and func not in _NAME_A_DEVICE:
             return func(*args)
         kwargs = kwargs or {}
@@ -107,13 +111,16 @@ class CudaOnCpu(TorchFunctionMode):
 
 
 class CpuRNGStatesTracker(megatron_random.CudaRNGStatesTracker):
-    """Megatron-Core's tracker without its check that the CPU generator stays untouched: here it is the device's own."""
+    """Megatron-Core's tracker of random states, without its check that the CPU's generator stays untouched.
+
+    Here the CPU's generator is the device's own, so every fork changes it.
+    """
 
     _current_state_name: str
 
     @contextlib.contextmanager
     def fork(self, name: str = megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
-        """Run the block with the random numbers of `name`, then go back to those of the surrounding code."""
+        """Run the block with the random state called `name`, then restore that of the surrounding code."""
         outer_name, outer_state = self._current_state_name, torch.get_rng_state()
         if outer_name in self.states_:
             self.states_[outer_name] = outer_state
@@ -134,7 +141,7 @@ def _is_cuda(device: Any) -> bool:
 
 
 def _engine_run_backward(*args: Any, **kwargs: Any) -> Any:
-    # A mode is off while it handles a call such as backward(), and layers recomputed in there need it on.
+    # torch turns a mode off while the mode handles a call such as backward(); recomputed layers inside need it on.
     with CudaOnCpu():
         return torch.autograd.graph._engine_run_backward(*args, **kwargs)
 

@@ -26,7 +26,7 @@ class OneThreadGloo(ProcessGroupGloo):
 
 @functools.cache
 def shared_devices() -> list[ProcessGroupGloo.Device]:
-    """The devices of this process, by GLOO_SOCKET_IFNAME as torch.distributed picks them."""
+    """Return this process's gloo devices, one for each interface in GLOO_SOCKET_IFNAME, as torch.distributed does."""
     names = os.environ.get("GLOO_SOCKET_IFNAME")
     if not names:
         return [ProcessGroupGloo.create_default_device()]
@@ -34,5 +34,5 @@ def shared_devices() -> list[ProcessGroupGloo.Device]:
 
 
 def share_gloo_devices() -> None:
-    """Make torch.distributed use it for every gloo group from now on."""
+    """Make torch.distributed use OneThreadGloo for every gloo group that it creates from now on."""
     distributed_c10d.ProcessGroupGloo = OneThreadGloo  # type: ignore[misc]

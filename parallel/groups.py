@@ -1,4 +1,4 @@
-"""Process groups: torch.distributed itself, and the groups of tensor, pipeline and data parallelism on top of it."""
+"""Process groups: of torch.distributed, and on top of it those of tensor, pipeline, context and data parallelism."""
 
 import os
 from datetime import timedelta
@@ -12,7 +12,10 @@ from megatron_sse.parallel.device import Device
 
 
 def init_process_group(device: Device, timeout_minutes: float = 30) -> None:
-    """Join the processes that torchrun started (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); alone without them."""
+    """Join the processes that torchrun started (it sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT).
+
+    Without these variables, this process makes a group of its own.
+    """
     timeout = timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ:
         dist.init_process_group(device.backend, timeout=timeout)
@@ -23,7 +26,10 @@ def init_process_group(device: Device, timeout_minutes: float = 30) -> None:
 def init_groups(
     tensor: int = 1, pipeline: int = 1, virtual_pipeline: int = 1, context: int = 1, timeout_minutes: float = 30
 ) -> ProcessGroupCollection:
-    """Split all processes into groups; neighbouring ranks share a tensor group, data parallelism takes what is left.
+    """Split all processes into groups of tensor, pipeline, context and data parallelism.
+
+    Neighbouring ranks share a tensor group; data parallelism gets the factor that is left over: with tensor 2 and
+    pipeline 2, 8 processes have data parallelism 2.
 
     virtual_pipeline: model chunks per pipeline rank. The number of processes has to be a multiple of
     tensor * pipeline * context (the configuration checks it), and torch.distributed has to be initialised.
@@ -41,10 +47,13 @@ def init_groups(
 
 
 def split_by_node(group: ProcessGroup, ranks_per_node: int) -> tuple[ProcessGroup, ProcessGroup]:
-    """Divide a group into nodes of `ranks_per_node` neighbours: this rank's node, and its peers on the other nodes.
+    """Return two groups: this rank's node, and the ranks that have its place on the other nodes.
 
-    Collective over all processes: each has to call it with its own group.
+    A node is a run of `ranks_per_node` neighbours in the group: ranks 0 to 5 with 2 per node make the nodes (0, 1),
+    (2, 3), (4, 5) and the peers (0, 2, 4), (1, 3, 5). Collective over all processes: each has to call it with its own
+    group.
     """
+    # torch.distributed wants every process to create every group, also those it is not in, in the same order.
     every_group: list[list[int]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(every_group, dist.get_process_group_ranks(group))
     mine: list[ProcessGroup] = []
@@ -67,8 +76,8 @@ def _peers(ranks: tuple[int, ...], size: int) -> list[tuple[int, ...]]:
 
 
 def destroy_groups() -> None:
-    """Undo init_groups, so that another layout can follow in the same processes."""
-    # Megatron-Core only forgets its groups; each has threads and connections until it is destroyed.
+    """Undo init_groups, so that the same processes can set up another layout."""
+    # Megatron-Core only drops its references; each group keeps its threads and connections until it is destroyed.
     made = [group for group in parallel_state._global_process_group_list or [] if group is not None]
     parallel_state.destroy_model_parallel()
     for group in made:

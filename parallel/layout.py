@@ -1,7 +1,7 @@
 """Which tokens of a micro-batch belong to which document, on one context rank.
 
 Dims: B batch, L tokens of a sequence on this rank, T = B * L flat tokens (t = b * L + l), D fragments (the parts of
-documents that lie in one slot; whole documents without context parallelism), F slots, G tokens of a sequence on all
+documents that lie in one slot; full documents without context parallelism), F slots, G tokens of a sequence on all
 context ranks together.
 """
 
@@ -28,10 +28,11 @@ from megatron_sse.parallel.zigzag import ZigzagLayout
 
 @dataclass(frozen=True)
 class SlotEdges:
-    """What crosses the edges of this rank's slots, per slot and sequence, [F, B].
+    """Which documents cross the edges of this rank's slots, per slot and sequence, [F, B].
 
-    entry: int64, the first fragment. continues: bool, its document began in an earlier slot.
-    exit: int64, the last fragment. carries: bool, it is also the first and continues: what enters the slot leaves it.
+    entry: int64, the first fragment of the slot. continues: bool, its document began in an earlier slot.
+    exit: int64, the last fragment of the slot. carries: bool, one document that began earlier fills the whole slot, so
+    that the state which enters the slot also leaves it.
     """
 
     entry_FB: Tensor
@@ -48,16 +49,17 @@ class TokenLayout(PackedSeqParams):
 
     Attributes:
         shard: which part of the sequences this is.
-        starts_BG: bool, on the host, where documents start in the whole sequences.
-        in_zigzag: whether every document is in zigzag over several ranks: each sequence is one document.
+        starts_BG: bool, on the host, where documents start in the full sequences.
+        in_zigzag: whether every document is in zigzag order over several ranks, which is so when the shard is and each
+            sequence is one document.
         batch_size, length, num_documents: B, L and D.
         max_document: tokens of the longest fragment.
         offsets_D1: int64 [D + 1], fragment d holds the flat tokens offsets[d] to offsets[d + 1].
         document_T: int64 [T], the fragment of each flat token.
-        position_BL: int64 [B, L], position inside the document, parts on other ranks counted.
-        edges: what crosses the edges of the slots; None without context parallelism.
+        position_BL: int64 [B, L], position inside the full document, also where it began on another rank.
+        edges: which documents cross the edges of the slots; None without context parallelism.
         column_L: int64 [L], position in the sequence of each token; key_column_G, for all ranks one after the other.
-        whole_BL, key_whole_BG: int64, numbers of whole documents, of own tokens and of all ranks' tokens.
+        whole_BL, key_whole_BG: int64, number of the full document in its sequence, for own tokens and for all ranks'.
         real_BL: bool [B, L], False for padding; None where every token is real.
         layer_loss_scale: gradient of the losses that layers add themselves (the balance loss) before their
             coefficient; the trainer sets it, None leaves them out.
@@ -94,7 +96,7 @@ class TokenLayout(PackedSeqParams):
         device: torch.device | str = "cpu",
         shard: ContextShard | None = None,
     ) -> TokenLayout:
-        """Layout of one context rank's part of a batch whose documents start where `starts_BG` (bool) is True.
+        """Make the layout of one context rank's part of a batch whose documents start where `starts_BG` (bool) is True.
 
         Every sequence starts a document, whether marked or not. Sizes stay on the host and tensors are copied
         asynchronously, so nothing waits for the device. Raises ValueError on wrong shapes.
@@ -106,11 +108,15 @@ class TokenLayout(PackedSeqParams):
         shard = shard or ContextShard()
         starts_BG = starts_BG.astype(bool)
         starts_BG[:, 0] = True
+        # The example below: one sequence of 8 tokens with documents at 0 and 5, on rank 1 of 2 in zigzag.
+        # starts 1 0 0 0 0 1 0 0, whole 0 0 0 0 0 1 1 1, first 0 0 0 0 0 5 5 5, position 0 1 2 3 4 0 1 2.
         whole_BG = np.cumsum(starts_BG, axis=1) - 1
         first_BG = np.maximum.accumulate(np.where(starts_BG, np.arange(starts_BG.shape[1]), 0), axis=1)
         position_BG = np.arange(starts_BG.shape[1]) - first_BG
 
         column_L, key_column_G = (columns(starts_BG.shape[1]) for columns in (shard.columns, shard.all_columns))
+        # A slot cuts documents into fragments: a fragment starts where a document or a slot does.
+        # Rank 1 holds columns 2 3 | 4 5: continues 1 | 1, starts 1 0 | 1 1, so fragments 0 0 | 1 2 and offsets 0 2 3 4.
         starts_BFC = starts_BG[:, column_L].reshape(len(starts_BG), shard.num_slots, -1).copy()
         continues_BF = ~starts_BFC[:, :, 0]
         starts_BFC[:, :, 0] = True
@@ -118,6 +124,7 @@ class TokenLayout(PackedSeqParams):
         sizes_D = np.diff(offsets_D1)
         document_T = np.repeat(np.arange(len(sizes_D)), sizes_D)
         document_BFC = document_T.reshape(starts_BFC.shape)
+        # Entries 0 | 1 and exits 0 | 2: only the first slot is filled by one document that began earlier (carries).
         entry_BF, exit_BF = document_BFC[:, :, 0], document_BFC[:, :, -1]
         edges = (entry_BF, continues_BF, exit_BF, continues_BF & (entry_BF == exit_BF))
         return cls(
@@ -236,7 +243,7 @@ class TokenLayout(PackedSeqParams):
 
     @property
     def documents(self) -> PackedSeqParams | None:
-        """The fragments as Transformer Engine takes them; None where it takes the sequences as they are, in zigzag."""
+        """The fragments in Transformer Engine's form; None in zigzag, where it takes the sequences as they are."""
         if self.in_zigzag:
             return None
         offsets = self.offsets_D1.int()
@@ -249,9 +256,9 @@ class TokenLayout(PackedSeqParams):
         )
 
     def to_zigzag(self, tensor_rank: int = 0, tensor_size: int = 1) -> ZigzagLayout:
-        """The same micro-batch with every document in zigzag over the context ranks.
+        """Return the layout of the same micro-batch with every document in zigzag over the context ranks.
 
-        Made when the first layer asks and kept for the others, which all have to ask for the same.
+        The first call makes it and later calls return the same object, so every layer has to pass the same arguments.
 
         Args:
             tensor_rank, tensor_size: as in ZigzagLayout.from_starts.

@@ -1,6 +1,7 @@
-"""Context ranks that each take a part of a sequence's new tokens, in rank order, and all keep what the sequence leaves.
+"""Prefill over context ranks: each processes a part of a sequence's new tokens, and all keep the states after the last.
 
-Nothing here has a gradient. Dims: U units that do not know of each other (banks x heads), W tokens of a tail.
+The parts follow each other in rank order. Nothing here has a gradient. Dims: U independent units (banks x heads), W
+tokens of a tail.
 """
 
 from collections.abc import Callable
@@ -17,14 +18,15 @@ Exchange = Callable[[Tensor, Tensor], Tensor]
 
 
 def edges_behind(initial_UKV: Tensor, exchange: Exchange, rank: int) -> Edges:
-    """Edges of a rank's part, one document that goes on from the states kept of it.
+    """Return the edges of a rank's part of one document that continues from its kept states.
 
-    initial_UKV: what enters the first rank's part, known to all. exchange: hands states on between the ranks' parts.
+    initial_UKV: what enters the first rank's part, known to all. exchange: hands states from part to part.
     """
 
     def enter(transition_1UKX: Tensor, state_1UKV: Tensor) -> Tensor:
         initial_1UKV = initial_UKV[None]
         if rank == 0:
+            # The exchange starts from zeros, so rank 0 publishes its final state and no dependence on what came before.
             state_1UKV = apply_transition(transition_1UKX, initial_1UKV) + state_1UKV
             transition_1UKX = torch.zeros_like(transition_1UKX)
         entering_1UKV = exchange(transition_1UKX, state_1UKV)
@@ -36,22 +38,26 @@ def edges_behind(initial_UKV: Tensor, exchange: Exchange, rank: int) -> Edges:
 
 
 def of_last_rank(x: Tensor, group: ProcessGroup) -> Tensor:
-    """The last rank's x, on all."""
+    """Return the last rank's x on every rank."""
     x = x.contiguous()
     dist.broadcast(x, dist.get_global_rank(group, group.size() - 1), group)
     return x
 
 
 def of_all_ranks(x_LC: Tensor, group: ProcessGroup) -> Tensor:
-    """The tokens [L, ...] of all ranks, of as many each, one after the other."""
+    """Return the tokens [L, ...] of all ranks one after the other, [P L, ...]; every rank has the same number."""
     gathered = x_LC.new_empty(group.size() * len(x_LC), *x_LC.shape[1:])
     dist.all_gather_into_tensor(gathered, x_LC.contiguous(), group)
     return gathered
 
 
 def tails(x_LC: Tensor, kept_WC: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
-    """The W tokens before this rank's part, and the last W of all parts; kept_WC: those before the first."""
+    """Return the W tokens before this rank's part, and the last W of all parts.
+
+    kept_WC: the tokens before the first rank's part. A part may have fewer than W tokens.
+    """
     width = len(kept_WC)
+    # The kept tokens and then every part's tail, so what precedes part r starts at r * (tokens per tail), as in halo.
     last_C = of_all_ranks(x_LC[-width:], group)
     in_order = torch.cat((kept_WC, last_C))
     start = group.rank() * (len(last_C) // group.size())

@@ -1,4 +1,4 @@
-"""Tokens on the way from one distribution over the ranks of a group to another."""
+"""Moving tokens from one distribution over the ranks of a group to another."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Route:
 
     @property
     def back(self) -> Route:
-        """The way back."""
+        """The route that undoes this one."""
         return Route(
             self.num_rows_after,
             self.num_rows,
@@ -45,7 +45,10 @@ class Route:
 def make_route(
     before: list[np.ndarray], after: list[np.ndarray], rank: int, device: torch.device | str = "cpu"
 ) -> Route:
-    """The part of rank `rank` in a rearrangement; no communication, nothing waits for the device.
+    """Return rank `rank`'s part in a rearrangement. It neither communicates nor waits for the device.
+
+    For example, before = [[0, 1], [2, 3]] and after = [[0, 3], [1, 2]]: rank 0 sends its row 0 to itself and its row 1
+    to rank 1, and receives its row 0 from itself and its row 1 from rank 1.
 
     Args:
         before, after: int64, per rank the number of the token in each row, -1 for padding. Each of the tokens 0, 1, ...
@@ -58,7 +61,7 @@ def make_route(
     receivers = after_rank_T[before[rank][own]]
     arriving = after[rank][wanted]
     senders = before_rank_T[arriving]
-    # Both sides order what goes from one rank to another by its row before.
+    # Sender and receiver have to agree on the order of the tokens between them: that of their rows on the sender.
     send_rows = own[np.argsort(receivers, kind="stable")]
     receive_rows = wanted[np.lexsort((before_row_T[arriving], senders))]
     return Route(
@@ -72,7 +75,7 @@ def make_route(
 
 
 def _places(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Rank and row of each token, both [T]."""
+    """Return the rank and the row of each token, both [T]; `parts` as in make_route."""
     token = np.concatenate(parts)
     rank = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
     row = np.concatenate([np.arange(len(part)) for part in parts])
@@ -104,9 +107,9 @@ def _exchange(x_RC: Tensor, route: Route, group: dist.ProcessGroup) -> Tensor:
 
 
 def reroute(x_RC: Tensor, route: Route, group: dist.ProcessGroup) -> Tensor:
-    """This rank's rows after the rearrangement, [route.num_rows_after, C], from those before it.
+    """Return this rank's rows after the rearrangement, [route.num_rows_after, C], given those before it.
 
-    One all-to-all over the ranks that `route` was made for, one backward. Each token is sent once, and the gradient of
-    what the rows of padding become is dropped.
+    Forward and backward are one all-to-all each, over the ranks that `route` was made for. Each token is sent once.
+    Padding is zero afterwards, in the rows and in the gradient.
     """
     return _Reroute.apply(x_RC, route, group)

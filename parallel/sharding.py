@@ -27,15 +27,17 @@ class ContextShard:
 
     @property
     def chain(self) -> Chain:
-        """All slots in the order of the sequence."""
+        """All slots in the order of the sequence: (0, 0), (1, 0), (1, 1), (0, 1) for two ranks in zigzag."""
         forward = tuple((rank, 0) for rank in range(self.size))
         backward = tuple((rank, 1) for rank in reversed(range(self.size)))
         return forward + backward if self.zigzag else forward
 
     def chain_of_parts(self, num_parts: int) -> Chain:
-        """(rank, 0) of what `num_parts` tensor ranks hold of each context rank's tokens, in the order of the sequence.
+        """Return the chain of the parts that `num_parts` tensor ranks hold of each context rank's tokens.
 
-        Ranks count through the parts of a context rank first. No part may lie in two slots.
+        A part is a slot of its own: (rank, 0), with ranks that count through the parts of a context rank first. No part
+        may lie in two slots. For two context ranks in zigzag with two parts each, context rank 0 is the ranks 0 (its
+        first slot) and 1 (its second), context rank 1 the ranks 2 and 3: (0, 0), (2, 0), (3, 0), (1, 0).
         """
         assert num_parts % self.num_slots == 0
         per_slot = num_parts // self.num_slots
@@ -44,14 +46,15 @@ class ContextShard:
         )
 
     def columns(self, length: int) -> np.ndarray:
-        """Positions in a sequence of `length` tokens of this rank's tokens, slot after slot.
+        """Return the positions of this rank's tokens in a sequence of `length` tokens, slot after slot.
 
-        `length` has to be a multiple of size * num_slots (the configuration checks it).
+        `length` has to be a multiple of size * num_slots (the configuration checks it). With 8 tokens and two ranks in
+        zigzag: 0 1 6 7 on rank 0 and 2 3 4 5 on rank 1.
         """
         return self._columns_of(self.rank, length)
 
     def all_columns(self, length: int) -> np.ndarray:
-        """The same for all ranks, one after the other."""
+        """Return the positions of all ranks' tokens, one rank after the other."""
         return np.concatenate([self._columns_of(rank, length) for rank in range(self.size)])
 
     def _columns_of(self, rank: int, length: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Counts what this process sends: for tests, and for tables of bytes where there is no clock to trust."""
+"""Counting the bytes that this process sends, for tests and for tables of bytes where timings mean little."""
 
 from collections import Counter
 from typing import Any
@@ -15,7 +15,7 @@ class Traffic(TorchDispatchMode):
         sent: bytes that leave this rank, by the same names: what a rank keeps is not counted, and gathered data counts
             once for each other rank.
 
-    Raises NotImplementedError on a collective that it has no count for.
+    A collective whose bytes it cannot count raises NotImplementedError.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ def _bytes_sent(name: str, args: Any) -> int:
         kept = splits[group.rank()] if splits else len(tensor) // group.size()
         return int((len(tensor) - kept) * tensor[:1].nbytes)
     if name in ("allreduce_", "allreduce_coalesced_"):
-        # Reduced and gathered in parts.
+        # As in a ring: each rank sends size - 1 parts (of 1 / size) to reduce them, and as many to gather them.
         size = dist.ProcessGroup.unbox(args[1]).size()
         return sum(tensor.nbytes * 2 * (size - 1) // size for tensor in args[0])
     raise NotImplementedError(f"no count of bytes for {name}")

@@ -1,6 +1,6 @@
-"""A micro-batch rearranged for attention that wants its documents in zigzag over the context ranks.
+"""A micro-batch rearranged for attention kernels that need every document in zigzag over the context ranks.
 
-Dims as in layout.py; T tokens of the batch on all ranks, S the same with padding, D whole documents, R rows of a rank.
+Dims as in layout.py; T tokens of the batch on all ranks, S the same with padding, D full documents, R rows of a rank.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from megatron_sse.parallel.sharding import ContextShard
 
 @dataclass(kw_only=True, eq=False)
 class ZigzagLayout(PackedSeqParams):
-    """The rearranged micro-batch, as Transformer Engine wants it.
+    """The rearranged micro-batch, in the form that Transformer Engine takes.
 
     Sequences of one document each keep their shape [L, B]. Packed documents become one sequence, B = 1: each document
     is padded to a multiple of 2P tokens and cut into 2P chunks, and rank r holds its chunks r and 2P - 1 - r.
 
     Attributes:
-        position_BL: int64 [B, L], position inside the document; padding counts on.
+        position_BL: int64 [B, L], position inside the document; positions continue through the padding.
         documents: real and padded lengths of the documents on all ranks; None where each sequence is one.
         route: from the rows of the original layout's hidden states [L, B] to those of this one.
     """
 
-    # The documents are described apart: Megatron's attention would take its packed path.
+    # Not "thd": Megatron's attention would take its packed path. `documents` describes the packing to the kernel alone.
     qkv_format: str = "sbhd"
     position_BL: Tensor
     documents: PackedSeqParams | None
@@ -40,10 +40,11 @@ class ZigzagLayout(PackedSeqParams):
     def from_starts(
         cls, starts_BG: np.ndarray, shard: ContextShard, tensor_rank: int, tensor_size: int, device: torch.device | str
     ) -> ZigzagLayout:
-        """For documents that start where `starts_BG` (bool) is True, the first token of each sequence included.
+        """Make the layout for documents that start where `starts_BG` (bool) is True.
 
-        Under sequence parallelism the route goes over all ranks of the tensor and context groups: rank
-        `tensor_rank` of `tensor_size` holds a part of its context rank's rows. Else tensor_size is 1.
+        The first token of each sequence has to start a document. Under sequence parallelism the route covers all ranks
+        of the tensor and context groups: rank `tensor_rank` of `tensor_size` holds a part of its context rank's rows.
+        Otherwise tensor_size is 1.
         """
         batch_size, length = starts_BG.shape
         before = _rows(shard, batch_size, length)
@@ -63,7 +64,7 @@ class ZigzagLayout(PackedSeqParams):
 
 
 def _rows(shard: ContextShard, batch_size: int, length: int) -> list[np.ndarray]:
-    """Tokens (b * G + g) in the rows of each rank's hidden states [L, B]."""
+    """Return, per rank, the token (b * G + g) in each row of its hidden states [L, B]."""
     token_GB = np.arange(batch_size) * length + shard.all_columns(length)[:, None]
     return [part.reshape(-1) for part in np.split(token_GB, shard.size)]
 
@@ -73,22 +74,31 @@ def _split(parts: list[np.ndarray], tensor_size: int) -> list[np.ndarray]:
 
 
 def _padded_lengths(starts_BG: np.ndarray, size: int, tensor_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Real and padded lengths of the documents [D].
+    """Return the real and the padded lengths of the documents [D].
 
-    An empty document comes last where something is padded, and where tensor ranks could not share the rows otherwise.
+    A document of padding alone is appended where any document is padded, and where a rank's rows would not divide by
+    tensor_size. For example, lengths 5 and 3 on P = 2 ranks: each is padded to a multiple of 2P = 4, to 8 and 4, and
+    with the appended document the result is real 5 3 0, padded 8 4 4.
     """
     lengths_D = np.diff(np.append(np.flatnonzero(starts_BG), starts_BG.size))
-    pairs_D = -(-lengths_D // (2 * size))  # rows of each half of a document on a rank
-    fill = -2 * pairs_D.sum() % tensor_size
+    pairs_D = -(-lengths_D // (2 * size))  # a document is 2P chunks of so many tokens; each rank holds a pair of chunks
+    fill = -2 * pairs_D.sum() % tensor_size  # rows missing on each rank to a multiple of tensor_size
     if fill == 0 and np.array_equal(lengths_D, 2 * size * pairs_D):
         return lengths_D, lengths_D
-    # Transformer Engine up to 2.17 looks for padding before the last document only.
+    # Up to 2.17, Transformer Engine sees padding only if it comes before the last document: hence the appended one.
     tail = next(pairs for pairs in range(1, tensor_size + 1) if (2 * pairs - fill) % tensor_size == 0)
     return np.append(lengths_D, 0), 2 * size * np.append(pairs_D, tail)
 
 
 def _document_rows(lengths_D: np.ndarray, padded_D: np.ndarray, size: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Tokens (-1 for padding) and positions in the rows of each rank."""
+    """Return, per rank, the token (-1 for padding) and the position in its document of each row.
+
+    The example of _padded_lengths, real 5 3 0 and padded 8 4 4 on P = 2 ranks:
+        token  0 1 2 3 4 - - - | 5 6 7 - | - - - -
+        chunk  0 0 1 1 2 2 3 3 | 0 1 2 3 | 0 1 2 3
+        owner  0 0 1 1 1 1 0 0 | 0 1 1 0 | 0 1 1 0
+    so rank 0 holds the tokens 0 1 - - 5 - - - and rank 1 holds 2 3 4 - 6 7 - -.
+    """
     within_S = np.arange(padded_D.sum()) - np.repeat(np.cumsum(padded_D) - padded_D, padded_D)
     token_S = within_S + np.repeat(np.cumsum(lengths_D) - lengths_D, padded_D)
     token_S[within_S >= np.repeat(lengths_D, padded_D)] = -1
@@ -102,7 +112,7 @@ def _describe(lengths_D: np.ndarray, padded_D: np.ndarray, device: torch.device 
     offsets, padded = (
         to_device(np.append(0, np.cumsum(sizes)).astype(np.int32), device) for sizes in (lengths_D, padded_D)
     )
-    # The same tensor twice says that nothing is padded.
+    # Passing the same tensor twice tells Transformer Engine that nothing is padded.
     padded = offsets if padded_D is lengths_D else padded
     longest = int(padded_D.max())
     return PackedSeqParams(

@@ -134,7 +134,7 @@ FAULTS: dict[str, Fault] = {
         refused,
         nothing,
         "checkpoint.resume={folder}/other",
-        "checkpoint.resume: got {folder}/other, allowed auto, none, or the path of a checkpoint, .*",
+        "checkpoint.resume: {folder}/other not found; give auto, none, or the path of a checkpoint, .*",
     ),
     "F28 wrong magic": partial(
         refused, put("train.idx", 0, "<B", 0), "", "{folder}/train.idx: not an index of a Megatron token file.*"

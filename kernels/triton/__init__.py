@@ -1,1 +1,1 @@
-"""The same arithmetic as the torch forms, in Triton, for GPUs."""
+"""Triton kernels for GPUs, with the same arithmetic as the torch forms."""

@@ -1,4 +1,4 @@
-"""SSE attention on the Triton kernels: local operators of a recurrence, and between them the scan over pieces."""
+"""SSE attention with Triton kernels: a recurrence's operators on pieces, and between them the scan over pieces."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,14 +15,14 @@ from megatron_sse.kernels.triton.rows import choose_chunks_per_piece, make_rows
 
 
 class Operators(NamedTuple):
-    """A recurrence over rows, piece by piece.
+    """A recurrence's functions over rows, piece by piece.
 
-    prepare: from the inputs and T to the arguments that all others take first.
-    summarize: what each piece does to the state that enters it, transition and increment.
-    attend: the outputs [R, HV, V], from the entering states.
-    summarize_backward: gradients of the entering states from the pieces' own outputs.
-    attend_backward: gradients of q, k, g, (beta,) v, write and read by row, from the entering states and the whole
-        gradients of the leaving ones; together they say all that the transition's gradient would.
+    prepare: takes the inputs and T, returns the arguments that all others take first.
+    summarize: returns what each piece does to the state that enters it: transition and increment.
+    attend: returns the outputs [R, HV, V], given the entering states.
+    summarize_backward: returns the gradients of the entering states through the pieces' own outputs.
+    attend_backward: returns the gradients of q, k, g, (beta,) v, write and read by row, given the entering states and
+        the full gradients of the leaving ones. These two determine the transition's gradient, which is never made.
     """
 
     prepare: Callable
@@ -60,12 +60,13 @@ def attend_banks(
     document_T: Tensor,
     initial_DBHKV: Tensor | None,
 ) -> BankOutputs:
-    """What kernels.sse.sse_attention computes; q and k of the delta rule come normalised.
+    """Compute kernels.sse.sse_attention; for the delta rule, q and k have to be normalised already.
 
     picks: all partitions where the form is mask.
     """
     num_tokens, num_heads = v_THV.shape[:2]
     segments, num_picks = documents, 0
+    # The shared bank's rows write and read with factor 1, the picks' rows with their own.
     scales = [v_THV.new_ones(num_tokens, dtype=torch.float32)] * 3
     if picks is not None:
         num_picks = picks.bank_TP.shape[1]
@@ -78,7 +79,7 @@ def attend_banks(
 
     initial = None if initial_DBHKV is None else by_segment(initial_DBHKV)
     operators = OPERATORS[shared.recurrence.name]
-    # Queries and keys enter products in the values' dtype: read in it, too.
+    # Products take queries and keys in the values' dtype, so they are cast before the kernels read them.
     shared, sparse = (bank.cast(v_THV.dtype) for bank in (shared, sparse or shared))
     banks = (*shared.tensors, *sparse.tensors)
     o_RHV, final = _Recurrence.apply(operators, rows, segments.edges, initial, *banks, v_THV, *scales)
@@ -87,7 +88,7 @@ def attend_banks(
 
 
 class _Recurrence(torch.autograd.Function):
-    """Outputs by row and final states by segment."""
+    """The recurrence: outputs by row and final states by segment."""
 
     @staticmethod
     def forward(ctx, operators, rows, edges, initial_SHKV, *tensors):
@@ -98,7 +99,7 @@ class _Recurrence(torch.autograd.Function):
         if edges is None:
             entering, final = scan_pieces(transition, increment, initial_SHKV, rows.pieces, reverse=False)
         else:
-            # What other ranks do to the states has a graph of its own.
+            # The exchange with other ranks is differentiable itself: its graph is kept, and run in backward.
             with torch.enable_grad():
                 graph = scan_spans(transition, increment.requires_grad_(), rows.pieces, edges)
             ctx.handed_on = increment, graph
@@ -111,7 +112,7 @@ class _Recurrence(torch.autograd.Function):
     def backward(ctx, grad_o_RHV, grad_final):
         operators, num_tokens = ctx.operators, ctx.rows.num_tokens
         transition, entering, *inputs = ctx.saved_tensors
-        # Prepared again, not kept: as large as the queries.
+        # Computed again rather than kept: it is as large as the queries.
         arguments = operators.prepare(inputs, num_tokens)
         grad_o_RHV = grad_o_RHV.contiguous()
         grad_entering = operators.summarize_backward(*arguments, grad_o_RHV)
@@ -129,7 +130,7 @@ class _Recurrence(torch.autograd.Function):
 
 
 def _by_token(grad_R: Tensor, num_tokens: int) -> tuple[Tensor, Tensor | None]:
-    """Gradients of tokens by the shared bank's rows and, summed, by the picks' rows."""
+    """Return gradients by token: from the shared bank's rows, and from the picks' rows, summed over the picks."""
     if grad_R.shape[0] == num_tokens:
         return grad_R, None
     return grad_R[:num_tokens], grad_R[num_tokens:].unflatten(0, (num_tokens, -1)).sum(1)

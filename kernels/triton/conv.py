@@ -1,11 +1,11 @@
-"""Short causal depthwise convolution, one pass forward and one backward."""
+"""The short causal depthwise convolution, with one kernel forward and one backward."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# Programs of the backward pass, each with its part of the weight's gradient.
+# Limit on the programs of the backward pass, each of which writes a partial sum of the weight's gradient.
 MAX_PROGRAMS = 4096
 BLOCKS = {"BLOCK_T": 32, "BLOCK_C": 64}
 OPTIONS = {"num_warps": 4}
@@ -23,7 +23,10 @@ def conv_forward_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Program (block of tokens, block of channels)."""
+    """Compute the outputs; program (block of tokens, block of channels).
+
+    A token at position 1 of its document sees itself and one token before: `back` runs only as far as the position.
+    """
     num_blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     token = (tl.program_id(0) // num_blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     channel = tl.program_id(0) % num_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -31,6 +34,7 @@ def conv_forward_kernel(
     b_position = tl.load(position_ptr + token, mask=token < num_tokens, other=0)
     b_y = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
     for back in tl.static_range(W):
+        # The last tap is the token's own.
         b_weight = tl.load(weight_ptr + channel * W + (W - 1 - back), mask=channel < C, other=0.0).to(tl.float32)
         earlier = token - back
         seen = inside & ((b_position >= back) & (earlier >= 0))[:, None]
@@ -54,7 +58,10 @@ def conv_backward_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """Program (num_steps blocks of tokens, block of channels)."""
+    """Compute the gradient of x, and a partial sum of the weight's gradient.
+
+    Program (num_steps blocks of tokens, block of channels).
+    """
     num_blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     program = (tl.program_id(0) // num_blocks).to(tl.int64)
     channel = tl.program_id(0) % num_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -65,7 +72,7 @@ def conv_backward_kernel(
         inside = (token < num_tokens)[:, None] & (channel < C)
         b_x = tl.load(x_ptr + token[:, None] * C + channel, mask=inside, other=0.0).to(tl.float32)
         b_grad_x = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-        # The tokens that saw this one.
+        # The later tokens that saw this one: those at most W - 1 further in the same document.
         for ahead in tl.static_range(W):
             b_weight = tl.load(weight_ptr + channel * W + (W - 1 - ahead), mask=channel < C, other=0.0).to(tl.float32)
             later = token + ahead
@@ -100,13 +107,14 @@ def _(x_TC, weight_CW, position_T):
 
 @torch.library.custom_op("megatron_sse::conv_backward", mutates_args=())
 def _backward(x_TC: Tensor, weight_CW: Tensor, position_T: Tensor, grad_y_TC: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x and weight."""
+    """Return the gradients of x and weight."""
     num_tokens, num_channels = x_TC.shape
     token_blocks = triton.cdiv(num_tokens, BLOCKS["BLOCK_T"])
     channel_blocks = triton.cdiv(num_channels, BLOCKS["BLOCK_C"])
     num_steps = triton.cdiv(token_blocks * channel_blocks, MAX_PROGRAMS)
     num_parts = triton.cdiv(token_blocks, num_steps)
     grad_x_TC = torch.empty_like(x_TC)
+    # Partial sums are added up afterwards in a fixed order: atomic additions would not be deterministic.
     partial_XCW = torch.empty(num_parts, *weight_CW.shape, dtype=torch.float32, device=x_TC.device)
     conv_backward_kernel[(num_parts * channel_blocks,)](
         x_TC,
@@ -142,19 +150,19 @@ class _ShortConvolution(torch.autograd.Function):
 
 
 def short_convolution(x_TC: Tensor, weight_CW: Tensor, position_T: Tensor) -> Tensor:
-    """As kernels.conv.short_convolution; sums in fp32, rounded once."""
+    """Compute kernels.conv.short_convolution with sums in fp32, rounded once."""
     return _ShortConvolution.apply(x_TC.contiguous(), weight_CW.contiguous(), position_T.contiguous())
 
 
 def compile_cases(arch: int) -> list[tuple[triton.JITFunction, dict, dict, dict]]:
-    """Kernel, signature, constants and options of all that is launched at common sizes."""
+    """Return (kernel, signature, constants, options) of everything that is launched at common sizes."""
     cases = []
     for dtype in ("*bf16", "*fp32"):
         inputs = {"x_ptr": dtype, "weight_ptr": dtype, "position_ptr": "*i64"}
         forward = inputs | {"y_ptr": dtype, "num_tokens": "i32"}
         backward = inputs | {"grad_y_ptr": dtype, "grad_x_ptr": dtype, "partial_ptr": "*fp32"}
         backward |= {"num_tokens": "i32", "num_steps": "i32"}
-        # Blocks of channels: head dims make no difference.
+        # Programs take blocks of channels, so the head dim makes no difference.
         for width in (2, 4, 8):
             constants = _constants(4096, width)
             cases.append((conv_forward_kernel, forward, constants, OPTIONS))

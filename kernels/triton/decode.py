@@ -1,4 +1,4 @@
-"""One token for each sequence of a batch: a program updates and reads its block of every bank that the token picked."""
+"""Decoding one token for each sequence: a program updates and reads its block of every bank that the token picked."""
 
 import torch
 import triton
@@ -25,7 +25,7 @@ def _load_token(
     DELTA: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """q, k [K], the decay ([K]; of the delta rule one number) and beta of one value head."""
+    """Load q and k [K], the decay (a column [K, 1]; one number for the delta rule) and beta of one value head."""
     channel = tl.arange(0, BLOCK_K)
     key_row = (token * H + head // (HV // H)) * K
     b_q = tl.load(q_ptr + key_row + channel, mask=channel < K, other=0.0).to(tl.float32)
@@ -41,7 +41,7 @@ def _load_token(
 
 @triton.jit
 def _normalize(b_x, scale):
-    """scale x / |scale x|, as kernels.banks.l2_normalize."""
+    """Return scale x / |scale x|, as kernels.banks.l2_normalize does."""
     b_x *= scale
     return b_x * tl.rsqrt(tl.sum(b_x * b_x, axis=0) + 1e-6)
 
@@ -63,7 +63,7 @@ def _write_and_read(
     WRITES: tl.constexpr,
     BEFORE_NORM: tl.constexpr,
 ):
-    """Update one bank's block of the state; the output [V] of the token."""
+    """Update one bank's block of the state and return the token's output [V] from it."""
     if DELTA:
         if BEFORE_NORM:
             b_q, b_k = _normalize(b_q, read), _normalize(b_k, write)
@@ -75,6 +75,7 @@ def _write_and_read(
         b_state *= decay
         b_change = b_v * write
         if DELTA:
+            # The delta rule writes the difference between the value and what the key recalls.
             b_change = (b_change - tl.sum(b_k[:, None] * b_state, axis=0)) * beta
         b_state += b_k[:, None] * b_change[None, :]
         tl.store(state_ptr + cell, b_state, mask=inside)
@@ -114,7 +115,10 @@ def decode_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Program (token, value head, block of V)."""
+    """Compute the token's outputs and update its states; program (token, value head, block of V).
+
+    A token in a negative slot belongs to no sequence: its output is zero and no state changes.
+    """
     num_blocks: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     program = tl.program_id(0)
     head = program // num_blocks % HV
@@ -170,12 +174,15 @@ def _decode(
     weight_writes: bool,
     weight_reads: bool,
 ) -> Tensor:
-    """shared, sparse: q, k, g and, for the delta rule, beta; sparse is empty where there are no partitions."""
+    """Launch decode_kernel and return its outputs.
+
+    shared, sparse: q, k, g and, for the delta rule, beta; sparse is empty where there are no partitions.
+    """
     _, num_banks, num_value_heads, key_dim, value_dim = states_XBHKV.shape
     blocks = _blocks(key_dim, value_dim)
     o_THV = torch.empty_like(v_THV)
     delta = len(shared) == 4
-    # A pointer that is never read stands where nothing is.
+    # Triton needs a pointer for every argument; this one takes the place of beta, and is never read.
     unread = [] if delta else [shared[2]]
     decode_kernel[(o_THV.shape[0] * num_value_heads * triton.cdiv(value_dim, blocks["BLOCK_V"]),)](
         states_XBHKV,
@@ -223,7 +230,7 @@ def decode_step(
     weight_writes: bool,
     weight_reads: bool,
 ) -> Tensor:
-    """As kernels.decode.decode_step; the states are fp32 and contiguous."""
+    """Compute kernels.decode.decode_step, for states that are fp32 and contiguous."""
     assert states_XBHKV.is_contiguous()
 
     def tensors(bank: BankInputs | None) -> list[Tensor]:
@@ -241,7 +248,7 @@ def decode_step(
 
 
 def compile_cases(arch: int) -> list[tuple[triton.JITFunction, dict, dict, dict]]:
-    """Kernel, signature, constants and options of all that is launched at common sizes."""
+    """Return (kernel, signature, constants, options) of everything that is launched at common sizes."""
     cases = []
     for dtype in ("*bf16", "*fp32"):
         signature = {"states_ptr": "*fp32", "slot_ptr": "*i64"}

@@ -1,6 +1,6 @@
-"""The gated delta rule on rows read through tables: the operations around the scan over pieces.
+"""The gated delta rule over rows read through tables: the operators around the scan over pieces.
 
-Rows stand in `inputs` and in the results at their own places, in what is prepared in the order of their positions.
+`inputs` and results hold rows at their own places (by token, by row); what is prepared holds them in sorted order.
 """
 
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ from megatron_sse.kernels.triton.rows import CHUNK_SIZE
 
 
 class GdnInputs(NamedTuple):
-    """What all operations read.
+    """The tensors that all operators read.
 
-    q1_THK .. beta2_TH: of the shared bank and of the sparse ones (the shared ones again where there are none); q and k
-        normalised, g (log decay) and beta fp32 per value head.
-    v_THV: its heads are a multiple of the keys'; its dtype is that of all matrix products and of the output.
+    q1_THK .. beta2_TH: of the shared bank (1) and of the sparse ones (2; the shared bank's again where there are none).
+        q and k are normalised; g (log decay) and beta are fp32 per value head.
+    v_THV: its number of heads is a multiple of the keys'; its dtype is that of all matrix products and of the output.
     writes_R, write_R, read_R: fp32, scales of g and beta (0 or 1), of v and of the output.
     row_R .. chunk_M: see Rows.
     """
@@ -47,16 +47,17 @@ class GdnInputs(NamedTuple):
 
     @property
     def dims(self) -> "Dims":
+        """Heads, their dims and the dtype of products."""
         (_, num_heads, key_dim), (_, num_value_heads, value_dim) = self.q1_THK.shape, self.v_THV.shape
         return Dims(num_heads, num_value_heads, value_dim, key_dim, self.v_THV.dtype)
 
     def empty_states(self, like: Tensor, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A state [HV, K, columns] per element of `like`."""
+        """Return an uninitialised state [HV, K, columns] for each element of `like`."""
         shape = (like.shape[0], self.dims.num_value_heads, self.dims.key_dim, columns)
         return self.v_THV.new_empty(shape, dtype=dtype)
 
     def empty_rows(self, *shape: int) -> Tensor:
-        """Of each head, a matrix of `shape` per row, in sorted order."""
+        """Return an uninitialised array of `shape` for each head and row, [HV, R, *shape], rows in sorted order."""
         return self.v_THV.new_empty(self.dims.num_value_heads, self.row_R.shape[0], *shape)
 
 
@@ -72,10 +73,10 @@ class Dims:
 
 
 def _plan(kernel: triton.JITFunction, dims: Dims, arch: int) -> tuple[dict, dict]:
-    """What a kernel is compiled with: its constants and its options.
+    """Return a kernel's constants and launch options.
 
-    In fp32 products run without tensor cores and hold whole operands in registers: small blocks, many warps. Before
-    Hopper tensor cores read registers too, and shared memory is too small for two stages of 256 keys.
+    In fp32, products run without tensor cores and hold full operands in registers: hence small blocks and many warps.
+    Before Hopper, tensor cores read from registers too, and shared memory is too small for two stages of 256 keys.
     """
     half, hopper = dims.dtype != torch.float32, arch >= 90
     key_block, value_block = (max(16, triton.next_power_of_2(x)) for x in (dims.key_dim, dims.value_dim))
@@ -100,7 +101,7 @@ def _plan(kernel: triton.JITFunction, dims: Dims, arch: int) -> tuple[dict, dict
 
 
 def _architecture(device: torch.device) -> int:
-    """90 for Hopper, .. ; as Hopper in Triton's interpreter."""
+    """Return the compute capability as a number (90 for Hopper); that of Hopper in Triton's interpreter."""
     if device.type != "cuda":
         return 90
     major, minor = torch.cuda.get_device_capability(device)
@@ -124,9 +125,10 @@ PER_PIECE = (
 def _launch(
     kernel: triton.JITFunction, inputs: GdnInputs, num_tokens: int, tensors: dict[str, Tensor], store: bool = False
 ) -> None:
-    """A program per chunk or per piece and block of the state's columns, for each value head.
+    """Launch a kernel: a program for each chunk (PER_CHUNK) or piece (PER_PIECE), value head and block.
 
-    `tensors`, like the inputs, are named as the kernel's pointers are, with their dims at the end.
+    The grid has one dimension, in which the block varies fastest, then the head: with 2 heads and 3 blocks, program 4
+    is (chunk 0, head 1, block 1). `tensors`, like the inputs, are named as the kernel's pointers, with dims at the end.
     """
     dims = inputs.dims
     constants, options = _plan(kernel, dims, _architecture(inputs.v_THV.device))
@@ -134,7 +136,7 @@ def _launch(
         constants["STORE"] = store
     named = {name.rpartition("_")[0] + "_ptr": x.contiguous() for name, x in (inputs._asdict() | tensors).items()}
     sizes = {"num_tokens": num_tokens, "num_rows": inputs.row_R.shape[0]}
-    # A pointer that this variant does not touch is given any tensor.
+    # Triton needs a pointer for every argument; one that this variant does not read or write may be any tensor.
     named = {name: named.get(name, inputs.v_THV) for name in kernel.arg_names if name.endswith("_ptr")}
     named |= {name: size for name, size in sizes.items() if name in kernel.arg_names}
     blocks = 1
@@ -142,6 +144,7 @@ def _launch(
         blocks = triton.cdiv(dims.key_dim, constants["BK"])
     if kernel in PER_PIECE:
         blocks = triton.cdiv(dims.value_dim, constants["BV"])
+    # Blocks of columns of the increment [K, V] and then of the transition [K, K].
     if kernel is gdn_forward.gdn_summarize_kernel:
         blocks += triton.cdiv(dims.key_dim, constants["BV"])
     spans = inputs.piece_start_M if kernel in PER_PIECE else inputs.chunk_start_G
@@ -153,7 +156,7 @@ def _launch(
 
 @torch.library.custom_op("megatron_sse::gdn_prepare", mutates_args=())
 def gdn_prepare(inputs: Sequence[Tensor], num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What needs no state: the chunks' inverses and scores [HV, R, C] in v's dtype and gates [4, HV, R], fp32."""
+    """Return what needs no state: the chunks' inverses and scores [HV, R, C] in v's dtype, fp32 gates [4, HV, R]."""
     x = GdnInputs(*inputs)
     inverse_HRC, scores_HRC, gates_4HR = gdn_prepare_fake(inputs, num_tokens)
     prepared = {"inverse_HRC": inverse_HRC, "scores_HRC": scores_HRC, "gates_4HR": gates_4HR}
@@ -171,7 +174,7 @@ def gdn_prepare_fake(inputs, num_tokens):
 
 @torch.library.custom_op("megatron_sse::gdn_summarize", mutates_args=())
 def gdn_summarize(inputs: Sequence[Tensor], num_tokens: int, prepared: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """What each piece does to the state that enters it: transition [M, HV, K, K] and increment [M, HV, K, V], fp32."""
+    """Return what each piece does to the state that enters it: transition [M, HV, K, K], increment [M, HV, K, V]."""
     x = GdnInputs(*inputs)
     inverse_HRC, _, gates_4HR = prepared
     transition_MHKK, increment_MHKV = gdn_summarize_fake(inputs, num_tokens, prepared)
@@ -189,7 +192,7 @@ def gdn_summarize_fake(inputs, num_tokens, prepared):
 
 @torch.library.custom_op("megatron_sse::gdn_attend", mutates_args=())
 def gdn_attend(inputs: Sequence[Tensor], num_tokens: int, prepared: Sequence[Tensor], entering_MHKV: Tensor) -> Tensor:
-    """Outputs [R, HV, V] in v's dtype, from the states that enter the pieces."""
+    """Return the outputs [R, HV, V] in v's dtype, given the states that enter the pieces."""
     o_RHV = gdn_attend_fake(inputs, num_tokens, prepared, entering_MHKV)
     tensors = _named(prepared) | {"entering_MHKV": entering_MHKV, "o_RHV": o_RHV}
     _launch(gdn_forward.gdn_attend_kernel, GdnInputs(*inputs), num_tokens, tensors)
@@ -210,7 +213,7 @@ def _named(prepared: Sequence[Tensor]) -> dict[str, Tensor]:
 def gdn_summarize_backward(
     inputs: Sequence[Tensor], num_tokens: int, prepared: Sequence[Tensor], grad_o_RHV: Tensor
 ) -> Tensor:
-    """Gradients [M, HV, K, V], fp32, of the states that enter the pieces, of the pieces' outputs alone."""
+    """Return the fp32 gradients [M, HV, K, V] of the states that enter the pieces, through each piece's own outputs."""
     grad_entering_MHKV = gdn_summarize_backward_fake(inputs, num_tokens, prepared, grad_o_RHV)
     tensors = _named(prepared) | {"grad_o_RHV": grad_o_RHV, "grad_entering_MHKV": grad_entering_MHKV}
     _launch(gdn_backward.gdn_states_backward_kernel, GdnInputs(*inputs), num_tokens, tensors)
@@ -232,11 +235,11 @@ def gdn_attend_backward(
     grad_o_RHV: Tensor,
     grad_leaving_MHKV: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients by row of q, k [R, H, K], g, beta [R, HV], v [R, HV, V], write and read [R].
+    """Return the gradients by row: q, k [R, H, K], g, beta [R, HV], v [R, HV, V], write and read [R].
 
     Args:
         entering_MHKV: the states that enter the pieces.
-        grad_leaving_MHKV: the whole gradients of the states that leave the pieces.
+        grad_leaving_MHKV: the full gradients of the states that leave the pieces.
     """
     x = GdnInputs(*inputs)
     dims = x.dims
@@ -276,12 +279,12 @@ def gdn_attend_backward_fake(inputs, num_tokens, prepared, entering_MHKV, grad_o
 
 
 def _sum_groups(x_RHK: Tensor, num_heads: int) -> Tensor:
-    """Sum over the value heads that share a key head."""
+    """Return the sums over the value heads that share a key head, [R, H, K]."""
     return x_RHK if x_RHK.shape[1] == num_heads else x_RHK.unflatten(1, (num_heads, -1)).sum(2)
 
 
 def compile_cases(arch: int) -> list[tuple[triton.JITFunction, dict[str, str], dict, dict]]:
-    """Kernel, signature, constants and options for an architecture, at the head dims and dtypes that are shipped."""
+    """Return (kernel, signature, constants, options) of everything that is launched at common sizes."""
     cases = []
     for dtype in (torch.bfloat16, torch.float32):
         for dim in (64, 128, 256):
@@ -294,7 +297,7 @@ def compile_cases(arch: int) -> list[tuple[triton.JITFunction, dict[str, str], d
 
 
 def _signature(kernel: triton.JITFunction, constants: dict, dtype: torch.dtype) -> dict[str, str]:
-    """Triton's types of a kernel's arguments; what is not named here is fp32."""
+    """Return Triton's types of a kernel's arguments; those not named here are fp32."""
     of_products = "q1 k1 q2 k2 v inverse scores o states d grad_o grad_q grad_k grad_v"
     of_products += " grad_states grad_change grad_scores grad_met"
     tables = "chunk_start chunk_end piece_start piece_end chunk"

@@ -1,9 +1,10 @@
-"""The gated delta rule, backward: gradients of states from the last chunk to the first, then of what made them.
+"""The gated delta rule, backward: gradients of the states from the last chunk to the first, then of the inputs.
 
-As in gdn_forward.py; with do the output's gradient times read and dS the gradient of the state that leaves a chunk:
-dd = scores^T do + E (k dS) is the gradient of what is written, dx = inverse^T dd that of beta (write v - F (k S)), and
-dS <- F_last dS + (F q / sqrt(K))^T do - (F beta k)^T dx. The inverse's own gradient is -inverse^T dd d^T inverse^T,
-so that of beta k k^T P is -dx d^T below the diagonal.
+With the names of gdn_forward.py, do the output's gradient times read, and dS the gradient of the state that leaves a
+chunk: dd = scores^T do + E (k dS) is the gradient of what is written, dx = inverse^T dd that of
+beta (write v - F (k S)), and dS <- F_last dS + (F q / sqrt(K))^T do - (F beta k)^T dx. With x what the inverse is
+applied to, its gradient is dd x^T; that of the matrix it inverts is -inverse^T dd x^T inverse^T = -dx d^T, so that of
+beta k k^T P is -dx d^T below the diagonal.
 """
 
 import triton
@@ -51,8 +52,11 @@ def gdn_states_backward_kernel(
     STORE: tl.constexpr,
     C: tl.constexpr,
 ):
-    """The gradient of the state that enters a piece, of its outputs alone; or, where STORE, from the gradient of the
-    state that leaves it: that of the state that leaves each chunk, and dx in the order of the positions."""
+    """Compute the gradient of the state that enters a piece, through its own outputs alone.
+
+    Program (piece, value head, block of V). Where STORE, it starts instead from the gradient of the state that leaves
+    the piece, and stores the gradient of the state that leaves each chunk, and dx in sorted order.
+    """
     blocks: tl.constexpr = (V + BV - 1) // BV
     block, head = tl.program_id(0) % blocks, tl.program_id(0) // blocks % HV
     piece = tl.program_id(0) // (blocks * HV)
@@ -68,6 +72,7 @@ def gdn_states_backward_kernel(
         grad_state = tl.zeros((BK, BV), dtype=tl.float32)
     num_chunks = tl.maximum(end - start + C - 1, 0) // C
     first_chunk = tl.load(chunk_ptr + piece).to(tl.int64)
+    # From the last chunk to the first.
     for done in range(0, num_chunks):
         first = start + (num_chunks - 1 - done) * C
         place = first + within
@@ -133,8 +138,10 @@ def gdn_scores_backward_kernel(
     SCALE: tl.constexpr,
     C: tl.constexpr,
 ):
-    """Of a chunk and a value head: the gradients of q k^T (before `read`) and of k k^T, of v and write, and what the
-    pairs of rows give to the gradients of g and beta."""
+    """Compute the gradients of q k^T (before `read`), k k^T, v and write; program (chunk, value head).
+
+    Also what the pairs of rows inside the chunk contribute to the gradients of g and beta.
+    """
     chunk, head = tl.program_id(0) // HV, tl.program_id(0) % HV
     start, end = tl.load(chunk_start_ptr + chunk), tl.load(chunk_end_ptr + chunk)
     if start >= end:
@@ -183,7 +190,7 @@ def gdn_scores_backward_kernel(
     grad_beta = write * grad_written + tl.sum(grad_met * met, axis=1)
     through_decay += beta[:, None] * grad_met * met
 
-    # g_j stands between the pairs s < j <= t.
+    # g_j decays the pairs s < j <= t: for each t, an exclusive sum over s gives those before j; then sum over t >= j.
     before = tl.cumsum(through_decay, axis=1) - through_decay
     grad_g = tl.sum(tl.where(t >= s, before, 0.0), axis=0)
     store_gate(grad_gates_ptr, 0, head, start, within, valid, grad_g, num_rows, HV)
@@ -223,8 +230,12 @@ def gdn_keys_backward_kernel(
     SCALE: tl.constexpr,
     C: tl.constexpr,
 ):
-    """Of a chunk, a value head and a block of keys: the gradients of q and k, and per row the block's share of q dq and
-    k dk by the way the state took: sums of what entered (0, 1) and of what leaves (2), q dq in all (3), S dS (4)."""
+    """Compute the gradients of q and k; program (chunk, value head, block of K).
+
+    Also stored, per row, are this block's parts of sums that the gradients of g, beta and read need: q dq through the
+    entering state (0), k dk through the entering state (1) and through the leaving state (2), all of q dq (3), and
+    S dS of the chunk, at its first row (4).
+    """
     blocks: tl.constexpr = (K + BK - 1) // BK
     block, head = tl.program_id(0) % blocks, tl.program_id(0) // blocks % HV
     chunk = (tl.program_id(0) // (blocks * HV)).to(tl.int64)
@@ -242,6 +253,7 @@ def gdn_keys_backward_kernel(
     key_row = token * H + head // (HV // H)
     key = block * BK + tl.arange(0, BK)
     matrix = (chunk * HV + head) * K * V
+    # Each block of K writes sums of its own, [blocks, 5, HV, R]; gdn_gates_backward_kernel adds them up.
     sums_ptr += block.to(tl.int64) * 5 * HV * num_rows
     from_start = load_gate(gates_ptr, 2, head, start, within, valid, num_rows, HV)
     read = tl.load(read_ptr + row, mask=valid, other=0.0)
@@ -273,7 +285,7 @@ def gdn_keys_backward_kernel(
         d = load_tile(d_ptr + sorted_row * V, within, valid, column, V)
         grad_k = tl.dot(d, tl.trans(grad_state), grad_k, input_precision="ieee")
         grad_decay += tl.sum(state.to(tl.float32) * grad_state.to(tl.float32), axis=1)
-    # q, k and the scores' gradients are read twice: kept in between, they spill.
+    # q, k and the scores' gradients are loaded twice: kept in registers in between, they would spill.
     k = load_tile(k1_ptr, key_row, valid, key, K).to(dtype)
     grad_decay = tl.where(within == 0, tl.sum(grad_decay, axis=0), 0.0)
     store_gate(sums_ptr, 4, head, start, within, valid, grad_decay, num_rows, HV)
@@ -312,7 +324,7 @@ def gdn_gates_backward_kernel(
     KEY_BLOCKS: tl.constexpr,
     C: tl.constexpr,
 ):
-    """Of a chunk and a value head: the gradients of g, beta and read."""
+    """Compute the gradients of g, beta and read; program (chunk, value head)."""
     chunk, head = tl.program_id(0) // HV, tl.program_id(0) % HV
     start, end = tl.load(chunk_start_ptr + chunk), tl.load(chunk_end_ptr + chunk)
     if start >= end:
@@ -336,7 +348,8 @@ def gdn_gates_backward_kernel(
     decay = load_gate(gates_ptr, 2, head, end, -1, True, num_rows, HV)
     read = tl.load(read_ptr + row, mask=valid, other=0.0)
     writes = tl.load(writes_ptr + row, mask=valid, other=0.0)
-    # g_j decays what entered for all t >= j, what the rows s < j hand on, the state as a whole, and pairs s < j <= t.
+    # g_j decays the entering state for all rows t >= j, what the rows s < j write into the leaving state, the entering
+    # state on its way to the leaving one, and the pairs s < j <= t.
     grad_g = tl.cumsum(read * q_entering - beta * k_entering, axis=0, reverse=True)
     grad_g += tl.cumsum(k_leaving, axis=0) - k_leaving + decay * tl.sum(grad_decay, axis=0)
     grad_g += load_gate(grad_gates_ptr, 0, head, start, within, valid, num_rows, HV)

@@ -1,9 +1,10 @@
 """The gated delta rule, forward: what a chunk's tokens write, and how pieces hand states on.
 
-Inside a chunk of C rows that the state S enters, with F the decay from the chunk's start, E to its end and P between
-two rows: d = inverse @ (beta (write v - F (k S))) is written, inverse = (1 + tril(beta k k^T P, -1))^-1. Then
-o = read (F q S / sqrt(K) + scores @ d) with scores = tril(q k^T P) / sqrt(K), and S <- F_last S + (E k)^T d.
-All decays are exponentials of sums of their own. `gates` holds g, beta, F and E in the order of the rows' positions.
+Inside a chunk of C rows that the state S enters, with F the decay from the chunk's start to a row, E from a row to the
+chunk's end, and P between two rows: what is written is d = inverse @ (beta (write v - F (k S))), with
+inverse = (1 + tril(beta k k^T P, -1))^-1. Then o = read (F q S / sqrt(K) + scores @ d) with
+scores = tril(q k^T P) / sqrt(K), and S <- F_last S + (E k)^T d.
+Every decay is the exponential of its own sum of log decays. `gates` holds g, beta, F and E in sorted order.
 """
 
 import triton
@@ -12,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def load_rows(row_ptr, token_ptr, place, valid):
-    """int64 rows and tokens at the positions `place`."""
+    """Load the rows and tokens at the sorted positions `place`, int64."""
     row = tl.load(row_ptr + place, mask=valid, other=0).to(tl.int64)
     token = tl.load(token_ptr + place, mask=valid, other=0).to(tl.int64)
     return row, token
@@ -20,7 +21,7 @@ def load_rows(row_ptr, token_ptr, place, valid):
 
 @triton.jit
 def tile_mask(valid, column, SIZE: tl.constexpr):
-    """Valid rows, columns below SIZE; the columns need no test where whole blocks of them fill SIZE."""
+    """Return the mask of valid rows and columns below SIZE; no test of columns where blocks fill SIZE exactly."""
     if SIZE // column.shape[0] * column.shape[0] == SIZE:
         return valid[:, None]
     else:
@@ -29,22 +30,23 @@ def tile_mask(valid, column, SIZE: tl.constexpr):
 
 @triton.jit
 def load_tile(ptr, index, valid, column, SIZE: tl.constexpr):
-    """Columns `column` of the rows `index` of a matrix of SIZE columns, zero where there are none."""
+    """Load the columns `column` of the rows `index` of a matrix of SIZE columns, with zeros outside the mask."""
     mask = tile_mask(valid, column, SIZE)
     return tl.load(ptr + (index[:, None] * SIZE + column[None, :]), mask=mask, other=0.0)
 
 
 @triton.jit
 def store_tile(ptr, index, valid, column, x, SIZE: tl.constexpr):
+    """Store the columns `column` of the rows `index` of a matrix of SIZE columns, in its dtype."""
     mask = tile_mask(valid, column, SIZE)
     tl.store(ptr + (index[:, None] * SIZE + column[None, :]), x.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def load_gate(gates_ptr, which: tl.constexpr, head, first, row, valid, num_rows, HV: tl.constexpr):
-    """Of [.., HV, R]: vector `which` of a head at the positions first + row.
+    """Load from a tensor [.., HV, R] the vector `which` of a head, at the positions first + row.
 
-    Of `gates`: g (0), beta (1), the decay from the chunk's start (2) and to its end (3).
+    In `gates`, `which` is 0 for g, 1 for beta, 2 for the decay from the chunk's start and 3 for that to its end.
     """
     base = gates_ptr + ((which * HV + head).to(tl.int64) * num_rows + first)
     return tl.load(base + row, mask=valid, other=0.0)
@@ -52,13 +54,14 @@ def load_gate(gates_ptr, which: tl.constexpr, head, first, row, valid, num_rows,
 
 @triton.jit
 def store_gate(gates_ptr, which: tl.constexpr, head, first, row, valid, x, num_rows, HV: tl.constexpr):
+    """Store to a tensor [.., HV, R] the vector `which` of a head, at the positions first + row."""
     base = gates_ptr + ((which * HV + head).to(tl.int64) * num_rows + first)
     tl.store(base + row, x, mask=valid)
 
 
 @triton.jit
 def pair_decay(g, C: tl.constexpr):
-    """exp(g_{s + 1} + ... + g_t) for s <= t, zero elsewhere [C, C]; each sum on its own."""
+    """Return exp(g_{s + 1} + ... + g_t) for s <= t and zero elsewhere, [C, C]; each sum is added up on its own."""
     t, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     sums = tl.cumsum(tl.where(t > s, g[:, None], 0.0), axis=0)
     return tl.where(t >= s, tl.exp(sums), 0.0)
@@ -66,7 +69,7 @@ def pair_decay(g, C: tl.constexpr):
 
 @triton.jit
 def split_lower(x, B: tl.constexpr, N: tl.constexpr):
-    """B lower block triangular [2 N, 2 N]: their diagonal blocks [2 B, N, N], and [B, N, N] below the diagonals."""
+    """Split B lower block triangular [2 N, 2 N] into the diagonal blocks [2 B, N, N] and those below [B, N, N]."""
     top, bottom = tl.split(tl.permute(tl.reshape(x, (B, 2, N, 2, N)), (0, 2, 4, 3, 1)))
     early, _ = tl.split(top)
     below, late = tl.split(bottom)
@@ -75,7 +78,10 @@ def split_lower(x, B: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def join_lower(diagonal, below, B: tl.constexpr, N: tl.constexpr):
-    """The inverses [B, 2 N, 2 N] of what split_lower took apart, from those of the diagonal blocks."""
+    """Return the inverses [B, 2 N, 2 N] of the matrices that split_lower split, given those of the diagonal blocks.
+
+    The inverse of [[A, 0], [C, D]] is [[A^-1, 0], [-D^-1 C A^-1, D^-1]].
+    """
     early, late = tl.split(tl.permute(tl.reshape(diagonal, (B, 2, N, N)), (0, 2, 3, 1)))
     if B == 1:
         early, below, late = tl.reshape(early, (N, N)), tl.reshape(below, (N, N)), tl.reshape(late, (N, N))
@@ -86,9 +92,10 @@ def join_lower(diagonal, below, B: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def invert_64(lower):
-    """(1 + lower)^-1 of strictly lower [64, 64]: blocks of 1, 2, .. 32 are inverted and joined; stable, unlike powers.
+    """Return (1 + lower)^-1 of a strictly lower triangular [64, 64].
 
-    Up to 16 rows within whole [16, 16] matrices, four at once.
+    Inverses of diagonal blocks of 1, 2, 4 .. 32 rows are joined in pairs, which is stable, unlike a series of powers of
+    `lower`. Up to 16 rows the blocks stay inside four [16, 16] matrices, since tl.dot takes no smaller ones.
     """
     halves, below_32 = split_lower(tl.reshape(lower, (1, 64, 64)), 1, 32)
     quarters, below_16 = split_lower(halves, 2, 16)
@@ -119,10 +126,11 @@ def gdn_gates_kernel(
     BH: tl.constexpr,
     C: tl.constexpr,
 ):
-    """A chunk's gates, in sorted order: see load_gate."""
+    """Compute a chunk's gates of all heads, in sorted order (see load_gate); program (chunk)."""
     start, end = tl.load(chunk_start_ptr + tl.program_id(0)), tl.load(chunk_end_ptr + tl.program_id(0))
     if start >= end:
         return
+    # Sorted positions from num_tokens on are picks: they use the partitions' tensors.
     if start >= num_tokens:
         g1_ptr, beta1_ptr = g2_ptr, beta2_ptr
     place, head = start + tl.arange(0, C), tl.arange(0, BH)
@@ -130,7 +138,7 @@ def gdn_gates_kernel(
     writes = tl.load(writes_ptr + row, mask=place < end, other=0.0)[:, None]
     g = load_tile(g1_ptr, token, place < end, head, HV) * writes
     beta = load_tile(beta1_ptr, token, place < end, head, HV) * writes
-    # To the chunk's end: sums of the rows after each one, so a row further.
+    # The decay to the chunk's end sums the rows after each row: the same loads, one position further.
     row, token = load_rows(row_ptr, token_ptr, place + 1, place + 1 < end)
     writes = tl.load(writes_ptr + row, mask=place + 1 < end, other=0.0)[:, None]
     later_g = load_tile(g1_ptr, token, place + 1 < end, head, HV) * writes
@@ -166,7 +174,7 @@ def gdn_prepare_kernel(
     SCALE: tl.constexpr,
     C: tl.constexpr,
 ):
-    """The inverse and the scores of a chunk and a value head."""
+    """Compute the inverse and the scores of a chunk; program (chunk, value head)."""
     chunk, head = tl.program_id(0) // HV, tl.program_id(0) % HV
     start, end = tl.load(chunk_start_ptr + chunk), tl.load(chunk_end_ptr + chunk)
     if start >= end:
@@ -177,6 +185,7 @@ def gdn_prepare_kernel(
     within = tl.arange(0, C)
     valid = start + within < end
     token = tl.load(token_ptr + start + within, mask=valid, other=0).to(tl.int64)
+    # Neighbouring value heads share a key head.
     key_row = token * H + head // (HV // H)
     met = tl.zeros((C, C), dtype=tl.float32)
     scores = tl.zeros((C, C), dtype=tl.float32)
@@ -196,7 +205,7 @@ def gdn_prepare_kernel(
 
 @triton.jit
 def write_chunk(state, k, v, inverse, beta, from_start):
-    """What a chunk writes into the entering state: d [C, V], fp32."""
+    """Return what a chunk writes into the entering state: d [C, V], fp32."""
     recalled = tl.dot(k, state.to(k.dtype), input_precision="ieee")
     change = beta[:, None] * (v - from_start[:, None] * recalled)
     return tl.dot(inverse, change.to(k.dtype), input_precision="ieee")
@@ -204,7 +213,7 @@ def write_chunk(state, k, v, inverse, beta, from_start):
 
 @triton.jit
 def hand_on(state, k, d, to_end, decay):
-    """The state that leaves the chunk."""
+    """Return the state that leaves the chunk."""
     kept = (to_end[:, None] * d).to(k.dtype)
     return tl.dot(tl.trans(k), kept, decay * state, input_precision="ieee")
 
@@ -233,8 +242,11 @@ def gdn_summarize_kernel(
     BV: tl.constexpr,
     C: tl.constexpr,
 ):
-    """Columns of what a piece does: of the increment, or of the transition: there the state starts as the identity and
-    v is zero. An empty piece hands on what enters it."""
+    """Compute columns of a piece's increment or of its transition; program (piece, value head, block of columns).
+
+    The transition is found like the increment, with a state that starts as the identity and values of zero. An empty
+    piece gets the identity and no increment.
+    """
     value_blocks: tl.constexpr = (V + BV - 1) // BV
     blocks: tl.constexpr = value_blocks + (K + BV - 1) // BV
     block, head = tl.program_id(0) % blocks, tl.program_id(0) // blocks % HV
@@ -257,6 +269,7 @@ def gdn_summarize_kernel(
         beta = load_gate(gates_ptr, 1, head, first, within, valid, num_rows, HV)
         from_start = load_gate(gates_ptr, 2, head, first, within, valid, num_rows, HV)
         to_end = load_gate(gates_ptr, 3, head, first, within, valid, num_rows, HV)
+        # The full chunk's decay is that from its start to its last row, at position min(first + C, end) - 1.
         decay = load_gate(gates_ptr, 2, head, tl.minimum(first + C, end), -1, True, num_rows, HV)
         v = load_tile(v_ptr, token * HV + head, valid & is_increment, column, V).to(tl.float32)
         v *= tl.load(write_ptr + row, mask=valid, other=0.0)[:, None]
@@ -301,8 +314,11 @@ def gdn_attend_kernel(
     STORE: tl.constexpr,
     C: tl.constexpr,
 ):
-    """From the state that enters a piece: its outputs or, where STORE (for the gradients), the state that enters each
-    chunk and what the chunk writes, in the order of the positions."""
+    """Compute a piece's outputs from the state that enters it; program (piece, value head, block of V).
+
+    Where STORE (in backward), it computes no outputs but stores the state that enters each chunk, and what the chunk
+    writes in sorted order.
+    """
     blocks: tl.constexpr = (V + BV - 1) // BV
     block, head = tl.program_id(0) % blocks, tl.program_id(0) // blocks % HV
     piece = tl.program_id(0) // (blocks * HV)
@@ -319,6 +335,7 @@ def gdn_attend_kernel(
         place = first + within
         valid = place < end
         row, token = load_rows(row_ptr, token_ptr, place, valid)
+        # inverse, scores, d and the gates are stored by head and then by sorted position.
         sorted_row = head.to(tl.int64) * num_rows + first
         key_row = token * H + head // (HV // H)
         k = load_tile(k1_ptr, key_row, valid, key, K).to(dtype)

@@ -1,13 +1,13 @@
-"""Gated linear attention over the rows of several banks, as four operators; the scan between pieces is the caller's.
+"""Gated linear attention over the rows of several banks, as four operators; the caller scans between pieces.
 
 Every operator takes the same inputs first (R rows, T tokens, H key heads, HV value heads, G chunks, M pieces):
-    q1, k1, q2, k2 [T, H, K]: queries and keys as the shared bank and as the partitions see them; v [T, HV, V].
+    q1, k1, q2, k2 [T, H, K]: queries and keys of the shared bank (1) and of the partitions (2); v [T, HV, V].
     g1, g2 [T, H, K]: log decays, fp32, <= 0.
-    writes_R, write_R, read_R: fp32, by row; they multiply the log decays, what is written, and the outputs.
+    writes_R, write_R, read_R: fp32, by row; they multiply the log decays, the values written, and the outputs.
     row_R, token_R: int32; chunk_start_G, chunk_end_G, piece_start_M, piece_end_M, chunk_M: int64; see rows.Rows.
     num_tokens: chunks and pieces that start at this position or later belong to partitions.
-All are contiguous. States and their gradients are fp32; q, k, v and outputs have one dtype, as has what passes between
-kernels.
+All are contiguous. States and their gradients are fp32; q, k, v, outputs and the tensors between kernels share one
+dtype.
 """
 
 import functools
@@ -24,9 +24,10 @@ from megatron_sse.kernels.triton.gla_intra import gla_intra_kernel
 from megatron_sse.kernels.triton.gla_steep import gla_steep_scores_kernel
 from megatron_sse.kernels.triton.rows import CHUNK_SIZE
 
-# Per kernel: the largest blocks of K and V (None: all of it), warps, stages and a limit on registers (None: as many as
-# it likes), for 16-bit inputs up to a dim of 128, for 16-bit inputs beyond, and for fp32. Without spills where the dims
-# are at most 128 in 16 bits; 112 KiB of shared memory at most, so that two programs of 4 warps fit on a Hopper core.
+# For each kernel, three settings: for 16-bit inputs with dims up to 128, for 16-bit inputs with larger dims, and for
+# fp32. A setting is the largest block of K and of V (None: all of it), warps, stages, and a limit on registers (None:
+# no limit). Chosen so that nothing spills in 16 bits up to a dim of 128, and shared memory stays below 112 KiB, so that
+# two programs of 4 warps fit on a Hopper multiprocessor.
 _TILES = {
     gla_summarize_kernel: ((64, 128, 16, 3, None), (64, 128, 16, 3, None), (64, 64, 8, 1, None)),
     gla_prepare_kernel: ((64, None, 8, 1, 128), (64, None, 8, 1, 128), (32, None, 4, 1, None)),
@@ -37,7 +38,7 @@ _TILES = {
     gla_values_kernel: ((None, 64, 4, 3, None), (None, 64, 8, 1, None), (None, 32, 4, 1, None)),
     gla_intra_kernel: ((64, None, 16, 1, None), (64, None, 16, 1, None), (32, None, 8, 1, None)),
 }
-# What differs before Hopper, whose products take their operands from registers.
+# What differs before Hopper, where matrix products take their operands from registers and not from shared memory.
 _AMPERE_TILES = {
     gla_summarize_kernel: ((32, 128, 8, 3, None), (32, 128, 8, 3, None)),
     gla_output_kernel: ((None, 32, 4, 3, None), (None, 32, 8, 1, None)),
@@ -45,18 +46,19 @@ _AMPERE_TILES = {
     gla_values_kernel: ((None, 32, 4, 3, None), (None, 32, 8, 1, None)),
     gla_intra_kernel: ((32, None, 8, 1, None), (32, None, 8, 1, None)),
 }
-# And after it, where products are made by 4 or 8 warps.
+# What differs after Hopper, where a matrix product is computed by 4 or 8 warps.
 _BLACKWELL_TILES = {
     gla_summarize_kernel: ((64, 128, 8, 3, None), (64, 128, 8, 3, None)),
     gla_inter_kernel: ((32, None, 8, 3, None), (32, None, 8, 1, None)),
     gla_intra_kernel: ((32, None, 8, 1, None), (32, None, 8, 1, None)),
 }
 _STEEP_TILES = {gla_intra_kernel: ((16, None, 8, 1, None), (16, None, 8, 1, None), (16, None, 8, 1, None))}
-# Kernels whose programs walk over all blocks of K themselves.
+# Kernels in which one program loops over all blocks of K.
 _WITH_ALL_BLOCKS = (gla_prepare_kernel, gla_steep_scores_kernel)
-# Kernels that exist twice, and the constant that tells them apart.
+# Kernels that are compiled in two variants, and the constant that selects the variant.
 _VARIANTS = {gla_summarize_kernel: "REVERSE", gla_intra_kernel: "STEEP"}
-# Sums of log decays above minus this many may be exponentiated with either sign: fp16 overflows, fp32 loses digits.
+# A sum of log decays above minus this number may be exponentiated with either sign. Below it the chunk is steep:
+# exp(-sum) would overflow in fp16, or cost digits in fp32.
 _MILD = {torch.bfloat16: 40.0, torch.float16: 6.0, torch.float32: 8.0}
 _POINTERS = {
     "*i32": ("row", "token", "steep"),
@@ -72,7 +74,7 @@ _POINTERS = {
 def _configure(
     kernel, key_dim: int, value_dim: int, groups: int, dtype: torch.dtype, variant: bool, arch: int
 ) -> tuple[dict, dict]:
-    """A kernel's constants, and its warps and stages, on a GPU of compute capability `arch` (90: Hopper)."""
+    """Return a kernel's constants and its launch options on a GPU of compute capability `arch` (90: Hopper)."""
     column = 2 if dtype == torch.float32 else int(max(key_dim, value_dim) > 128)
     tiles: tuple = _TILES[kernel]
     if variant and kernel in _STEEP_TILES:
@@ -81,7 +83,7 @@ def _configure(
         tiles = (_AMPERE_TILES if arch < 90 else _BLACKWELL_TILES).get(kernel, tiles)
     block_k, block_v, num_warps, num_stages, max_registers = tiles[column]
     constants = {
-        # Queries are scaled, keys are not.
+        # Forward, summarize reads keys, which are not scaled; its variant and all other kernels read queries.
         "SCALE": 1.0 if kernel is gla_summarize_kernel and not variant else key_dim**-0.5,
         "K": key_dim,
         "V": value_dim,
@@ -92,7 +94,7 @@ def _configure(
         "MILD": _MILD[dtype],
         "REVERSE": variant,
         "STEEP": variant,
-        # Three products of tf32 are as exact as fp32 and run on tensor cores; plain fp32 spills kilobytes.
+        # Three tf32 products are as exact as one in fp32 and run on tensor cores; plain fp32 spills kilobytes.
         "PRECISION": "tf32x3" if dtype == torch.float32 else "ieee",
     }
     used = {name: value for name, value in constants.items() if name in kernel.arg_names}
@@ -106,7 +108,7 @@ def _block(dim: int, largest: int | None) -> int:
 
 
 def compile_cases(arch: int) -> list[tuple]:
-    """What is compiled ahead: (kernel, signature, constants, options), as the operators launch them."""
+    """Return (kernel, signature, constants, options) of everything that the operators launch at common sizes."""
     cases = []
     types = {f"{name}_ptr": kind for kind, names in _POINTERS.items() for name in names}
     for dtype, inputs in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
@@ -139,12 +141,16 @@ def _arch(device: torch.device) -> int:
 
 
 def _count_blocks(constants: dict) -> int:
-    """How many programs share a head's state: blocks of K times blocks of V."""
+    """Return how many programs share a head's state: blocks of K times blocks of V."""
     return math.prod(triton.cdiv(constants[dim], constants[f"BLOCK_{dim}"]) for dim in "KV" if dim in constants)
 
 
 def _launch(kernel, places: int, x: dict[str, Any], variant: bool = False) -> None:
-    """Launch over `places` (chunks or pieces) times blocks, and heads; arguments are taken from `x` by name."""
+    """Launch a kernel on the grid (places * blocks, heads); arguments are taken from `x` by name.
+
+    places: the number of chunks or pieces. Program (i, h) has place i // blocks, block i % blocks and head h: a value
+    head where the kernel knows of value heads, otherwise a key head.
+    """
     constants, options = _configure_for(kernel, x, variant)
     blocks = 1 if kernel in _WITH_ALL_BLOCKS else _count_blocks(constants)
     heads = {"num_heads": x["q1"].shape[1], "num_value_heads": x["v"].shape[1]}
@@ -166,7 +172,7 @@ def _named(inputs: tuple) -> dict[str, Any]:
 
 
 def _empty_states(x: dict) -> Tensor:
-    """fp32 [M, HV, K, V]."""
+    """Return an uninitialised state for each piece, fp32 [M, HV, K, V]."""
     shape = (x["piece_start"].shape[0], x["v"].shape[1], x["q1"].shape[2], x["v"].shape[2])
     return x["v"].new_empty(shape, dtype=torch.float32)
 
@@ -178,7 +184,7 @@ def _empty_summary(*inputs) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("megatron_sse::gla_summarize", mutates_args=(), schema=f"({_SCHEMA}) -> (Tensor, Tensor)")
 def gla_summarize(*inputs):
-    """What each piece does to the state that enters it: transition [M, HV, K, 1] and increment [M, HV, K, V]."""
+    """Return what each piece does to the state that enters it: transition [M, HV, K, 1], increment [M, HV, K, V]."""
     x = _named(inputs)
     transition, increment = _empty_summary(*inputs)
     x |= {"x1": x["k1"], "x2": x["k2"], "y": x["v"], "factor": x["write"], "transition": transition, "state": increment}
@@ -193,7 +199,10 @@ gla_summarize.register_fake(_empty_summary)
     "megatron_sse::gla_summarize_backward", mutates_args=(), schema=f"({_SCHEMA}, Tensor grad_o) -> Tensor"
 )
 def gla_summarize_backward(*inputs):
-    """Gradient [M, HV, K, V] of the states that enter the pieces, from grad_o [R, HV, V] of each piece alone."""
+    """Return the gradients [M, HV, K, V] of the states that enter the pieces, through each piece's own outputs.
+
+    The last input is the gradient of the outputs, grad_o [R, HV, V].
+    """
     *inputs, grad_o = inputs
     x = _named(inputs)
     grad_entering = _empty_states(x)
@@ -208,7 +217,7 @@ gla_summarize_backward.register_fake(lambda *inputs: _empty_states(_named(inputs
 
 @torch.library.custom_op("megatron_sse::gla_attend", mutates_args=(), schema=f"({_SCHEMA}, Tensor entering) -> Tensor")
 def gla_attend(*inputs):
-    """Outputs [R, HV, V] by row, given the states [M, HV, K, V] that enter the pieces."""
+    """Return the outputs [R, HV, V] by row, given the states [M, HV, K, V] that enter the pieces."""
     *inputs, entering = inputs
     x = _prepare(_named(inputs))
     o = _empty_rows(x, x["v"])
@@ -223,13 +232,16 @@ def _(*inputs):
 
 
 def _empty_rows(x: dict, like: Tensor) -> Tensor:
-    """[R, ...] for a [T, ...]."""
+    """Return an uninitialised [R, ...] for a `like` of [T, ...]."""
     return like.new_empty(x["row"].shape[0], *like.shape[1:])
 
 
 def _prepare(x: dict) -> dict:
-    """Adds decayed queries and keys [R, H, K] and scores [R, H, C] by position, the chunks' decays [G, H, K] and
-    whether they are steep, int32 [G, H]."""
+    """Return `x` with what needs no state.
+
+    Added are decayed queries and keys [R, H, K] and scores [R, H, C], all by sorted position, the chunks' decays
+    [G, H, K], and whether chunks are steep, int32 [G, H].
+    """
     num_rows, num_chunks = x["row"].shape[0], x["chunk_start"].shape[0]
     num_heads, key_dim = x["q1"].shape[1:]
     new_empty = x["v"].new_empty
@@ -252,10 +264,10 @@ def _prepare(x: dict) -> dict:
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def gla_attend_backward(*inputs):
-    """Gradients by row: q, k, g [R, H, K], v [R, HV, V], write, read [R].
+    """Return the gradients by row: q, k, g [R, H, K], v [R, HV, V], write, read [R].
 
-    Given the states [M, HV, K, V] that enter the pieces, grad_o [R, HV, V] and the whole gradient of the states that
-    leave the pieces [M, HV, K, V].
+    The last inputs are the states [M, HV, K, V] that enter the pieces, grad_o [R, HV, V], and the full gradient of the
+    states that leave the pieces [M, HV, K, V].
     """
     *inputs, entering, grad_o, grad_leaving = inputs
     x = _prepare(_named(inputs))

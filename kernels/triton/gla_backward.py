@@ -1,11 +1,12 @@
-"""Gated linear attention backward. Tiles: C rows of a chunk, K key dims, V value dims.
+"""Gated linear attention, backward. Tiles: C rows of a chunk, K key dims, V value dims.
 
 With S the state that enters a chunk, dS the gradient of the one that leaves it, and q, k decayed to the chunk's
-borders: dq = do S^T, dk = v dS^T, dv = k dS + scores^T do, and the gradient of the scores is do v^T. `states` leaves
-every S; `inter` walks backwards with a block of rows of dS, `values` with a block of its columns; `intra` adds what
-passes inside the chunk, chunk by chunk, and sums the gradients of the log decays.
-A log decay's gradient is the sum of all that crosses it: from before it to after it inside the chunk, from the entering
-state to the rows after it, from the rows before it to the leaving state, and from the one state to the other.
+borders: dq = do S^T, dk = v dS^T, dv = k dS + scores^T do, and the gradient of the scores is do v^T. `states` stores
+every S; `inter` walks backwards with a block of rows of dS, `values` with a block of its columns; `intra` adds, for
+each chunk, the gradients inside the chunk, and sums the gradients of the log decays.
+A log decay's gradient sums everything that it decays: from rows before it to rows after it inside the chunk, from the
+entering state to the rows after it, from the rows before it to the leaving state, and from the entering to the leaving
+state ("through").
 """
 
 import triton
@@ -36,16 +37,18 @@ def gla_states_kernel(
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The state that enters each chunk [G, HV, K, V], in v's dtype; a tile of one head's states."""
+    """Store the state that enters each chunk [G, HV, K, V], in v's dtype; program (piece and tile, value head)."""
     blocks_v: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K * blocks_v
     piece, block, head = tl.program_id(0) // blocks, tl.program_id(0) % blocks, tl.program_id(1)
+    # Neighbouring value heads share a key head.
     key_head = head // (num_value_heads // num_heads)
     dim_K = block // blocks_v * BLOCK_K + tl.arange(0, BLOCK_K)
     dim_V = block % blocks_v * BLOCK_V + tl.arange(0, BLOCK_V)
     start, end = tl.load(piece_start_ptr + piece), tl.load(piece_end_ptr + piece)
     if end <= start:
         return
+    # The piece's first chunk: what `prepare` stored for its chunks is at chunk + i.
     chunk = tl.load(chunk_ptr + piece)
     offset_KV, mask_KV = state_offsets(piece, head, num_value_heads, dim_K, dim_V, K, V)
     b_state = tl.load(entering_ptr + offset_KV, mask=mask_KV, other=0.0)
@@ -96,12 +99,12 @@ def gla_inter_kernel(
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Backwards over a piece with a block of K, all V.
+    """Walk backwards over a piece with the gradient of the state; program (piece and block of K, value head), all V.
 
-    Leaves the gradients of the decayed queries and keys [.., HV, K] by position, what passes through each chunk
-    [G, HV, K], parts of read's gradient [R, HV, blocks of K] by row; the first block also leaves the gradient of the
-    scores [.., HV, C] by position.
-    The state's gradient is held with V first: its transpose never enters a product.
+    Stored are the gradients of the decayed queries and keys [.., HV, K] by position, what passes through each chunk
+    from state to state [G, HV, K], and partial sums of read's gradient [R, HV, blocks of K] by row; the first block
+    also stores the gradient of the scores [.., HV, C] by position.
+    The state's gradient is held as [V, K], so that no product needs its transpose.
     """
     blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     piece, block, head = tl.program_id(0) // blocks, tl.program_id(0) % blocks, tl.program_id(1)
@@ -132,6 +135,7 @@ def gla_inter_kernel(
         b_decay = tl.load(decay_ptr + offset_K, mask=dim_K < K, other=0.0)
 
         b_state = tl.trans(b_state)
+        # The gradient of the chunk's log decay by way of the state: S and dS multiplied, times the decay.
         b_through = b_decay * tl.sum(b_state.to(tl.float32) * b_grad_state, 0)
         tl.store(through_ptr + ((chunk + i) * num_value_heads + head) * K + dim_K, b_through, mask=dim_K < K)
         b_grad_key = tl.dot(b_v, b_grad_state.to(dtype), input_precision=PRECISION) * write_C[:, None]
@@ -140,6 +144,7 @@ def gla_inter_kernel(
         read_partial_C = tl.sum(b_query.to(tl.float32) * b_grad_query, 1)
         b_grad_query *= read_C[:, None]
         store_rows(grad_query_ptr, position_C, valid_C, head, num_value_heads, dim_K, K, b_grad_query)
+        # The scores' gradient does not depend on the block of K, so only one program per piece and head computes it.
         if block == 0:
             b_scores = load_rows(scores_ptr, position_C, valid_C, key_head, num_heads, dim_C, CHUNK)
             write_1C = tl.where(valid_C, write_C, 0.0)[None, :]
@@ -181,8 +186,10 @@ def gla_values_kernel(
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Backwards over a piece with all K, a block of V: gradients of the values [R, HV, V] and parts of write's gradient
-    [R, HV, blocks of V], by row."""
+    """Compute gradients of the values [R, HV, V] and partial sums of write's gradient [R, HV, blocks of V], by row.
+
+    Program (piece and block of V, value head), with all of K; it walks backwards over the piece.
+    """
     blocks: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     piece, block, head = tl.program_id(0) // blocks, tl.program_id(0) % blocks, tl.program_id(1)
     key_head = head // (num_value_heads // num_heads)

@@ -1,8 +1,9 @@
-"""Gated linear attention forward. Tiles: C rows of a chunk, K key dims, V value dims.
+"""Gated linear attention, forward. Tiles: C rows of a chunk, K key dims, V value dims.
 
-`summarize` and `output` walk over the chunks of a piece with the state in registers: the states inside a piece never go
-to memory. `prepare` works on each chunk alone and leaves, at the rows' sorted positions, what the walks read:
-queries decayed from the chunk's start, keys decayed to its end, scores, and the chunk's decay.
+`summarize` and `output` walk over the chunks of a piece with the state in registers, so that the states inside a piece
+are never written to memory. `prepare` works on each chunk alone and stores, at the rows' sorted positions, what
+`output` and the backward kernels read: queries decayed from the chunk's start, keys decayed to its end, scores, and the
+chunk's decay.
 """
 
 import triton
@@ -46,20 +47,23 @@ def gla_summarize_kernel(
     REVERSE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """State <- exp(sum g) state + decayed x^T (factor y), from zero over a piece's chunks; a tile of one head's state.
+    """Compute state <- exp(sum g) state + decayed x^T (factor y) over a piece's chunks, starting from zero.
 
-    Forwards x is k, decayed to the chunk's end, y is v, factor is write: the piece's increment, and its transition.
-    In REVERSE x is q, decayed from the chunk's start, y is the gradient of o (by row), factor is read: the gradient
-    of the state that enters the piece.
+    Program (piece and tile of the state, value head). Forward: x is k, decayed to the chunk's end, y is v and factor is
+    write; the result is the piece's increment, and its transition is stored too. In REVERSE, from the last chunk to the
+    first: x is q, decayed from the chunk's start, y is the gradient of o (by row) and factor is read; the result is the
+    gradient of the state that enters the piece.
     """
     blocks_v: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K * blocks_v
     piece, block, head = tl.program_id(0) // blocks, tl.program_id(0) % blocks, tl.program_id(1)
+    # Neighbouring value heads share a key head.
     key_head = head // (num_value_heads // num_heads)
     dim_K = block // blocks_v * BLOCK_K + tl.arange(0, BLOCK_K)
     dim_V = block % blocks_v * BLOCK_V + tl.arange(0, BLOCK_V)
     start, end = tl.load(piece_start_ptr + piece), tl.load(piece_end_ptr + piece)
     x_ptr, g_ptr = x1_ptr, g1_ptr
+    # Sorted positions from num_tokens on are picks: they use the partitions' tensors.
     if start >= num_tokens:
         x_ptr, g_ptr = x2_ptr, g2_ptr
 
@@ -83,6 +87,7 @@ def gla_summarize_kernel(
         if REVERSE:
             b_sum = sum_from_start(b_g, CHUNK)
         else:
+            # The state decays by a row's g before the row writes: its key is decayed by the rows after it alone.
             b_next = load_log_decays(
                 g_ptr, writes_ptr, row_ptr, token_ptr, position_C + 1, chunk_end, key_head, num_heads, dim_K, K
             )
@@ -91,6 +96,7 @@ def gla_summarize_kernel(
         b_x = (b_x.to(tl.float32) * tl.exp(b_sum) * SCALE).to(dtype)
         b_y = load_rows(y_ptr, row_C if REVERSE else token_C, valid_C, head, num_value_heads, dim_V, V)
         b_y = (b_y.to(tl.float32) * factor_C[:, None]).to(dtype)
+        # The chunk's rows were decayed to its border, so the state is decayed by the chunk and their product is added.
         b_state = tl.dot(tl.trans(b_x), b_y, b_state * tl.exp(total)[:, None], input_precision=PRECISION)
 
     offset_KV, mask_KV = state_offsets(piece, head, num_value_heads, dim_K, dim_V, K, V)
@@ -127,10 +133,15 @@ def gla_prepare_kernel(
     MILD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A chunk of one key head: decayed queries and keys [.., H, K] and scores [.., H, C] by position, its decay
-    [G, H, K], and whether it is steep [G, H]: it forgets more than exp(-MILD), and its scores are not valid."""
+    """Compute what needs no state for a chunk of one key head.
+
+    These are decayed queries and keys [.., H, K] and scores [.., H, C] by position, the chunk's decay [G, H, K], and
+    whether it is steep [G, H]: then a channel decays below exp(-MILD), the scores stored here are not valid, and
+    gla_steep_scores_kernel replaces them.
+    """
     chunk, head = tl.program_id(0), tl.program_id(1)
     start, end = tl.load(chunk_start_ptr + chunk), tl.load(chunk_end_ptr + chunk)
+    # Chunks and pieces are cut into tables of a fixed size; the unused ones are empty.
     if end <= start:
         return
     q_ptr, k_ptr, g_ptr = q1_ptr, k1_ptr, g1_ptr
@@ -159,6 +170,7 @@ def gla_prepare_kernel(
         tl.store(decay_ptr + (chunk.to(tl.int64) * num_heads + head) * K + dim_K, tl.exp(total_K), mask=dim_K < K)
         lowest_K = tl.minimum(lowest_K, total_K)
 
+        # exp(sum_t - sum_s) as the product of q exp(sum_t) and k exp(-sum_s), which may grow as far as MILD allows.
         b_grown = (b_k * tl.exp(tl.minimum(-b_sum, MILD))).to(dtype)
         b_scores = tl.dot(b_query, tl.trans(b_grown), b_scores, input_precision=PRECISION)
     b_scores = tl.where(pairs_inside(CHUNK, CHUNK), b_scores, 0.0)
@@ -191,7 +203,10 @@ def gla_output_kernel(
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Outputs of a piece's rows, by row: read (decayed q state + scores (write v)); all K, a block of V."""
+    """Compute the outputs of a piece's rows, by row: read (decayed q state + scores (write v)).
+
+    Program (piece and block of V, value head), with all of K.
+    """
     blocks_v: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     piece, head = tl.program_id(0) // blocks_v, tl.program_id(1)
     key_head = head // (num_value_heads // num_heads)

@@ -1,4 +1,4 @@
-"""Gated linear attention backward inside chunks, from the gradient of the scores, for a block of K at a time."""
+"""Gated linear attention, backward inside chunks: from the gradient of the scores, for one block of K at a time."""
 
 import triton
 import triton.language as tl
@@ -46,9 +46,10 @@ def gla_intra_kernel(
     STEEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradients of q, k, g [R, H, K] by row, of the chunks that are steep or of those that are not (see gla_steep).
+    """Compute gradients of q, k, g [R, H, K] by row, for the steep chunks or for the others (see gla_steep).
 
-    Gradients of decayed queries and keys, of scores, and what passes through come per value head, GROUPS of a key head.
+    Program (chunk and block of K, key head). The inputs (gradients of decayed queries and keys and of scores, and what
+    passes through) are per value head; the GROUPS value heads of a key head are summed here.
     """
     blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     chunk, head = tl.program_id(0) // blocks, tl.program_id(1)
@@ -56,6 +57,7 @@ def gla_intra_kernel(
     start, end = tl.load(chunk_start_ptr + chunk), tl.load(chunk_end_ptr + chunk)
     if end <= start:
         return
+    # Launched twice: for steep chunks, and for all others.
     if (tl.load(steep_ptr + chunk * num_heads + head) != 0) != STEEP:
         return
     q_ptr, k_ptr, g_ptr = q1_ptr, k1_ptr, g1_ptr
@@ -69,7 +71,7 @@ def gla_intra_kernel(
     dtype = grad_scores_ptr.dtype.element_ty
 
     b_grad_scores = _load_groups(grad_scores_ptr, position_C, valid_C, head, num_heads, dim_C, CHUNK, GROUPS)
-    # A row's score with itself has no decay: it is kept out of the gradient of g.
+    # A row's score with itself has no decay, so it is kept out of the gradient of g.
     own_C = tl.sum(tl.where(pairs_inside(CHUNK, 1), b_grad_scores, 0.0), 1)
     b_met = tl.where(pairs_inside(CHUNK, 1), 0.0, b_grad_scores)
     b_q = load_rows(q_ptr, token_C, valid_C, head, num_heads, dim_K, K).to(tl.float32) * SCALE
@@ -81,6 +83,8 @@ def gla_intra_kernel(
         b_grad_q, b_grad_k = _steep(b_q, b_k, b_g, b_next, b_met, dtype, CHUNK, MILD, PRECISION)
     else:
         b_grad_q, b_grad_k = _met_inside(b_q, b_k, b_sum, b_met, dtype, PRECISION)
+    # The score of rows s < t holds exp(g_{s + 1} + ... + g_t), so its share of g_j's gradient counts where s < j <= t.
+    # Summed over all rows from j on, q dq adds the pairs with t >= j, and k dk takes away those with s >= j.
     b_crossing = b_q * b_grad_q - b_k * b_grad_k
 
     b_inter = _load_groups(grad_query_ptr, position_C, valid_C, head, num_heads, dim_K, K, GROUPS) * tl.exp(b_sum)
@@ -92,6 +96,7 @@ def gla_intra_kernel(
     b_grad_k += own_C[:, None] * b_q + b_inter
     store_rows(grad_k_ptr, row_C, valid_C, head, num_heads, dim_K, K, b_grad_k)
 
+    # Rows up to j - 1 reach the leaving state through g_j: an exclusive sum from the chunk's start.
     b_leaving = b_k * b_inter
     b_grad_g = tl.cumsum(b_crossing, 0, reverse=True) + tl.cumsum(b_leaving, 0) - b_leaving
     through_K = tl.zeros([BLOCK_K], tl.float32)
@@ -104,7 +109,7 @@ def gla_intra_kernel(
 
 @triton.jit
 def _load_groups(ptr, row_C, valid_C, head, heads, dim_D, DIM: tl.constexpr, GROUPS: tl.constexpr):
-    """The sum over the value heads of a key head, in fp32."""
+    """Load rows and sum them over the value heads of a key head, in fp32."""
     b_sum = load_rows(ptr, row_C, valid_C, head * GROUPS, heads * GROUPS, dim_D, DIM).to(tl.float32)
     for group in tl.static_range(1, GROUPS):
         b_sum += load_rows(ptr, row_C, valid_C, head * GROUPS + group, heads * GROUPS, dim_D, DIM).to(tl.float32)
@@ -113,7 +118,7 @@ def _load_groups(ptr, row_C, valid_C, head, heads, dim_D, DIM: tl.constexpr, GRO
 
 @triton.jit
 def _met_inside(b_q, b_k, b_sum, b_met, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """Gradients of q and k from scores whose decays are quotients of exp(b_sum)."""
+    """Return the gradients of q and k from scores whose decays are quotients of exp(b_sum)."""
     b_shrunk, b_grown = tl.exp(b_sum), tl.exp(-b_sum)
     b_met = b_met.to(dtype)
     b_grad_q = tl.dot(b_met, (b_k * b_grown).to(dtype), input_precision=PRECISION) * b_shrunk
@@ -125,6 +130,7 @@ def _met_inside(b_q, b_k, b_sum, b_met, dtype: tl.constexpr, PRECISION: tl.const
 def _steep(
     b_q, b_k, b_g, b_next, b_met, dtype: tl.constexpr, C: tl.constexpr, MILD: tl.constexpr, PRECISION: tl.constexpr
 ):
+    """Return the gradients of q and k of a steep chunk, halved into blocks as in gla_steep."""
     b_grad_q, b_grad_k = tl.zeros([C, b_q.shape[1]], tl.float32), tl.zeros([C, b_q.shape[1]], tl.float32)
     for level in tl.static_range(2):
         b_gq, b_gk = _met_across(b_q, b_k, b_g, b_next, b_met, dtype, C, 32 >> level, PRECISION)
@@ -144,7 +150,7 @@ def _steep(
 def _met_across(
     b_q, b_k, b_g, b_next, b_met, dtype: tl.constexpr, C: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """From the scores of each later half of 2 HALF rows with its earlier half."""
+    """Return the gradients of q and k from the scores of each later half of 2 HALF rows with its earlier half."""
     b_late, b_early = tl.exp(sum_from_start(b_g, HALF)), tl.exp(sum_to_end(b_next, HALF))
     b_met = tl.where(pairs_across(C, HALF), b_met, 0.0).to(dtype)
     b_grad_q = tl.dot(b_met, (b_k * b_early).to(dtype), input_precision=PRECISION) * b_late

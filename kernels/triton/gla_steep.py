@@ -1,7 +1,8 @@
-"""Scores, and their gradients, inside chunks that forget too much for a product of growing and shrinking factors.
+"""Scores inside steep chunks: those that forget too much for a product of growing and shrinking factors.
 
-Blocks are joined in pairs: q decayed from the border between them, k decayed to it, so that no factor passes 1. Down to
-blocks of 16 rows; further only where one of those forgets too much as well. Exact for any decay; rare in training.
+Scores between two neighbouring blocks are products of q decayed from the border between them and k decayed to it, so
+that no factor exceeds 1. The chunk of 64 rows is halved (32 and 32, then 16 and 16); below 16 rows, halving continues
+only where a block of 16 is steep itself. This is exact for any decay, slower, and rare in training.
 """
 
 import triton
@@ -42,7 +43,7 @@ def gla_steep_scores_kernel(
     MILD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Scores [.., H, C] by position of a steep chunk of one key head."""
+    """Compute the scores [.., H, C] by position of a steep chunk of one key head; other chunks return at once."""
     chunk, head = tl.program_id(0), tl.program_id(1)
     start, end = tl.load(chunk_start_ptr + chunk), tl.load(chunk_end_ptr + chunk)
     if end <= start:
@@ -66,6 +67,7 @@ def gla_steep_scores_kernel(
         b_next = load_log_decays(g_ptr, writes_ptr, row_ptr, token_ptr, position_C + 1, end, head, num_heads, dim_K, K)
         for level in tl.static_range(2):
             b_scores += _scores_across(b_q, b_k, b_g, b_next, dtype, CHUNK, 32 >> level, PRECISION)
+        # Blocks of 16 rows that are mild: q exp(sum) times k exp(-sum), as in chunks that are not steep.
         b_sum = sum_from_start(b_g, 16)
         if tl.min(b_sum) >= -MILD:
             b_block = _product(b_q * tl.exp(b_sum), b_k * tl.exp(-b_sum), dtype, PRECISION)
@@ -86,6 +88,6 @@ def _product(b_q, b_k, dtype: tl.constexpr, PRECISION: tl.constexpr):
 def _scores_across(
     b_q, b_k, b_g, b_next, dtype: tl.constexpr, C: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """Scores of the rows in the later half of each block of 2 HALF rows with those in the earlier half."""
+    """Return the scores of the rows in the later half of each block of 2 HALF rows with those in the earlier half."""
     b_late, b_early = b_q * tl.exp(sum_from_start(b_g, HALF)), b_k * tl.exp(sum_to_end(b_next, HALF))
     return tl.where(pairs_across(C, HALF), _product(b_late, b_early, dtype, PRECISION), 0.0)

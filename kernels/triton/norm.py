@@ -1,4 +1,4 @@
-"""What follows the banks, in one pass: sum of their outputs, RMSNorm per head, output gate."""
+"""The epilogue after the banks, in one pass: the sum of their outputs, RMSNorm per head, the output gate."""
 
 import torch
 import triton
@@ -10,7 +10,7 @@ MAX_PARTIALS = 1024
 
 @triton.jit
 def _load_sum(o_ptr, picked_ptr, row, column, inside, num_heads, V: tl.constexpr, P: tl.constexpr):
-    """Rows (token, head) of the shared output plus the picks'."""
+    """Load rows (token, head) of the shared bank's output and add those of the picks; return offsets and sums."""
     cell = row[:, None] * V + column
     b_x = tl.load(o_ptr + cell, mask=inside, other=0.0).to(tl.float32)
     token, head = row // num_heads, row % num_heads
@@ -36,7 +36,7 @@ def norm_forward_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Program (block of rows); a row is a token's head."""
+    """Compute silu(gate) * RMSNorm(sum of outputs); program (block of rows), a row is a token's head."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.arange(0, BLOCK_V)
     inside = (row < num_rows)[:, None] & (column < V)
@@ -69,7 +69,10 @@ def norm_backward_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Program (num_steps blocks of rows), with its part of the weight's gradient."""
+    """Compute the gradients of outputs and gate, and a partial sum of the weight's; program (num_steps blocks of rows).
+
+    With n = x / rms(x) and g the gradient of n: the gradient of x is (g - n mean(g n)) / rms(x).
+    """
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_V)
     b_weight = tl.load(weight_ptr + column, mask=column < V, other=0.0).to(tl.float32)
@@ -84,6 +87,7 @@ def norm_backward_kernel(
         if HAS_GATE:
             b_gate = tl.load(gate_ptr + cell, mask=inside, other=0.0).to(tl.float32)
             b_sigmoid = tl.sigmoid(b_gate)
+            # The derivative of silu: (x sigmoid(x))' = sigmoid(x) (1 + x (1 - sigmoid(x))).
             b_slope = b_sigmoid * (1 + b_gate * (1 - b_sigmoid))
             b_grad_gate = b_grad * b_normed * b_weight * b_slope
             tl.store(grad_gate_ptr + cell, b_grad_gate.to(grad_gate_ptr.dtype.element_ty), mask=inside)
@@ -139,11 +143,12 @@ def _backward(
     grad_out_THV: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of o, weight and gate (without a gate: nothing in it)."""
+    """Return the gradients of o, weight and gate (an empty tensor where there is no gate)."""
     _, num_heads, value_dim = o_THV.shape
     num_rows = o_THV.numel() // value_dim
     constants = _constants(value_dim, 0 if picked is None else picked.shape[1], gate_THV is not None)
     num_blocks = triton.cdiv(num_rows, constants["BLOCK_R"])
+    # At most MAX_PARTIALS programs, each of which walks over num_steps blocks of rows.
     num_steps = triton.cdiv(num_blocks, MAX_PARTIALS)
     num_programs = triton.cdiv(num_blocks, num_steps)
     grad_o_THV = torch.empty_like(o_THV)
@@ -185,7 +190,7 @@ class _GatedNorm(torch.autograd.Function):
     def backward(ctx, grad_out_THV):
         o_THV, picked_TPHV, weight_V, gate_THV = ctx.saved_tensors
         grad_o, grad_weight, grad_gate = _backward(*ctx.saved_tensors, grad_out_THV.contiguous(), ctx.eps)
-        # The gradient of a sum is the same for all that is summed: one tensor, not one for each pick.
+        # All summands have the same gradient, so the picks share one tensor.
         grad_picked = None
         if picked_TPHV is not None:
             grad_picked = grad_o.to(picked_TPHV.dtype)[:, None].expand_as(picked_TPHV)
@@ -195,13 +200,13 @@ class _GatedNorm(torch.autograd.Function):
 def gated_norm(
     o_THV: Tensor, picked_TPHV: Tensor | None, weight_V: Tensor, gate_THV: Tensor | None, eps: float
 ) -> Tensor:
-    """As kernels.norm.gated_norm; fp32 inside."""
+    """Compute kernels.norm.gated_norm with fp32 arithmetic."""
     picked_TPHV, gate_THV = (None if x is None else x.contiguous() for x in (picked_TPHV, gate_THV))
     return _GatedNorm.apply(o_THV.contiguous(), picked_TPHV, weight_V.contiguous(), gate_THV, eps)
 
 
 def compile_cases(arch: int) -> list[tuple[triton.JITFunction, dict, dict, dict]]:
-    """Kernel, signature, constants and options of all that is launched at common sizes."""
+    """Return (kernel, signature, constants, options) of everything that is launched at common sizes."""
     cases = []
     for dtype in ("*bf16", "*fp32"):
         inputs = {f"{name}_ptr": dtype for name in ("o", "picked", "weight", "gate")}

@@ -1,4 +1,10 @@
-"""The router's picks and their order: a counting sort, whose sizes all follow from what the host knows."""
+"""The router's picks and their order by segment: a counting sort, whose sizes all follow from what the host knows.
+
+A pick's place in the order is `base + until + rank`. `base`: picks in earlier segments, less those of the same bank in
+earlier documents. `until`: picks of the same bank in earlier blocks of picks. `rank`: those earlier in its own block.
+For example, picks a b a | b a (two documents, blocks of 4): sorted a a b | a b. The last a has base 3 - 2 (3 picks in
+the first document, of which 2 are a), until 2 (the first block's), rank 0: place 3.
+"""
 
 import torch
 import triton
@@ -13,13 +19,16 @@ PICK_BLOCK = 256
 def top_banks_kernel(
     prob_ptr, bank_ptr, num_tokens, N: tl.constexpr, P: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """The P largest of N probabilities, best first, the lower index first among equals; program (block of tokens)."""
+    """Write the banks of the P largest of N probabilities, best first; program (block of tokens).
+
+    Among equal probabilities, the lower index comes first.
+    """
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     bank = tl.arange(0, BLOCK_N)
     inside = token < num_tokens
     place = token[:, None] * N + bank
     b_prob = tl.load(prob_ptr + place, mask=inside[:, None] & (bank < N), other=float("-inf"))
-    # What is no number counts as largest, as in torch: every pick stays a valid index.
+    # NaN counts as the largest, as in torch, so that every pick stays a valid index.
     b_prob = tl.where(b_prob != b_prob, float("inf"), b_prob)
     for pick in tl.static_range(P):
         b_best = tl.argmax(b_prob, axis=1, tie_break_left=True)
@@ -29,7 +38,7 @@ def top_banks_kernel(
 
 @triton.jit
 def _count(bank_ptr, start, end, bank, BLOCK: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """How many of the picks start .. end - 1 (at most BLOCK) went to each bank."""
+    """Count how many of the picks start .. end - 1 (at most BLOCK) went to each bank."""
     b_count = tl.zeros([BLOCK_N], tl.int32)
     for first in range(0, BLOCK, TILE):
         pick = start + first + tl.arange(0, TILE)
@@ -49,7 +58,7 @@ def count_picks_kernel(
     TILE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Picks per bank in each block of picks, [N, blocks]; program (block, block of banks)."""
+    """Count the picks per bank in each block of picks, [N, blocks]; program (block, block of banks)."""
     block = tl.program_id(0).to(tl.int64)
     bank = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     b_count = _count(bank_ptr, block * BLOCK, num_picks, bank, BLOCK, TILE, BLOCK_N)
@@ -69,12 +78,12 @@ def count_before_documents_kernel(
     TILE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Picks per bank before each document's first token, [D + 1, N]; program (document, block of banks)."""
+    """Count the picks per bank before each document's first token, [D + 1, N]; program (document, block of banks)."""
     document = tl.program_id(0).to(tl.int64)
     bank = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     end = tl.load(document_ptr + document) * P
     block = end // BLOCK
-    # Of the blocks that end before the document, then of the one it starts in.
+    # First the blocks that end before the document, then the part of the block in which it starts.
     b_before = tl.load(until_ptr + bank.to(tl.int64) * (num_blocks + 1) + block, mask=bank < N, other=0)
     b_before += _count(bank_ptr, block * BLOCK, end, bank, BLOCK, TILE, BLOCK_N)
     tl.store(before_ptr + document * N + bank, b_before, mask=bank < N)
@@ -94,7 +103,7 @@ def place_picks_kernel(
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Write each pick to its sorted place; program (block of picks)."""
+    """Write each pick's number to its place in the order (see the module); program (block of picks)."""
     block = tl.program_id(0).to(tl.int64)
     own = tl.arange(0, BLOCK)
     pick = block * BLOCK + own
@@ -128,7 +137,7 @@ def _place_constants(num_partitions: int, num_picks: int) -> dict:
 
 @torch.library.custom_op("megatron_sse::top_banks", mutates_args=())
 def top_banks(prob_TN: Tensor, num_picks: int) -> Tensor:
-    """The `num_picks` most probable partitions of each token, int64 [T, P], as kernels.routing.route picks them."""
+    """Return the `num_picks` most probable partitions of each token, int64 [T, P], as kernels.routing.route does."""
     num_tokens, num_partitions = prob_TN.shape
     bank_TP = torch.empty(num_tokens, num_picks, dtype=torch.int64, device=prob_TN.device)
     constants = _top_constants(num_partitions, num_picks)
@@ -146,7 +155,7 @@ def _(prob_TN, num_picks):
 def sort_by_segment(
     bank_TP: Tensor, document_T: Tensor, num_documents: int, num_partitions: int
 ) -> tuple[Tensor, Tensor]:
-    """As kernels.routing.sort_by_segment; documents follow each other (document_T never falls)."""
+    """Compute kernels.routing.sort_by_segment, for documents that follow each other (document_T never falls)."""
     bank_TP, document_T, device = bank_TP.contiguous(), document_T.contiguous(), bank_TP.device
     num_picks, picks_per_token = bank_TP.numel(), bank_TP.shape[1]
     counting = _count_constants(num_partitions)
@@ -179,7 +188,7 @@ def _(bank_TP, document_T, num_documents, num_partitions):
 
 
 def compile_cases(arch: int) -> list[tuple[triton.JITFunction, dict, dict, dict]]:
-    """Kernel, signature, constants and options of all that is launched, for few and for many partitions."""
+    """Return (kernel, signature, constants, options) of everything that is launched, for few and many partitions."""
     bank, sizes = {"bank_ptr": "*i64"}, {"num_picks": "i32", "num_blocks": "i32"}
     top = {"prob_ptr": "*fp32"} | bank | {"num_tokens": "i32"}
     count = bank | {"count_ptr": "*i32"} | sizes

@@ -1,8 +1,11 @@
 """Which rows the kernels read, in which order, and how the work on them is cut.
 
 Row t < T is token t as the shared bank sees it, row T + t * P + p is token t's pick p. Kernels walk the rows sorted by
-segment and read tokens through `token_R`: what is gathered is never written to memory. What a row yields (outputs,
-gradients) goes to its own place [T (1 + P), ...]; picks are summed afterwards, so nothing is added atomically.
+segment and read tokens through `token_R`, so that gathered rows are never written to memory. A row's results (outputs,
+gradients) go to its own place [T (1 + P), ...]; picks are summed afterwards, so nothing is added atomically.
+
+For example, 3 tokens with one pick each, in the banks 1, 0, 1: rows 0 1 2 are the shared bank's, rows 3 4 5 the picks.
+Sorted: row_R 0 1 2 | 4 | 3 5 (shared bank, bank 0, bank 1) and token_R 0 1 2 | 1 | 0 2.
 """
 
 from dataclasses import dataclass
@@ -20,7 +23,7 @@ class Rows:
     """R = T (1 + P) rows sorted by segment; the shared bank's segments come first, at the positions 0 .. T - 1.
 
     num_tokens: T.
-    row_R, token_R: int32, the row and the token that stand at each sorted position.
+    row_R, token_R: int32, the row and the token at each sorted position.
     chunks: the segments in chunks of CHUNK_SIZE rows, G of them.
     pieces: the segments in pieces of several chunks, M of them, the unit of the scan between them.
     chunk_M: int64, the first chunk of each piece.
@@ -35,14 +38,14 @@ class Rows:
 
     @property
     def tables(self) -> tuple[Tensor, ...]:
-        """What the operators take, behind their other inputs."""
+        """The tables that the operators take after their other inputs."""
         chunks, pieces = self.chunks, self.pieces
         spans = (chunks.start_G, chunks.end_G, pieces.start_G, pieces.end_G)
         return self.row_R, self.token_R, *spans, self.chunk_M
 
 
 def make_rows(segments: Segments, num_tokens: int, num_picks: int, chunks_per_piece: int) -> Rows:
-    """Rows of `segments` (row_T None: the shared bank alone, in order)."""
+    """Make the rows of `segments` (where its row_T is None: the shared bank alone, in order)."""
     num_rows = num_tokens * (1 + num_picks)
     device = segments.offsets_S1.device
     row_R = segments.row_T
@@ -53,15 +56,17 @@ def make_rows(segments: Segments, num_tokens: int, num_picks: int, chunks_per_pi
         token_R = torch.where(row_R < num_tokens, row_R, (row_R - num_tokens) // num_picks)
     chunks = cut(segments, num_rows, CHUNK_SIZE)
     pieces = cut(segments, num_rows, CHUNK_SIZE * chunks_per_piece)
+    # A piece is a whole number of chunks, so its first chunk is its segment's first plus the chunks before it there.
     step_M = (pieces.start_G - segments.offsets_S1[pieces.segment_G]) // CHUNK_SIZE
     chunk_M = chunks.first_S[pieces.segment_G] + step_M
     return Rows(num_tokens, row_R.int(), token_R.int(), chunks, pieces, chunk_M)
 
 
 def choose_chunks_per_piece(num_rows: int, programs_per_piece: int) -> int:
-    """Chunks per piece, from sizes known on the host: enough pieces to fill a large GPU a few times, few states.
+    """Return the chunks per piece: few enough that the pieces fill a large GPU, many enough that there are few states.
 
-    programs_per_piece: how many programs share a piece (heads and blocks of the state).
+    It follows from sizes known on the host. programs_per_piece: how many programs share a piece (heads times blocks of
+    the state). For example, with 65,536 rows (1,024 chunks) and 32 programs per piece, 32 pieces of 32 chunks.
     """
     wanted = max(1, 1024 // programs_per_piece)
     return max(4, -(-num_rows // (CHUNK_SIZE * wanted)))

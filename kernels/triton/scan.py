@@ -1,4 +1,8 @@
-"""The scan over pieces: one program per segment, head and block of the state, so that segments run side by side."""
+"""The scan over pieces: one program per segment, head and block of the state, so that segments run in parallel.
+
+The grid has one dimension. With 2 heads and 3 blocks, program 0 is (segment 0, head 0, block 0), program 4 is (0, 1, 1)
+and program 6 is (1, 0, 0): the block varies fastest. Each program walks its segment's pieces one after the other.
+"""
 
 import torch
 import triton
@@ -13,7 +17,7 @@ COLUMN_BLOCK = 16
 
 @triton.jit
 def _walk(first_ptr, last_ptr, empty_ptr, segment, REVERSE: tl.constexpr):
-    """The segment's first piece in walking order, the step to the next and the number of pieces."""
+    """Return the first piece of the segment to visit, the step to the next (1 or -1), and the number of pieces."""
     first, last = tl.load(first_ptr + segment), tl.load(last_ptr + segment)
     count = tl.where(tl.load(empty_ptr + segment), 0, last - first + 1)
     if REVERSE:
@@ -40,7 +44,10 @@ def scan_decay_kernel(
     HAS_INITIAL: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """state <- transition state + increment, a decay per key channel; program (segment, head, block of K x V)."""
+    """Run state <- transition state + increment with a decay per key channel; program (segment, head, block of K x V).
+
+    Cells of the state are independent, so a block is any BLOCK of the K * V cells in memory order.
+    """
     size: tl.constexpr = KEY_DIM * VALUE_DIM
     num_blocks: tl.constexpr = (size + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
@@ -76,7 +83,7 @@ def _begin(
     BLOCK_V: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
 ):
-    """Write columns of the state that enters a segment."""
+    """Write columns of a segment's initial state to `to_ptr`."""
     for row_start in range(0, KEY_DIM, BLOCK_K):
         row = row_start + tl.arange(0, BLOCK_K)
         cell = row[:, None] * VALUE_DIM + column
@@ -106,9 +113,11 @@ def scan_matrix_kernel(
     HAS_INITIAL: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """state <- transition state + increment, a matrix (transposed in reverse); program (segment, head, block of V).
+    """Run state <- transition state + increment with a matrix (transposed in reverse).
 
-    The state is read back from the output in blocks of K rows: as a whole it would not fit into registers.
+    Program (segment, head, block of V). A matrix mixes the rows of the state but not its columns, so a block is BLOCK_V
+    full columns. These would not fit into registers: each step writes the state that enters the next piece to memory,
+    and the next step reads it back in blocks of BLOCK_K rows.
     """
     size: tl.constexpr = KEY_DIM * VALUE_DIM
     num_blocks: tl.constexpr = (VALUE_DIM + BLOCK_V - 1) // BLOCK_V
@@ -120,6 +129,7 @@ def scan_matrix_kernel(
     column = program % num_blocks * BLOCK_V + tl.arange(0, BLOCK_V)
     key = tl.arange(0, BLOCK_K)
     own = (segment * num_heads + head) * size
+    # The initial state enters the first piece; of a segment without pieces it is the final state.
     if count > 0:
         to_ptr = entering_ptr + (start * num_heads + head) * size
     else:
@@ -127,7 +137,7 @@ def scan_matrix_kernel(
     _begin(initial_ptr + own, to_ptr, column, KEY_DIM, VALUE_DIM, BLOCK_K, BLOCK_V, HAS_INITIAL)
     # Not pipelined: a step reads what the one before it stored.
     for i in tl.range(0, count, num_stages=1):
-        # What other threads of this program stored is read next.
+        # The loads below read what other threads of this program stored in the step before.
         tl.debug_barrier()
         place = (start + i * step) * num_heads + head
         if i + 1 < count:
@@ -155,7 +165,7 @@ def scan_matrix_kernel(
 
 
 def _choose(key_dim: int, value_dim: int, columns: int) -> tuple[triton.JITFunction, int, dict, dict]:
-    """Kernel, blocks of the state, constants and options for transitions of 1 or K columns."""
+    """Return kernel, blocks per state, constants and options for transitions of 1 or K columns."""
     dims = {"KEY_DIM": key_dim, "VALUE_DIM": value_dim}
     if columns == 1:
         num_blocks = triton.cdiv(key_dim * value_dim, STATE_BLOCK)
@@ -176,7 +186,7 @@ def _scan(
 ) -> tuple[Tensor, Tensor]:
     _, num_heads, key_dim, value_dim = increment_G.shape
     num_segments = first_S.shape[0]
-    # Zero where no segment has a piece.
+    # Zeros for the unused pieces at the end of the tables, which no program visits.
     entering_G = torch.zeros_like(increment_G)
     final_S = increment_G.new_empty(num_segments, num_heads, key_dim, value_dim)
     kernel, num_blocks, constants, options = _choose(key_dim, value_dim, transition_G.shape[-1])
@@ -206,13 +216,13 @@ def _(transition_G, increment_G, initial_S, first_S, last_S, empty_S, reverse):
 def run_scan(
     transition_G: Tensor, increment_G: Tensor, initial_S: Tensor | None, pieces: Pieces, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """The states that enter the pieces [G, H, K, V], zero at unused ones, and those that leave the segments.
+    """Return the states that enter the pieces [G, H, K, V], zero at unused ones, and those that leave the segments.
 
     Args:
         transition_G: fp32 [G, H, K, 1] or [G, H, K, K].
         increment_G: fp32 [G, H, K, V].
         initial_S: fp32 [S, H, K, V], None for zeros.
-        reverse: the transposed transitions, from the last piece of each segment to the first.
+        reverse: scan with the transposed transitions, from the last piece of each segment to the first.
     """
     initial_S = None if initial_S is None else initial_S.contiguous()
     tables = pieces.first_S, pieces.last_S, pieces.empty_S
@@ -220,7 +230,7 @@ def run_scan(
 
 
 def compile_cases(arch: int) -> list[tuple[triton.JITFunction, dict, dict, dict]]:
-    """Kernel, signature, constants and options of all that is launched at common sizes."""
+    """Return (kernel, signature, constants, options) of everything that is launched at common sizes."""
     pointers = ("transition", "increment", "initial", "entering", "final")
     signature = {f"{name}_ptr": "*fp32" for name in pointers}
     signature |= {"first_ptr": "*i64", "last_ptr": "*i64", "empty_ptr": "*i1", "num_heads": "i32"}

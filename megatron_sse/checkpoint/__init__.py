@@ -1,1 +1,1 @@
-"""Checkpoints: model, optimizer and place in the run, in files that any layout can read."""
+"""Checkpoints: model, optimizer and progress of the run, in files that any layout can read."""

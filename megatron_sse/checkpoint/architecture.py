@@ -1,4 +1,4 @@
-"""Whether a checkpoint is of the model that a run describes, and where not, how they differ."""
+"""Checking that a checkpoint holds the model that a run describes, and describing how they differ."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -23,10 +23,10 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def check_architecture(path: Path, config: RunConfig, state: dict[str, Any], index: Metadata) -> None:
-    """Compare what this run wants to load with what there is; all ranks together.
+    """Compare the tensors that this run loads with those in the checkpoint; all ranks together.
 
-    state: the tensors that this rank wants. Raises SharedUserError with a table: the settings of the model that differ,
-    then the tensors.
+    state: the tensors that this rank loads. Raises SharedUserError with a table of the model's settings that differ,
+    and then of the tensors.
     """
     wanted, padded = _wanted(state)
     there = {key: tuple(entry.size) for key, entry in tensors_of(index).items()}
@@ -37,26 +37,27 @@ def check_architecture(path: Path, config: RunConfig, state: dict[str, Any], ind
     same_vocabulary = not any(line.startswith("model.vocab_size:") for line in settings)
     tensors = []
     for key in sorted(wanted.keys() | there.keys()):
-        # A weight's fp32 copy may be taken for the weight itself, or not be needed beside it.
+        # An fp32 copy in the checkpoint that this run does not load by name: either the weight itself is loaded from
+        # the copy, or the run needs no copy.
         if key not in wanted and (key.startswith(MASTER) or MASTER + key in wanted):
             continue
         if wanted.get(key) == there.get(key):
             continue
-        # Rows that pad the vocabulary may be more or fewer.
+        # The number of rows that pad the vocabulary depends on the layout.
         if key in padded and key in there and same_vocabulary and wanted[key][1:] == there[key][1:]:
             continue
         tensors.append(f"{key}: {_show(there.get(key))} in the checkpoint, {_show(wanted.get(key))} in this run")
-    # Another vocabulary may be padded to the same shapes.
+    # Two vocabularies of different sizes may be padded to the same shapes.
     if tensors or not same_vocabulary:
         lines = settings + tensors
         if len(lines) > _MAX_LINES:
             lines = [*lines[:_MAX_LINES], f"and {len(lines) - _MAX_LINES} more"]
         table = "".join(f"\n  {line}" for line in lines)
-        raise SharedUserError(f"{path}: got a checkpoint of another architecture than that of this run{table}")
+        raise SharedUserError(f"{path}: the checkpoint's architecture differs from that of this run{table}")
 
 
 def changed_settings(path: Path, config: RunConfig, keys: Iterable[str]) -> list[str]:
-    """Which of these settings are others in the checkpoint's YAML than in this run, one line for each."""
+    """Return a line for each of these settings that has another value in the checkpoint's YAML than in this run."""
     try:
         saved = _flatten(yaml.safe_load((path / CONFIG).read_text()))
     except (OSError, ValueError, AttributeError, yaml.YAMLError):
@@ -70,7 +71,7 @@ def changed_settings(path: Path, config: RunConfig, keys: Iterable[str]) -> list
 
 
 def _wanted(state: dict[str, Any]) -> tuple[Shapes, set[str]]:
-    """Shapes of the whole tensors that all ranks want, by key; and the keys of those that are padded."""
+    """Return the full shapes of the tensors that all ranks load, by key, and the keys of those that are padded."""
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(
         every, [(tensor.key, tensor.global_shape, tensor.allow_shape_mismatch) for tensor in _tensors(state)]

@@ -1,4 +1,4 @@
-"""What a checkpoint says of the data that it was trained on, so that a resumed run on other data is noticed."""
+"""The description of the data in a checkpoint, which shows when a run is resumed on other data."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ DATA = "data.json"
 def check_same_data(checkpoint: Path, config: RunConfig, stages: list[StageRun]) -> None:
     """Compare the data that a checkpoint was trained on with this run's; all ranks together.
 
-    Raises SharedUserError where they differ, unless checkpoint.changed_data is accept: then a warning says so.
+    Raises SharedUserError where they differ; only logs a warning where checkpoint.changed_data is accept.
     """
     every: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(every, "; ".join(changed_data(checkpoint, stages)))
@@ -31,16 +31,16 @@ def check_same_data(checkpoint: Path, config: RunConfig, stages: list[StageRun])
     if config.checkpoint.changed_data == "refuse":
         raise SharedUserError(
             f"{checkpoint}: was trained on other data than this run's: {text}; restore the data and its settings, or "
-            "set checkpoint.changed_data: accept to go on with another order of samples"
+            "set checkpoint.changed_data: accept to continue with another order of samples"
         )
     if dist.get_rank() == 0:
         logger.warning("%s: was trained on other data: %s; the order of samples changes", checkpoint, text)
 
 
 def changed_data(checkpoint: Path, stages: list[StageRun]) -> list[str]:
-    """How the data that a checkpoint was trained on last differs from this run's; nothing where it does not say.
+    """Return how the data of a checkpoint's last stage differs from this run's, one text for each difference.
 
-    Files are compared by content, not by name.
+    Files are compared by content, not by name. The list is empty where the checkpoint does not describe its data.
     """
     try:
         saved: dict[str, Any] = json.loads((checkpoint / DATA).read_text())

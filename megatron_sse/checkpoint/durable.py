@@ -1,4 +1,4 @@
-"""Files that are on the disk when the call returns, and their SHA-256."""
+"""Writing files that are on the disk when the call returns, and their SHA-256."""
 
 import hashlib
 import io
@@ -12,7 +12,7 @@ _BLOCK = 1 << 22
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Write a whole file; in its place is either the old content or the new one, never a part."""
+    """Replace a file's content; even after a crash the file has either the old or the new content, complete."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         file.write(content)
@@ -32,7 +32,7 @@ def fsync(path: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's content, as hexadecimal digits."""
+    """Return the SHA-256 of a file's content as hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
@@ -41,10 +41,10 @@ def sha256_of(path: Path) -> str:
 
 
 class HashedFile(io.RawIOBase):
-    """A file that is written from its start to its end and hashed on the way.
+    """A file that is written from start to end and hashed on the way.
 
-    An OSError is kept in `error` and the rest thrown away: torch's writer, in the middle of a tensor, would lose it.
-    is_stopped: asked before each write; once it is true the rest is thrown away.
+    After an OSError, which is kept in `error`, later writes are discarded: raised in the middle of torch's writer, the
+    error would be lost. is_stopped: called before each write; once it returns true, writes are discarded.
     """
 
     def __init__(self, path: Path, is_stopped: Callable[[], bool]):
@@ -76,7 +76,7 @@ class HashedFile(io.RawIOBase):
 
 @contextmanager
 def hashed_file(path: Path, is_stopped: Callable[[], bool]) -> Iterator[HashedFile]:
-    """A HashedFile that is on the disk at the end of the block. Raises OSError where something was not written."""
+    """Open a HashedFile that is on the disk at the end of the block. Raises OSError where a write failed."""
     stream = HashedFile(path, is_stopped)
     try:
         with stream.file:
@@ -86,5 +86,5 @@ def hashed_file(path: Path, is_stopped: Callable[[], bool]) -> Iterator[HashedFi
             stream.file.flush()
             os.fsync(stream.file.fileno())
     except OSError as error:
-        # Not every call to the system says which file it was about.
+        # Not every OSError holds the file's name.
         raise OSError(error.errno, error.strerror, str(path)) from None

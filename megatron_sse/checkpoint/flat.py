@@ -1,4 +1,4 @@
-"""Ranges of a flattened tensor as boxes, the only shapes that distributed checkpoints know."""
+"""Splitting a range of a flattened tensor into boxes, the only shapes that distributed checkpoints can hold."""
 
 import math
 from collections.abc import Iterator
@@ -7,14 +7,18 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def split_into_boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
-    """Offset and shape of the boxes that elements start..stop of a row-major tensor make up, in that order."""
+    """Yield offset and shape of the boxes that together are elements start to stop - 1 of a row-major tensor, in order.
+
+    Elements 3 to 13 of a [4, 4] tensor: the last of row 0, rows 1 and 2, and the first two of row 3, so
+    ((0, 3), (1, 1)), ((1, 0), (2, 4)) and ((3, 0), (1, 2)).
+    """
     if start >= stop:
         return
     if len(shape) <= 1:
         yield ((start,), (stop - start,)) if shape else ((), ())
         return
     row = math.prod(shape[1:])
-    # Rows first..last are whole.
+    # Rows first to last - 1 are complete; first > last where the range lies inside one row.
     first, last = -(-start // row), stop // row
     if first > last:
         yield from _in_row(shape, last, start - last * row, stop - last * row)

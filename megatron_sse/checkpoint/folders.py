@@ -1,7 +1,8 @@
-"""The folder of a run's checkpoints: iter_0000100/, ..., and a file `latest` that names the one to go on from.
+"""The folder of a run's checkpoints: iter_0000100/, ..., and a file `latest` that names the one to resume from.
 
-A checkpoint is written as partial_iter_0000100 and renamed when it is complete and on the disk. One that goes is
-renamed to removed_iter_0000100 first, one that is written anew to replaced_iter_0000100: no iter_* is ever half.
+A checkpoint is written as partial_iter_0000100 and renamed when it is complete and on the disk. Before one is deleted
+it is renamed to removed_iter_0000100, and before one is replaced to replaced_iter_0000100, so that no iter_* is ever
+incomplete.
 """
 
 import logging
@@ -22,22 +23,25 @@ _PARTIAL, _REMOVED, _REPLACED = "partial_", "removed_", "replaced_"
 
 
 def checkpoint_folder(config: RunConfig) -> Path:
-    """Where the run keeps its checkpoints."""
+    """Return the folder of the run's checkpoints."""
     return Path(config.monitor.folder) / "checkpoints"
 
 
 def step_folder(folder: Path, step: int) -> Path:
-    """The checkpoint of the state after `step` steps."""
+    """Return the folder of the checkpoint of the state after `step` steps."""
     return folder / f"iter_{step:07d}"
 
 
 def partial_folder(folder: Path, step: int) -> Path:
-    """The same while it is written."""
+    """Return the folder of that checkpoint while it is written."""
     return folder / f"{_PARTIAL}iter_{step:07d}"
 
 
 def make_partial(folder: Path, step: int) -> None:
-    """An empty folder to write a checkpoint to; what broken-off saves and removals left is deleted. Raises OSError."""
+    """Make an empty folder to write a checkpoint to. Raises OSError.
+
+    What interrupted saves and removals left behind is deleted.
+    """
     for prefix in (_PARTIAL, _REMOVED):
         for left in folder.glob(f"{prefix}iter_*"):
             shutil.rmtree(left, ignore_errors=True)
@@ -45,7 +49,7 @@ def make_partial(folder: Path, step: int) -> None:
 
 
 def promote(folder: Path, step: int) -> Path:
-    """Give a complete partial folder its name and point `latest` to it. Raises OSError."""
+    """Rename a complete partial folder to its final name and point `latest` to it. Raises OSError."""
     partial, final = partial_folder(folder, step), step_folder(folder, step)
     fsync(partial)
     replaced = final.with_name(_REPLACED + final.name)
@@ -60,9 +64,9 @@ def promote(folder: Path, step: int) -> Path:
 
 
 def prune(folder: Path, keep_last: int, saved: Path) -> None:
-    """Delete all but the newest `keep_last` checkpoints, and never the newest that is whole. Raises OSError.
+    """Delete all but the newest `keep_last` checkpoints, and never the newest that is intact. Raises OSError.
 
-    saved: has just been written, so that its hashes need not be computed again.
+    saved: a checkpoint that has just been written, whose hashes need not be checked.
     """
     newest_first = _newest_first(folder, "iter_*")
     old = newest_first[keep_last:]
@@ -77,7 +81,7 @@ def prune(folder: Path, keep_last: int, saved: Path) -> None:
 
 
 def find_all_damage(checkpoint: Path, hashes: bool) -> list[str]:
-    """What is wrong with a checkpoint's files, one line for each; hashes as in find_damage."""
+    """Return what is wrong with a checkpoint's files, one line for each; hashes as in find_damage."""
     try:
         manifest = read_manifest(checkpoint)
     except ManifestError as error:
@@ -86,10 +90,10 @@ def find_all_damage(checkpoint: Path, hashes: bool) -> list[str]:
 
 
 def find_checkpoints(config: RunConfig) -> list[Path]:
-    """Complete checkpoints that checkpoint.resume allows to go on from, the best first; none to start anew.
+    """Return the complete checkpoints that checkpoint.resume allows, the best first; an empty list to start anew.
 
-    auto: those of the run folder, that which `latest` names and then the newest. A path: a checkpoint, or a folder of
-    checkpoints or run folder, of which the best is taken. Raises UserError where a path holds none.
+    auto: those of the run folder, the one that `latest` names and then the newest first. A path: the checkpoint that it
+    names, or the best of the folder of checkpoints or run folder. Raises UserError where a path holds none.
     """
     resume = config.checkpoint.resume
     if resume == "none":
@@ -100,10 +104,10 @@ def find_checkpoints(config: RunConfig) -> list[Path]:
 
 
 def check_named(config: RunConfig) -> None:
-    """Look at what can be known of checkpoints before any process starts.
+    """Check the checkpoints that the settings name before any process starts.
 
-    Raises UserError where the run's folder cannot be written to, and where a checkpoint that the settings name is none
-    or has a file that is damaged as far as its size says.
+    Raises UserError where the run's folder cannot be written to, where a path holds no checkpoint, and where a file of
+    one has the wrong size (or, if it is small, the wrong hash).
     """
     named = find_checkpoints(config) if config.checkpoint.resume not in ("auto", "none") else []
     weights = find_weights(config)
@@ -115,13 +119,13 @@ def check_named(config: RunConfig) -> None:
 
 
 def find_weights(config: RunConfig) -> Path | None:
-    """The checkpoint that checkpoint.load_weights names. Raises UserError where there is none."""
+    """Return the checkpoint that checkpoint.load_weights names, or None. Raises UserError where the path holds none."""
     given = config.checkpoint.load_weights
     return None if given is None else named_checkpoint("checkpoint.load_weights", given, "null or ")
 
 
 def check_writable(folder: Path) -> None:
-    """Make the folder of checkpoints. Raises UserError where nothing can be written to it."""
+    """Make the folder of checkpoints, and write to it. Raises UserError where that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -134,16 +138,21 @@ def check_writable(folder: Path) -> None:
 
 
 def named_checkpoint(key: str, given: str, others: str = "") -> Path:
-    """The checkpoint that a path means. Raises UserError, which names the setting `key` and what it allows."""
+    """Return the checkpoint that a path names, or the best of a folder of checkpoints or run folder.
+
+    key: the setting that gives the path. others: what the setting allows besides a path, for the message. Raises
+    UserError.
+    """
     path = Path(given)
     if (path / MANIFEST).is_file():
         return path
     if path.name.startswith("iter_") and path.is_dir():
-        raise UserError(f"{key}: got {given}, which is no complete checkpoint: {path / MANIFEST}: no such file")
+        raise UserError(f"{key}: {given} is not a complete checkpoint: {path / MANIFEST} not found")
     found = _best_first(path) or _best_first(path / "checkpoints")
     if not found:
+        wrong = "holds no checkpoint" if path.exists() else "not found"
         raise UserError(
-            f"{key}: got {given}, allowed {others}the path of a checkpoint, of a folder of them or of a run"
+            f"{key}: {given} {wrong}; give {others}the path of a checkpoint, of a folder of them or of a run"
         )
     return found[0]
 
@@ -154,21 +163,21 @@ def _newest_first(folder: Path, pattern: str) -> list[Path]:
 
 
 def _best_first(folder: Path) -> list[Path]:
-    # Every process looks, the first speaks.
+    # Every process comes through here; only rank 0 warns.
     warn = logger.warning if os.environ.get("RANK", "0") == "0" else logger.debug
     complete = []
     for path in _newest_first(folder, "*iter_*"):
-        # Left by a save that was broken off between two renames.
+        # A replaced_* without its iter_* is complete: a save was interrupted between its two renames.
         replaced = path.name.startswith(_REPLACED) and not (folder / path.name.removeprefix(_REPLACED)).exists()
         if (path.name.startswith("iter_") or replaced) and (path / MANIFEST).is_file():
             complete.append(path)
         else:
-            warn("%s is ignored: it is no complete checkpoint", path)
+            warn("%s is ignored: it is not a complete checkpoint", path)
     pointer = folder / LATEST
     if not pointer.is_file():
         return complete
     named = folder / pointer.read_text(errors="replace").strip()
     if named not in complete:
-        warn("%s is ignored: it names no complete checkpoint; taking the newest", pointer)
+        warn("%s is ignored: it names no complete checkpoint; using the newest", pointer)
         return complete
     return [named, *(path for path in complete if path != named)]

@@ -1,4 +1,4 @@
-"""torch's index of a checkpoint (.metadata): which tensors there are, and where; a pickle, read here with care."""
+"""torch's index of a checkpoint (.metadata), which lists tensors and their files. It is a pickle, read with care."""
 
 import io
 import pickle
@@ -9,7 +9,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 INDEX = ".metadata"
 
-# All that an index of tensors is made of. None of these does anything but hold values.
+# The only classes that an index of tensors needs. All of them just hold values.
 _DTYPES = "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 int64 int32 int16 int8 uint8 bool"
 _ALLOWED = {
     "torch": {"Size", *_DTYPES.split()},
@@ -30,7 +30,7 @@ _ALLOWED = {
 
 
 class IndexRefusedError(Exception):
-    """An index that asks for more than the values of an index, or is none. One line, with the file."""
+    """An error for a file that is not an index, or needs more than the classes above. One line, with the file."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -41,9 +41,9 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_index(folder: Path) -> Metadata:
-    """The index of a checkpoint, without running anything that a pickle may ask for.
+    """Read the index of a checkpoint without running any code that its pickle asks for.
 
-    Raises IndexRefusedError, also where it lists pickled objects: torch would unpickle those without a check.
+    Raises IndexRefusedError, also where the index lists pickled objects: torch would unpickle those without a check.
     """
     path = folder / INDEX
     try:
@@ -53,7 +53,7 @@ def read_index(folder: Path) -> Metadata:
     except Exception as error:
         raise IndexRefusedError(f"{path}: cannot be read ({' '.join(repr(error).split())})") from None
     if not isinstance(index, Metadata):
-        raise IndexRefusedError(f"{path}: refused, it is no index of tensors")
+        raise IndexRefusedError(f"{path}: refused, it is not an index of tensors")
     objects = sorted(index.state_dict_metadata.keys() - tensors_of(index).keys())
     if objects:
         raise IndexRefusedError(f"{path}: refused, it lists pickled objects ({objects[0]})")
@@ -61,6 +61,6 @@ def read_index(folder: Path) -> Metadata:
 
 
 def tensors_of(index: Metadata) -> dict[str, TensorStorageMetadata]:
-    """The tensors that an index lists, by key."""
+    """Return the tensors that an index lists, by key."""
     described = index.state_dict_metadata
     return {key: entry for key, entry in described.items() if isinstance(entry, TensorStorageMetadata)}

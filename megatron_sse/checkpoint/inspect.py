@@ -1,4 +1,4 @@
-"""What is in a checkpoint, for people: `megatron-sse inspect`."""
+"""`megatron-sse inspect`: print what a checkpoint holds and whether it is intact."""
 
 import math
 from collections import defaultdict
@@ -18,9 +18,10 @@ _DAMAGED_EXIT = 1
 
 
 def inspect(given: str, tensors: bool, hashes: bool) -> int:
-    """Print what is in a checkpoint; 1 where something is wrong with it, else 0. Raises UserError where there is none.
+    """Print what a checkpoint holds; return 0, or 1 where it is damaged. Raises UserError where there is none.
 
-    given: a checkpoint, a folder of them or a run folder. tensors: list every one. hashes: check those of large files.
+    given: a checkpoint, a folder of them or a run folder. tensors: list every tensor. hashes: check also the hashes of
+    large files.
     """
     path = named_checkpoint("DIR", given)
     try:
@@ -36,7 +37,7 @@ def inspect(given: str, tensors: bool, hashes: bool) -> int:
         lines += ["", *_describe_tensors(path, tensors)]
     lines += ["", *_describe_files(manifest, damaged)]
     checked = "sizes and hashes" if hashes else "sizes, and hashes below 1 MiB,"
-    lines += ["", *(wrong or [f"{checked} of all files are right"])]
+    lines += ["", *(wrong or [f"{checked} of all files match the manifest"])]
     print("\n".join(lines))
     return _DAMAGED_EXIT if wrong else 0
 
@@ -46,7 +47,7 @@ def _describe(manifest: Manifest) -> list[str]:
     return [
         f"  step               {manifest.step}",
         f"  samples            {manifest.consumed_samples}",
-        f"  holds              {'weights and optimizer' if manifest.optimizer else 'weights alone'}",
+        f"  holds              {'weights and optimizer' if manifest.optimizer else 'weights only'}",
         f"  saved at           {layout}",
         f"  written by         {', '.join(f'{name} {version}' for name, version in manifest.versions.items())}",
         f"  size               {_size(manifest.size())} in {len(manifest.files)} files",
@@ -54,7 +55,7 @@ def _describe(manifest: Manifest) -> list[str]:
 
 
 def _describe_tensors(path: Path, each: bool) -> list[str]:
-    """A line for each kind of tensors (weights, fp32 copies, moments) and type; and for each tensor."""
+    """Return a line per kind of tensor (weights, fp32 copies, moments) and type, and with `each` one per tensor."""
     try:
         stored = tensors_of(read_index(path))
     except IndexRefusedError:
@@ -79,7 +80,7 @@ def _describe_tensors(path: Path, each: bool) -> list[str]:
 def _describe_files(manifest: Manifest, damaged: dict[str, list[str]]) -> list[str]:
     lines = [f"  {'file':<24}{'size':>12}  {'SHA-256':<64}  state"]
     for name, entry in manifest.files.items():
-        lines.append(f"  {name:<24}{_size(entry.size):>12}  {entry.sha256}  {'damaged' if damaged[name] else 'right'}")
+        lines.append(f"  {name:<24}{_size(entry.size):>12}  {entry.sha256}  {'damaged' if damaged[name] else 'intact'}")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""Loading: from a checkpoint that has been found whole, at any layout, with either optimizer, in either precision."""
+"""Loading a checkpoint that was found intact: at any layout, with either optimizer, in either precision."""
 
 from collections.abc import Container
 from dataclasses import replace
@@ -36,15 +36,15 @@ def load_checkpoint(
     optimizer: MegatronOptimizer,
     groups: ProcessGroupCollection,
 ) -> tuple[int, int]:
-    """Load model and optimizer; returns the steps done and samples consumed. Every rank calls it.
+    """Load model and optimizer; return the steps done and samples consumed. Every rank calls it.
 
-    path: a checkpoint that verify.py has found whole. Raises SharedUserError, with a table, for another architecture.
+    path: a checkpoint that verify.py has found intact. Raises SharedUserError, with a table, for another architecture.
     """
     index = read_index(path)
     if not any(key.startswith(OPTIMIZER) for key in index.state_dict_metadata):
         raise SharedUserError(
-            f"checkpoint.resume: got {path}, which has weights alone, allowed a run's checkpoint; to start from its "
-            f"weights give it as checkpoint.load_weights"
+            f"checkpoint.resume: {path} holds only weights; give a run's checkpoint, or give this one as "
+            f"checkpoint.load_weights to start from its weights"
         )
     common = _load(path, config, chunks, optimizer, groups, index, ("master", *MOMENTS))
     set_num_steps(optimizer, common["optimizer_step"])
@@ -58,7 +58,7 @@ def load_weights(
     optimizer: MegatronOptimizer,
     groups: ProcessGroupCollection,
 ) -> None:
-    """Load the weights alone, for a run that starts from them; as load_checkpoint."""
+    """Load only the weights, for a new run that starts from them; otherwise as load_checkpoint."""
     _load(path, config, chunks, optimizer, groups, read_index(path), ("master",))
 
 
@@ -73,7 +73,7 @@ def _load(
 ) -> dict[str, Any]:
     stored = index.state_dict_metadata
     model = model_state(chunks, groups)
-    # A checkpoint of an fp32 run has no fp32 copies: its weights are that.
+    # A checkpoint of an fp32 run has no fp32 copies: load them from its weights, which are fp32.
     state: dict[str, Any] = {
         "optimizer": {
             number: replace(piece, key=piece.key.removeprefix(MASTER)) if piece.key not in stored else piece
@@ -86,18 +86,18 @@ def _load(
     try:
         loaded = dist_checkpointing.load(state, str(path), validate_access_integrity=False)
     except CheckpointException as error:
-        # Gathered over the ranks: all of them have it.
+        # torch has gathered the failures over the ranks, so every rank raises the same error.
         causes = {f"rank {rank}: {first_line(cause)}" for rank, (cause, _) in error.failures.items()}
         raise SharedUserError(f"{path}: cannot be loaded ({'; '.join(sorted(causes))})") from None
     for stage, chunk in enumerate(chunks):
-        # Only what Transformer Engine keeps for fp8 may be missing.
+        # Only Transformer Engine's state for fp8 may be missing.
         missing, unexpected = chunk.module.load_state_dict(loaded[f"model{stage}"], strict=False)
         assert not unexpected and all(key.endswith("_extra_state") for key in missing), (missing, unexpected)
     return loaded
 
 
 def _best_source(entry: Entry, stored: Container[str]) -> Entry:
-    """An fp32 weight's own tensor, or its fp32 copy in a checkpoint of a bf16 run."""
+    """Return the entry to load a weight from: for an fp32 weight its fp32 copy, where a bf16 run has saved one."""
     if entry.data.dtype == torch.float32 and MASTER + entry.key in stored:
         return replace(entry, key=MASTER + entry.key)
     return entry

@@ -1,6 +1,6 @@
-"""The manifest of a checkpoint: what it is, and size and SHA-256 of every file. A folder without is no checkpoint.
+"""The manifest of a checkpoint: its description, and size and SHA-256 of every file.
 
-It is written last, so a folder that has one was complete when it was written.
+It is written last: a folder without one is not a complete checkpoint.
 """
 
 import json
@@ -14,13 +14,13 @@ from megatron_sse.checkpoint.durable import sha256_of, write_durably
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-# Smaller files are always hashed, also where only sizes are asked for.
+# Files below this size are always hashed, even where only sizes are to be checked.
 _SMALL = 1 << 20
 _FILE_NAME = re.compile(r"\.?[\w-][\w.-]*")
 
 
 class ManifestError(Exception):
-    """A folder's manifest is missing or not readable. One line, with the file."""
+    """An error for a manifest that is missing or cannot be read. One line, with the file."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint says about itself.
+    """The content of a manifest.
 
-    step, consumed_samples: done when it was saved. optimizer: whether it has the optimizer's state, not weights alone.
-    layout: sizes of the groups that saved it (world, tensor, pipeline, virtual_pipeline, context, data) and
-    distributed_optimizer. versions: of megatron_sse, torch, megatron-core.
+    step, consumed_samples: steps and samples done when it was saved. optimizer: whether it holds the optimizer's state
+    besides the weights. layout: sizes of the groups that saved it (world, tensor, pipeline, virtual_pipeline, context,
+    data) and distributed_optimizer. versions: of megatron_sse, torch, megatron-core.
     """
 
     step: int
@@ -48,17 +48,17 @@ class Manifest:
     files: dict[str, FileEntry]
 
     def write(self, folder: Path) -> None:
-        """Write manifest.json; it is on the disk afterwards."""
+        """Write manifest.json durably."""
         text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
         write_durably(folder / MANIFEST, text.encode() + b"\n")
 
     def size(self) -> int:
-        """Bytes of all files."""
+        """Return the bytes of all files."""
         return sum(entry.size for entry in self.files.values())
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint. Raises ManifestError where there is none that can be read."""
+    """Read the manifest of a checkpoint. Raises ManifestError where it is missing or cannot be read."""
     path = folder / MANIFEST
     try:
         values = json.loads(path.read_bytes())
@@ -68,7 +68,7 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest(**{f.name: values[f.name] for f in fields(Manifest) if f.name != "files"}, files=files)
         valid = isinstance(manifest.step, int) and isinstance(manifest.consumed_samples, int)
     except FileNotFoundError:
-        raise ManifestError(f"{path}: no such file") from None
+        raise ManifestError(f"{path}: not found") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ManifestError(f"{path}: cannot be read ({' '.join(repr(error).split())})") from None
     if not valid or not all(map(_FILE_NAME.fullmatch, files)):
@@ -77,7 +77,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def describe_files(folder: Path, known: dict[str, FileEntry]) -> dict[str, FileEntry]:
-    """Entries of all files in a folder; `known` are those that need not be read again."""
+    """Return the entries of all files in a folder; those in `known` are not read again."""
     entries = {}
     for path in sorted(folder.iterdir()):
         entries[path.name] = known.get(path.name) or FileEntry(path.stat().st_size, sha256_of(path))
@@ -85,9 +85,9 @@ def describe_files(folder: Path, known: dict[str, FileEntry]) -> dict[str, FileE
 
 
 def find_damage(folder: Path, manifest: Manifest, names: Iterable[str], hashes: bool) -> list[str]:
-    """What is wrong with these files of a checkpoint: one line for each, with the file's path.
+    """Return what is wrong with these files of a checkpoint: one line for each, with the file's path.
 
-    hashes: of all files; else of files below 1 MiB, and of the others the size.
+    hashes: check those of all files; otherwise those of files below 1 MiB, and only the sizes of larger ones.
     """
     return [line for name in names for line in _find_damage_of(folder / name, manifest.files[name], hashes)]
 
@@ -100,7 +100,7 @@ def _find_damage_of(path: Path, entry: FileEntry, hashes: bool) -> list[str]:
         if (hashes or size < _SMALL) and sha256_of(path) != entry.sha256:
             return [f"{path}: its SHA-256 is not the manifest's"]
     except FileNotFoundError:
-        return [f"{path}: no such file"]
+        return [f"{path}: not found"]
     except OSError as error:
         return [f"{path}: cannot be read ({error.strerror})"]
     return []

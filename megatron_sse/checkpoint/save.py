@@ -1,4 +1,4 @@
-"""Saving: planned by all ranks together, written by each in the background, made a checkpoint by rank 0."""
+"""Saving: all ranks plan together, each writes its file in the background, and rank 0 completes the checkpoint."""
 
 import json
 import logging
@@ -38,17 +38,17 @@ TOKENIZER_FILES = {
     ".tokenizer.json": "tokenizer.json",
     ".tokenizer_config.json": "tokenizer_config.json",
 }
-# What the first of these says where texts are made while training.
+# The content of tokens.json where texts are generated while training, so that there is no token file.
 BYTE_TOKENS = {"tokenizer": "bytes", "vocab_size": VOCAB_SIZE, "end": END_OF_DOCUMENT}
 
 
 class SaveError(Exception):
-    """A checkpoint was not saved, on any rank; those before it are as they were. One line, with the file."""
+    """An error for a checkpoint that was not saved, raised on all ranks; earlier ones are unchanged. One line."""
 
 
 @dataclass
 class _Save:
-    """A save under way. config, data: those of its step, which may be another stage's than when it is complete."""
+    """A save in progress. config, data: those of its step; the next stage may have begun when it is complete."""
 
     config: RunConfig
     data: dict[str, Any] | None
@@ -61,9 +61,9 @@ class _Save:
 
 
 class Saver:
-    """Saves a run's state. Every rank has one and calls its methods in the same order.
+    """Saving of a run's state. Every rank has one and calls its methods in the same order.
 
-    config, chunks, optimizer, groups: the run's. Not more than one save is under way.
+    config, chunks, optimizer, groups: those of the run. At most one save is in progress.
     """
 
     def __init__(
@@ -82,30 +82,30 @@ class Saver:
         self._data: dict[str, Any] | None = None
 
     def start_stage(self, config: RunConfig, data: dict[str, Any]) -> None:
-        """Save with these settings from now on, and with this description of the data, which a resumed run compares."""
+        """Save with these settings, and this description of the data for resumed runs to compare, from now on."""
         self.config, self._data = config, data
 
     @property
     def is_under_way(self) -> bool:
-        """Whether a save was started and not finished; the same on every rank."""
+        """Whether a save was started and not yet finished; the same on every rank."""
         return self._save is not None
 
     def is_writing(self) -> bool:
-        """Whether this rank still writes its file."""
+        """Check whether this rank is still writing its file."""
         return self._save is not None and not self._save.shards.is_done()
 
     def start(self, step: int, consumed_samples: int, background: bool) -> None:
-        """Begin to save the state after `step` steps. Raises SaveError, on every rank.
+        """Start to save the state after `step` steps. Raises SaveError, on every rank.
 
-        background: the state is copied, and training may go on while the copy is written; else it may not change
-        before finish() returns.
+        background: copy the state, so that training may continue while the copy is written; without it the state must
+        not change before finish() returns.
         """
         assert self._save is None
         started = time.perf_counter()
         _agree(self._make_folder(step))
         model = model_state(self.chunks, self.groups)
         common = {"step": step, "consumed_samples": consumed_samples, "optimizer_step": get_num_steps(self.optimizer)}
-        # The ranks' parts are checked to be a whole once: they do not change.
+        # Megatron-Core checks once that the ranks' parts make up complete tensors; the parts stay the same.
         parts, _ = save_preprocess(
             {**model, "optimizer": optimizer_state(model, self.optimizer)}, validate_access_integrity=not self._checked
         )
@@ -120,7 +120,7 @@ class Saver:
         self._save = _Save(self.config, self._data, step, consumed_samples, common, shards, now, now - started)
 
     def finish(self) -> None:
-        """Wait until the save is written, and make it a checkpoint. Raises SaveError, on every rank."""
+        """Wait until all ranks have written, and complete the checkpoint. Raises SaveError, on every rank."""
         save, self._save = self._save, None
         assert save is not None
         begun = time.perf_counter()
@@ -134,11 +134,11 @@ class Saver:
         if dist.get_rank() == 0:
             blocked, total = save.blocked + now - begun, save.blocked + now - save.started
             path = step_folder(self.folder, save.step)
-            logger.info("checkpoint saved: %s (%.1f s, training stood still for %.1f s)", path, total, blocked)
+            logger.info("checkpoint saved: %s (%.1f s, training paused for %.1f s)", path, total, blocked)
             self._prune(path)
 
     def abandon(self) -> None:
-        """Drop a save under way, on this rank alone, so that the process can end."""
+        """Abandon a save in progress on this rank, so that the process can end."""
         if self._save is not None:
             self._save.shards.abandon()
 
@@ -152,7 +152,7 @@ class Saver:
         return None
 
     def _complete(self, save: _Save, gathered: list[Any]) -> str | None:
-        """On rank 0: all files but those of the ranks, then the final name. Returns what went wrong."""
+        """Write the remaining files and rename the folder, on rank 0; return what went wrong, or None."""
         partial = partial_folder(self.folder, save.step)
         failed = next((f"{error} (rank {rank})" for rank, (_, _, error) in enumerate(gathered) if error), None)
         if failed is None:
@@ -164,7 +164,7 @@ class Saver:
                 known = {name: entry for _, entries, _ in gathered for name, entry in entries.items()}
                 self._manifest(save, describe_files(partial, known)).write(partial)
                 promote(self.folder, save.step)
-            # torch.save makes a RuntimeError of it.
+            # torch.save turns an OSError into a RuntimeError.
             except (OSError, RuntimeError) as error:
                 failed = describe(error)
         if failed is not None:
@@ -199,7 +199,7 @@ def _write_config(save: _Save, folder: Path) -> None:
     (folder / CONFIG).write_text(save.config.to_yaml())
     if save.data is not None:
         (folder / DATA).write_text(json.dumps(save.data, indent=2) + "\n")
-    # What the tokens mean, where the token file says it.
+    # The tokenizer's files, where the first token file has them.
     prefix = next((source.prefix for source in save.config.data.train if source.prefix), None)
     for suffix, name in TOKENIZER_FILES.items():
         beside = Path(f"{prefix}{suffix}")
@@ -213,7 +213,7 @@ def _write_config(save: _Save, folder: Path) -> None:
 
 
 def describe(error: Exception) -> str:
-    """An error of the file system in one line, with the file."""
+    """Return a message of one line, with the file, for an error of the file system."""
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split())
@@ -225,4 +225,4 @@ def _agree(failed: str | None) -> None:
     dist.all_gather_object(every, failed)
     first = next((text for text in every if text is not None), None)
     if first is not None:
-        raise SaveError(f"checkpoint not saved: {first}; earlier checkpoints are as they were")
+        raise SaveError(f"checkpoint not saved: {first}; earlier checkpoints are unchanged")

@@ -1,4 +1,4 @@
-"""Writes this rank's tensors to its file of a checkpoint in torch's distributed format, now or in the background."""
+"""Writing this rank's tensors to its file of a checkpoint in torch's distributed format, now or in the background."""
 
 import threading
 from collections.abc import Iterator
@@ -23,14 +23,14 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megatron_sse.checkpoint.durable import HashedFile, hashed_file
 from megatron_sse.checkpoint.manifest import FileEntry
 
-# Copies of the tensors in memory that the background thread may read while training changes the originals.
+# Copies of the tensors in host memory: the background thread writes them while training changes the originals.
 Staging = dict[MetadataIndex, Tensor]
 
 _SECONDS_TO_STOP = 60.0
 
 
 class _Planner(MCoreSavePlanner):
-    """Hands out the staged copy of a tensor where there is one."""
+    """Megatron-Core's planner, which gives the writer the staged copy of a tensor where there is one."""
 
     def __init__(self) -> None:
         super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False)
@@ -42,7 +42,7 @@ class _Planner(MCoreSavePlanner):
 
 
 class _HashingFileSystem(FileSystem):
-    """Hashes what is written, and waits until it is on the disk."""
+    """A file system that hashes what is written, and waits until it is on the disk."""
 
     def __init__(self) -> None:
         self.entries: dict[str, FileEntry] = {}
@@ -59,20 +59,20 @@ class _HashingFileSystem(FileSystem):
 
 class _Writer(FileSystemWriter):
     def __init__(self, folder: Path):
-        # The file system below does the waiting for the disk.
+        # Not sync_files: hashed_file waits for the disk.
         super().__init__(folder, sync_files=False)
         self.fs: _HashingFileSystem = _HashingFileSystem()
 
     def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
-        """Megatron-Core's hook at the end of planning."""
+        """Keep the plan; Megatron-Core calls this at the end of planning."""
         self.plan = plan
 
 
 class ShardWriter:
-    """Plans the files of a checkpoint over all ranks, then writes this rank's.
+    """A plan of a checkpoint's files over all ranks, and the writer of this rank's file.
 
-    Collective over all ranks, in the main thread. index: of the whole checkpoint, on rank 0; index.storage_data has to
-    be filled in from the results of all ranks.
+    Making one is collective over all ranks, in the main thread. index: of the full checkpoint, on rank 0; finish_index
+    adds where the tensors are, from the results of all ranks.
     """
 
     def __init__(self, state: dict[str, Any], folder: Path):
@@ -91,7 +91,7 @@ class ShardWriter:
         return self.writer.fs.entries
 
     def stage(self, staging: Staging) -> None:
-        """Copy all tensors to `staging` in host memory, whose buffers are used again from one save to the next."""
+        """Copy all tensors to `staging` in host memory, whose buffers are reused from save to save."""
         for item in self.writer.plan.items:
             tensor = self.planner.resolve_data(item)
             buffer = staging.get(item.index)
@@ -103,12 +103,12 @@ class ShardWriter:
         torch.cuda.synchronize()
 
     def start(self) -> None:
-        """Write in the background. The thread ends with the process, so nothing outlives a run that fails."""
+        """Write in a background thread, which ends with the process, so that nothing outlives a failed run."""
         self._thread = threading.Thread(target=self.write, daemon=True)
         self._thread.start()
 
     def write(self) -> None:
-        """Write this rank's file, if it has anything to write; what went wrong stands in `error`."""
+        """Write this rank's file, if it has anything to write; after a failure `error` says what went wrong."""
         if not self.writer.plan.items:
             return
         try:
@@ -119,7 +119,7 @@ class ShardWriter:
             self.error = f"{self.writer.path}: {error!r}"
 
     def is_done(self) -> bool:
-        """Whether the background thread has ended."""
+        """Check whether the background thread has ended."""
         return self._thread is None or not self._thread.is_alive()
 
     def wait(self) -> None:
@@ -128,12 +128,12 @@ class ShardWriter:
             self._thread.join()
 
     def abandon(self) -> None:
-        """Stop writing. A thread in the middle of torch's writer would take the ending process down with an abort."""
+        """Stop writing. If the process ended while the thread is inside torch's writer, it would abort."""
         self.writer.fs.stop = True
         if self._thread is not None:
             self._thread.join(_SECONDS_TO_STOP)
 
     def finish_index(self, results: list[list[WriteResult]]) -> None:
-        """On rank 0: write the index of all ranks' tensors."""
+        """Write the index of all ranks' tensors, on rank 0."""
         assert self.index is not None
         self.writer.finish(self.index, results)

@@ -1,7 +1,7 @@
-"""What a checkpoint holds: weights, and the optimizer's state by the weights' names, whatever optimizer and layout.
+"""The state in a checkpoint: weights, and the optimizer's state by the weights' names, for any optimizer and layout.
 
-Of every weight that is not fp32 there is an fp32 copy (`optimizer.master.NAME`), and of every weight the two moments of
-AdamW (`optimizer.exp_avg.NAME`, `optimizer.exp_avg_sq.NAME`). The plain and the distributed optimizer write the same.
+Every weight that is not fp32 has an fp32 copy (`optimizer.master.NAME`), and every weight the two moments of AdamW
+(`optimizer.exp_avg.NAME`, `optimizer.exp_avg_sq.NAME`). The plain and the distributed optimizer write the same tensors.
 """
 
 import math
@@ -27,22 +27,22 @@ Entry: TypeAlias = ShardedTensor | ShardedTensorFactory
 
 
 def model_state(chunks: list[DistributedDataParallel], groups: ProcessGroupCollection) -> dict[str, dict[str, Entry]]:
-    """The weights of this rank by model chunk ("model0", ...) and local name."""
+    """Return the weights of this rank by model chunk ("model0", ...) and local name."""
     metadata = {"dp_cp_group": groups.dp_cp}
     state = {}
     for stage, chunk in enumerate(chunks):
         entries = chunk.module.sharded_state_dict(metadata=metadata)
-        # What Transformer Engine keeps for fp8 is no weight, and not there on other machines.
+        # Transformer Engine's state for fp8 is no weight, and missing on machines without it.
         state[f"model{stage}"] = {name: entry for name, entry in entries.items() if not name.endswith("_extra_state")}
     return state
 
 
 @dataclass(frozen=True)
 class Held:
-    """What this rank's optimizer holds of a parameter: its elements start..stop, in tensors of one dimension.
+    """This rank's optimizer state of a parameter: its elements start to stop - 1, in tensors of one dimension.
 
-    tensors: "master" (fp32 weights), unless the parameter itself is that, and MOMENTS. shared: whether other
-    data-parallel ranks hold the same.
+    tensors: MOMENTS, and "master" (fp32 weights) unless the parameter itself is fp32. shared: whether other
+    data-parallel ranks hold the same elements.
     """
 
     parameter: Tensor
@@ -55,9 +55,9 @@ class Held:
 def optimizer_state(
     model: dict[str, dict[str, Entry]], optimizer: MegatronOptimizer, names: Iterable[str] = ("master", *MOMENTS)
 ) -> dict[str, ShardedTensor]:
-    """This rank's part of the optimizer's state, of the kinds `names`, described by the weights in `model`.
+    """Return this rank's part of the optimizer's state, of the kinds `names`, described by the weights in `model`.
 
-    The tensors are the optimizer's own: what is loaded into them is loaded into the optimizer.
+    The tensors are the optimizer's own: loading into them loads the optimizer.
     """
     entries = {id(entry.data): entry for entry in nested_values(model)}
     pieces: list[ShardedTensor] = []
@@ -69,7 +69,7 @@ def optimizer_state(
 
 
 def held_by(optimizer: MegatronOptimizer) -> Iterator[Held]:
-    """What this rank's optimizer holds; moments of before the first step are made, as zeros."""
+    """Yield this rank's optimizer state of each parameter; moments that no step has made yet are made as zeros."""
     for part in _parts(optimizer):
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
@@ -96,8 +96,9 @@ def _held(parameter: Tensor, start: int, stop: int, tensors: dict[str, Tensor], 
 
 
 def _describe(held: Held, name: str, entry: Entry) -> Iterator[ShardedTensor]:
-    """One kind of tensor that is held of a parameter, as boxes of the whole weight."""
-    # Gate and up projections are one parameter and stand one after the other; each is split over the tensor group.
+    """Yield one kind of tensor of a parameter, as boxes of the full weight."""
+    # Gate and up projections are one parameter, one after the other, but two weights that are split over the tensor
+    # group separately: `first` is where each begins in the flat parameter.
     wholes = [entry] if isinstance(entry, ShardedTensor) else list(nested_values({"parts": entry.build()}))
     assert sum(math.prod(whole.local_shape) for whole in wholes) == held.parameter.numel()
     flat, first = held.tensors[name], 0
@@ -122,16 +123,17 @@ def _describe(held: Held, name: str, entry: Entry) -> Iterator[ShardedTensor]:
 
 
 def is_distributed(optimizer: MegatronOptimizer) -> bool:
-    """Whether the optimizer's state is split over the data-parallel group."""
+    """Check whether the optimizer's state is split over the data-parallel group."""
     return any(isinstance(part, DistributedOptimizer) for part in _parts(optimizer))
 
 
 def get_num_steps(optimizer: MegatronOptimizer) -> int:
-    """Steps that the optimizer has made, which is fewer than the run where some were skipped."""
+    """Return the number of steps that the optimizer has made, which does not count those that the run skipped."""
     return max((int(group.get("step", 0)) for group in _groups(optimizer)), default=0)
 
 
 def set_num_steps(optimizer: MegatronOptimizer, num_steps: int) -> None:
+    """Set the number of steps that the optimizer has made."""
     for group in _groups(optimizer):
         group["step"] = num_steps
 

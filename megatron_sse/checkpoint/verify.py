@@ -1,4 +1,4 @@
-"""Whether a checkpoint is whole, found out by all ranks together before anything of it is loaded."""
+"""Verifying that a checkpoint is intact, by all ranks together before any of it is loaded."""
 
 import logging
 import pickle
@@ -14,17 +14,17 @@ from megatron_sse.errors import SharedUserError
 
 logger = logging.getLogger(__name__)
 
-# What Megatron-Core needs of a checkpoint beside the files that its index names.
+# Files that Megatron-Core needs besides those that the index names.
 _NEEDED = (".metadata", "common.pt", "metadata.json")
 
 
 def first_whole(candidates: list[Path], hashes: bool) -> Path | None:
-    """The first checkpoint that is whole; None where there are no candidates. Collective over all ranks.
+    """Return the first checkpoint that is intact; None where there are no candidates. Collective over all ranks.
 
-    hashes: of all files, each read by one rank; else of small files, and of the others the size. Raises
-    SharedUserError, with every damaged file, where none is whole.
+    hashes: check those of all files, each read by one rank; otherwise those of small files, and only the sizes of
+    larger ones. Raises SharedUserError, with every damaged file, where none is intact.
     """
-    # What is in the folder may change while the ranks look: rank 0's list counts.
+    # The folder may change while the ranks list it, so all use rank 0's list.
     listed = [candidates]
     dist.broadcast_object_list(listed)
     found: list[str] = []
@@ -39,35 +39,38 @@ def first_whole(candidates: list[Path], hashes: bool) -> Path | None:
                 logger.warning("%s is damaged: falling back to the checkpoint before it", path)
         found += damaged
     if listed[0]:
-        raise SharedUserError(f"checkpoint.resume: no checkpoint is whole: {'; '.join(found)}")
+        raise SharedUserError(f"checkpoint.resume: no checkpoint is intact: {'; '.join(found)}")
     return None
 
 
 def find_damage_together(path: Path, hashes: bool) -> list[str]:
-    """What is wrong with a checkpoint, one line for each file; the same on every rank. Collective over all ranks."""
+    """Return what is wrong with a checkpoint, one line for each file; the same on every rank.
+
+    Collective over all ranks.
+    """
     try:
         manifest = read_manifest(path)
     except ManifestError as error:
         mine = [str(error)]
     else:
-        # The largest first, so that the ranks have about the same to read.
+        # Files are dealt out in the order of their sizes, so that the ranks have about the same to read.
         names = sorted(manifest.files, key=lambda name: -manifest.files[name].size)
         mine = find_damage(path, manifest, names[dist.get_rank() :: dist.get_world_size()], hashes)
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, mine)
     damaged = sorted({line for lines in every for line in lines})
-    # The index is not opened before its hash has been found right.
+    # The index is opened only once its hash is known to match.
     return damaged or find_missing(path, manifest)
 
 
 def first_line(error: BaseException) -> str:
-    """The first sentence of a long message, such as those of torch.load."""
+    """Return the first sentence of an error's message; those of torch.load are long."""
     text = str(error).strip().splitlines() or [type(error).__name__]
     return text[0].split(". ")[0]
 
 
 def find_missing(path: Path, manifest: Manifest) -> list[str]:
-    """What the index refers to and the manifest does not vouch for; and pickles that ask for more than values."""
+    """Return the files that are needed but not in the manifest, or a pickle that asks for more than values."""
     try:
         needed = {*_NEEDED, *(where.relative_path for where in read_index(path).storage_data.values())}
         torch.load(path / "common.pt", weights_only=True)

@@ -1,7 +1,7 @@
-"""A checkpoint's model weights as whole tensors, one at a time, without process groups.
+"""Reading and writing a checkpoint's model weights as full tensors, one at a time, without process groups.
 
-Training loads what is written here, and what training saves at any layout is read here. Names are those of the model's
-sharded state dict.
+What training saves at any layout can be read here, and training loads what is written here. Names are those of the
+model's sharded state dict.
 """
 
 import io
@@ -39,16 +39,16 @@ from megatron_sse.checkpoint.manifest import (
 from megatron_sse.config import RunConfig
 from megatron_sse.errors import UserError
 
-# The settings of the run that the weights belong to, in every checkpoint.
+# In every checkpoint: the settings of its run.
 CONFIG_FILE = "config.yaml"
 # Names of the optimizer's state start with this.
 OPTIMIZER = "optimizer."
-# Largest size of a file, unless one tensor has more.
+# The largest size of a file, unless a single tensor is larger.
 FILE_BYTES = 1 << 32
 
 
 class Weights(Protocol):
-    """Named whole tensors, each loaded when it is asked for."""
+    """Named full tensors, each loaded when `get` is called."""
 
     def keys(self) -> Iterable[str]: ...
 
@@ -79,7 +79,7 @@ class CheckpointWeights:
         return self._tensors[name].properties.dtype
 
     def get(self, name: str) -> Tensor:
-        """The whole tensor, put together from the parts that the ranks saved. Raises UserError."""
+        """Return the full tensor, assembled from the parts that the ranks saved. Raises UserError."""
         entry = self._tensors[name]
         whole = torch.empty(entry.size, dtype=entry.properties.dtype)
         for chunk in entry.chunks:
@@ -98,13 +98,13 @@ class CheckpointWeights:
             with path.open("rb") as file:
                 view = cast(IO[bytes], _create_file_view(file, place.offset, place.length))
                 return torch.load(view, map_location="cpu", weights_only=True)
-        # What torch.load raises for a damaged file depends on the place of the damage.
+        # torch.load raises different errors, depending on where a file is damaged.
         except Exception as error:
             raise UserError(f"{path}: {index.fqn} cannot be read ({type(error).__name__})") from None
 
 
 def read_weights(folder: Path) -> CheckpointWeights:
-    """The model weights of a checkpoint folder, its hashes checked. Raises UserError."""
+    """Open the model weights of a checkpoint folder after checking its hashes. Raises UserError."""
     try:
         manifest = read_manifest(folder)
         damage = find_damage(folder, manifest, manifest.files, hashes=True)
@@ -116,9 +116,9 @@ def read_weights(folder: Path) -> CheckpointWeights:
 
 
 def write_weights(folder: Path, config: RunConfig, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write a checkpoint that holds model weights only into a folder; other files in there become part of it.
+    """Write a checkpoint of model weights only into a folder; other files in there become part of it.
 
-    tensors: names as in the model's sharded state dict, and whole tensors; taken and written one after the other.
+    tensors: names as in the model's sharded state dict, and full tensors; they are taken and written one by one.
     Raises OSError.
     """
     planner, writer, files = DefaultSavePlanner(), FileSystemWriter(folder, sync_files=False), _FileByFile()
@@ -133,7 +133,7 @@ def write_weights(folder: Path, config: RunConfig, tensors: Iterable[tuple[str, 
             state = {name: tensor.detach().contiguous()}
             planner.set_up_planner(state, is_coordinator=True)
             [plan], described = create_default_global_save_plan([create_default_local_save_plan(state, True)])
-            # Files are named after the rank that writes them.
+            # A file is named after the rank that writes it, so file `number` is planned as rank `number`'s.
             plan = writer.prepare_global_plan([plan] * (number + 1))[number]
             results.append(writer.write_data(plan, planner).wait())
             index.state_dict_metadata |= described.state_dict_metadata
@@ -147,7 +147,7 @@ def write_weights(folder: Path, config: RunConfig, tensors: Iterable[tuple[str, 
 
 
 class _FileByFile(FileSystem):
-    """Keeps a file open, for more than one call that writes to it, until another one is written or the block ends."""
+    """A file system that keeps a file open over several calls, until another file is written or the block ends."""
 
     def __init__(self) -> None:
         self.entries: dict[str, FileEntry] = {}
@@ -172,7 +172,7 @@ class _FileByFile(FileSystem):
 
 
 class _Rest(io.RawIOBase):
-    """The rest of a file; closing it leaves the file open."""
+    """A view of an open file to write to; closing the view leaves the file open."""
 
     def __init__(self, file: HashedFile):
         self.file = file

@@ -1,4 +1,4 @@
 """Token files, the order of samples, and batches.
 
-Modules are imported by their own names: workers that build token files load neither torch nor Megatron-Core.
+This file imports none of its modules, so that the workers which build token files load neither torch nor Megatron-Core.
 """

@@ -1,4 +1,4 @@
-"""One micro-batch as the model takes it."""
+"""One micro-batch in the form that the model takes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from megatron_sse.parallel.sharding import ContextShard
 
 @dataclass
 class Batch:
-    """Attributes:
-    tokens_BL, labels_BL: int64 [B, L], a token and the one after it, or what should be there; this context rank's part.
-    loss_mask_BL: float32 [B, L], 0 where the label does not count.
-    layout: the documents of the batch.
-    loss_tokens: labels that count, those of all context ranks.
-    answers_BL: bool [B, L], the labels that are answers of a task; None where no sample is of one.
+    """This context rank's part of a micro-batch.
+
+    Attributes:
+        tokens_BL, labels_BL: int64 [B, L], tokens and what should follow each: the next token, or a task's answer.
+        loss_mask_BL: float32 [B, L], 0 where the label does not count.
+        layout: the documents of the batch.
+        loss_tokens: number of labels that count, on all context ranks together.
+        answers_BL: bool [B, L], the labels that are answers of a task; None where no sample is of a task.
     """
 
     tokens_BL: Tensor
@@ -38,10 +40,10 @@ def make_batch(
     device: torch.device | str = "cpu",
     shard: ContextShard | None = None,
 ) -> Batch:
-    """Batch of samples, or one context rank's part of it.
+    """Make a batch of samples, or one context rank's part of it.
 
-    With `reset_at_documents` the first token of a document is no label: nothing before it belongs to it. Without, only
-    sequences start documents.
+    With `reset_at_documents` the first token of a document is no label, since no token before it is of its document.
+    Without, each sequence is one document.
     """
     tokens_BG1 = np.stack([sample.tokens_G1 for sample in samples])
     labels_BG1 = np.stack([sample.tokens_G1 if sample.labels_G1 is None else sample.labels_G1 for sample in samples])
@@ -49,7 +51,7 @@ def make_batch(
     counts_BG1 = np.stack([sample.counts_G1 for sample in samples])
     if not reset_at_documents:
         starts_BG1 = np.zeros_like(starts_BG1)
-    # Shifted before they are split: the label of a part's last token is the next part's first token.
+    # Labels are shifted before the split over ranks: that of a part's last token is the next part's first token.
     tokens_BG, labels_BG = tokens_BG1[:, :-1], labels_BG1[:, 1:]
     counts_BG = counts_BG1[:, 1:] & ~starts_BG1[:, 1:]
     real_BG = np.arange(tokens_BG.shape[1]) < np.array([[sample.length] for sample in samples])

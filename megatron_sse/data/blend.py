@@ -14,7 +14,7 @@ Dataset = TokenDataset | TaskDataset
 
 
 class SampleOrder:
-    """Position -> sample: each epoch is a permutation of its own, a function of the seed's numbers and the epoch."""
+    """The sample at each position: every epoch is a permutation of its own, drawn from the seed and the epoch."""
 
     def __init__(self, num_samples: int, seed: list[int]):
         self.num_samples = num_samples
@@ -32,9 +32,9 @@ class SampleOrder:
 
 
 class Blend:
-    """Datasets whose samples follow each other in the shares of their weights, the same whatever the length of the run.
+    """Datasets mixed so that every stretch of positions has about the shares of their weights.
 
-    A dataset that is shorter than its share is seen in several epochs.
+    The order does not depend on the length of the run. A dataset that is shorter than its share is seen several times.
     """
 
     def __init__(self, datasets: Sequence[Dataset], weights: list[float]) -> None:
@@ -43,33 +43,33 @@ class Blend:
         self._grow(1)
 
     def _grow(self, size: int) -> None:
-        """Places of the first `size` positions: which dataset, and how many of its samples came before."""
+        """Compute for the first `size` positions the dataset, and how many of its samples came before."""
         self.dataset_S, self.place_S = np.zeros(size, dtype=np.int16), np.zeros(size, dtype=np.int64)
         helpers.build_blending_indices(self.dataset_S, self.place_S, self.weight_N, len(self.datasets), size, False)
 
     def place(self, position: int) -> tuple[int, int]:
-        """The dataset at a position, and how many of its samples came before."""
+        """Return the dataset at a position, and how many of its samples came before."""
         if position >= len(self.dataset_S):
-            # What is there does not change: each position follows from those before it.
+            # Growing does not change what is known: each position follows from those before it.
             self._grow(max(position + 1, 2 * len(self.dataset_S)))
         return int(self.dataset_S[position]), int(self.place_S[position])
 
     def shares(self, size: int) -> list[int]:
-        """How many of the first `size` positions each dataset has."""
+        """Return how many of the first `size` positions each dataset has."""
         self.place(size - 1)
         return np.bincount(self.dataset_S[:size], minlength=len(self.datasets)).tolist()
 
 
 class TrainingOrder:
-    """The samples of a blend in the order in which a run sees them, endlessly; a function of seed and position alone.
+    """The samples of a blend in the order in which a run sees them, without end.
 
-    seed: numbers; those of run and stage.
+    The sample at a position depends on seed and position alone. seed: the numbers of run and stage.
     """
 
     def __init__(self, blend: Blend, seed: list[int]) -> None:
         self.blend = blend
         self.orders = [
-            # Of a task each sample is seen once.
+            # A task has endless samples, so each is seen once, in order.
             range(len(dataset)) if isinstance(dataset, TaskDataset) else SampleOrder(len(dataset), [*seed, number])
             for number, dataset in enumerate(blend.datasets)
         ]
@@ -80,7 +80,7 @@ class TrainingOrder:
 
 
 class ValidationSamples:
-    """`size` samples, always the same: of each dataset as many as its weight asks, evenly over it."""
+    """`size` samples, always the same: each dataset's share of them is spread evenly over it."""
 
     def __init__(self, blend: Blend, size: int) -> None:
         self.blend, self.counts = blend, blend.shares(size)

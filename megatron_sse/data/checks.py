@@ -1,4 +1,4 @@
-"""Token files are checked before they are used: a wrong one is refused in one line."""
+"""Checks of token files before they are used: a wrong one is refused with an error of one line."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ logger = logging.getLogger(__name__)
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER_BYTES = 34
-# Larger files are read at their head and tail only, so that a run starts within seconds.
+# In larger files only the first and last half of this many bytes are checked, so that a run starts within seconds.
 CHECKED_BYTES = 1 << 28
 CHUNK_TOKENS = 1 << 22
 
 
 @dataclass
 class Index:
-    """What <prefix>.idx says: token dtype, bytes of the .bin, its tokens and the offsets [D + 1] of its documents."""
+    """The content of <prefix>.idx: token dtype, bytes of the .bin, and offsets [D + 1] of its documents in tokens."""
 
     dtype: np.dtype
     bin_bytes: int
@@ -39,7 +39,7 @@ class Index:
 class TokenFile:
     """A checked file, or a part of it: the documents whose tokens begin and end at `offsets_D1`.
 
-    mask_path: of the loss mask, uint8 per token, 1 where the token counts as a label; None where all count.
+    mask_path: the loss mask's file, uint8 per token, 1 where the token counts as a label; None where all count.
     """
 
     prefix: str
@@ -49,7 +49,7 @@ class TokenFile:
 
 
 def check_token_file(key: str, prefix: str, vocab_size: int) -> TokenFile:
-    """Check the file behind the setting `key`. Raises UserError."""
+    """Check the file that the setting `key` names, and return it. Raises UserError."""
     check_exists(key, prefix)
     index = read_index(Path(prefix + ".idx"))
     bin_path = Path(prefix + ".bin")
@@ -69,12 +69,12 @@ def check_token_file(key: str, prefix: str, vocab_size: int) -> TokenFile:
         check_token_ids(key, bin_path, index.dtype, vocab_size)
     mask = Path(prefix + ".mask") if metadata is not None and metadata.loss_mask else None
     if mask is not None and (not mask.is_file() or mask.stat().st_size != index.num_tokens):
-        raise UserError(f"{mask}: not there or not of {index.num_tokens} bytes, one per token; build {prefix} again")
+        raise UserError(f"{mask}: missing, or not {index.num_tokens} bytes (one per token); build {prefix} again")
     return TokenFile(prefix, index, index.offsets_D1, mask)
 
 
 def check_exists(key: str, prefix: str) -> None:
-    """Raises UserError unless both files of a prefix are there."""
+    """Raise UserError unless both files of a prefix exist."""
     for suffix in (".idx", ".bin"):
         if Path(prefix + suffix).is_file():
             continue
@@ -85,7 +85,7 @@ def check_exists(key: str, prefix: str) -> None:
 
 
 def read_index(path: Path) -> Index:
-    """Read and check an index of Megatron's format, version 1. Raises UserError."""
+    """Read and check an index in Megatron's format, version 1. Raises UserError."""
     header = path.open("rb").read(HEADER_BYTES)
     if header[:9] != MAGIC:
         raise UserError(f"{path}: not an index of a Megatron token file (starts with {header[:9]!r}, not {MAGIC!r})")
@@ -114,7 +114,7 @@ def read_index(path: Path) -> Index:
 
 
 def check_token_ids(key: str, path: Path, dtype: np.dtype, vocab_size: int) -> None:
-    """Raises UserError where a token lies outside 0 to vocab_size - 1."""
+    """Raise UserError where a token is not in 0 to vocab_size - 1."""
     tokens_T = np.memmap(path, dtype=dtype, mode="r")
     ranges = [(0, len(tokens_T))]
     if tokens_T.nbytes > CHECKED_BYTES:

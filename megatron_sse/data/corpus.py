@@ -20,16 +20,16 @@ from megatron_sse.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Tests repeat the library's text and character tables are no text. (site-packages is no identifier, see below.)
+# Tests repeat the library's text, and character tables are not text. (site-packages is no identifier: see below.)
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "encodings", "__pycache__"}
 VALIDATION_SHARE = 0.07
 MIN_BYTES = 1_000_000
 
 
 def prepare_corpus(config: RunConfig) -> None:
-    """Build the token files that `data.corpus` asks for and that do not exist. One process of a machine calls it.
+    """Build the token files that `data.corpus` asks for and that do not exist yet. One process of a machine calls it.
 
-    Raises UserError where there are no sources or the files cannot be written.
+    Raises UserError where no sources are found or the files cannot be written.
     """
     if config.data.corpus is None:
         return
@@ -50,10 +50,13 @@ def prepare_corpus(config: RunConfig) -> None:
 
 
 def read_documents(folder: Path) -> dict[str, bytes]:
-    """One document per top-level module or package of `folder`: its .py files joined in the order of their paths."""
+    """Return a document per top-level module or package of `folder`: its .py files, joined in the order of their paths.
+
+    Raises UserError where there is too little text.
+    """
     paths: list[Path] = []
     for parent, folders, files in os.walk(folder):
-        # Folders that are no packages (config-3.11-x86_64-linux-gnu) hold build scripts.
+        # Folders whose names are no identifiers (config-3.11-x86_64-linux-gnu) are no packages but hold build scripts.
         folders[:] = [name for name in folders if name.isidentifier() and name not in SKIPPED_FOLDERS]
         paths += [Path(parent, name) for name in files if name.endswith(".py")]
     documents: dict[str, bytes] = {}
@@ -70,12 +73,15 @@ def read_documents(folder: Path) -> dict[str, bytes]:
 
 
 def split_documents(documents: dict[str, bytes]) -> dict[str, dict[str, bytes]]:
-    """Whole documents held out for validation, in the order of their names' hashes, up to VALIDATION_SHARE of bytes."""
+    """Split documents into training and validation.
+
+    Complete documents are held out, in the order of their names' hashes, up to VALIDATION_SHARE of the bytes.
+    """
     limit = VALIDATION_SHARE * sum(map(len, documents.values()))
     held_out: set[str] = set()
     held_bytes = 0
     for name in sorted(documents, key=lambda name: hashlib.sha256(name.encode()).digest()):
-        # A document of more than a third of the part would decide the validation loss alone.
+        # A document of more than a third of the validation part would dominate its loss.
         if held_bytes + len(documents[name]) <= limit and len(documents[name]) <= limit / 3:
             held_out.add(name)
             held_bytes += len(documents[name])
@@ -86,7 +92,7 @@ def split_documents(documents: dict[str, bytes]) -> dict[str, dict[str, bytes]]:
 
 
 def byte_bits(documents: dict[str, bytes]) -> np.ndarray:
-    """Code length in bits (float64 [vocab]) of each token by its frequency in `documents`, unseen ones counted once."""
+    """Return each token's code length in bits (float64 [vocab]) by its frequency in `documents`, plus one."""
     counts = np.ones(VOCAB_SIZE)
     for document in documents.values():
         counts += np.bincount(encode_document(document), minlength=VOCAB_SIZE)
@@ -94,7 +100,7 @@ def byte_bits(documents: dict[str, bytes]) -> np.ndarray:
 
 
 def write_token_file(prefix: str, documents: dict[str, bytes], bits_B: np.ndarray) -> Metadata:
-    """Write <prefix>.bin, .json and .idx. They appear complete or not at all, the index last."""
+    """Write <prefix>.bin, .json and .idx, and return the metadata. They appear complete or not at all."""
     target = Path(prefix)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=target.name + ".building-", dir=target.parent) as folder:

@@ -1,4 +1,4 @@
-"""Samples of a token file."""
+"""The samples of a token file."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from megatron_sse.data.packing import pack
 
 @dataclass(frozen=True)
 class Sample:
-    """Tokens of a sequence and the label of its last one: G + 1.
+    """The G tokens of a sequence and one more, the label of the last.
 
     Attributes:
         tokens_G1: int64, 0 for padding.
-        starts_G1: bool, where documents start; padding is one of its own.
-        counts_G1: bool, whether a token counts as a label: no padding, and not what a loss mask leaves out.
+        starts_G1: bool, where documents start; padding counts as a document of its own.
+        counts_G1: bool, whether a token counts as a label: neither padding nor excluded by the loss mask.
         length: tokens before the padding.
-        labels_G1: int64, what should stand at each place, where that is not the tokens; the first is no label.
+        labels_G1: int64, the token to predict at each place where the labels differ from the tokens, or None; the first
+            is never a label.
         of_task: whether its labels are the answers of a task.
     """
 
@@ -34,7 +35,7 @@ class Sample:
 
 
 class TokenDataset:
-    """Samples of the documents first..last of a checked, memory-mapped token file, as data.packing asks."""
+    """The samples of a checked, memory-mapped token file, or of a part of it, packed as data.packing says."""
 
     def __init__(self, file: TokenFile, data: DataConfig) -> None:
         self.prefix = file.prefix
@@ -55,7 +56,7 @@ class TokenDataset:
             chosen = slice(place, place + count)
             tokens_G1[chosen] = self.tokens.bin_reader.read(self.dtype, count, begin * self.dtype.itemsize)
             counts_G1[chosen] = True if self.mask_T is None else self.mask_T[begin : begin + count] != 0
-            # A slice: nothing starts behind the end.
+            # An empty slice, and no error, where the place is behind the end of the sample.
             starts_G1[place : place + 1] = True
             place += count
         starts_G1[place : place + 1] = True

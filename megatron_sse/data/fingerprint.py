@@ -1,4 +1,4 @@
-"""What a run's order of samples follows from."""
+"""A description of everything that decides which samples a run sees, to compare on resume."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from megatron_sse.data.checks import check_exists
 from megatron_sse.data.sources import name_sources
 from megatron_sse.data.tasks.dataset import TaskDataset
 
-# Of larger files this many blocks of this size, evenly spread.
+# Larger files are hashed by this many blocks of this size, evenly spread.
 BLOCKS, BLOCK_BYTES = 1024, 1 << 16
 
 
 def describe_data(stage: StageRun) -> dict[str, Any]:
-    """The settings of a stage that decide which samples it sees and in which order, and the contents of its files
-    and tasks.
+    """Return the settings of a stage that decide which samples it sees in which order, with hashes of files and tasks.
 
     Raises UserError where a file is missing.
     """
@@ -44,7 +43,7 @@ def describe_data(stage: StageRun) -> dict[str, Any]:
 
 
 def hash_task(source: Source, data: DataConfig) -> str:
-    """Of a task's settings and of a sample, which shows changes of how it is made."""
+    """Return a hash of a task's settings and of its first sample, which changes when the code that makes it does."""
     assert source.task is not None
     sample = TaskDataset(source.task, data, [0])[0]
     digest = hashlib.sha256(source.task.model_dump_json().encode())
@@ -54,7 +53,10 @@ def hash_task(source: Source, data: DataConfig) -> str:
 
 
 def hash_file(prefix: str) -> str:
-    """Of a token file's index, tokens and loss mask; of files beyond 64 MiB the size and 1,024 blocks of 64 KiB."""
+    """Return a hash of a token file's index, tokens and loss mask.
+
+    Files beyond 64 MiB enter with their size and 1,024 blocks of 64 KiB.
+    """
     digest = hashlib.sha256()
     for suffix in (".idx", ".bin", ".mask"):
         path = Path(prefix + suffix)

@@ -1,4 +1,4 @@
-"""Lengths of documents by powers of two: in the terminal, and as a picture."""
+"""A histogram of document lengths by powers of two, for the terminal and as a picture."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BAR = 30
 
 
 def count_lengths(lengths_D: np.ndarray) -> tuple[dict[int, int], dict[int, int]]:
-    """Documents and tokens by k, where lengths are 2^k to 2^(k+1) - 1; empty documents are left out."""
+    """Count documents and tokens by k, for lengths of 2^k to 2^(k+1) - 1, without empty documents."""
     lengths_D = lengths_D[lengths_D > 0].astype(np.int64)
     power_D = np.floor(np.log2(lengths_D)).astype(np.int64)
     documents, tokens = np.bincount(power_D), np.bincount(power_D, weights=lengths_D)
@@ -21,7 +21,7 @@ def count_lengths(lengths_D: np.ndarray) -> tuple[dict[int, int], dict[int, int]
 
 
 def format_lengths(documents: Mapping[int, int], tokens: Mapping[int, int]) -> list[str]:
-    """A line for each power of two between the shortest and the longest document."""
+    """Return a header and a line for each power of two between the shortest and the longest document."""
     powers = range(min(documents), max(documents) + 1)
     all_documents, all_tokens, most = sum(documents.values()), sum(tokens.values()), max(tokens.values())
     lines = [f"{'length in tokens':>25} {'documents':>13} {'':7} {'tokens':>17}"]
@@ -34,7 +34,7 @@ def format_lengths(documents: Mapping[int, int], tokens: Mapping[int, int]) -> l
 
 
 def draw_lengths(path: Path, title: str, documents: Mapping[int, int], tokens: Mapping[int, int]) -> bool:
-    """Write a picture of the same; False without matplotlib."""
+    """Write a picture of the histogram and return True; return False where matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         return False
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""`megatron-sse data inspect`: what is in a token file."""
+"""`megatron-sse data inspect`: check a token file and show what it holds."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from megatron_sse.data.metadata import Metadata, read_metadata
 from megatron_sse.data.tokenizer import decode
 from megatron_sse.errors import UserError
 
-# Around what counts as a label.
+# Printed around tokens that count as labels.
 _OPEN, _CLOSE = "\u27e6", "\u27e7"
-# More than any token file has.
+# A vocabulary size that allows every token, for files without one.
 _ANY_TOKEN = 1 << 31
 
 
 def inspect(prefix: str, documents: int, first: int, tokens: int) -> int:
-    """Check a token file and print what is in it, with the first `tokens` tokens of `documents` documents from `first`
-    on. Returns the exit status. Raises UserError."""
+    """Check a token file and print what it holds; return the exit status. Raises UserError.
+
+    The first `tokens` tokens are shown of `documents` documents, from number `first` on.
+    """
     for name, value in (("--documents", documents), ("--first", first), ("--tokens", tokens)):
         if value < 0:
             raise UserError(f"{name}: got {value}, allowed 0 or more")
@@ -35,7 +37,7 @@ def inspect(prefix: str, documents: int, first: int, tokens: int) -> int:
     count = len(index.offsets_D1) - 1
     print(f"{prefix}.bin: {index.bin_bytes:,} bytes, {index.dtype}")
     if metadata is None:
-        print(f"{count:,} documents, {index.num_tokens:,} tokens; {prefix}.json is not there: the tokenizer is unknown")
+        print(f"{count:,} documents, {index.num_tokens:,} tokens; {prefix}.json not found: the tokenizer is unknown")
     else:
         for line in describe_metadata(metadata):
             print(line)
@@ -62,7 +64,7 @@ def inspect(prefix: str, documents: int, first: int, tokens: int) -> int:
 
 
 def _decoder(prefix: str, metadata: Metadata | None) -> Callable[[np.ndarray], str]:
-    """A function from tokens to text; numbers where the tokenizer is not there."""
+    """Return a function from tokens to text; it writes numbers where the tokenizer is unknown."""
     path = Path(prefix + TOKENIZER)
     if path.is_file():
         tokenizer = read_tokenizer(path)
@@ -82,14 +84,14 @@ def _show(tokens_T: np.ndarray, mask_T: np.ndarray | None, to_text: Callable[[np
 
 
 def _runs(tokens_T: np.ndarray, mask_T: np.ndarray) -> Iterator[tuple[bool, np.ndarray]]:
-    """Tokens that stand together and count alike."""
+    """Yield runs of neighbouring tokens that all count or all do not."""
     borders = [0, *(np.flatnonzero(np.diff(mask_T)) + 1).tolist(), len(tokens_T)]
     for begin, end in zip(borders[:-1], borders[1:], strict=True):
         yield bool(mask_T[begin]), tokens_T[begin:end]
 
 
 def _printable(text: str) -> str:
-    """Text without what would steer the terminal."""
+    """Return text with control characters escaped, since they could change the terminal's state."""
     return "".join(
         f"\\x{ord(char):02x}" if unicodedata.category(char) == "Cc" and char not in "\n\t" else char for char in text
     )

@@ -20,12 +20,12 @@ ValidationFactory = Callable[[], Iterator[Batch]]
 def build_data_iterators(
     stage: StageRun, groups: ProcessGroupCollection, consumed_samples: int, device: torch.device | str = "cpu"
 ) -> tuple[Iterator[Batch], ValidationFactory | None]:
-    """Training iterator, and a function that starts the validation batches anew (None without validation data).
+    """Return the training iterator, and a function that returns a new validation iterator (None without such data).
 
     Each `next` is one micro-batch of this data-parallel rank, the same on its tensor and pipeline ranks; a context rank
-    has its part of it. Training goes on after `consumed_samples` samples of the stage and never ends; a validation
-    iterator ends after training.validation_batches global batches, always the same ones. Raises UserError on a wrong
-    file.
+    gets its part of it. Training continues after `consumed_samples` samples of the stage and never ends; a validation
+    iterator ends after training.validation_batches global batches, always the same ones. Raises UserError where a file
+    is wrong.
     """
     config = stage.config
     data, training = config.data, config.training
@@ -47,10 +47,11 @@ def build_data_iterators(
 
 
 def rank_positions(first: int, global_batch: int, micro_batch: int, rank: int, size: int) -> Iterator[range]:
-    """Positions in the sample order of this rank's micro-batches, endlessly, from position `first` on.
+    """Yield the positions in the sample order of this rank's micro-batches, endlessly, from position `first` on.
 
-    Micro-batch m of the global batch at s is split between the ranks in turn: rank r takes `micro_batch` positions
-    from s + (m * size + r) * micro_batch on, so that the global batch is the same at any data-parallel size.
+    The ranks take micro-batches in turn: micro-batch m of rank r in the global batch at s starts at
+    s + (m * size + r) * micro_batch, so that the global batch is the same at any data-parallel size. With a global
+    batch of 8, micro-batches of 2 and two ranks: rank 0 takes 0 1, 4 5 and rank 1 takes 2 3, 6 7.
     """
     while True:
         for begin in range(first + rank * micro_batch, first + global_batch, micro_batch * size):

@@ -1,4 +1,4 @@
-"""What a token file does not say about itself: <prefix>.json beside <prefix>.bin and <prefix>.idx."""
+"""The description of a token file, <prefix>.json beside <prefix>.bin and <prefix>.idx: tokenizer, sizes, loss mask."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from megatron_sse.errors import UserError
 
 @dataclass
 class Metadata:
-    """Attributes:
-    documents, tokens, bytes: counts of the file; bytes are those of its text.
-    unigram_bits_per_byte: what a model of single-token frequencies reaches on this file: those of the training file for
-        data.corpus, the file's own for one of `data build`.
-    loss_mask: whether <prefix>.mask says which tokens count as labels (uint8 [tokens], 1 counts).
-    label_tokens, label_bytes: those that count, where there is a mask.
-    end: the token that ends a document; None where the file does not say it.
+    """The description of a token file.
+
+    Attributes:
+        documents, tokens, bytes: counts of the file; bytes are those of its text.
+        unigram_bits_per_byte: what a model of single-token frequencies reaches on this file. The frequencies are those
+            of the training file for data.corpus, and the file's own for `data build`.
+        loss_mask: whether <prefix>.mask says which tokens count as labels (uint8 [tokens], 1 counts).
+        label_tokens, label_bytes: those that count, where there is a mask.
+        end: the token that ends a document; None where the file does not name it.
     """
 
     tokenizer: str
@@ -33,15 +35,19 @@ class Metadata:
     end: int | None = None
 
     def bits_per_byte(self, loss: float) -> float:
-        """A loss in nats per token that counts, as bits per byte of text that counts."""
+        """Convert a loss in nats per counted token to bits per counted byte of text."""
         return loss / math.log(2) * (self.label_tokens or self.tokens) / (self.label_bytes or self.bytes)
 
     def write(self, path: Path) -> None:
+        """Write the description as JSON."""
         path.write_text(json.dumps(asdict(self), indent=2) + "\n")
 
 
 def read_metadata(prefix: str) -> Metadata | None:
-    """Metadata of a token file; None where it has none (files of Megatron's own tools). Raises UserError if broken."""
+    """Return the description of a token file; None where it has none (as with files of Megatron's own tools).
+
+    Raises UserError where it cannot be read.
+    """
     path = Path(prefix + ".json")
     if not path.exists():
         return None

@@ -1,7 +1,7 @@
-"""How documents are cut into samples and samples filled with documents.
+"""Packing: how documents are cut into pieces and samples filled with pieces.
 
 Dims: D documents, P pieces (runs of neighbouring tokens of one document), S samples. A sample has `room` tokens: those
-that the model reads and one more, which is the last one's label.
+that the model reads and one more, which is the label of the last. The examples below use room = 5.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ Pieces = list[tuple[int, int]]
 
 @dataclass(frozen=True)
 class Account:
-    """What packing did. tokens, documents: of the file. padding: tokens of samples that hold none. dropped: tokens
-    that are in no sample. split: documents that do not lie in one sample as a whole."""
+    """The result of packing in numbers.
+
+    tokens, documents: of the file. padding: places in samples without a token. dropped: tokens that are in no sample.
+    split: documents that do not lie complete in one sample.
+    """
 
     samples: int
     tokens: int
@@ -46,11 +49,11 @@ class Packing(Protocol):
     account: Account
 
     def pieces(self, sample: int) -> Pieces:
-        """First token in the file and number of tokens of each piece, in the order in which they stand."""
+        """Return each piece's first token in the file and number of tokens, in their order in the sample."""
 
 
 def pack(data: DataConfig, offsets_D1: np.ndarray) -> Packing:
-    """Samples of data.sequence_length + 1 tokens from documents whose tokens begin and end at `offsets_D1`."""
+    """Return samples of data.sequence_length + 1 tokens from documents whose tokens begin and end at `offsets_D1`."""
     room = data.sequence_length + 1
     if data.packing == "best_fit":
         return Packed(offsets_D1, best_fit(split_long(offsets_D1, room, data.long_documents == "continue"), room), room)
@@ -60,9 +63,10 @@ def pack(data: DataConfig, offsets_D1: np.ndarray) -> Packing:
 
 
 class Windows:
-    """The tokens as they follow each other: a document that a sample's end cuts goes on in the next.
+    """Samples of consecutive tokens: a document that the end of a sample cuts continues in the next.
 
-    Neighbours share one token, so that every token but the first is a label exactly once.
+    Neighbouring samples share one token, so that every token but the first is a label exactly once: with documents of 3
+    and 7 tokens, sample 0 holds tokens 0 to 4 (pieces of 3 and 2), sample 1 holds 4 to 8, and token 9 is dropped.
     """
 
     def __init__(self, offsets_D1: np.ndarray, room: int) -> None:
@@ -71,7 +75,8 @@ class Windows:
         samples = max(0, (end - begin - 1) // (room - 1))
         borders_S = begin + (room - 1) * np.arange(1, samples)
         document_S = np.searchsorted(offsets_D1, borders_S, side="right") - 1
-        # The shared token belongs to both: a border at a document's last token cuts no labels off.
+        # The token at a border is in both samples: a document is cut only where the border is neither its first token
+        # (then it is complete in the later sample) nor its last (complete in the earlier one).
         inside_S = (offsets_D1[document_S] < borders_S) & (borders_S < offsets_D1[document_S + 1] - 1)
         used = samples * (room - 1) + 1 if samples else 0
         split = len(np.unique(document_S[inside_S]))
@@ -86,8 +91,11 @@ class Windows:
 
 @dataclass(frozen=True)
 class PieceTable:
-    """Pieces by their document, int64 [P]: its number, the first token in the file, the number of tokens, and, once
-    they are packed, their sample."""
+    """Pieces in the order of their documents, int64 [P] each.
+
+    document_P: number of the document. begin_P: first token in the file. length_P: number of tokens. sample_P: the
+    sample that holds the piece, set when it is packed.
+    """
 
     document_P: np.ndarray
     begin_P: np.ndarray
@@ -96,15 +104,16 @@ class PieceTable:
 
 
 class Packed:
-    """Pieces that were given their samples; what is left of a sample is padding."""
+    """Samples made of pieces that know their sample; the rest of each sample is padding."""
 
     def __init__(self, offsets_D1: np.ndarray, table: PieceTable, room: int) -> None:
+        # Pieces sorted by sample, and where each sample's begin: for sample_P 1 0 1, order 1 0 2 and first 0 1 3.
         order_P = np.argsort(table.sample_P, kind="stable")
         samples = int(table.sample_P[order_P[-1]]) + 1 if len(order_P) else 0
         self.begin_P, self.length_P = table.begin_P[order_P], table.length_P[order_P]
         self.first_S1 = np.searchsorted(table.sample_P[order_P], np.arange(samples + 1))
         tokens, held = int(offsets_D1[-1] - offsets_D1[0]), int(table.length_P.sum())
-        # The first token of a piece that goes on is also the last one of the piece before.
+        # A piece that continues a document starts with the last token of the piece before: it is held twice.
         shared = int((table.begin_P > offsets_D1[table.document_P]).sum())
         whole = int((table.length_P == np.diff(offsets_D1)[table.document_P]).sum())
         documents = len(offsets_D1) - 1
@@ -117,11 +126,17 @@ class Packed:
 
 
 def split_long(offsets_D1: np.ndarray, room: int, keep_rest: bool) -> PieceTable:
-    """Documents as pieces of at most `room` tokens; of longer ones the rest is dropped, or continued by pieces that
-    share one token with the one before, so that every token but the first is a label."""
+    """Cut documents into pieces of at most `room` tokens.
+
+    The rest of a longer document is dropped or (keep_rest) becomes further pieces. Each of these starts with the last
+    token of the piece before, so that every token but the first is a label: a document of 10 tokens becomes the pieces
+    0 to 4, 4 to 8 and 8 to 9.
+    """
     size_D = np.diff(offsets_D1)
+    # Each piece adds room - 1 tokens to the first token of its document.
     count_D = np.maximum(1, -(-(size_D - 1) // (room - 1))) if keep_rest else np.ones_like(size_D)
     document_P = np.repeat(np.arange(len(size_D)), count_D)
+    # A piece's number in its document: for counts 1 3 2, pieces 0 | 0 1 2 | 0 1.
     number_P = np.arange(len(document_P)) - np.repeat(np.cumsum(count_D) - count_D, count_D)
     skipped_P = number_P * (room - 1)
     length_P = np.minimum(room, size_D[document_P] - skipped_P)
@@ -129,12 +144,15 @@ def split_long(offsets_D1: np.ndarray, room: int, keep_rest: bool) -> PieceTable
 
 
 def cut_in_order(offsets_D1: np.ndarray, room: int) -> PieceTable:
-    """Documents one after the other; what does not fit in a sample any more is dropped."""
+    """Put documents into samples one after the other; drop the rest of a document that does not fit.
+
+    Documents of 3, 4 and 2 tokens: sample 0 holds 3 and the first 2 of the second document, sample 1 the third.
+    """
     size_D = np.diff(offsets_D1)
     length_D, sample_D = np.zeros_like(size_D), np.zeros_like(size_D)
     sample, free = 0, room
     for document, size in enumerate(size_D.tolist()):
-        # A single token would be no label.
+        # A piece of one token would have no label, so at least two (or the full document) have to fit.
         if free < min(size, 2):
             sample, free = sample + 1, room
         length_D[document], sample_D[document] = min(size, free), sample
@@ -143,9 +161,13 @@ def cut_in_order(offsets_D1: np.ndarray, room: int) -> PieceTable:
 
 
 def best_fit(table: PieceTable, room: int) -> PieceTable:
-    """The longest piece first, each into the fullest sample that still has room for it (best-fit decreasing)."""
+    """Put the longest piece first, each into the fullest sample that still has room for it (best-fit decreasing).
+
+    Pieces of 3, 2, 4 and 1 tokens: 4 opens sample 0, 3 opens sample 1, 2 fills sample 1, and 1 fills sample 0.
+    """
     sample_P = np.zeros_like(table.length_P)
-    # Samples by their free tokens, and the sorted list of those numbers of free tokens that there are.
+    # Open samples by their free tokens, and the keys of this dictionary as a sorted list: the smallest key that is at
+    # least a piece's length is found by bisection.
     samples_by_free: dict[int, list[int]] = {}
     there: list[int] = []
     samples = 0

@@ -1,4 +1,4 @@
-"""The token files and tasks that a run's settings name: checked, packed and mixed."""
+"""Opening the token files and tasks that a run's settings name: check, pack and mix them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from megatron_sse.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# First of the numbers that the samples of tasks are made of.
+# The first number of a task's seed: training and validation draw different samples.
 _TRAINING, _VALIDATION = 0, 1
 
 
 def check_data(config: RunConfig) -> None:
-    """Check the run's token files, of all its stages, and say what they hold. Raises UserError.
+    """Check the token files of all of a run's stages and log what they hold. Raises UserError.
 
-    Files that data.corpus will build are checked when they are.
+    Files that data.corpus has yet to build are checked after they are built.
     """
     for stage in plan_stages(config):
         if is_unbuilt(stage.config.data):
@@ -37,7 +37,7 @@ def check_data(config: RunConfig) -> None:
         for (key, source), dataset, count in zip(sources, blend.datasets, blend.shares(samples), strict=True):
             place = f"stage {stage.number + 1}: {key}" if config.stages else key
             if isinstance(dataset, TaskDataset):
-                logger.info("%s: %s: %s samples, each made when it is needed", place, source, f"{count:,}")
+                logger.info("%s: %s: %s samples, generated as needed", place, source, f"{count:,}")
             else:
                 epochs = count / len(dataset)
                 logger.info("%s: %s: %s; %.3g epochs", place, source, dataset.packing.account, epochs)
@@ -45,7 +45,7 @@ def check_data(config: RunConfig) -> None:
 
 
 def is_unbuilt(data: DataConfig) -> bool:
-    """Whether data.corpus is asked for a file that is not there yet."""
+    """Check whether data.corpus still has to build one of the files."""
     blends = [data.train, data.validation or []]
     return data.corpus is not None and any(
         source.prefix and not Path(source.prefix + ".idx").exists() for blend in blends for source in blend
@@ -53,7 +53,7 @@ def is_unbuilt(data: DataConfig) -> bool:
 
 
 def open_training(stage: StageRun) -> Blend:
-    """The checked training files and the tasks of a stage. Raises UserError."""
+    """Return a blend of the checked training files and the tasks of a stage. Raises UserError."""
     config, key = stage.config, stage.train_key
     blend = _open_blend(key, config.data.train, config, [_TRAINING, config.training.seed, stage.number], part=0)
     for (name, _), dataset in zip(name_sources(key, config.data.train), blend.datasets, strict=True):
@@ -62,8 +62,11 @@ def open_training(stage: StageRun) -> Blend:
 
 
 def open_validation(config: RunConfig) -> ValidationSamples | None:
-    """The samples of training.validation_batches global batches: of data.validation, or of the training files' last
-    documents and the training tasks; None without. Those of tasks are in no training. Raises UserError."""
+    """Return the samples of training.validation_batches global batches; None where there is no validation data.
+
+    They are those of data.validation, or of the training files' last documents and the training tasks (with a seed of
+    their own, so that training never sees them). Raises UserError.
+    """
     data, training = config.data, config.training
     samples = training.validation_batches * training.global_batch_size
     if data.validation is None and not data.validation_share:
@@ -78,7 +81,7 @@ def open_validation(config: RunConfig) -> ValidationSamples | None:
 
 
 def name_sources(key: str, sources: list[Source]) -> list[tuple[str, Source]]:
-    """Each source with its dotted key; one alone has that of the blend."""
+    """Return each source with its dotted key; a single source has the key of the blend."""
     if len(sources) == 1:
         return [(key, sources[0])]
     return [
@@ -87,19 +90,23 @@ def name_sources(key: str, sources: list[Source]) -> list[tuple[str, Source]]:
 
 
 def split_file(file: TokenFile, share: float) -> tuple[TokenFile, TokenFile]:
-    """A file's documents but the last, and the last, which hold `share` of its tokens. Raises UserError."""
+    """Split a file into its first documents and its last ones, which hold `share` of its tokens. Raises UserError."""
     offsets_D1 = file.offsets_D1
     first = int(np.searchsorted(offsets_D1, (1 - share) * offsets_D1[-1]))
     if not 0 < first < len(offsets_D1) - 1:
         raise UserError(
-            f"data.validation_share: {share:g} of {file.prefix} ({len(offsets_D1) - 1} documents) leaves no whole "
-            "document on one side; give data.validation, a larger share or a file of more documents"
+            f"data.validation_share: {share:g} of {file.prefix} ({len(offsets_D1) - 1} documents) leaves one side "
+            "without a document; give data.validation, another share or a file of more documents"
         )
     return replace(file, offsets_D1=offsets_D1[: first + 1]), replace(file, offsets_D1=offsets_D1[first:])
 
 
 def _open_blend(key: str, sources: list[Source], config: RunConfig, seed: list[int], part: int) -> Blend:
-    """seed: numbers, of the tasks. part: 0 or 1, of files that data.validation_share splits."""
+    """Open the sources of a blend.
+
+    seed: numbers that the samples of tasks are drawn from. part: 0 (training) or 1 (validation) of the files that
+    data.validation_share splits.
+    """
     data = config.data
     datasets: list[Dataset] = []
     for number, (name, source) in enumerate(name_sources(key, sources)):
@@ -115,7 +122,7 @@ def _open_blend(key: str, sources: list[Source], config: RunConfig, seed: list[i
 
 
 def open_task(key: str, task: MQARTask | NeedleTask, data: DataConfig, seed: list[int]) -> TaskDataset:
-    """The samples of a task. Raises UserError where they are longer than data.sequence_length."""
+    """Return the samples of a task. Raises UserError where they do not fit into data.sequence_length."""
     if isinstance(task, NeedleTask) and (least := least_room(task, len)) > data.sequence_length:
         raise UserError(
             f"{key}: got data.sequence_length {data.sequence_length}, allowed {least} or more for needle "

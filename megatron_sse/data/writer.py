@@ -1,4 +1,4 @@
-"""Token files of Megatron's format, which appear complete or not at all."""
+"""Writing token files in Megatron's format; they appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_sse.checkpoint.durable import fsync
 
-# As in Megatron-Core's indexed_dataset, which would load torch.
+# Copied from Megatron-Core's indexed_dataset, whose import would load torch.
 _MAGIC = b"MMIDIDX\x00\x00"
 _CODES = {np.dtype(np.uint16): 8, np.dtype(np.int32): 4}
 _PIECE = 1 << 20
@@ -20,9 +20,12 @@ INDEX = ".idx"
 
 
 def write_index(path: Path, dtype: np.dtype, num_documents: int, lengths: Iterable[np.ndarray]) -> None:
-    """Write an index whose documents are one sequence each.
+    """Write an index in which each document is one sequence.
 
-    lengths: int32, of all documents in pieces; taken twice, so no iterator.
+    After the header it holds the length of each sequence (int32), its offset in the .bin in bytes (int64), and the
+    first sequence of each document and one past the last (int64).
+
+    lengths: int32, of all documents in pieces; it is iterated twice, so an iterator will not do.
     """
     with path.open("wb") as file:
         file.write(_MAGIC + struct.pack("<QBQQ", 1, _CODES[dtype], num_documents, num_documents + 1))
@@ -43,7 +46,10 @@ def _ranges(count: int) -> Iterator[tuple[int, int]]:
 
 
 def publish(folder: Path, prefix: Path) -> None:
-    """Give files named by their suffixes (.bin, .json, ...) the prefix; the index last, since it makes a token file."""
+    """Move files named by their suffixes (.bin, .json, ...) to the prefix.
+
+    The index comes last: a token file exists once it has its index.
+    """
     names = sorted((path.name for path in folder.iterdir()), key=lambda name: (name == INDEX, name))
     for name in names:
         fsync(folder / name)
@@ -53,7 +59,7 @@ def publish(folder: Path, prefix: Path) -> None:
 
 
 def copy_into(target: IO[bytes], source: Path) -> None:
-    """Append a file's content."""
+    """Append the content of `source` to `target`."""
     with source.open("rb") as file:
         while block := file.read(_PIECE * 16):
             target.write(block)

@@ -1,4 +1,4 @@
-"""Console, TensorBoard and the arithmetic behind speed and utilisation."""
+"""Monitoring a run: console lines, TensorBoard, profiles, warnings, and the FLOPs behind speed and utilisation."""
 
 from megatron_sse.monitor.monitor import Monitor
 

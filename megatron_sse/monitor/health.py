@@ -1,4 +1,4 @@
-"""Health of the SSE layers, wherever they live: collected on their ranks, averaged, the same on every rank."""
+"""The health of the SSE layers: collected on the ranks that hold them, averaged, and the same on every rank."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_sse.config import ModelConfig
 from megatron_sse.model.mixer import SSEMixer
 
-# Metric of the mixer -> name in TensorBoard.
+# Names of the mixer's metrics, and their names in TensorBoard.
 RECURRENT = {"decay": "mean_decay", "state_norm": "state_norm"}
 ROUTED = {"entropy": "router_entropy", "balance_loss": "balance_loss"}
 
@@ -18,13 +18,14 @@ ROUTED = {"entropy": "router_entropy", "balance_loss": "balance_loss"}
 def collect_health(
     model: ModelConfig, model_chunks: list[torch.nn.Module], groups: ProcessGroupCollection, device: str
 ) -> dict[str, float]:
-    """Means over the micro-batches of the last step by TensorBoard name (sse/layer_03/router_entropy).
+    """Return means over the micro-batches of the last step by TensorBoard name (sse/layer_03/router_entropy).
 
-    Collective over the tensor, pipeline and data-parallel groups: every rank calls it.
+    Layers and partitions are counted from 1. Collective over the tensor, pipeline and data-parallel groups: every rank
+    calls it.
     """
     names = [*RECURRENT, *ROUTED]
-    # One row per layer: 1 as the count of this rank's means, then the means. The rows of layers that live elsewhere are
-    # zero, so that a plain sum joins all ranks.
+    # One row per layer: 1 (the count of this rank's means) and then the means. Rows of layers on other ranks are zero,
+    # so that a sum over the ranks gives each layer the sum of its means and their number.
     rows_LM = torch.zeros(model.num_layers, 1 + len(names) + model.sse.num_partitions, device=device)
     for mixer in find_mixers(model_chunks):
         means = mixer.metrics.means()
@@ -44,12 +45,12 @@ def collect_health(
 
 
 def find_mixers(model_chunks: list[torch.nn.Module]) -> list[SSEMixer]:
-    """The SSE mixers that live on this rank."""
+    """Return the SSE mixers on this rank."""
     return [module for chunk in model_chunks for module in chunk.modules() if isinstance(module, SSEMixer)]
 
 
 def name_means(model: ModelConfig, rows_LM: Tensor) -> dict[str, float]:
-    """Summed rows (count, scalars, shares) divided by their counts, by TensorBoard name."""
+    """Divide summed rows (count, scalars, shares) by their counts; return the means by TensorBoard name."""
     health: dict[str, float] = {}
     for layer, kind in enumerate(model.layer_kinds()):
         count, *values = rows_LM[layer].tolist()

@@ -1,4 +1,4 @@
-"""The console's line of a training step."""
+"""The console line of a training step."""
 
 from __future__ import annotations
 
@@ -7,9 +7,17 @@ from dataclasses import dataclass
 
 @dataclass
 class Progress:
-    """Attributes: step and steps counted from 1; losses in nats per token; tokens_per_second of the whole run;
-    tflops_per_gpu (of a process on a CPU); mfu as a fraction, None where the GPU is not known; peak memory of this
-    process in GiB; skipped where the optimizer did not step.
+    """The numbers of a step's report.
+
+    Attributes:
+        step, steps: this step, counted from 1, and the steps of the run.
+        loss, balance_loss: in nats per token.
+        tokens_per_second: of all processes together.
+        tflops_per_gpu: per GPU, or per process on a CPU.
+        mfu: model FLOPs utilisation as a fraction; None where the GPU's peak is not known.
+        memory_gib: peak memory of this process.
+        seconds_left: estimate for the rest of the run.
+        skipped: whether the optimizer did not step.
     """
 
     step: int
@@ -26,6 +34,7 @@ class Progress:
     skipped: bool
 
     def line(self) -> str:
+        """Return the console line."""
         parts = [f"step {self.step}/{self.steps}", f"loss {self.loss:.4f}"]
         if self.balance_loss is not None:
             parts.append(f"balance {self.balance_loss:.4f}")
@@ -39,7 +48,7 @@ class Progress:
         return " | ".join(parts)
 
     def scalars(self) -> dict[str, float]:
-        """Values by TensorBoard name."""
+        """Return the values by TensorBoard name."""
         values = {
             "train/loss": self.loss,
             "train/balance_loss": self.balance_loss,
@@ -54,7 +63,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 42s, 3m05s, 2h07m or 1d04h."""
+    """Format seconds as 42s, 3m05s, 2h07m or 1d04h."""
     minutes, rest = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)

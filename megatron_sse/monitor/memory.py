@@ -1,4 +1,4 @@
-"""Where a GPU's memory goes: snapshots for https://pytorch.org/memory_viz, and advice when it runs out."""
+"""GPU memory: snapshots for https://pytorch.org/memory_viz, and advice when it runs out."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from megatron_sse.config import RunConfig
 
 logger = logging.getLogger(__name__)
 
-# Allocations and releases in a snapshot, with where they were made: a few kB each.
+# Allocations and releases in a snapshot; each takes a few kB, for its stack trace.
 MOST_EVENTS = 100_000
 
 
 class MemoryWindow:
-    """Records the GPU's allocations of this rank and writes them to `folder`. steps: the first and the last one."""
+    """A recorder of this rank's GPU allocations in a window of steps, written to `folder`. steps: first and last."""
 
     def __init__(self, steps: list[int], folder: Path) -> None:
         self.first, self.last = steps
@@ -25,18 +25,18 @@ class MemoryWindow:
         self.is_recording = False
 
     def before(self, step: int) -> None:
-        """Before each step, counted from 1."""
+        """Start recording at the first step of the window; called before each step, counted from 1."""
         if not self.is_recording and self.first <= step <= self.last:
             torch.cuda.memory._record_memory_history(max_entries=MOST_EVENTS)
             self.is_recording = True
 
     def after(self, step: int) -> None:
-        """After each step."""
+        """Stop recording at the last step of the window; called after each step."""
         if step == self.last:
             self.close()
 
     def close(self) -> None:
-        """End of the window or of the run: what has been recorded is saved."""
+        """Save what has been recorded, at the end of the window or of the run."""
         if self.is_recording:
             write_snapshot(self.folder, f"steps_{self.first}-{self.last}")
             torch.cuda.memory._record_memory_history(enabled=None)
@@ -44,7 +44,7 @@ class MemoryWindow:
 
 
 def write_snapshot(folder: Path, name: str) -> None:
-    """Write what the GPU's memory holds, and the recorded history if there is one, to a file in the run folder."""
+    """Write a snapshot of the GPU's memory, with its history where one was recorded, to a file in the run folder."""
     path = folder / f"memory_rank{dist.get_rank()}_{name}.pickle"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -52,26 +52,26 @@ def write_snapshot(folder: Path, name: str) -> None:
     except OSError as error:
         logger.warning("memory snapshot: %s", error)
         return
-    # Other ranks log warnings alone, and the file may be the only sign of what happened.
+    # A warning, since ranks other than 0 log only warnings, and the file may be the only sign of what happened.
     logger.warning("memory snapshot: %s (for https://pytorch.org/memory_viz)", path)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a tensor found no room, on a GPU or a CPU."""
+    """Check whether an error means that memory ran out, on a GPU or a CPU."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     )
 
 
 def report_out_of_memory(error: BaseException, config: RunConfig) -> None:
-    """Say what to change, and keep a snapshot of a GPU's memory."""
+    """Log what to change, and write a snapshot of a GPU's memory."""
     if isinstance(error, torch.OutOfMemoryError):
         write_snapshot(Path(config.monitor.folder), "out_of_memory")
     logger.error("rank %d: out of memory; %s", dist.get_rank(), advise(config))
 
 
 def advise(config: RunConfig) -> str:
-    """The settings that would save memory in this run, the cheapest first."""
+    """Return a text with the settings that would save memory in this run, the cheapest first."""
     training, parallel = config.training, config.parallel
     changes = []
     if training.micro_batch_size > 1:
@@ -79,4 +79,4 @@ def advise(config: RunConfig) -> str:
     if training.recompute == "none":
         changes.append("training.recompute=full")
     changes += [f"parallel.context={2 * parallel.context}", "more parallel.tensor or parallel.pipeline"]
-    return f"what needs less: {', '.join(changes)}; `megatron-sse plan` with the same settings says what fits"
+    return f"to save memory: {', '.join(changes)}; `megatron-sse plan` with the same settings shows what fits"

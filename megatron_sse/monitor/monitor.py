@@ -1,4 +1,4 @@
-"""What a run shows of itself: a line per step, TensorBoard scalars, and the settings that it used."""
+"""The monitor of a run: a line per step, TensorBoard scalars, and the settings that it used."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class Monitor:
-    """Reports a run. Every rank has one and calls before_step and step, which reads other ranks; rank 0 speaks."""
+    """The reports of a run. Every rank has one and calls its methods, which communicate; rank 0 logs and writes."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Monitor:
         self.start_stage(config)
         self.peak_flops = peak_flops(device.description)
         self.metadata = _validation_metadata(config)
-        # Since the last line; and the mean time of a step, in which the last steps weigh most.
+        # Tokens and seconds since the last line, and the mean time of a step, in which recent steps weigh most.
         self.tokens, self.seconds = 0, 0.0
         self.mean_seconds: float | None = None
         self.writer: SummaryWriter | None = None
@@ -63,15 +63,15 @@ class Monitor:
                 self.writer = SummaryWriter(str(self.folder / "tensorboard"))
 
     def start_stage(self, config: RunConfig) -> None:
-        """Go on with the settings of a stage: its sequence length decides the operations per token."""
+        """Switch to the settings of a stage, whose sequence length decides the FLOPs per token."""
         self.config = config
         if self.spikes is not None:
-            # Longer sequences and other texts have another loss.
+            # The loss of longer sequences or other texts is on another level.
             self.spikes.forget()
         self.flops_per_token = train_flops_per_token(config.model, config.data.sequence_length)
 
     def before_step(self, step: int) -> None:
-        """Make ready for step `step`, counted from 1."""
+        """Prepare for step `step`, counted from 1."""
         for window in self.windows:
             window.before(step)
 
@@ -88,8 +88,8 @@ class Monitor:
         """Report step `step`, counted from 1, once it is done.
 
         losses: "loss" and, with SSE layers, "balance_loss" without its coefficient, the same on every rank.
-        tokens: of the global batch. seconds: that the step took. skipped: the optimizer did not step,
-        on any rank.
+        tokens: number in the global batch. seconds: duration of the step. skipped: the optimizer did not step, on any
+        rank.
         """
         for window in self.windows:
             window.after(step)
@@ -129,7 +129,7 @@ class Monitor:
     def validation(self, step: int, means: dict[str, float]) -> None:
         """Report a validation after `step` steps.
 
-        means: "loss" in nats per token and, with tasks, "accuracy", the share of their answers' tokens that are right.
+        means: "loss" in nats per token and, with tasks, "accuracy", the share of answer tokens predicted right.
         """
         loss = means["loss"]
         scalars = {f"validation/{name}": value for name, value in means.items()}
@@ -144,17 +144,17 @@ class Monitor:
         self._write(step, scalars)
 
     def close(self) -> None:
-        """End of the run: say where things are."""
+        """End the reports, and log where TensorBoard events and checkpoints are."""
         for window in self.windows:
             window.close()
         if self.writer is not None:
             self.writer.close()
             self._log(f"TensorBoard events: {self.folder}/tensorboard (tensorboard --logdir {self.folder}/tensorboard)")
         if (self.folder / "checkpoints").is_dir():
-            self._log(f"checkpoint: {self.folder}/checkpoints (the same command goes on from there)")
+            self._log(f"checkpoint: {self.folder}/checkpoints (run the same command to resume from it)")
 
     def _find_windows(self) -> list[ProfileWindow | MemoryWindow]:
-        """The steps that are to be recorded on this rank."""
+        """Return the windows of steps to record on this rank."""
         monitor, on_gpu = self.config.monitor, self.device.type == "cuda"
         windows: list[ProfileWindow | MemoryWindow] = []
         if monitor.memory_steps is not None and not on_gpu:
@@ -195,6 +195,9 @@ class Monitor:
 
 
 def _validation_metadata(config: RunConfig) -> Metadata | None:
-    """Of the validation file, where there is one alone: a loss over several is no mean over either's bytes."""
+    """Return the metadata of the validation file if there is exactly one.
+
+    The loss over several files cannot be converted to bits per byte of one of them.
+    """
     files = config.data.validation or []
     return read_metadata(files[0].prefix) if len(files) == 1 and files[0].prefix else None

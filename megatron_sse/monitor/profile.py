@@ -1,4 +1,4 @@
-"""Steps of a run under torch's profiler."""
+"""Profiling a window of steps with torch's profiler."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ NUM_OPERATIONS = 30
 
 
 class ProfileWindow:
-    """Profiles this rank. steps: the first and the last one.
+    """A profile of this rank over a window of steps. steps: the first and the last.
 
-    folder: the run's; TensorBoard's folder in it gets the trace, the folder itself a table of the operations.
+    folder: the run folder; the trace is written to its TensorBoard folder, a table of the operations to itself.
     """
 
     def __init__(self, steps: list[int], folder: Path, on_gpu: bool) -> None:
@@ -26,8 +26,8 @@ class ProfileWindow:
         self.has_recorded = False
 
     def before(self, step: int) -> None:
-        """Before each step, counted from 1."""
-        # One step to warm up: the profiler's own start takes time.
+        """Start the profiler one step before the window; called before each step, counted from 1."""
+        # The step before is a warm-up, since starting the profiler takes time itself.
         if self.profiler is None and self.first - 1 <= step <= self.last:
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.on_gpu
             self.profiler = profile(
@@ -38,7 +38,7 @@ class ProfileWindow:
             self.profiler.start()
 
     def after(self, step: int) -> None:
-        """After each step."""
+        """Advance the profiler, and stop it at the last step of the window; called after each step."""
         if self.profiler is not None:
             self.has_recorded = step >= self.first
             self.profiler.step()
@@ -46,7 +46,7 @@ class ProfileWindow:
                 self.close()
 
     def close(self) -> None:
-        """End of the window or of the run: what has been recorded is saved."""
+        """Save what has been recorded, at the end of the window or of the run."""
         if self.profiler is not None:
             self.profiler.stop()
             self.profiler = None
@@ -59,7 +59,7 @@ class ProfileWindow:
         return ProfilerAction.RECORD if step < self.last else ProfilerAction.RECORD_AND_SAVE
 
     def _save(self, profiler: profile) -> None:
-        # A run may end after the step that warms up.
+        # The run may have ended right after the warm-up step.
         if not self.has_recorded:
             return
         name = f"rank{dist.get_rank()}_steps_{self.first}-{self.last}"

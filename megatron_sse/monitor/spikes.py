@@ -1,4 +1,4 @@
-"""Warns of a loss or gradient norm far above those of the steps before."""
+"""Finding spikes: a loss or gradient norm far above those of the steps before."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import math
 import statistics
 from collections import deque
 
-# Steps that a value is compared with: at least, at most.
+# The least and the most steps that a value is compared with.
 SHORTEST, LONGEST = 20, 100
-# Where the values hardly differ, this part of their median counts as their deviation.
+# A lower bound on the deviation, as a part of the median, for values that hardly differ.
 SMALLEST_DEVIATION = 0.02
 # The median absolute deviation of a normal distribution times this is its standard deviation.
 TO_STANDARD = 1.4826
 
 
 class Spikes:
-    """Compares each value with the last ones of its name. factor: deviations above their median that make a spike."""
+    """The recent values by name. factor: a value this many deviations above their median is a spike."""
 
     def __init__(self, factor: float) -> None:
         self.factor = factor
@@ -23,7 +23,7 @@ class Spikes:
         self._last: dict[str, deque[float]] = {}
 
     def check(self, values: dict[str, float]) -> list[str]:
-        """Count the values of a step; a text for each that is a spike. What is not finite is left out."""
+        """Add the values of a step, skipping those that are not finite; return a text for each that is a spike."""
         found = [text for name, value in values.items() if (text := self._check(name, value)) is not None]
         self.count += bool(found)
         return found
@@ -44,5 +44,5 @@ class Spikes:
         return text
 
     def forget(self) -> None:
-        """Compare no more with what was before, as when another stage of the run begins."""
+        """Drop the recent values, as when the next stage of the run begins."""
         self._last.clear()

@@ -1,4 +1,4 @@
-"""Which process is slower than the others: the time that each one computes, without waiting for the others."""
+"""Finding a process that is slower than the others, by the time that each computes (not waiting for the others)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ COMPUTE = ("forward-compute", "backward-compute")
 
 
 class ComputeClock:
-    """Seconds that this rank spends in forward and backward passes.
+    """A clock of the seconds that this rank spends in forward and backward passes.
 
     Megatron-Core's schedules call `config.timers(name).start()` and `.stop()` around the passes of every micro-batch,
-    outside of the exchange with other pipeline stages and of the sum of gradients. On a CPU the processor time of the
-    thread counts, which stands still in collectives; on a GPU the time between two events.
+    but not around the exchange with other pipeline stages and the sum of gradients. On a CPU it measures the processor
+    time of the thread, which does not advance in collectives; on a GPU the time between two events.
     """
 
     def __init__(self, device_type: str) -> None:
@@ -42,7 +42,7 @@ class ComputeClock:
             self._seconds += time.thread_time() - self._started
 
     def take(self) -> float:
-        """Seconds since the last call; once the device has done what was queued."""
+        """Return the seconds since the last call; only valid once the device has finished all queued work."""
         for start, end in zip(self._events[::2], self._events[1::2], strict=True):
             self._seconds += start.elapsed_time(end) / 1000
         self._events.clear()
@@ -56,7 +56,7 @@ class ComputeClock:
 
 
 class NoClock:
-    """Megatron-Core's other timers, which nobody reads."""
+    """A stand-in for Megatron-Core's other timers, which are not read."""
 
     def start(self, barrier: bool = False) -> None:
         pass
@@ -69,10 +69,10 @@ NO_CLOCK = NoClock()
 
 
 class Stragglers:
-    """Compares the ranks. factor: of the others' median, from which on a rank is a straggler.
+    """A comparison of the ranks' compute times; making one is collective over all processes.
 
-    stage: number of this rank's pipeline stage; ranks are compared within theirs, since stages differ in their work.
-    Collective over all processes.
+    factor: a rank is a straggler if it takes this many times the others' median. stage: number of this rank's pipeline
+    stage; ranks are compared only within a stage, since stages differ in their work.
     """
 
     def __init__(self, factor: float, stage: int, device_type: str) -> None:
@@ -83,14 +83,14 @@ class Stragglers:
         dist.all_gather_object(self.hosts, socket.gethostname())
 
     def step(self) -> None:
-        """Count a step, after its loss has been read."""
-        # Every step: a large batch would leave thousands of events behind.
+        """Add the time of a step, after its loss has been read (so that the device has finished it)."""
+        # At every step, since thousands of events would add up until the report.
         self.seconds += self.clock.take()
 
     def report(self) -> tuple[dict[str, float], str | None]:
-        """Of the steps since the last report: scalars, and a warning where a rank is a straggler.
+        """Return scalars of the steps since the last report, and a warning where a rank is a straggler.
 
-        Collective over all processes; the same on every rank.
+        Collective over all processes; the result is the same on every rank.
         """
         mine_2 = torch.tensor([self.seconds, self.stage], dtype=torch.float64, device=self.device_type)
         self.seconds = 0.0
@@ -112,7 +112,7 @@ class Stragglers:
 
 
 def compare(seconds_R: list[float], stage_R: list[float]) -> dict[int, float]:
-    """Time of each rank over the median of the others on its stage; ranks that are alone on theirs are left out."""
+    """Return each rank's time over the median of the others on its stage, without ranks that are alone on theirs."""
     ratios = {}
     for rank, (mine, stage) in enumerate(zip(seconds_R, stage_R, strict=True)):
         others = [seconds_R[r] for r in range(len(seconds_R)) if r != rank and stage_R[r] == stage]

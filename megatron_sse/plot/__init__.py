@@ -1,4 +1,4 @@
-"""Pictures of runs: curves, loads of the partitions and layouts, as PNG files and one page."""
+"""Pictures of runs: curves, partition loads and layouts, as PNG files and on one page."""
 
 from megatron_sse.plot.command import plot
 

@@ -10,14 +10,14 @@ from megatron_sse.plot.read import read_runs
 
 
 def plot(folders: list[str], output: str) -> int:
-    """Draw the runs in `folders` into the folder `output`: a PNG file for each picture and index.html with all.
+    """Draw the runs in `folders` into the folder `output`: a PNG file for each picture, and index.html with all.
 
-    Raises UserError, one line, before anything is written.
+    Return the exit status. Raises UserError.
     """
     require("matplotlib", "megatron-sse plot", extra="plot")
     runs = read_runs(folders)
     target = Path(output)
-    # matplotlib is an extra.
+    # Imported here, since matplotlib is an optional dependency.
     from megatron_sse.plot.figures import draw_all
     from megatron_sse.plot.page import write_page
 
@@ -29,5 +29,5 @@ def plot(folders: list[str], output: str) -> int:
         raise UserError(f"--output: {target}: cannot be written ({error.strerror})") from None
     for picture in pictures:
         print(picture.path)
-    print(f"{page} has all of them: open it in a browser")
+    print(f"{page} shows all of them: open it in a browser")
     return 0

@@ -19,7 +19,7 @@ from megatron_sse.plot.layouts import draw_layout, find_layout, layout_legend
 from megatron_sse.plot.loads import draw_entropy, draw_loads
 from megatron_sse.plot.read import Curve, RunLog
 
-# Told apart by the colour-blind, too (Okabe and Ito).
+# Colours that colour-blind readers can tell apart (Okabe and Ito).
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#8C6BB1"]
 STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -34,13 +34,13 @@ STYLE: dict[Any, Any] = {
 }
 WIDTH, HEIGHT = 6.4, 3.6
 COLUMNS = 3
-# Points from which on a curve is drawn faint, with its running mean.
+# A curve with at least this many points is drawn faint, with its running mean.
 MANY = 40
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG file and what to say of it. wide: it has several plots side by side."""
+    """A PNG file with its title and note. wide: it has several plots side by side."""
 
     path: Path
     title: str
@@ -50,7 +50,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class CurvePlot:
-    """A plot of one quantity over the steps, all runs together."""
+    """A plot of one quantity over the steps, with all runs in it."""
 
     name: str
     title: str
@@ -66,7 +66,7 @@ CURVE_PLOTS = [
     CurvePlot(
         "loss",
         "Loss",
-        "Faint: of each step; line: running mean; dots: on the validation tokens.",
+        "Faint: each step; line: running mean; dots: validation.",
         "train/loss",
         "nats per token",
         smooth=True,
@@ -75,7 +75,7 @@ CURVE_PLOTS = [
     CurvePlot(
         "grad_norm",
         "Gradient norm",
-        "Before clipping. Faint: of each step; line: running mean.",
+        "Before clipping. Faint: each step; line: running mean.",
         "optimizer/grad_norm",
         "norm",
         smooth=True,
@@ -84,7 +84,7 @@ CURVE_PLOTS = [
     CurvePlot(
         "throughput",
         "Throughput",
-        "Tokens of the whole run; the time of validation and saving does not count.",
+        "Tokens of all processes; the time of validation and saving is not counted.",
         "speed/tokens_per_second",
         "tokens per second",
         from_zero=True,
@@ -92,7 +92,7 @@ CURVE_PLOTS = [
     CurvePlot(
         "memory",
         "Memory",
-        "Largest so far on the first process: allocated on its GPU, or held by the process on a CPU.",
+        "Peak so far of the first process: memory allocated on its GPU, or resident memory on a CPU.",
         "memory/peak_gib",
         "GiB",
         from_zero=True,
@@ -101,14 +101,14 @@ CURVE_PLOTS = [
 
 
 def draw_all(runs: list[RunLog], folder: Path) -> list[Picture]:
-    """Draw every picture that the runs have something for."""
+    """Draw every picture for which the runs have data."""
     with matplotlib.rc_context(STYLE):
         pictures = [_draw_curves(plot, runs, folder) for plot in CURVE_PLOTS if any(r.curve(plot.tag) for r in runs)]
         if any(run.shares() for run in runs):
-            note = "Share of the writes that each partition gets, times their number: 1 where all get the same."
+            note = "Each partition's share of the writes times the number of partitions: 1 where all get the same."
             pictures.append(_draw_side_by_side(runs, draw_loads, folder / "partition_load.png", "Partition load", note))
         if any(run.entropies() for run in runs):
-            note = "Of the probabilities over the partitions. Dashed: all the same; 0: always the same partition."
+            note = "Entropy of the router's probabilities. Dashed: all equally likely; 0: always the same one."
             pictures.append(
                 _draw_side_by_side(runs, draw_entropy, folder / "router_entropy.png", "Router entropy", note)
             )
@@ -123,7 +123,7 @@ def _draw_curves(plot: CurvePlot, runs: list[RunLog], folder: Path) -> Picture:
         curve = [(step, value) for step, value in run.curve(plot.tag) if math.isfinite(value)]
         # Dashed once the colours are used up.
         style = "-" if number < len(COLOURS) else "--"
-        # Runs that are alike lie on each other: the first ones are wider.
+        # Curves of similar runs cover each other: the first ones are drawn wider, to remain visible.
         width = 1.5 if plot.smooth else 1.5 + 1.2 * min(3, len(runs) - 1 - number)
         line = {"color": COLOURS[number % len(COLOURS)], "linestyle": style, "linewidth": width}
         _draw_curve(axes, curve, run.name, line, plot.smooth)
@@ -151,7 +151,7 @@ def _draw_curve(axes: Axes, curve: Curve, name: str, line: dict[str, Any], smoot
     if smooth and len(values) >= MANY:
         axes.plot(steps, values, **{**line, "linewidth": 0.8, "alpha": 0.3})
         values = running_mean(values)
-    # A single point has no line.
+    # A single point has no line, so it gets a marker.
     axes.plot(steps, values, label=name, marker="." if len(values) == 1 else "", **line)
 
 
@@ -160,7 +160,7 @@ def _columns(curve: Curve) -> tuple[list[int], list[float]]:
 
 
 def running_mean(values: list[float]) -> list[float]:
-    """Exponential mean over about a thirtieth of the points, without a bias to the first."""
+    """Return the exponential running mean over about a thirtieth of the points, without a bias to the first."""
     keep = 1 - 30 / max(len(values), 60)
     means, total, weight = [], 0.0, 0.0
     for value in values:
@@ -170,7 +170,7 @@ def running_mean(values: list[float]) -> list[float]:
 
 
 def _draw_layouts(runs: list[RunLog], path: Path) -> Picture:
-    note = "A box is a process with its rank, a row a pipeline stage with its layers."
+    note = "Each box is a process with its rank, each row a pipeline stage with its layers."
     height = 1.5 + 0.55 * max(find_layout(run).pipeline for run in runs)
     return _draw_side_by_side(runs, draw_layout, path, "Layouts", note, height, layout_legend(runs))
 
@@ -184,7 +184,7 @@ def _draw_side_by_side(
     height: float = HEIGHT,
     legend: Sequence[Patch] = (),
 ) -> Picture:
-    """A plot of each run, up to three in a row, each `height` inches high."""
+    """Draw a plot of each run, up to three in a row, each `height` inches high."""
     columns = 2 if len(runs) == 4 else min(COLUMNS, len(runs))
     rows = -(-len(runs) // columns)
     figure = Figure(figsize=(WIDTH if columns == 1 else 2 * WIDTH, height * rows), layout="constrained")

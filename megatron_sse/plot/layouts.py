@@ -15,14 +15,14 @@ from megatron_sse.plot.read import RunLog
 
 _COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#F0E442")
 KINDS = dict(zip((kind for kind in LAYER_KINDS if kind != "softmax"), _COLOURS, strict=False)) | {"softmax": "#E69F00"}
-# More boxes than these in a row would be too small to read: the first copy of the model stands for all.
+# With more boxes than this in a row, only the first copy of the model is drawn.
 MOST_BOXES = 16
 MOST_NUMBERS = 32
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the axes, and the kinds of the layers by pipeline stage."""
+    """The sizes of the axes of parallelism, and the kinds of all layers."""
 
     tensor: int
     pipeline: int
@@ -33,16 +33,21 @@ class Layout:
 
     @property
     def num_processes(self) -> int:
+        """Number of processes of the run."""
         return self.tensor * self.pipeline * self.context * self.data
 
     def stage_kinds(self, stage: int) -> list[str]:
-        """Kinds of the layers of a pipeline stage, of all of its chunks one after the other."""
+        """Return the kinds of a pipeline stage's layers, chunk after chunk.
+
+        With virtual pipelining, the chunks go round the stages: on 2 stages with 2 chunks each, stage 0 has the chunks
+        0 and 2 of the model, stage 1 the chunks 1 and 3.
+        """
         length = len(self.kinds) // (self.pipeline * self.virtual_pipeline)
         starts = [(chunk * self.pipeline + stage) * length for chunk in range(self.virtual_pipeline)]
         return [kind for start in starts for kind in self.kinds[start : start + length]]
 
     def rank(self, stage: int, copy: int, part: int, slice_: int) -> int:
-        """Number of a process: neighbours share a tensor group, then a sequence, then a pipeline stage."""
+        """Return the number of a process: neighbours share a tensor group, then a sequence, then a pipeline stage."""
         return ((stage * self.data + copy) * self.context + part) * self.tensor + slice_
 
     def __str__(self) -> str:
@@ -54,7 +59,7 @@ class Layout:
 
 
 def find_layout(run: RunLog) -> Layout:
-    """The layout that a run had at its end."""
+    """Return the layout that a run had at its end."""
     settings: dict[str, Any] = run.settings
     sizes = {name: int(settings[f"parallel.{name}"]) for name in ("tensor", "pipeline", "virtual_pipeline", "context")}
     replica = sizes["tensor"] * sizes["pipeline"] * sizes["context"]
@@ -65,7 +70,7 @@ def find_layout(run: RunLog) -> Layout:
 
 
 def draw_layout(axes: Axes, run: RunLog) -> None:
-    """Rows of boxes: a process each, in the colour of its part of the sequence; left of them the stage's layers."""
+    """Draw a row per stage: its layers, and a box per process in the colour of its part of the sequence."""
     layout = find_layout(run)
     axes.set_title(f"{run.name}\n{layout}")
     axes.axis("off")
@@ -108,19 +113,19 @@ def _draw_process(
 
 
 def part_colour(part: int, num_parts: int) -> str:
-    """White for whole sequences, else shades of purple from the first part to the last."""
+    """Return white for full sequences, otherwise shades of purple from the first part to the last."""
     if num_parts == 1:
         return "#FFFFFF"
     return to_hex(matplotlib.colormaps["Purples"](0.25 + 0.4 * part / (num_parts - 1)))
 
 
 def layout_legend(runs: list[RunLog]) -> list[Patch]:
-    """Entries for the kinds of layers and the parts of sequences in use."""
+    """Return legend entries for the kinds of layers and the parts of sequences in use."""
     layouts = [find_layout(run) for run in runs]
     used = {kind for layout in layouts for kind in layout.kinds}
     entries = [Patch(color=colour, label=f"{kind} layer") for kind, colour in KINDS.items() if kind in used]
     if any(layout.context == 1 for layout in layouts):
-        entries.append(Patch(facecolor=part_colour(0, 1), edgecolor="#555555", label="whole sequences"))
+        entries.append(Patch(facecolor=part_colour(0, 1), edgecolor="#555555", label="full sequences"))
     if any(layout.context > 1 for layout in layouts):
         entries.append(Patch(facecolor=part_colour(0, 2), edgecolor="#555555", label="first part of sequences"))
         entries.append(Patch(facecolor=part_colour(1, 2), edgecolor="#555555", label="last part"))

@@ -1,4 +1,4 @@
-"""Plots of a run's routers: what share of the writes each partition gets, and how decided the routers are."""
+"""Plots of a run's routers: each partition's share of the writes, and the entropy of the routers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from matplotlib.colors import BoundaryNorm, TwoSlopeNorm
 from megatron_sse.plot.axes import label_steps
 from megatron_sse.plot.read import Curve, RunLog
 
-# Shares beyond twice the even one look the same.
+# The colours end at twice the even share.
 NORM = TwoSlopeNorm(1.0, vmin=0.0, vmax=2.0)
 MOST_LABELS = 12
 
 
 def draw_loads(axes: Axes, run: RunLog) -> None:
-    """A heat map: a row for each partition, those of a layer together; the colour says the share times their number."""
+    """Draw a heat map with a row for each partition, grouped by layer; the colour is the share times their number."""
     axes.set_title(run.name)
     shares = run.shares()
     if not shares:
@@ -41,7 +41,7 @@ def draw_loads(axes: Axes, run: RunLog) -> None:
 
 
 def _label_layers(axes: Axes, sizes: dict[int, int]) -> None:
-    """A line between layers, the first on top, and the layers' numbers, a few of them where there are many."""
+    """Draw a line between layers, the first on top, and their numbers (from 1), only some where there are many."""
     borders = np.cumsum([0, *sizes.values()])
     for border in borders[1:-1]:
         axes.axhline(border, color="white", linewidth=1.5)
@@ -52,13 +52,13 @@ def _label_layers(axes: Axes, sizes: dict[int, int]) -> None:
 
 
 def _edges(steps: list[int]) -> list[float]:
-    """Borders of the columns: each reaches from the step before to its own."""
+    """Return the borders of the columns: each column reaches from the step before to its own."""
     first = steps[0] - (steps[1] - steps[0] if len(steps) > 1 else 1)
     return [first, *steps]
 
 
 def draw_entropy(axes: Axes, run: RunLog) -> None:
-    """A line for each layer, the deeper the lighter."""
+    """Draw a line for each layer; deeper layers are lighter."""
     axes.set_title(run.name)
     entropies = run.entropies()
     if not entropies:

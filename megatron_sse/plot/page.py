@@ -1,4 +1,4 @@
-"""One HTML page that holds everything: pictures, results and the settings that differ. It needs no other file."""
+"""One HTML page with pictures, results and the settings that differ. It needs no other file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ figcaption { color: #555; font-size: .9em; }
 
 
 def write_page(runs: list[RunLog], pictures: list[Picture], folder: Path) -> Path:
-    """Write index.html into `folder`; returns its path."""
+    """Write index.html into `folder` and return its path."""
     title = "megatron-sse: " + ", ".join(run.name for run in runs)
     body = [f"<h1>{escape(title)}</h1>", "<h2>Runs</h2>", _table(*_results(runs))]
     if len(runs) > 1:
@@ -64,7 +64,7 @@ def _results(runs: list[RunLog]) -> tuple[list[str], list[list[str]]]:
                 _number(run.last("train/spikes"), ".0f"),
             ]
         )
-    # A column that no run fills says nothing.
+    # Drop columns that are empty for all runs.
     filled = [column for column in range(len(header)) if any(row[column] for row in rows)]
     return [header[column] for column in filled], [[row[column] for column in filled] for row in rows]
 
@@ -74,7 +74,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _differences(runs: list[RunLog]) -> tuple[list[str], list[list[str]]]:
-    """Settings that are not the same in all runs, the folder aside: a row each, a column for each run."""
+    """Return a row for each setting that differs between runs (except the folder), with a column for each run."""
     keys = list(dict.fromkeys(key for run in runs for key in run.settings))
     rows = []
     for key in keys:
@@ -85,13 +85,13 @@ def _differences(runs: list[RunLog]) -> tuple[list[str], list[list[str]]]:
 
 
 def _show(value: Any) -> str:
-    """A value as it would stand in YAML, in one line."""
+    """Return a value as YAML in one line."""
     text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True)
     return text.removesuffix("...\n").strip()
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
-    """A table of texts that are HTML already."""
+    """Return a table of cells that are HTML already."""
     lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in header) + "</tr>"]
     lines += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows]
     return '<div class="scroll"><table>\n' + "\n".join(lines) + "\n</table></div>"

@@ -1,4 +1,4 @@
-"""What run folders hold: the scalars of their TensorBoard events, and their settings."""
+"""Reading run folders: the scalars of their TensorBoard events, and their settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import SCALARS, Even
 
 from megatron_sse.errors import UserError
 
-# Of the settings, which a run writes with all defaults filled in.
+# The settings that the plots need. A run writes all settings, with defaults filled in.
 NEEDED = ["model.layers", "model.num_layers", "training.steps", "parallel.data"]
 NEEDED += [f"parallel.{axis}" for axis in ("tensor", "pipeline", "virtual_pipeline", "context")]
 _SHARE = re.compile(r"sse/layer_(\d+)/share_(\d+)")
@@ -24,22 +24,25 @@ Curve = list[tuple[int, float]]
 
 @dataclass(frozen=True)
 class RunLog:
-    """name: to show. settings: by dotted key. scalars: steps and values by TensorBoard tag, in the order of steps."""
+    """The log of a run.
+
+    name: shown in the plots. settings: by dotted key. scalars: steps and values by TensorBoard tag, in step order.
+    """
 
     name: str
     settings: dict[str, Any]
     scalars: dict[str, Curve]
 
     def curve(self, tag: str) -> Curve:
-        """Steps and values of a tag, none where it was not written."""
+        """Return the steps and values of a tag; an empty list where it was not written."""
         return self.scalars.get(tag, [])
 
     def last(self, tag: str) -> float | None:
-        """The last value of a tag."""
+        """Return the last value of a tag; None where it was not written."""
         return self.scalars[tag][-1][1] if tag in self.scalars else None
 
     def shares(self) -> dict[int, dict[int, Curve]]:
-        """Share of the writes by layer and partition, both counted from 1."""
+        """Return the share of the writes by layer and partition, both counted from 1."""
         found: dict[int, dict[int, Curve]] = {}
         matches = [match for tag in self.scalars if (match := _SHARE.fullmatch(tag))]
         for layer, partition, tag in sorted((int(match[1]), int(match[2]), match[0]) for match in matches):
@@ -47,13 +50,13 @@ class RunLog:
         return found
 
     def entropies(self) -> dict[int, Curve]:
-        """Entropy of the router by layer, in nats."""
+        """Return the entropy of the router in nats by layer, counted from 1."""
         matches = [match for tag in self.scalars if (match := _ENTROPY.fullmatch(tag))]
         return {layer: self.scalars[tag] for layer, tag in sorted((int(match[1]), match[0]) for match in matches)}
 
 
 def read_runs(folders: list[str]) -> list[RunLog]:
-    """The runs in these folders, under names that tell them apart. Raises UserError."""
+    """Read the runs in these folders, and name them so that they can be told apart. Raises UserError."""
     paths = [Path(folder) for folder in folders]
     for number, path in enumerate(paths):
         if path.resolve() in [other.resolve() for other in paths[:number]]:
@@ -64,7 +67,7 @@ def read_runs(folders: list[str]) -> list[RunLog]:
 
 
 def _names(paths: list[Path]) -> list[str]:
-    """The folders' own names, with as many of those above them as tell all apart."""
+    """Return the folders' names, with as many of their parents as are needed to tell them apart."""
     parts = [path.resolve().parts for path in paths]
     depth = 1
     while len({part[-depth:] for part in parts}) < len(parts):
@@ -74,21 +77,21 @@ def _names(paths: list[Path]) -> list[str]:
 
 def _read_settings(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
+        raise UserError(f"{folder}: folder not found")
     path = folder / "config.yaml"
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())}), allowed a run folder") from None
+        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())}); give a run folder") from None
     settings = flatten(values) if isinstance(values, dict) else {}
     missing = [key for key in NEEDED if key not in settings]
     if missing:
-        raise UserError(f"{path}: has no {missing[0]}, allowed the file that a run writes into its folder")
+        raise UserError(f"{path}: {missing[0]} missing; give a folder with the config.yaml that a run wrote")
     return settings
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values of nested sections by dotted key."""
+    """Return the values of nested sections by dotted key."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -96,17 +99,17 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _written(path: Path) -> list[tuple[int, str]]:
-    """Sorts event files by their time, then by their process and their number in it: all of them parts of the name."""
+    """Return a sort key for event files: time, process and number in the process, which are all parts of the name."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in path.name.split(".")]
 
 
 def read_scalars(folder: Path) -> dict[str, Curve]:
-    """Scalars of all event files of a run. Raises UserError where there is none.
+    """Read the scalars of all event files of a run. Raises UserError where there are none.
 
-    A file of a resumed run begins after the step that it went on from: what earlier files say from there on is
-    dropped, since these steps were taken again.
+    The first step in a resumed run's file is the one after its checkpoint. Values of that and later steps in earlier
+    files are dropped, since these steps were repeated.
     """
-    # A file that was cut off gives what can be read of it.
+    # A file that was cut off is read as far as possible; tensorboard would warn about it.
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
     scalars: dict[str, Curve] = {}
     for path in sorted((folder / "tensorboard").glob("events.out.tfevents.*"), key=_written):

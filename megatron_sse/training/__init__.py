@@ -1,4 +1,4 @@
-"""The trainer: optimizer, schedules, steps, checkpoints, and the run that they make."""
+"""The trainer: optimizer, learning-rate schedule, training steps, and the loop of a run."""
 
 from megatron_sse.training.loop import train
 

@@ -1,4 +1,4 @@
-"""What a process says when others are gone: which ones, and what it was waiting for."""
+"""The message of a process that lost contact with others: which ones failed, and what it was waiting for."""
 
 import logging
 import os
@@ -13,24 +13,24 @@ from torch.distributed import ProcessGroup, distributed_c10d
 
 logger = logging.getLogger(__name__)
 
-# The others that lost a peer say so within this time of each other; one that does not is gone itself.
+# Processes that lost a peer report within this time of each other; one that does not report is taken for lost.
 SECONDS_TO_ANSWER = 2.0
 _LOST = re.compile("gloo|NCCL|Connection (closed|reset)|[Tt]imed out|Broken pipe")
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed because another process ended or stopped."""
+    """Check whether a collective failed because another process ended or stopped."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and bool(_LOST.search(str(error))))
 
 
 def leave_for_peers(error: BaseException) -> None:
-    """Leave a line for the others, who lose contact once this process has ended; the traceback goes to the log."""
+    """Store this process's error for the others, which lose contact when it ends; log its traceback."""
     logger.debug("failed", exc_info=error)
     _leave(f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
 def name_lost_peers(error: BaseException) -> str:
-    """One line: the rank, what it was waiting for, and which other processes failed first or do not answer."""
+    """Return a line with the rank, what it was waiting for, and which other processes failed first or do not answer."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     _leave("")
     end = time.monotonic() + SECONDS_TO_ANSWER
@@ -50,14 +50,14 @@ def name_lost_peers(error: BaseException) -> str:
 
 
 def seconds_since_launch() -> float:
-    """Age of the process that started this one and starts it again after a fault; 0 where there is none."""
+    """Return the age of the launcher, which starts this process and restarts it after a fault; 0 without a launcher."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return 0.0
     return time.time() - psutil.Process(os.getppid()).create_time()
 
 
 def _describe_wait(trace: TracebackType | None) -> str:
-    """The collective that failed and its group, from the innermost frame that knows one."""
+    """Return the collective that failed, with its group from the innermost frame that has one."""
     call, group = "a wait", None
     for frame, _ in traceback.walk_tb(trace):
         values = frame.f_locals

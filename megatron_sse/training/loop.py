@@ -1,4 +1,4 @@
-"""A whole training run: from the settings to the last checkpoint."""
+"""A training run, from the settings to the last checkpoint."""
 
 import logging
 import math
@@ -39,13 +39,13 @@ logger = logging.getLogger(__name__)
 
 
 class NonFiniteError(Exception):
-    """Too many steps in a row had a loss or gradient that was not finite."""
+    """An error for too many steps in a row whose loss or gradient was not finite."""
 
 
 class Signals:
-    """SIGTERM, or the time being up, asks for an end after the running step; SIGINT ends the run at once.
+    """Reasons to end a run early: SIGTERM or the time limit end it after the current step, SIGINT at once.
 
-    minutes: after which the time is up, from the launch on.
+    minutes: the time limit, counted from the launch; None for no limit.
     """
 
     def __init__(self, minutes: float | None = None) -> None:
@@ -63,7 +63,7 @@ class Signals:
         raise KeyboardInterrupt
 
     def share(self, device: Device, writing: bool) -> tuple[str | None, bool]:
-        """Why to end, if so, and whether a checkpoint is being `writing` written; over all ranks, the same on all."""
+        """Return the reason to end (or None), and whether any rank is still `writing` a checkpoint; the same on all."""
         mine = [self.terminate, time.monotonic() >= self.end, writing]
         flags = torch.tensor(mine, dtype=torch.int, device=device.type)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
@@ -73,11 +73,11 @@ class Signals:
 
 
 def train(config: RunConfig) -> int:
-    """Run the training that `config` describes in this process and its peers; returns the exit code.
+    """Run the training that `config` describes in this process and its peers; return the exit code.
 
-    0: all steps done, or ended by SIGTERM or the time, and saved; 1: the last checkpoint could not be saved, or
-    another process was lost; 3: too many steps were not finite; 130: SIGINT, nothing saved. Raises UserError, before
-    any process group exists where it can be known by then, where there is nothing to resume from.
+    0: all steps done, or ended by SIGTERM or the time limit, and saved; 1: the last checkpoint could not be saved, or
+    another process was lost; 3: too many steps were not finite; 130: SIGINT, nothing saved. Raises UserError where a
+    setting turns out to be wrong, such as a checkpoint.resume without a checkpoint (before any process group exists).
     """
     candidates, weights = find_checkpoints(config), find_weights(config)
     check_writable(checkpoint_folder(config))
@@ -126,7 +126,7 @@ def train(config: RunConfig) -> int:
 
 
 class Run:
-    """The parts of a run on this rank, and its place in it."""
+    """The parts of a run on this rank, and its progress."""
 
     def __init__(
         self,
@@ -156,9 +156,9 @@ class Run:
         self.monitor = Monitor(config, groups, chunks, device)
 
     def run(self, signals: Signals) -> None:
-        """Train to the last step or to SIGTERM, validate and save on the way, save at the end.
+        """Train to the last step, or to a signal or the time limit; validate and save on the way, and save at the end.
 
-        Raises SaveError where the last checkpoint could not be saved; of those before it the log tells.
+        Raises SaveError where the last checkpoint could not be saved; failures of earlier ones are only logged.
         """
         training, checkpoint = self.config.training, self.config.checkpoint
         step, batches, make_validation = self.first_step - 1, None, None
@@ -184,11 +184,11 @@ class Run:
             self.saver.start(step, self.consumed_samples, background=False)
             self.saver.finish()
         elif step < self.first_step and step >= training.steps and dist.get_rank() == 0:
-            logger.warning("nothing to do: %d of %d steps were done before", step, training.steps)
+            logger.warning("nothing to do: %d of %d steps are done already", step, training.steps)
         self.monitor.close()
 
     def _enter(self, stage: StageRun) -> tuple[Iterator[Batch], ValidationFactory | None]:
-        """Go on with a stage's settings; returns its training batches, from this place on, and its validation."""
+        """Switch to a stage's settings; return its training batches from here on, and its validation."""
         self.stage = stage
         self.trainer.start_stage(stage.config)
         self.monitor.start_stage(stage.config)
@@ -213,7 +213,7 @@ class Run:
 
     def _save(self, step: int, background: bool) -> None:
         if self.saver.is_under_way:
-            logger.info("waiting for the checkpoint before this one; checkpoint.interval is shorter than its writing")
+            logger.info("waiting for the previous checkpoint: writing one takes longer than checkpoint.interval")
         self._finish_save()
         try:
             self.saver.start(step, self.consumed_samples, background)
@@ -230,19 +230,19 @@ class Run:
             self._report_unsaved(error)
 
     def _report_unsaved(self, error: SaveError) -> None:
-        # The next save may find room again; the last one has to.
+        # Not fatal: a later save may succeed. Only the last save of the run has to.
         if dist.get_rank() == 0:
-            logger.error("%s; training goes on", error)
+            logger.error("%s; training continues", error)
 
     def learning_rate(self, step: int) -> float:
-        """Learning rate of a step of this run."""
+        """Return the learning rate of a step of this run."""
         stage = stage_of_step(self.stages, step)
         if stage.own_schedule:
             return learning_rate(stage.config.optimizer, step - stage.first_step, stage.steps)
         return learning_rate(self.config.optimizer, step, self.config.training.steps)
 
     def _seed(self, step: int) -> None:
-        # Random numbers of a step (dropout) depend on the step and rank alone: a resumed run draws the same.
+        # A step's random numbers (dropout) depend only on step and rank, so that a resumed run draws the same.
         rank = self.groups.pp.rank() * self.groups.dp_cp.size() + self.groups.dp_cp.rank()
         model_parallel_cuda_manual_seed(self.config.training.seed + 100_003 * step + 1_009 * rank)
 

@@ -22,7 +22,7 @@ from megatron_sse.config import RunConfig, uses_distributed_optimizer
 class Adam(torch.optim.Optimizer):
     """AdamW that counts its steps once per parameter group, as the fused ones of Transformer Engine and Apex do.
 
-    Megatron-Core's distributed optimizer cannot load checkpoints of torch's own, which counts per parameter.
+    Megatron-Core's distributed optimizer cannot load checkpoints of torch's AdamW, which counts per parameter.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Adam(torch.optim.Optimizer):
                 [self.state[parameter]["exp_avg"] for parameter in parameters],
                 [self.state[parameter]["exp_avg_sq"] for parameter in parameters],
                 [],
-                # adamw() counts these up itself.
+                # adamw() increments these tensors, so it gets fresh ones.
                 [torch.tensor(float(group["step"])) for _ in parameters],
                 amsgrad=False,
                 beta1=group["betas"][0],
@@ -69,7 +69,7 @@ class Adam(torch.optim.Optimizer):
 def build_optimizer(
     config: RunConfig, chunks: list[torch.nn.Module], groups: ProcessGroupCollection
 ) -> MegatronOptimizer:
-    """Megatron-Core's AdamW over model chunks in DDP: plain, mixed-precision or distributed, as the run asks."""
+    """Build Megatron-Core's AdamW over model chunks in DDP: plain, mixed-precision or distributed, as the run asks."""
     _provide_adam()
     settings = config.optimizer
     bf16 = config.training.precision == "bf16"
@@ -89,8 +89,8 @@ def build_optimizer(
             use_distributed_optimizer=uses_distributed_optimizer(config),
         ),
         chunks,
-        # The distributed optimizer's checkpoints need groups of one dtype, told apart by one of a few keys; this one is
-        # of no effect.
+        # The distributed optimizer's checkpoints need parameter groups of one dtype, which differ in one of a few keys;
+        # is_decoupled_lr is such a key, and has no other effect here.
         config_overrides={
             ParamKey(with_name_predicate=no_decay): {"wd_mult": 0.0},
             ParamKey(with_name_predicate=in_fp32): {"is_decoupled_lr": True},
@@ -101,14 +101,14 @@ def build_optimizer(
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> None:
-    """Learning rate of the next step, and each group's weight decay (a loaded checkpoint brings its own)."""
+    """Set the learning rate of the next step, and each group's weight decay (a loaded checkpoint has changed it)."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
         group["weight_decay"] = optimizer.config.weight_decay * group["wd_mult"]
 
 
 def _provide_adam() -> None:
-    # Without Transformer Engine and Apex our Adam stands where Megatron-Core expects a FusedAdam.
+    # Without Transformer Engine and Apex our Adam takes the place of the FusedAdam that Megatron-Core expects.
     if megatron_optimizer.USING_PYTORCH_OPTIMIZER:
         megatron_optimizer.Adam = distrib_optimizer.Adam = Adam
         megatron_optimizer.USING_PYTORCH_OPTIMIZER = False

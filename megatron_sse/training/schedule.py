@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the step."""
+"""The learning rate as a pure function of the step."""
 
 import math
 
@@ -6,10 +6,10 @@ from megatron_sse.config import OptimizerConfig
 
 
 def learning_rate(settings: OptimizerConfig, step: int, num_steps: int) -> float:
-    """Learning rate of step `step` (counted from 1) in a run of `num_steps`.
+    """Return the learning rate of step `step` (counted from 1) in a run of `num_steps`.
 
-    Rises linearly to optimizer.learning_rate over the warm-up. Then cosine: falls to the minimum at the last step; wsd:
-    stays, and falls linearly to the minimum over the last decay_steps steps; constant: stays.
+    It rises linearly to optimizer.learning_rate over the warm-up. Then cosine: it falls to the minimum at the last
+    step; wsd: it stays, and falls linearly to the minimum over the last decay_steps steps; constant: it stays.
     """
     highest, lowest, warmup = settings.learning_rate, settings.min_learning_rate, settings.warmup_steps
     if step <= warmup:

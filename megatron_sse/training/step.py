@@ -1,6 +1,6 @@
 """One training step and the validation loop, over Megatron-Core's forward-backward schedules.
 
-The loss is the mean over the real tokens of the global batch, wherever they are: ranks with more of them weigh more.
+The loss is the mean over the counted tokens of the global batch, so a rank with more of them weighs more.
 """
 
 import math
@@ -30,10 +30,10 @@ from megatron_sse.parallel.vocabulary import likeliest_tokens
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step gave, the same on every rank.
+    """The result of one step, the same on every rank.
 
-    losses: "loss" in nats per token; with SSE layers "balance_loss", mean over layers without its coefficient.
-    grad_norm: before clipping. skipped: something was not finite and the weights are as before.
+    losses: "loss" in nats per token; with SSE layers "balance_loss", the mean over layers without its coefficient.
+    grad_norm: before clipping. skipped: loss or gradient was not finite, so the weights are unchanged.
     """
 
     losses: dict[str, float]
@@ -42,7 +42,7 @@ class StepResult:
 
 
 class Trainer:
-    """The model of this rank with its optimizer, and what is needed to run a step on it.
+    """The model of this rank, its optimizer, and the settings to run a step.
 
     chunks: the model chunks in DDP. num_micro_batches: per data-parallel rank and step.
     """
@@ -61,13 +61,13 @@ class Trainer:
         settings.finalize_model_grads_func = finalize_model_grads
         settings.grad_scale_func = optimizer.scale_loss
         settings.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
-        # Otherwise gradients are silently wrong on two interleaved stages.
+        # With other settings, gradients are silently wrong on two interleaved pipeline stages.
         assert settings.overlap_p2p_comm == (len(chunks) > 1) and settings.batch_p2p_comm != settings.overlap_p2p_comm
         assert settings.calculate_per_token_loss
         self.communicator = P2PCommunicator(pp_group=groups.pp, config=settings)
 
     def start_stage(self, config: RunConfig) -> None:
-        """Go on with other settings of sequences, batch and rotary base."""
+        """Continue with a stage's sequence length, batch size and rotary base."""
         self.config = config
         training = config.training
         self.num_micro_batches = training.global_batch_size // (training.micro_batch_size * self.groups.dp.size())
@@ -93,7 +93,7 @@ class Trainer:
         losses = self._mean_losses(loss_sums)
         self.optimizer.prepare_grads()
         grad_norm = self.optimizer.get_grad_norm()
-        # Every rank sees the same numbers here, so that all step or none does.
+        # Both numbers are the same on every rank, so that either all ranks step or none does.
         finite = math.isfinite(losses["loss"]) and math.isfinite(grad_norm)
         if finite:
             clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), self.config.optimizer.clip_grad, grad_norm)
@@ -102,8 +102,11 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, batches: Iterator[Batch]) -> dict[str, float]:
-        """Means over all batches of the iterator, the same on every rank: "loss" in nats per token; where there are
-        answers of tasks "accuracy", the share of their tokens that are the likeliest."""
+        """Return means over all batches of the iterator, the same on every rank.
+
+        "loss" is in nats per token; "accuracy", where there are answers of tasks, is the share of their tokens that are
+        the model's likeliest.
+        """
         for chunk in self.chunks:
             chunk.eval()
         loss_sums: list[Tensor] = []
@@ -118,7 +121,7 @@ class Trainer:
         run = get_forward_backward_func(self.groups.pp.size(), virtual_size if virtual_size > 1 else None)
         return run(
             forward_step_func=score_step if forward_only else forward_step,
-            # Each virtual stage runs every micro-batch.
+            # Each virtual stage iterates over all micro-batches itself.
             data_iterator=[iter(micro_batches) for _ in self.chunks],
             model=self.chunks,
             num_microbatches=len(micro_batches),
@@ -130,8 +133,11 @@ class Trainer:
         )
 
     def _mean_losses(self, loss_sums: list[Tensor]) -> dict[str, float]:
-        """Means over all ranks. loss_sums: of each micro-batch [2] (sum of losses, tokens), or [4] (right answers,
-        answers), only on the last stage."""
+        """Return means over all ranks.
+
+        loss_sums: for each micro-batch [2] (sum of losses, tokens) or [4] (also right answers, answers); filled on the
+        last pipeline stage, empty on the others.
+        """
         totals_6 = torch.zeros(6, dtype=torch.float64, device=self.optimizer.get_loss_scale().device)
         for loss_sum in loss_sums:
             totals_6[: len(loss_sum)] += loss_sum
@@ -140,7 +146,7 @@ class Trainer:
             if "balance_loss" in means:
                 totals_6[4] += means["balance_loss"]
                 totals_6[5] += 1
-        # All ranks of a tensor group have the same sums.
+        # Not over the tensor group, whose ranks all have the same sums.
         for group in (self.groups.pp, self.groups.dp_cp):
             dist.all_reduce(totals_6, group=group)
         loss, tokens, right, answers, balance_loss, num_layers = totals_6.tolist()
@@ -153,7 +159,7 @@ class Trainer:
 
 
 def wrap_model(config: RunConfig, chunks: list[Any], groups: ProcessGroupCollection) -> list[DistributedDataParallel]:
-    """Model chunks in Megatron-Core's DDP, which adds up gradients over the data-parallel group in fp32."""
+    """Wrap model chunks in Megatron-Core's DDP, which sums gradients over the data-parallel group in fp32."""
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=uses_distributed_optimizer(config)
     )
@@ -164,14 +170,14 @@ def wrap_model(config: RunConfig, chunks: list[Any], groups: ProcessGroupCollect
 
 
 def forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
-    """Output of this stage for the next micro-batch, and how the last stage makes a loss of it."""
+    """Return this stage's output for the next micro-batch, and the function that turns the last stage's into a loss."""
     batch = next(batches)
     output = model(batch.tokens_BL, None, None, labels=batch.labels_BL, packed_seq_params=batch.layout)
     return output, partial(sum_losses, batch.loss_mask_BL)
 
 
 def forward_and_score(batches: Iterator[Batch], model: Any, vocab_size: int) -> tuple[Tensor, Any]:
-    """As forward_step, and where there are answers of tasks, the last stage also counts those that are right."""
+    """Run forward_step; where there are answers of tasks, the last stage also counts the right ones."""
     batch = next(batches)
     if batch.answers_BL is None:
         return forward_step(iter([batch]), model)
@@ -180,19 +186,26 @@ def forward_and_score(batches: Iterator[Batch], model: Any, vocab_size: int) -> 
 
 
 def score(network: GPTModel, batch: Batch, vocab_size: int, logits_BLV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What sum_losses returns, with right answers and answers behind it. logits_BLV: of this tensor rank's tokens."""
+    """Return what sum_losses does, with the numbers of right answers and of answers appended to what is reported.
+
+    logits_BLV: for this tensor rank's part of the vocabulary.
+    """
     answers_BL = batch.answers_BL
     assert answers_BL is not None
     token_A = likeliest_tokens(logits_BLV[answers_BL], vocab_size, network.pg_collection.tp)
     right = (token_A == batch.labels_BL[answers_BL]).sum()
-    # It overwrites the logits, and takes labels and logits with B and L the other way round.
+    # Last, since it overwrites the logits. It expects labels [B, L] with logits [L, B, V]: B and L are swapped here in
+    # both, and in the loss that it returns.
     loss_LB = network.compute_language_model_loss(batch.labels_BL.T, logits_BLV)
     loss, tokens, sums_2 = sum_losses(batch.loss_mask_BL, loss_LB.T)
     return loss, tokens, torch.cat([sums_2, torch.stack([right, answers_BL.sum()])])
 
 
 def sum_losses(loss_mask_BL: Tensor, loss_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The summed loss (its gradient is divided by the tokens of all ranks later), its tokens, and both to report."""
+    """Return the summed loss, its number of tokens, and both as a tensor to report.
+
+    Megatron-Core later divides the gradient by the tokens of all ranks.
+    """
     loss = (loss_BL.float() * loss_mask_BL).sum()
     tokens = loss_mask_BL.sum()
     return loss, tokens.int(), torch.stack([loss.detach(), tokens])

@@ -1,4 +1,4 @@
-"""States handed along the slots of a sequence that lie on different ranks."""
+"""The hand-off: states passed along the slots of a sequence that lie on different ranks."""
 
 from megatron_sse.parallel.handoff.scan import exclusive_scan
 from megatron_sse.parallel.handoff.settings import ALGORITHMS, HandOff

@@ -1,9 +1,9 @@
-"""Ways to find the state that enters each slot of a chain that runs over several ranks.
+"""Algorithms that compute the state which enters each slot of a chain over several ranks.
 
-All have one signature. transition [F, R, ...] and state [F, R, ...] are those of this rank's slots, in rows (fold.py).
-Forward: `kept` is None; returns what enters the slots, and transitions to keep for backward. Backward is the same
-recurrence along the reversed chain: `state` is the gradient of what entered, `kept` those transitions, transposed;
-transition is None, since transitions do not travel again.
+All have the same signature. transition [F, R, ...] and state [F, R, ...] are those of this rank's slots, in rows
+(fold.py). Forward: `kept` is None; the result is what enters the slots, and the transitions to keep for backward.
+Backward is the same recurrence along the reversed chain: `state` is the gradient of what entered, `kept` is those
+transitions, transposed, and `transition` is None, since transitions are not sent again.
 """
 
 from itertools import groupby
@@ -23,18 +23,25 @@ Kept = tuple[Tensor, ...]
 
 
 def exscan(hand_off: HandOff, transition: Tensor | None, state: Tensor, kept: Kept | None) -> tuple[Tensor, Kept]:
-    """Two all-to-alls: each rank folds one part of the rows over the whole chain. Bytes and memory free of P."""
+    """Compute it with two all-to-alls: each rank folds its share of the rows over the full chain.
+
+    Rows are independent, so with 4 rows on 2 ranks, rank 0 gets rows 0 and 1 of every slot, folds them along the chain,
+    and returns to each rank what enters its slots. Bytes and memory per rank do not grow with the number of ranks.
+    """
     group, wire, order = _parts(hand_off, state, kept)
     received, increment = send_to_owners(transition, state, group, wire)
     kept = kept or _kept(received)
     entering = torch.empty_like(increment)
     fold(kept[0], increment, order, entering)
-    del increment  # as large as all that this rank holds
+    del increment  # as large as `state`: freed before return_to_ranks allocates as much again
     return return_to_ranks(entering, state.shape, group, wire), kept
 
 
 def allgather(hand_off: HandOff, transition: Tensor | None, state: Tensor, kept: Kept | None) -> tuple[Tensor, Kept]:
-    """One all-gather: each rank folds everything. Bytes and memory grow with P, but there is one step only."""
+    """Compute it with one all-gather: each rank folds all rows over the full chain.
+
+    Bytes and memory grow with the number of ranks, but there is only one step of communication.
+    """
     group, wire, order = _parts(hand_off, state, kept)
     received, increment = gather(transition, state, group, wire)
     kept = kept or _kept(received)
@@ -44,7 +51,10 @@ def allgather(hand_off: HandOff, transition: Tensor | None, state: Tensor, kept:
 
 
 def serial(hand_off: HandOff, transition: Tensor | None, state: Tensor, kept: Kept | None) -> tuple[Tensor, Kept]:
-    """From slot to slot, one after the other; nothing but the state is sent, and nothing at all on one rank."""
+    """Compute it slot by slot along the chain: each rank sends its state to the rank of the next slot.
+
+    Only states are sent, and none between slots of the same rank.
+    """
     rank, wire = hand_off.rank, hand_off.wire or state.dtype
     order = hand_off.chain if kept is None else hand_off.chain[::-1]
     kept = kept or _kept(transition)
@@ -53,6 +63,7 @@ def serial(hand_off: HandOff, transition: Tensor | None, state: Tensor, kept: Ke
     for place, (owner, slot) in enumerate(order):
         if owner != rank:
             continue
+        # At the ends of the chain, the neighbour is this rank itself: nothing is received or sent.
         before = order[max(place - 1, 0)][0]
         after = order[min(place + 1, len(order) - 1)][0]
         if before != rank:
@@ -67,7 +78,11 @@ def serial(hand_off: HandOff, transition: Tensor | None, state: Tensor, kept: Ke
 
 
 def two_level(hand_off: HandOff, transition: Tensor | None, state: Tensor, kept: Kept | None) -> tuple[Tensor, Kept]:
-    """exscan inside the node, with an all-gather between nodes of what each run of the chain inside a node does."""
+    """Compute it with exscan inside each node, and an all-gather between nodes.
+
+    What crosses nodes is what each run (a stretch of the chain inside one node, see node_runs) does as a whole: its
+    product of transitions and the state that leaves it when zeros enter. Each rank handles its share of the rows.
+    """
     node, cross = hand_off.node_group, hand_off.cross_group
     assert node is not None and cross is not None
     wire = hand_off.wire or state.dtype
@@ -78,7 +93,9 @@ def two_level(hand_off: HandOff, transition: Tensor | None, state: Tensor, kept:
     slots = received if kept is None else kept[0]
     assert slots is not None
 
+    # 1. Reduce each run of this node to one transition and one increment.
     own_runs = [(place, run) for place, run in runs if place[0] == cross.rank()]
+    # Nodes may have different numbers of runs, but all gather the same number: a missing run stays zero, unread.
     num_runs = 1 + max(number for (_, number), _ in runs)
     added = increment.new_zeros(num_runs, *increment.shape[2:])
     for (_, number), run in own_runs:
@@ -89,10 +106,12 @@ def two_level(hand_off: HandOff, transition: Tensor | None, state: Tensor, kept:
         for (_, number), run in own_runs:
             done[number] = product(slots, run)
 
+    # 2. Fold the runs of all nodes: the result is what enters each run.
     done, added = gather(done, added, cross, wire)
     kept = kept or (slots, *_kept(done))
     entering_runs = torch.empty_like(added)
     fold(kept[1], added, [place for place, _ in runs], entering_runs)
+    # 3. Fold the slots of each own run, from what enters it.
     entering = torch.empty_like(increment)
     for place, run in own_runs:
         fold(slots, increment, run, entering, first=entering_runs[place])
@@ -101,7 +120,11 @@ def two_level(hand_off: HandOff, transition: Tensor | None, state: Tensor, kept:
 
 
 def node_runs(chain: Chain, node_size: int) -> list[tuple[tuple[int, int], Order]]:
-    """The chain cut where it changes nodes: (node, number of the run there), [(place on the node, slot), ...]."""
+    """Cut the chain where it changes nodes: (node, number of the run there), [(place on the node, slot), ...].
+
+    For example, four ranks in zigzag on nodes of two visit the ranks 0 1 2 3 3 2 1 0, so there are three runs: (0, 0)
+    with ranks 0 1, (1, 0) with ranks 2 3 3 2, and (0, 1) with ranks 1 0.
+    """
     runs: list[tuple[tuple[int, int], Order]] = []
     for node, slots in groupby(chain, key=lambda entry: entry[0] // node_size):
         number = sum(place[0] == node for place, _ in runs)

@@ -1,7 +1,10 @@
 """The recurrence itself, S -> transition S + increment, from slot to slot in a given order.
 
 Rows: transition [..., R, 1] with increment [..., R, V] (a decay per row), or [..., R, K, K] with [..., R, K, V].
-Tensors are indexed by (rank, slot) or whatever else the order holds.
+Tensors are indexed by the entries of the order: (rank, slot), or (node, run).
+
+For three slots a, b, c with transitions A and increments u: zeros enter a, u_a enters b, A_b u_a + u_b enters c, and
+A_c (A_b u_a + u_b) + u_c leaves c.
 """
 
 from collections.abc import Sequence
@@ -16,7 +19,7 @@ Order = Sequence[tuple[int, int]]
 
 
 def fold(transition: Tensor, increment: Tensor, order: Order, entering: Tensor, first: Tensor | None = None) -> None:
-    """Write to `entering` what enters each slot of `order`; `first` (or zeros) enters the first of them."""
+    """Write to `entering` what enters each slot of `order`; `first`, or zeros, enters the first slot."""
     entering[order[0]] = 0 if first is None else first
     for here, there in pairwise(order):
         arrived = apply_transition(transition[here], entering[here])
@@ -24,7 +27,7 @@ def fold(transition: Tensor, increment: Tensor, order: Order, entering: Tensor, 
 
 
 def leaving(transition: Tensor, increment: Tensor, order: Order) -> Tensor:
-    """What leaves the last slot of `order` when zeros enter the first."""
+    """Return what leaves the last slot of `order` when zeros enter the first."""
     state = increment[order[0]]
     for here in order[1:]:
         state = apply_transition(transition[here], state) + increment[here]
@@ -32,7 +35,7 @@ def leaving(transition: Tensor, increment: Tensor, order: Order) -> Tensor:
 
 
 def product(transition: Tensor, order: Order) -> Tensor:
-    """What all slots of `order` together do to a state that enters the first."""
+    """Return the transition of all slots of `order` together: A_c A_b A_a for the slots a, b, c."""
     total = transition[order[0]]
     for here in order[1:]:
         total = apply_transition(transition[here], total)
@@ -40,5 +43,6 @@ def product(transition: Tensor, order: Order) -> Tensor:
 
 
 def transposed(transition: Tensor) -> Tensor:
-    """What takes the gradient of the state behind a slot to that of the state before it."""
+    """Return the transition of the backward pass: it takes the gradient of the leaving state to the entering one."""
+    # A decay per row is a diagonal matrix, which is its own transpose.
     return transition if transition.shape[-1] == 1 else transition.mT

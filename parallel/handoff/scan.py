@@ -1,4 +1,4 @@
-"""The differentiable function: the state that enters each slot."""
+"""The hand-off as one differentiable function, which returns the state that enters each slot."""
 
 import torch
 from torch import Tensor
@@ -17,20 +17,18 @@ _FUNCTIONS = {
 
 
 def exclusive_scan(transition: Tensor, state: Tensor, hand_off: HandOff) -> Tensor:
-    """The state that enters each of this rank's slots, zeros for the first slot of the chain.
+    """Return the state that enters each of this rank's slots, [F, U, K, V]; zeros enter the first slot of the chain.
 
     A slot acts on the state that enters it as S -> transition S + state; transition is 0 where a document starts in
-    the slot. Every rank has to call this, and to go through its backward, whatever its slots hold. The order of all
-    sums is fixed: repeated calls agree bitwise.
+    the slot. Every rank has to call this, and to run its backward, whatever its slots hold. The order of all sums is
+    fixed, so repeated calls agree bitwise. Raises ValueError on shapes or dtypes that do not fit, or a wire dtype that
+    is not allowed.
 
     Args:
         transition: [F, U, K, 1] (a decay per channel) or [F, U, K, K] (a matrix), fp32 or fp64, for the F slots of this
-            rank and U units that do not know of each other (sequences x states x heads).
+            rank and U independent units (sequences x states x heads).
         state: [F, U, K, V], what each slot adds; same dtype.
         hand_off: the chain, the ranks and the algorithm.
-
-    Returns:
-        [F, U, K, V]. Raises ValueError on shapes or dtypes that do not fit, or a wire dtype that is not allowed.
     """
     _check(transition, state, hand_off)
     return _ExclusiveScan.apply(transition, state, hand_off)
@@ -56,7 +54,7 @@ def _check(transition: Tensor, state: Tensor, hand_off: HandOff) -> None:
 class _ExclusiveScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, transition, state, hand_off):
-        # Rows that do not know of each other: channels where the transition is a decay, else whole units.
+        # Independent rows: the channels of all units (U * K) where the transition is a decay, otherwise the units.
         ctx.row_dims = (1, 2) if transition.shape[-1] == 1 else (1, 1)
         ctx.scan = _FUNCTIONS[hand_off.algorithm if hand_off.num_ranks > 1 else "p2p"]
         ctx.hand_off = hand_off
@@ -69,9 +67,10 @@ class _ExclusiveScan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_entering):
-        """With E the gradient of what enters, D[last] = 0 and D[c - 1] = transition[c]^T D[c] + E[c] along the chain.
+        """Run the same scan along the reversed chain.
 
-        D[c] is the gradient of state[c], D[c] entering[c]^T that of transition[c]: both are on the rank of slot c.
+        With E the gradient of what enters: D[last] = 0 and D[c - 1] = transition[c]^T D[c] + E[c]. D[c] is the gradient
+        of state[c], and D[c] entering[c]^T that of transition[c]; both are on the rank of slot c.
         """
         entering, *kept = ctx.saved_tensors
         kept = tuple(transposed(transition) for transition in kept)

@@ -1,4 +1,4 @@
-"""How states are handed along: between whom, in which order, by which algorithm."""
+"""How states are handed on: between which ranks, in which order, by which algorithm."""
 
 from dataclasses import dataclass
 from itertools import product
@@ -14,18 +14,19 @@ ALGORITHMS = ("exscan", "allgather", "p2p", "two_level")
 
 @dataclass(frozen=True)
 class HandOff:
-    """What exclusive_scan needs to know besides the tensors; known on the host, the same on every rank.
+    """What exclusive_scan needs besides the tensors; known on the host and the same on every rank.
 
     Attributes:
         chain: (rank in the group, slot) of the slots of all ranks, in the order of the sequence.
         group: the context ranks; may be None when there is one.
         algorithm: "exscan", each rank folds its part of every state; "allgather", each rank folds everything; "p2p",
-            serial along the chain; "two_level", exscan inside a node and between nodes.
-        wire: dtype of states and their gradients on the way; None for that of the tensors, bfloat16 halves the bytes.
+            serial along the chain; "two_level", exscan inside each node and an all-gather between nodes.
+        wire: dtype in which states and their gradients are sent; None for that of the tensors. bfloat16 halves the
+            bytes.
         node_group: for two_level, the ranks of this node, neighbours in `group`.
         cross_group: for two_level, the ranks that have this rank's place on each node.
 
-    Raises ValueError when these do not fit together.
+    Settings that do not fit together raise ValueError.
     """
 
     chain: Chain
@@ -39,7 +40,7 @@ class HandOff:
         if self.algorithm not in ALGORITHMS:
             raise ValueError(f"algorithm is {self.algorithm!r}, allowed: {', '.join(ALGORITHMS)}")
         if sorted(self.chain) != list(product(range(self.num_ranks), range(self.num_slots))):
-            raise ValueError(f"chain must hold every slot of every rank once, got {self.chain}")
+            raise ValueError(f"chain must hold every slot of every rank exactly once, got {self.chain}")
         size = 1 if self.group is None else self.group.size()
         if size != self.num_ranks:
             raise ValueError(f"chain has {self.num_ranks} ranks, group {size}")
@@ -56,11 +57,12 @@ class HandOff:
 
     @property
     def num_ranks(self) -> int:
+        """Number of context ranks."""
         return len({rank for rank, _ in self.chain})
 
     @property
     def num_slots(self) -> int:
-        """Slots on each rank."""
+        """Number of slots on each rank."""
         return len({slot for _, slot in self.chain})
 
     @property

@@ -1,4 +1,4 @@
-"""Bytes that a hand-off sends, from sizes alone."""
+"""The bytes that a hand-off sends, computed from sizes alone."""
 
 from itertools import pairwise
 
@@ -18,11 +18,14 @@ def handoff_bytes(
     wire_bytes: int | None = None,
     node_size: int = 1,
 ) -> tuple[int, int]:
-    """Bytes that `rank` sends to other ranks in one exclusive_scan: (forward, backward), padding included.
+    """Return the bytes that `rank` sends to other ranks in one exclusive_scan: (forward, backward), padding included.
 
-    units, key_dim, value_dim: U, K and V there; matrix: transitions are [K, K]. element_bytes: of the tensors;
-    wire_bytes: of states on the way, where that differs. node_size: ranks of a node, for two_level.
+    units, key_dim, value_dim: U, K and V there; matrix: transitions are [K, K]. element_bytes: bytes of an element of
+    the tensors; wire_bytes: of a state's element as it is sent, where that differs. node_size: ranks of a node, for
+    two_level.
     """
+    # `slots` and `runs` count the rows that leave this rank. exscan, for one, sends each row's transition and state to
+    # its owner and an entering state back (transition + 2 state); backward sends no transitions (2 state).
     num_ranks, num_slots = len({rank for rank, _ in chain}), len({slot for _, slot in chain})
     rows, row_elements = (units, key_dim) if matrix else (units * key_dim, 1)
     state = row_elements * value_dim * (wire_bytes or element_bytes)

@@ -1,4 +1,4 @@
-"""Transitions and states on their way between ranks: one buffer and one collective at a time."""
+"""Sending transitions and states between ranks, packed into one buffer for one collective."""
 
 from math import prod
 
@@ -11,9 +11,10 @@ from torch.distributed import ProcessGroup
 def send_to_owners(
     transition: Tensor | None, state: Tensor, group: ProcessGroup, wire: torch.dtype
 ) -> tuple[Tensor | None, Tensor]:
-    """One all-to-all: rank p gets the p-th part of the rows of every rank's slots.
+    """Send the p-th part of the rows of this rank's slots to rank p, with one all-to-all.
 
-    transition (None: is not sent) and state [F, R, ...] come out as [P, F, R / P rounded up, ...]; missing rows are 0.
+    transition (None: not sent) and state [F, R, ...] become [P, F, R / P rounded up, ...], this rank's part of the rows
+    of every rank's slots. Rows that pad R to a multiple of P are 0.
     """
     parts = group.size()
     state = _split_rows(state, parts)
@@ -21,12 +22,15 @@ def send_to_owners(
     sent = _pack(transition, state, 2, wire)
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
-    del sent  # before more of its size is made
+    del sent  # freed before _unpack allocates as much again
     return _unpack(received, None if transition is None else transition.shape[2:], state.shape[2:], state.dtype)
 
 
 def return_to_ranks(state: Tensor, shape: Size, group: ProcessGroup, wire: torch.dtype) -> Tensor:
-    """The way back: [P, F, R / P rounded up, ...] of this rank's rows become `shape`, [F, R, ...] of its slots."""
+    """Undo send_to_owners for a state, with one all-to-all: [P, F, R / P rounded up, ...] becomes `shape`, [F, R, ...].
+
+    What was this rank's part of the rows of every slot becomes all rows of this rank's slots, without the padding.
+    """
     sent = state.to(wire)
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
@@ -37,7 +41,7 @@ def return_to_ranks(state: Tensor, shape: Size, group: ProcessGroup, wire: torch
 def gather(
     transition: Tensor | None, state: Tensor, group: ProcessGroup, wire: torch.dtype
 ) -> tuple[Tensor | None, Tensor]:
-    """One all-gather: transition (None: is not sent) and state [N, ...] of every rank, [P, N, ...]."""
+    """Return the transition (None: not sent) and state [N, ...] of every rank, [P, N, ...], with one all-gather."""
     sent = _pack(transition, state, 1, wire)
     received = sent.new_empty(group.size(), *sent.shape)
     dist.all_gather_into_tensor(received.flatten(0, 1), sent, group=group)
@@ -45,7 +49,10 @@ def gather(
 
 
 def _split_rows(x: Tensor, parts: int) -> Tensor:
-    """[F, R, ...] to [parts, F, R / parts rounded up, ...], a view where parts divides R."""
+    """Return [F, R, ...] as [parts, F, R / parts rounded up, ...], a view where parts divides R.
+
+    For example, 5 rows in 2 parts become rows 0 1 2 and rows 3 4 and one of zeros.
+    """
     num_rows = -(-x.shape[1] // parts)
     missing = parts * num_rows - x.shape[1]
     if missing:
@@ -54,11 +61,12 @@ def _split_rows(x: Tensor, parts: int) -> Tensor:
 
 
 def _pack(transition: Tensor | None, state: Tensor, dim: int, wire: torch.dtype) -> Tensor:
-    """Both side by side, dimensions from `dim` on flattened."""
+    """Return one buffer with the bits of the transition and then the state, dimensions from `dim` on flattened."""
     state = state.to(wire).flatten(dim)
     if transition is None:
         return state.contiguous()
-    # Transitions keep all their bits: their errors would multiply along the chain, and they are few.
+    # Transitions are not rounded to `wire`: their errors would multiply along the chain, and they are few. They travel
+    # as raw bits: where the wire is bf16, an fp32 transition takes two of its elements.
     return torch.cat([transition.flatten(dim).contiguous().view(wire), state], dim=-1)
 
 
@@ -68,6 +76,6 @@ def _unpack(
     if transition_shape is None:
         return None, buffer.to(dtype).unflatten(-1, state_shape)
     bits, state = buffer.tensor_split([buffer.shape[-1] - prod(state_shape)], dim=-1)
-    # A copy, so that transitions which are kept for backward do not keep the states.
+    # A copy, so that keeping the transitions for backward does not keep the states' memory alive.
     transition = bits.clone(memory_format=torch.contiguous_format).view(dtype)
     return transition.unflatten(-1, transition_shape), state.to(dtype).unflatten(-1, state_shape)

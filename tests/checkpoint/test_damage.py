@@ -143,18 +143,18 @@ def half_written(newest: Path) -> None:
 DAMAGE: dict[str, tuple[Callable[[Path], None], int, str]] = {
     "F7 truncated shard": (truncate, 3, r"iter_0000004/__1_0.distcp: has 1000 bytes, the manifest says \d+"),
     "F8 flipped byte": (flip_byte, 3, "iter_0000004/__0_0.distcp: its SHA-256 is not the manifest's"),
-    "F9 missing shard": (remove("__1_0.distcp"), 3, "iter_0000004/__1_0.distcp: no such file"),
+    "F9 missing shard": (remove("__1_0.distcp"), 3, "iter_0000004/__1_0.distcp: not found"),
     "F9 mixed-up shards": (swap, 3, "iter_0000004/__0_0.distcp: "),
     "F9 shard not in the manifest": (unlisted, 3, "iter_0000004/__1_0.distcp: not in the manifest"),
-    "F10 missing index": (remove(".metadata"), 3, "iter_0000004/.metadata: no such file"),
-    "F10 missing description": (remove("metadata.json"), 3, "iter_0000004/metadata.json: no such file"),
-    "F10 missing manifest": (remove("manifest.json"), 3, "iter_0000004 is ignored: it is no complete checkpoint"),
+    "F10 missing index": (remove(".metadata"), 3, "iter_0000004/.metadata: not found"),
+    "F10 missing description": (remove("metadata.json"), 3, "iter_0000004/metadata.json: not found"),
+    "F10 missing manifest": (remove("manifest.json"), 3, "iter_0000004 is ignored: it is not a complete checkpoint"),
     "F10 garbage manifest": (write("manifest.json", b"{"), 3, r"iter_0000004/manifest.json: cannot be read \("),
     "F11 empty shard": (write("__0_0.distcp", b""), 3, "iter_0000004/__0_0.distcp: has 0 bytes, the manifest says"),
     "F12 garbage pointer": (write("../latest", b"\x00\xff garbage"), 5, "latest is ignored: it names no complete"),
     "F12 pointer to nothing": (write("../latest", b"iter_0000009\n"), 5, "latest is ignored: it names no complete"),
-    "F13 half-written folder": (half_written, 5, "partial_iter_0000006 is ignored: it is no complete checkpoint"),
-    "F13 folder without manifest": (half_written, 5, "iter_0000008 is ignored: it is no complete checkpoint"),
+    "F13 half-written folder": (half_written, 5, "partial_iter_0000006 is ignored: it is not a complete checkpoint"),
+    "F13 folder without manifest": (half_written, 5, "iter_0000008 is ignored: it is not a complete checkpoint"),
     "F16 pickle payload": (pickle_payload, 3, "iter_0000004/.metadata: "),
     "F16 vouched payload": (vouched_payload, 3, "iter_0000004/.metadata: refused, it asks for posix.mkdir"),
     "F16 payload in common.pt": (vouched_common_payload, 3, "iter_0000004/common.pt: refused, "),
@@ -183,11 +183,11 @@ def test_a_damaged_path_is_an_error_and_so_is_no_whole_checkpoint(folder: Path) 
     named = {"checkpoint": {"resume": str(checkpoints / "iter_0000004")}}
     for error, _ in run_workers(2, go_on, folder, named):
         assert re.fullmatch(
-            r"checkpoint.resume: no checkpoint is whole: \S+__1_0.distcp: has 1000 bytes, .*", str(error)
+            r"checkpoint.resume: no checkpoint is intact: \S+__1_0.distcp: has 1000 bytes, .*", str(error)
         )
     remove("common.pt")(checkpoints / "iter_0000002")
     for error, _ in run_workers(2, go_on, folder, {}):
-        assert "iter_0000004/__1_0.distcp" in str(error) and "iter_0000002/common.pt: no such file" in str(error)
+        assert "iter_0000004/__1_0.distcp" in str(error) and "iter_0000002/common.pt: not found" in str(error)
 
 
 def test_sizes_alone_miss_a_flipped_byte_only_in_large_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,6 +227,6 @@ def test_another_architecture_gives_a_table(changes: dict[str, Any], lines: list
     """A checkpoint of another architecture is refused with a table of differences (F17)."""
     for error, _ in run_workers(2, go_on, folder, {"model": changes}):
         first, *table = str(error).splitlines()
-        assert first.endswith("iter_0000004: got a checkpoint of another architecture than that of this run")
+        assert first.endswith("iter_0000004: the checkpoint's architecture differs from that of this run")
         assert len(table) <= 21
         assert [line for line in lines if line not in table] == [], table

@@ -84,14 +84,12 @@ def test_resume_can_be_turned_off_or_name_a_path(tmp_path: Path) -> None:
     assert find("none") == []
     assert find(str(folder / "iter_0000005")) == [folder / "iter_0000005"]
     assert find(str(folder)) == find(str(tmp_path / "other")) == [folder / "iter_0000010"]
-    with pytest.raises(UserError, match="^checkpoint.resume: got nowhere, allowed auto, none, or the path of a check"):
+    with pytest.raises(UserError, match="^checkpoint.resume: nowhere not found; give auto, none, or the path of a"):
         find("nowhere")
-    with pytest.raises(
-        UserError, match="^checkpoint.resume: got .*, which is no complete checkpoint: .*: no such file"
-    ):
+    with pytest.raises(UserError, match="^checkpoint.resume: .* is not a complete checkpoint: .* not found"):
         find(str(folder / "iter_0000020"))
     weights = small_run(tmp_path, checkpoint={"load_weights": str(tmp_path)})
-    with pytest.raises(UserError, match="^checkpoint.load_weights: got .*, allowed null or the path of a checkpoint"):
+    with pytest.raises(UserError, match="^checkpoint.load_weights: .* holds no checkpoint; give null or the"):
         find_weights(weights)
 
 
@@ -101,7 +99,7 @@ def test_a_damaged_checkpoint_that_is_named_is_found_before_processes_start(tmp_
     config = small_run(tmp_path, checkpoint={key: str(checkpoint)})
     check_named(config)
     (checkpoint / "content").unlink()
-    with pytest.raises(UserError, match=f"^checkpoint.{key}: got a damaged checkpoint: .*/content: no such file$"):
+    with pytest.raises(UserError, match=f"^checkpoint.{key}: got a damaged checkpoint: .*/content: not found$"):
         check_named(config)
 
 

@@ -39,7 +39,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "a dotted name": (dotted_name(), "asks for torch.hub.load"),
     "inside an index": (pickle.dumps(Metadata({}, storage_data={0: Call(os.getpid)})), "asks for posix.getpid"),
     "objects": (pickle.dumps(Metadata({"rng": BytesStorageMetadata()})), "asks for .*BytesStorageMetadata"),
-    "something else": (pickle.dumps([1, 2]), "it is no index of tensors"),
+    "something else": (pickle.dumps([1, 2]), "it is not an index of tensors"),
     "no pickle": (b"garbage", "cannot be read"),
     "nothing": (b"", "cannot be read"),
 }

@@ -39,8 +39,8 @@ def test_tables(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "embedding.word_embeddings.weight bfloat16 2 128 x 32".split() in words
     manifest = json.loads((run_folder / "checkpoints/iter_0000003/manifest.json").read_text())
     for name, entry in manifest["files"].items():
-        assert [line for line in words if line and line[0] == name and line[-2:] == [entry["sha256"], "right"]]
-    assert lines[-1] == "sizes and hashes of all files are right"
+        assert [line for line in words if line and line[0] == name and line[-2:] == [entry["sha256"], "intact"]]
+    assert lines[-1] == "sizes and hashes of all files match the manifest"
 
 
 def test_damage_is_named(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,4 +62,4 @@ def test_damage_is_named(run_folder: Path, capsys: pytest.CaptureFixture[str]) -
 def test_wrong_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"DIR: got {tmp_path}, allowed the path of a checkpoint") and error.count("\n") == 1
+    assert error.startswith(f"DIR: {tmp_path} holds no checkpoint; give the path of") and error.count("\n") == 1

@@ -47,7 +47,7 @@ FAULTS: dict[str, tuple[Fault, tuple[int, int], str, str]] = {
     "F4 exception in a save": (
         Fault("raise", SAVE),
         (0, 0),
-        r"E checkpoint not saved: .*ValueError\('injected'\) \(rank 1\); .*; training goes on",
+        r"E checkpoint not saved: .*ValueError\('injected'\) \(rank 1\); .*; training continues",
         "iter_0000006",
     ),
     "F5 aborted in a step": (Fault("abort", STEP), (1, -6), LOST, "iter_0000002"),
@@ -57,7 +57,7 @@ FAULTS: dict[str, tuple[Fault, tuple[int, int], str, str]] = {
     "F14 no space": (
         Fault(errno.ENOSPC, SAVE),
         (0, 0),
-        r"E checkpoint not saved: .*__1_0.distcp: No space left on device \(rank 1\); .*; training goes on",
+        r"E checkpoint not saved: .*__1_0.distcp: No space left on device \(rank 1\); .*; training continues",
         "iter_0000006",
     ),
 }

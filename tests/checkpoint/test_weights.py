@@ -75,7 +75,7 @@ def test_damage_is_named_by_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a/__0_0.distcp: half cannot be read"):
         read.get("half")
     (tmp_path / "a/.metadata").unlink()
-    with pytest.raises(UserError, match="a/.metadata: no such file"):
+    with pytest.raises(UserError, match="a/.metadata: not found"):
         read_weights(tmp_path / "a")
-    with pytest.raises(UserError, match="manifest.json: no such file"):
+    with pytest.raises(UserError, match="manifest.json: not found"):
         read_weights(tmp_path)

@@ -101,7 +101,7 @@ def integers(folder: Path) -> None:
         (truncate_shard, r"model-.*safetensors: cannot be read as safetensors \(.*\)$"),
         (swap_shards, r"model.safetensors.index.json: says that model-.* holds .*, which it does not$"),
         (take_shard_of_another_model, r"settings: model.norm.weight \(16 found, 32 expected\)$"),
-        (remove_config, r"^SRC: got .*, allowed the path of a checkpoint, of a folder of them or of a run$"),
+        (remove_config, r"^SRC: .* holds no checkpoint; give the path of a checkpoint, of a folder of .*$"),
         (damage_config, r"config.json: cannot be read as JSON \(.*\)$"),
         (forget_a_setting, r"config.json: hidden_size: got None, allowed a number$"),
         (point_outside, r"model.safetensors.index.json: its weight_map does not name files of the folder$"),

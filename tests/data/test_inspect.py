@@ -42,7 +42,7 @@ def test_labels_stand_in_brackets(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_files_of_other_tools(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tokens(str(tmp_path / "theirs"), [[5, 6, 7], [8]], dtype=np.int32)
     printed = shown(capsys, tmp_path / "theirs", "--documents", 2)
-    assert "2 documents, 4 tokens; " in printed and "theirs.json is not there: the tokenizer is unknown" in printed
+    assert "2 documents, 4 tokens; " in printed and "theirs.json not found: the tokenizer is unknown" in printed
     assert "--- document 0: 3 tokens\n5 6 7 \n" in printed
 
 
@@ -56,7 +56,7 @@ DAMAGES = {
     "idx cut": (lambda p: edit(p + ".idx", lambda d: d.__delitem__(slice(-8, None))), r"out.idx: .* truncated"),
     "bin cut": (lambda p: edit(p + ".bin", lambda d: d.__delitem__(slice(-6, None))), r"out.bin: .* truncated"),
     "token": (lambda p: put(p + ".bin", 4, "<H", 300), r"out.bin holds token id 300 at token 2, .* = 256"),
-    "mask": (unlink_mask, r"out.mask: not there or not of"),
+    "mask": (unlink_mask, r"out.mask: missing, or not"),
     "json": (lambda p: Path(p + ".json").write_text("{"), r"out.json: not readable"),
     "gone": (lambda p: Path(p + ".bin").unlink(), r"PREFIX: .*out.bin not found"),
 }

@@ -92,8 +92,8 @@ WRONG: list[tuple[Callable[[Path], None], list[str], str, str]] = [
     (damage("*.distcp", lambda data: data[:-1]), [], "checkpoint.resume", "the manifest says"),
     (damage("*.distcp", lambda data: data[:-1] + b"?"), [], "checkpoint.resume", "SHA-256"),
     (nothing, [f"training.steps={STEPS}"], "checkpoint.resume", "raise training.steps"),
-    (nothing, ["checkpoint.resume=nowhere"], "checkpoint", "got nowhere"),
-    (nothing, ["checkpoint.load_weights=nowhere", "checkpoint.resume=none"], "checkpoint", "got nowhere"),
+    (nothing, ["checkpoint.resume=nowhere"], "checkpoint", "nowhere not found"),
+    (nothing, ["checkpoint.load_weights=nowhere", "checkpoint.resume=none"], "checkpoint", "nowhere not found"),
     (lambda folder: (folder / "file").touch(), ["monitor.folder={folder}/file/run"], "monitor.folder", "written to"),
 ]
 

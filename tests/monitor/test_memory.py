@@ -62,9 +62,9 @@ def config_of(tmp_path: Path, **training: object) -> RunConfig:
 
 def test_advice_names_what_this_run_can_change(tmp_path: Path) -> None:
     text = advise(config_of(tmp_path, micro_batch_size=4))
-    assert text.startswith("what needs less: training.micro_batch_size=2, training.recompute=full, parallel.context=2,")
+    assert text.startswith("to save memory: training.micro_batch_size=2, training.recompute=full, parallel.context=2,")
     text = advise(config_of(tmp_path, micro_batch_size=1, recompute="full"))
-    assert text.startswith("what needs less: parallel.context=2, ")
+    assert text.startswith("to save memory: parallel.context=2, ")
 
 
 def report(folder: Path) -> list[str]:
@@ -86,4 +86,4 @@ def test_a_run_without_room_says_what_to_change(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "megatron_sse", "train", str(path)]
     run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert run.returncode == 1, run.stderr
-    assert "rank 0: out of memory; what needs less: training.recompute=full, parallel.context=2, " in run.stdout
+    assert "rank 0: out of memory; to save memory: training.recompute=full, parallel.context=2, " in run.stdout

@@ -215,8 +215,8 @@ def test_wrong_tensors(transition: Tensor, state: Tensor, wire: Any, message: st
     ("arguments", "message"),
     [
         ({"algorithm": "ring"}, "algorithm is 'ring', allowed: exscan"),
-        ({"chain": ((0, 0), (0, 0))}, "every slot of every rank once"),
-        ({"chain": ((0, 0), (0, 2))}, "every slot of every rank once"),
+        ({"chain": ((0, 0), (0, 0))}, "every slot of every rank exactly once"),
+        ({"chain": ((0, 0), (0, 2))}, "every slot of every rank exactly once"),
         ({"chain": ((0, 0), (1, 0))}, "chain has 2 ranks, group 1"),
         ({"algorithm": "two_level"}, "two_level needs"),
     ],

@@ -80,7 +80,7 @@ def test_wrong_requests_are_answered_in_one_line(
     run = str(write_run(tmp_path / "run", steps=1))
     (tmp_path / "file").touch()
     wrong: list[tuple[list[str], str]] = [
-        ([str(tmp_path / "none")], "none: no such folder"),
+        ([str(tmp_path / "none")], "none: folder not found"),
         ([run, "--output", str(tmp_path / "file/out")], "--output: "),
     ]
     for arguments, text in wrong:

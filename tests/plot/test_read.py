@@ -80,10 +80,10 @@ def test_wrong_folders(tmp_path: Path) -> None:
     write_run(foreign, steps=1)
     (foreign / "config.yaml").write_text("steps: 3\n")
     wrong = {
-        tmp_path / "none": "none: no such folder",
+        tmp_path / "none": "none: folder not found",
         empty: "empty/config.yaml: cannot be read",
         no_events: "no_events/tensorboard: no TensorBoard events; runs with monitor.tensorboard true write them",
-        foreign: "foreign/config.yaml: has no model.layers, allowed the file that a run writes into its folder",
+        foreign: "foreign/config.yaml: model.layers missing; give a folder with the config.yaml that a run wrote",
         good: "good: given twice",
     }
     for folder, text in wrong.items():

@@ -1,1 +1,1 @@
-"""From text to token files: `megatron-sse data build`."""
+"""Building token files from text: `megatron-sse data build`."""

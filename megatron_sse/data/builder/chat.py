@@ -1,4 +1,4 @@
-"""Conversations as token documents: rendered by a chat template, with the answers as the labels that count."""
+"""Conversations as documents of tokens: rendered by a chat template, with the answers as the labels that count."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_sse.errors import UserError
 
 COLUMNS = ("messages", "prompt", "completion", "tools")
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
-# For bytes, which have no special tokens but the end of a document.
+# For the byte tokenizer, which has no special token but the end of a document.
 DEFAULT_TEMPLATE = """\
 {% for message in messages %}
 {{ '<|' + message['role'] + '|>\\n' + message['content'] + '\\n' }}
@@ -31,11 +31,11 @@ DEFAULT_TEMPLATE = """\
 
 
 class ChatError(Exception):
-    """What is wrong with one conversation."""
+    """An error that says what is wrong with one conversation."""
 
 
 class _Generation(jinja2.ext.Extension):
-    """{% generation %} of transformers, which marks answers: let through, answers are found without it."""
+    """The tag {% generation %} of transformers, which marks answers: ignored, since answers are found without it."""
 
     tags = {"generation"}
 
@@ -45,7 +45,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 class Template:
-    """A chat template, rendered as transformers does; it cannot ask for the time, which would change what is built."""
+    """A chat template, rendered as transformers does, but without the current time, which would change the result."""
 
     def __init__(self, text: str, special: Mapping[str, str], name: str):
         environment = ImmutableSandboxedEnvironment(
@@ -60,18 +60,22 @@ class Template:
             raise UserError(f"{name}:{error.lineno}: cannot be read as a chat template ({error.message})") from None
 
     def render(self, messages: list[dict[str, Any]], tools: Any, answer: bool) -> str:
-        """Text of messages, and with `answer` what stands before the next answer. Raises ChatError."""
+        """Return the text of messages, and with `answer` the generation prompt before the next answer.
+
+        Raises ChatError.
+        """
         try:
             return self.template.render(messages=messages, tools=tools, add_generation_prompt=answer)
-        # A template can do what any Python expression does.
+        # A template runs Python expressions, which may raise anything.
         except Exception as error:
             raise ChatError(f"refused by the chat template ({' '.join(str(error).split())[:200]})") from None
 
     def render_spans(self, messages: list[dict[str, Any]], tools: Any) -> tuple[str, list[tuple[int, int]]]:
-        """Text of a conversation, and the characters that an assistant wrote, with what ends its turns.
+        """Return the text of a conversation and the spans that the assistant writes, ends of turn included.
 
-        Raises ChatError where the text up to a turn changes with what follows it.
+        Raises ChatError where the text up to a turn depends on what follows it.
         """
+        # An answer is the text between the prompt for it and the end of the conversation cut off after it.
         text = self.render(messages, tools, answer=False)
         spans = []
         for index, message in enumerate(messages):
@@ -79,18 +83,19 @@ class Template:
                 continue
             before = self.render(messages[:index], tools, answer=True)
             after = self.render(messages[: index + 1], tools, answer=False)
-            advice = "so its tokens cannot be told; give another with --chat-template"
+            advice = "so the answer's tokens cannot be found; give another with --chat-template"
             if not after.startswith(before):
-                does = f"does not write turn {index + 1} behind what it writes for an answer to come"
-                raise ChatError(f"the chat template {does}, {advice}")
+                raise ChatError(
+                    f"the chat template's text of turn {index + 1} does not start with its generation prompt, {advice}"
+                )
             if not text.startswith(after):
-                raise ChatError(f"the chat template's text up to turn {index + 1} changes with what follows, {advice}")
+                raise ChatError(f"the chat template's text up to turn {index + 1} depends on later turns, {advice}")
             spans.append((len(before), len(after)))
         return text, spans
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    # jinja2's own escapes what HTML cannot hold.
+    # jinja2's own filter escapes characters that are special in HTML.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
 
@@ -100,7 +105,7 @@ def _raise(message: str) -> None:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """Tokens of a conversation, which of them count (uint8), and bytes of its text and of what counts in it."""
+    """The tokens of a conversation, which of them count (uint8), and the bytes of its text and of what counts."""
 
     tokens_T: np.ndarray
     mask_T: np.ndarray
@@ -109,7 +114,7 @@ class Dialogue:
 
 
 def encode_record(record: Mapping[str, Any], template: Template | None, encoder: Encoder) -> Dialogue:
-    """Tokens and mask of a record with `messages`, or with `prompt` and `completion`. Raises ChatError."""
+    """Encode a record with `messages`, or with `prompt` and `completion`. Raises ChatError, or UserError."""
     if record.get("messages") is not None:
         if template is None:
             raise UserError(
@@ -132,7 +137,7 @@ def _encode_messages(messages: list[dict[str, Any]], tools: Any, template: Templ
         raise ChatError("no assistant turn, so no token counts")
     tokens_T, span_T = encoder.encode_spans(text, spans)
     is_last = messages[-1]["role"] == "assistant"
-    # Some templates end a turn with the token that ends documents.
+    # Some templates end a turn with the token that ends documents; others need it appended.
     last_turn_T = tokens_T[span_T == len(spans) - 1] if is_last else tokens_T[-1:]
     if encoder.end not in last_turn_T:
         tokens_T = np.append(tokens_T, np.array([encoder.end], dtype=tokens_T.dtype))
@@ -143,13 +148,13 @@ def _encode_messages(messages: list[dict[str, Any]], tools: Any, template: Templ
 
 def _check_messages(messages: Any) -> list[dict[str, Any]]:
     if not isinstance(messages, list) or not messages:
-        raise ChatError("messages: needed a list of {role, content}, one at least")
+        raise ChatError("messages: must be a list of at least one {role, content}")
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise ChatError(f"messages: {number}: needed an object with role and content")
+            raise ChatError(f"messages: {number}: must be an object with role and content")
         if not isinstance(message.get("content"), str | list) and not message.get("tool_calls"):
             raise ChatError(f"messages: {number}: has no content")
-    # Tables hold every key in every row.
+    # A Parquet table holds every key in every row, with null where a message has none.
     return [{name: value for name, value in message.items() if value is not None} for message in messages]
 
 

@@ -1,4 +1,4 @@
-"""`megatron-sse data build`: from text to a token file."""
+"""`megatron-sse data build`: build a token file from text."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ logger = logging.getLogger(__name__)
 REFUSE, SKIP = "refuse", "skip"
 TOKENIZER, SETTINGS = ".tokenizer.json", ".tokenizer_config.json"
 PICTURE = ".lengths.png"
-# Of the parts that a build is resumed from.
+# Version of the parts' format: a build is only resumed from parts of the same version.
 _VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What `megatron-sse data build` was asked for; docs/data.md explains each. workers: None for one per core."""
+    """The options of `megatron-sse data build`, documented in docs/data.md. workers: None for one per core."""
 
     inputs: Sequence[str]
     output: str
@@ -55,7 +55,7 @@ class Request:
     unit_bytes: int = UNIT_BYTES
 
     def check(self) -> None:
-        """Raise UserError for what cannot be meant."""
+        """Raise UserError for a wrong value, or options that do not fit together."""
         for name, value, allowed in (
             ("--format", self.format, FORMATS),
             ("--wrong", self.wrong, (REFUSE, SKIP)),
@@ -76,14 +76,14 @@ class Request:
 
 
 def build(request: Request) -> int:
-    """Build a token file, or go on with one, and print what is in it. Returns the exit status. Raises UserError."""
+    """Build a token file, or resume building it, and print what it holds; return the exit status. Raises UserError."""
     request.check()
     require("tqdm", "data build", "data")
     prefix = Path(os.path.abspath(request.output))
     job, files, name = _make_job(request)
     inputs = find_inputs(request.inputs, request.format, job.columns, prefix, request.unit_bytes)
     plan = {"version": _VERSION, "inputs": inputs.files, "unit_bytes": request.unit_bytes}
-    # Of the tokenizer the content matters, not the path; parts without wrong input are the same in both settings.
+    # The tokenizer's content counts, not its path; and `refused` does not change parts that have no wrong input.
     plan |= replace(job, tokenizer=None, refused=()).to_json() | {"tokenizer": name}
     started = time.perf_counter()
     with Workspace(prefix, plan) as space:
@@ -102,13 +102,13 @@ def build(request: Request) -> int:
     for line in describe_build(request.output, counts, metadata):
         print(line)
     if not draw_lengths(Path(f"{prefix}{PICTURE}"), request.output, counts.lengths, counts.length_tokens):
-        print(f'no {request.output}{PICTURE}: needs matplotlib (pip install "megatron-sse[data]")')
+        print(f'{request.output}{PICTURE} not drawn: needs matplotlib (pip install "megatron-sse[data]")')
     logger.info("built %s in %.1f s", request.output, time.perf_counter() - started)
     return 0
 
 
 def _make_job(request: Request) -> tuple[Job, encode.TokenizerFiles | None, str]:
-    """The job, the tokenizer's files, and the tokenizer's name with the hash of its content. Raises UserError."""
+    """Return the job, the tokenizer's files, and its name with the hash of its content. Raises UserError."""
     refused = (*(WRONG if request.wrong == REFUSE else ()), *((EMPTY,) if request.empty == REFUSE else ()))
     template: str | None = chat.DEFAULT_TEMPLATE
     files, end, name, special, token = None, None, encode.BYTES, {}, ""
@@ -134,13 +134,13 @@ def _make_job(request: Request) -> tuple[Job, encode.TokenizerFiles | None, str]
         template_name=request.chat_template or request.tokenizer,
         special=special,
     )
-    # A wrong template is answered before anything is written.
+    # Report a wrong template before anything is written.
     job.chat_template()
     return job, files, name
 
 
 def _settings(files: encode.TokenizerFiles, end: str, template: str | None) -> dict[str, Any]:
-    """tokenizer_config.json of the tokenizer as it was used."""
+    """Return the content of a tokenizer_config.json that describes the tokenizer as it was used."""
     settings = {key: value for key, value in files.settings.items() if key != "auto_map"}
     chats = {} if template is None else {"chat_template": template}
     return settings | chats | {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
@@ -157,14 +157,14 @@ def _build_parts(request: Request, space: Workspace, inputs: Inputs, job: Job) -
     todo = [(number, unit) for number, unit in enumerate(inputs.units) if not space.is_done(number)]
     done = inputs.size - sum(unit.size for _, unit in todo)
     if done or not todo:
-        logger.info("going on: %d of %d parts are done", len(inputs.units) - len(todo), len(inputs.units))
+        logger.info("resuming: %d of %d parts are done", len(inputs.units) - len(todo), len(inputs.units))
     workers = min(request.workers or len(os.sched_getaffinity(0)), max(len(todo), 1))
     try:
         with _Progress(inputs.size, "reading", done) as report:
             for _ in build_parts(space.folder, job, todo, workers, report):
                 pass
     except KeyboardInterrupt:
-        logger.info("stopped; the same command goes on from here")
+        logger.info("stopped; run the same command to resume")
         raise
     inputs.check_unchanged(space.folder)
     counts = count_parts(space.folder, len(inputs.units))
@@ -176,20 +176,20 @@ def _check_counts(counts: Counts, request: Request, job: Job, space: Workspace) 
     found = ", ".join(f"{count} x {kind}" for kind, count in counts.left_out.items() if count)
     if set(counts.left_out) & set(job.refused):
         raise UserError(
-            f"--wrong, --empty: refuse given, but this build was begun with skip and has left out {found}; give skip, "
-            f"or delete {space.folder} to start anew"
+            f"--wrong, --empty: got refuse, but this build started with skip and has skipped {found}; give skip, or "
+            f"delete {space.folder} to start over"
         )
     if counts.documents == 0:
-        raise UserError(f"INPUT: no documents in {', '.join(request.inputs)}; left out: {found or 'nothing'}")
+        raise UserError(f"INPUT: no documents in {', '.join(request.inputs)}; skipped: {found or 'nothing'}")
 
 
 class _Progress:
-    """A bar with rate and time left. In the block: a function that takes bytes done."""
+    """A progress bar with rate and time left, as a context manager that gives a function to call with bytes done."""
 
     def __init__(self, total: int, name: str, done: int = 0):
         from tqdm import tqdm
 
-        # Not a terminal: a line now and then.
+        # Where stderr is not a terminal, only a line now and then.
         interval = 0.1 if sys.stderr.isatty() else 30
         self.bar = tqdm(
             total=total, initial=done, desc=name, unit="B", unit_scale=True, mininterval=interval, dynamic_ncols=True

@@ -1,4 +1,4 @@
-"""From text to tokens: bytes, or a tokenizer of the tokenizers library."""
+"""Encoding text as tokens: bytes, or those of a tokenizer of the tokenizers library."""
 
 from __future__ import annotations
 
@@ -17,40 +17,45 @@ from megatron_sse.errors import UserError
 from megatron_sse.installed import require
 
 BYTES = "bytes"
-# Largest vocabulary of 16-bit tokens.
+# The largest vocabulary of 16-bit tokens.
 _UINT16_TOKENS = 1 << 16
-# Characters of a text that is encoded at once, and those that are looked at to cut it.
+# Characters that are encoded at once; characters on each side of a cut that are compared; cuts that are tried.
 _PIECE, _WINDOW, _TRIES = 1 << 20, 256, 8
 _LINE_START = re.compile(r"\n(?=\S)")
 
 
 class Encoder(Protocol):
-    """Attributes: vocab_size: largest token + 1. end: the token that ends a document."""
+    """A function from text to tokens. vocab_size: largest token + 1. end: the token that ends a document."""
 
     vocab_size: int
     end: int
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Tokens of a document that is made of `texts`, its end included."""
+        """Return the tokens of a document made of `texts`, its end included."""
         ...
 
     def encode_parts(self, prompt: str, completion: str) -> tuple[np.ndarray, int]:
-        """Tokens of a document whose two parts are encoded apart, its end included, and how many are the prompt's."""
+        """Return the tokens of a document whose two parts are encoded separately, its end included.
+
+        Also return how many of them are the prompt's.
+        """
         ...
 
     def encode_spans(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of a text as it stands, without an end, and for each the span (-1: none) that its last character is
-        in. spans: characters, ascending."""
+        """Return the tokens of a text alone, without an end, and for each the span of its last character (-1: none).
+
+        spans: first character and one past the last, ascending.
+        """
         ...
 
 
 def token_type(vocab_size: int) -> np.dtype:
-    """The smaller of the two types that training reads."""
+    """Return the smaller of the two token types that training reads."""
     return np.dtype(np.uint16 if vocab_size <= _UINT16_TOKENS else np.int32)
 
 
 class ByteEncoder:
-    """A token per byte of UTF-8."""
+    """An encoder with a token per byte of UTF-8."""
 
     vocab_size, end = VOCAB_SIZE, END_OF_DOCUMENT
 
@@ -70,13 +75,14 @@ class ByteEncoder:
 
 
 class FileEncoder:
-    """A tokenizer.json. What it puts before and behind any text stands before and behind a document."""
+    """An encoder that uses a tokenizer.json. What that adds before and after any text is added to each document."""
 
     def __init__(self, path: Path, end: int):
         self.tokenizer = read_tokenizer(path)
         self.end = end
         self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.dtype = token_type(self.vocab_size)
+        # Find what it adds by encoding one text both ways: <s> a </s> against a.
         bare = self.tokenizer.encode("a", add_special_tokens=False).ids
         full = self.tokenizer.encode("a").ids
         first = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
@@ -109,7 +115,10 @@ class FileEncoder:
         return np.concatenate([np.asarray(part, dtype=self.dtype) for part in parts])
 
     def _pieces(self, text: str) -> Iterator[str]:
-        """A text in pieces with the tokens of the whole; the library needs some 430 bytes per token that it makes."""
+        """Yield pieces of a text that together have the same tokens as the text.
+
+        Encoding piece by piece saves memory: the library needs some 430 bytes per token.
+        """
         begin = 0
         while len(text) - begin > _PIECE and (cut := self._find_cut(text, begin + _PIECE)):
             yield text[begin:cut]
@@ -117,7 +126,10 @@ class FileEncoder:
         yield text[begin:]
 
     def _find_cut(self, text: str, begin: int) -> int | None:
-        """A line's start behind `begin` where tokens do not depend on what is on the other side, as far as seen."""
+        """Return the start of a line after `begin` where cutting does not change the tokens, or None.
+
+        That is tested with a window of characters on each side.
+        """
         for found in islice(_LINE_START.finditer(text, begin), _TRIES):
             cut = found.end()
             left, right = text[cut - _WINDOW : cut], text[cut : cut + _WINDOW]
@@ -127,16 +139,16 @@ class FileEncoder:
 
 
 def read_tokenizer(path: Path) -> Any:
-    """A tokenizer.json, which neither cuts nor pads. Raises UserError."""
+    """Load a tokenizer.json, with truncation and padding turned off. Raises UserError."""
     require("tokenizers", str(path), "data")
     from tokenizers import Tokenizer
 
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    # The library raises Exception itself.
+    # The library raises plain Exception.
     except Exception as error:
         raise UserError(f"{path}: cannot be read as tokenizer.json ({' '.join(str(error).split())[:120]})") from None
-    # What the file says about these is meant for other uses.
+    # The file's settings for these are meant for other uses.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -144,20 +156,26 @@ def read_tokenizer(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """Attributes: path: of tokenizer.json. settings: of the tokenizer_config.json beside it, {} where there is none.
-    template: of chats; None where there is none."""
+    """The files of a tokenizer.
+
+    path: of tokenizer.json. settings: the content of the tokenizer_config.json beside it, {} where there is none.
+    template: the chat template; None where there is none.
+    """
 
     path: Path
     settings: dict[str, Any]
     template: str | None
 
     def special(self, name: str) -> str | None:
-        """A special token, such as eos_token, by what it is for."""
+        """Return the special token with a given role, such as eos_token; None where the settings name none."""
         value = self.settings.get(name)
         return value.get("content") if isinstance(value, dict) else value
 
     def end(self, name: str | None) -> tuple[str, int]:
-        """The token that ends documents, `name` or else the settings' eos_token, and its number. Raises UserError."""
+        """Return the token that ends documents and its number. Raises UserError.
+
+        It is `name`, or the settings' eos_token where `name` is None.
+        """
         token = name or self.special("eos_token")
         config = self.path.with_name("tokenizer_config.json")
         if token is None:
@@ -170,13 +188,14 @@ class TokenizerFiles:
         if number is None:
             special = [added.content for added in tokenizer.get_added_tokens_decoder().values()]
             raise UserError(
-                f"--end: {token!r} is no token of {self.path}; its special tokens: {', '.join(special[:20]) or 'none'}"
+                f"--end: {token!r} is not a token of {self.path}; its special tokens: "
+                f"{', '.join(special[:20]) or 'none'}"
             )
         return token, number
 
 
 def find_tokenizer(given: str) -> TokenizerFiles:
-    """The files of a tokenizer by its tokenizer.json or its folder. Raises UserError."""
+    """Find the files of a tokenizer, given its tokenizer.json or its folder. Raises UserError."""
     path = Path(given)
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
@@ -192,6 +211,6 @@ def find_tokenizer(given: str) -> TokenizerFiles:
             raise UserError(f"{config}: not a JSON object")
     template = jinja.read_text(encoding="utf-8") if jinja.is_file() else settings.get("chat_template")
     if isinstance(template, list):
-        # Older files name several.
+        # Older files hold a list of named templates.
         template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
     return TokenizerFiles(path, settings, template)

@@ -1,4 +1,4 @@
-"""What is to be read, cut into units of work that do not depend on the number of workers."""
+"""The input files, cut into units of work that do not depend on the number of workers."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ UNIT_BYTES = 1 << 24
 FORMATS = ("auto", "jsonl", "text", "parquet", "folder", "chat")
 LINES, ROWS, TEXTS = "lines", "rows", "texts"
 _SUFFIXES = {LINES: (".jsonl", ".jsonl.gz"), ROWS: (".parquet",)}
-# A file of only a few bytes is work too.
+# Added to the size of each file when units are cut: opening a file takes time even if it has only a few bytes.
 _FILE_BYTES = 1 << 12
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A piece of the work: what one part is made of.
+    """A piece of the work: the input of one part.
 
-    kind: lines (those that start at bytes begin to end of a JSONL file), rows (row groups begin to end of a Parquet
-    file) or texts. size: bytes that are read. documents: of texts, the files that each is made of.
+    kind: lines (those that start at bytes begin to end - 1 of a JSONL file), rows (row groups begin to end - 1 of a
+    Parquet file) or texts. size: bytes to read. documents: for texts, the files of each document.
     """
 
     kind: str
@@ -45,9 +45,12 @@ class Unit:
 
 @dataclass
 class Inputs:
-    """Attributes:
-    files: path, size and time of change (ns) of all files, in the order of their documents.
-    left_out: how many names were not looked at, by kind.
+    """All input of a build.
+
+    Attributes:
+        files: path, size and time of the last change (ns) of all files, in the order of their documents.
+        units: the work.
+        left_out: how many names in folders were skipped, by kind.
     """
 
     files: list[tuple[str, int, int]] = field(default_factory=list)
@@ -56,10 +59,11 @@ class Inputs:
 
     @property
     def size(self) -> int:
+        """Bytes to read."""
         return sum(unit.size for unit in self.units)
 
     def add(self, path: Path) -> int:
-        """Note a file; returns its size. Raises UserError."""
+        """Add a file to `files` and return its size. Raises UserError where it cannot be read."""
         try:
             with path.open("rb"):
                 status = path.stat()
@@ -69,29 +73,29 @@ class Inputs:
         return status.st_size
 
     def check_unchanged(self, building: Path) -> None:
-        """Raises UserError where a file is not what it was when the build in `building` was begun."""
+        """Raise UserError where a file has changed since the build in `building` started."""
         for path, size, changed in self.files:
             try:
                 status = os.stat(path)
             except OSError as error:
-                raise UserError(f"{path}: cannot be read any more ({error.strerror})") from None
+                raise UserError(f"{path}: can no longer be read ({error.strerror})") from None
             if (status.st_size, status.st_mtime_ns) != (size, changed):
-                raise UserError(f"{path}: has changed while it was read; delete {building} and start again")
+                raise UserError(f"{path}: changed while it was read; delete {building} and start over")
 
 
 def find_inputs(
     given: Sequence[str], format: str, columns: Sequence[str], output: Path, unit_bytes: int = UNIT_BYTES
 ) -> Inputs:
-    """All files behind the paths given, and the units. columns: of which Parquet files need one at least.
+    """Find all files under the given paths, and cut them into units. Raises UserError.
 
-    output: must not lie in a folder that is read. Raises UserError.
+    columns: a Parquet file needs at least one of these. output: must not be inside a folder that is read.
     """
     inputs = Inputs()
     for name in given:
         path = Path(name)
         if path.is_dir():
             if output.is_relative_to(os.path.abspath(path)):
-                raise UserError(f"--output: {output} lies in {path}, which is read; give a path elsewhere")
+                raise UserError(f"--output: {output} is inside {path}, which is read; give a path elsewhere")
             _add_folder(inputs, path, format, columns, unit_bytes)
         elif path.is_file():
             _add_file(inputs, path, _kind_of(path, format), columns, unit_bytes)
@@ -107,7 +111,7 @@ def _kind_of(path: Path, format: str) -> str:
     if format == "folder":
         raise UserError(f"INPUT: {path} is a file, but --format is folder; give the folder")
     if format == "chat" and by_name == TEXTS:
-        raise UserError(f"INPUT: {path} is no .jsonl, .jsonl.gz or .parquet file, which --format chat needs")
+        raise UserError(f"INPUT: {path} is not a .jsonl, .jsonl.gz or .parquet file, which --format chat needs")
     return {"jsonl": LINES, "parquet": ROWS, "text": TEXTS}.get(format, by_name)
 
 
@@ -137,7 +141,7 @@ def _leave_out(inputs: Inputs, kind: str) -> None:
 
 
 def _listed(inputs: Inputs, folder: Path) -> list[Path]:
-    """What a folder holds, in the order of the names' bytes, without hidden names, links and what is no file."""
+    """List files and folders in a folder, in the order of their names' bytes; hidden names and links are skipped."""
     kept = []
     for path in sorted(folder.iterdir(), key=lambda path: os.fsencode(path.name)):
         if path.name.startswith(".") or path.is_symlink() or not (path.is_file() or path.is_dir()):
@@ -160,7 +164,7 @@ def _walk(inputs: Inputs, folder: Path) -> Iterator[Path]:
 
 
 def _folder_documents(inputs: Inputs, folder: Path) -> Iterator[tuple[Path, ...]]:
-    """Each sub-folder, with all files below it, and each file beside them is a document."""
+    """Yield the files of each document: a sub-folder with all files below it, or a file beside the sub-folders."""
     for path in _listed(inputs, folder):
         if files := tuple(_walk(inputs, path)) if path.is_dir() else (path,):
             yield files
@@ -176,7 +180,7 @@ def _add_file(inputs: Inputs, path: Path, kind: str, columns: Sequence[str], uni
     if kind == ROWS:
         inputs.units += _row_units(path, size, columns, unit_bytes)
         return
-    # What is compressed can be read from its start only.
+    # A compressed file can only be read from its start, so it is one unit.
     step = max(size, 1) if path.name.endswith(".gz") else unit_bytes
     for begin in range(0, size, step):
         end = min(begin + step, size)
@@ -190,11 +194,12 @@ def _row_units(path: Path, size: int, columns: Sequence[str], unit_bytes: int) -
     try:
         with parquet.ParquetFile(path) as file:
             metadata, names = file.metadata, file.schema_arrow.names
-    # pyarrow's errors have no base of their own.
+    # pyarrow's errors have no common base class.
     except Exception as error:
         raise UserError(f"{path}: cannot be read as Parquet ({' '.join(str(error).split())[:120]})") from None
     if not set(columns) & set(names):
         raise UserError(f"--field: {path} has columns {', '.join(names)}, needed {' or '.join(columns)}")
+    # Row groups know their uncompressed sizes; units get their share of the file's size on disk, for the progress bar.
     total = max(sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)), 1)
     begin = pending = 0
     for group in range(metadata.num_row_groups):

@@ -1,4 +1,4 @@
-"""What is done to every document, as far as it decides what the token file holds."""
+"""The settings that decide how a record becomes a document of tokens, and the code that makes it one."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from megatron_sse.data.builder.tally import CHAT, EMPTY, INVALID, MISSING, Place
 
 @dataclass(frozen=True)
 class Job:
-    """Attributes:
-    tokenizer: path of a tokenizer.json; None for bytes. end: the token that ends a document.
-    template: of chats, named template_name in errors; special: the tokens it can name.
-    refused: kinds of wrong input that end the build.
+    """The settings of a build that all workers share.
+
+    Attributes:
+        tokenizer: path of a tokenizer.json; None for bytes. end: the token that ends a document.
+        template: the chat template, called template_name in errors; special: the special tokens that it may name.
+        refused: kinds of wrong input that end the build.
     """
 
     format: str
@@ -34,10 +36,12 @@ class Job:
 
     @property
     def has_mask(self) -> bool:
+        """Whether the token file has a loss mask."""
         return self.format == "chat"
 
     @property
     def columns(self) -> tuple[str, ...]:
+        """The fields of a record, or columns of a table, that are read."""
         return chat.COLUMNS if self.has_mask else (self.field,)
 
     def to_json(self) -> dict[str, Any]:
@@ -59,7 +63,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Document:
-    """Tokens, bytes of text, and where there is a mask: which tokens count (uint8) and their bytes of text."""
+    """A document: tokens, bytes of text and, with a mask, which tokens count (uint8) and their bytes of text."""
 
     tokens_T: np.ndarray
     num_bytes: int
@@ -68,13 +72,13 @@ class Document:
 
 
 class DocumentMaker:
-    """Makes token documents of records."""
+    """A function from records to documents, with its encoder and its chat template."""
 
     def __init__(self, job: Job):
         self.job, self.encoder, self.template = job, job.encoder(), job.chat_template()
 
     def make(self, place: Place, record: Record, tally: Tally) -> Document | None:
-        """The document of a record; None, and a line in `tally`, where it cannot be used."""
+        """Return the document of a record; None, counted in `tally`, where the record cannot be used."""
         try:
             if self.job.has_mask:
                 assert isinstance(record, dict)
@@ -84,7 +88,7 @@ class DocumentMaker:
                 return None
             num_bytes = sum(len(text.encode()) for text in texts)
         except (UnicodeDecodeError, UnicodeEncodeError) as error:
-            # JSON can name halves of surrogate pairs, which no text has.
+            # JSON can escape half of a surrogate pair, which has no UTF-8.
             tally.add(INVALID, place, f"invalid UTF-8 ({error.reason})")
             return None
         if not num_bytes:
@@ -101,9 +105,9 @@ class DocumentMaker:
             return [value]
         name = self.job.field
         if value is not None:
-            reason = f"field {name} is {type(value).__name__}, needed text"
+            reason = f"field {name} is {type(value).__name__}, must be text"
         else:
-            reason = f"no field {name} (there: {', '.join(record) or 'none'}; --field names another)"
+            reason = f"field {name} missing (found: {', '.join(record) or 'none'}; choose another with --field)"
             if name not in record and {"messages", "prompt"} & set(record):
                 reason += "; chats are read with --format chat"
         tally.add(MISSING, place, reason)
@@ -111,8 +115,8 @@ class DocumentMaker:
 
     def _make_chat(self, place: Place, record: Mapping[str, Any], tally: Tally) -> Document | None:
         if record.get("messages") is None and not {"prompt", "completion"} & set(record):
-            there = ", ".join(record) or "none"
-            tally.add(MISSING, place, f"no field messages, and no prompt and completion (there: {there})")
+            found = ", ".join(record) or "none"
+            tally.add(MISSING, place, f"field messages missing, and no prompt and completion (found: {found})")
             return None
         try:
             made = chat.encode_record(record, self.template, self.encoder)

@@ -1,4 +1,4 @@
-"""Parts become one token file, in the order of the units and a block at a time."""
+"""Joining parts into one token file, in the order of the units and a block at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PIECE_LENGTHS = 1 << 20
 
 
 class _Lengths:
-    """Lengths of the documents of all parts, in pieces, as often as they are wanted."""
+    """The lengths of the documents of all parts, in pieces; it can be iterated several times."""
 
     def __init__(self, parts: list[Path]):
         self.parts = parts
@@ -30,7 +30,7 @@ class _Lengths:
 
 
 def count_parts(building: Path, num_parts: int) -> Counts:
-    """Counts of all parts together."""
+    """Return the sum of the counts of all parts."""
     total = Counts()
     for number in range(num_parts):
         values = json.loads((part_folder(building, number) / COUNTS).read_text())
@@ -48,7 +48,7 @@ def join_parts(
     has_mask: bool,
     report: Callable[[int], None],
 ) -> None:
-    """Write .bin, .mask, .json and .idx into `joined`. report: takes bytes written. Raises OSError."""
+    """Write .bin, .mask, .json and .idx into `joined`. report: is called with the bytes written. Raises OSError."""
     parts = [part_folder(building, number) for number in range(num_parts)]
     frequencies_V = sum(np.load(part / f"{FREQUENCIES}.npy") for part in parts)
     vocab_size = len(frequencies_V)
@@ -75,6 +75,6 @@ def join_parts(
 
 
 def unigram_bits(frequencies_V: np.ndarray) -> float:
-    """Bits of a text whose tokens are each coded by their frequency in it."""
+    """Return the bits of a text whose tokens are coded by their frequencies in it."""
     counted = frequencies_V[frequencies_V > 0].astype(np.float64)
     return float((counted * (np.log2(counted.sum()) - np.log2(counted))).sum())

@@ -1,4 +1,4 @@
-"""The part of a unit: its tokens, lengths and counts in a folder that appears complete or not at all."""
+"""The part made of a unit: its tokens, lengths and counts in a folder that appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -29,9 +29,13 @@ _FLUSH_TOKENS = 1 << 20
 
 @dataclass
 class Counts:
-    """Attributes:
-    bytes: of text. left_out: by kind. lengths: documents and tokens by the power of two that a length begins with:
-    lengths[k] counts documents of 2^k to 2^(k+1) - 1 tokens.
+    """Counts of a part or of a token file.
+
+    Attributes:
+        bytes: of text.
+        left_out: skipped input, by kind.
+        lengths, length_tokens: documents, and their tokens, by power of two: lengths[k] counts documents of 2^k to
+            2^(k+1) - 1 tokens.
     """
 
     documents: int = 0
@@ -44,6 +48,7 @@ class Counts:
     length_tokens: Counter[int] = field(default_factory=Counter)
 
     def add(self, document: Document) -> None:
+        """Count a document."""
         length = len(document.tokens_T)
         self.documents += 1
         self.tokens += length
@@ -56,6 +61,7 @@ class Counts:
         self.length_tokens[power] += length
 
     def merge(self, other: Counts) -> None:
+        """Add the counts of another part."""
         for name, value in vars(other).items():
             if isinstance(value, Counter):
                 getattr(self, name).update(value)
@@ -79,7 +85,7 @@ def part_folder(building: Path, number: int) -> Path:
 
 
 def build_part(building: Path, number: int, unit: Unit, maker: DocumentMaker, report: Callable[[int], None]) -> None:
-    """Read a unit and write its part. report: takes bytes read. Raises UserError and OSError."""
+    """Read a unit and write its part. report: is called with the bytes read. Raises UserError and OSError."""
     tally = Tally(maker.job.refused)
     with PartWriter(building, number, maker.encoder.vocab_size, maker.job.has_mask) as part:
         for place, record in read_unit(unit, maker.job.columns, tally, report):
@@ -87,18 +93,21 @@ def build_part(building: Path, number: int, unit: Unit, maker: DocumentMaker, re
             if document is None:
                 continue
             if len(document.tokens_T) > _MAX_LENGTH:
-                raise UserError(f"{place}: {len(document.tokens_T)} tokens, a document has {_MAX_LENGTH} at most")
+                raise UserError(f"{place}: {len(document.tokens_T)} tokens, allowed {_MAX_LENGTH} in a document")
             part.add(document)
         part.finish(tally)
 
 
 class PartWriter:
-    """Files of a part: tokens and mask as in the token file, int32 lengths, int64 frequencies [vocab] of the
-    tokens that count, counts."""
+    """A writer of a part's files.
+
+    They are tokens and mask as in the token file, int32 lengths, int64 frequencies [vocab] of the tokens that count as
+    labels, and counts.
+    """
 
     def __init__(self, building: Path, number: int, vocab_size: int, has_mask: bool):
         self.folder = part_folder(building, number)
-        # A worker that outlived its build may write the same.
+        # The process id keeps apart a worker that outlived its build and still writes the same part.
         self.partial = building / f"partial-{number:06d}-{os.getpid()}"
         self.frequencies_V = np.zeros(vocab_size, dtype=np.int64)
         self.counts = Counts()
@@ -117,6 +126,7 @@ class PartWriter:
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def add(self, document: Document) -> None:
+        """Append a document."""
         self.counts.add(document)
         self.pending.append(document)
         self.num_pending += len(document.tokens_T)
@@ -134,14 +144,14 @@ class PartWriter:
             mask_T = np.concatenate([document.mask_T for document in self.pending if document.mask_T is not None])
             self.files[MASK].write(mask_T.data)
             tokens_T = tokens_T[mask_T == 1]
-        # In pieces, since bincount makes 64-bit numbers of them.
+        # In pieces, since bincount converts its input to 64-bit numbers.
         for first in range(0, len(tokens_T), _FLUSH_TOKENS):
             piece_T = tokens_T[first : first + _FLUSH_TOKENS]
             self.frequencies_V += np.bincount(piece_T, minlength=len(self.frequencies_V))
         self.pending, self.num_pending = [], 0
 
     def finish(self, tally: Tally) -> None:
-        """Write what is left, and give the folder its name."""
+        """Write what is pending, and rename the folder to its final name."""
         self._flush()
         self.counts.left_out = tally.counts
         np.save(self.partial / f"{FREQUENCIES}.npy", self.frequencies_V)

@@ -1,4 +1,4 @@
-"""The documents of a unit, one after the other."""
+"""Reading the records of a unit, one after the other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_sse.data.builder.inputs import LINES, ROWS, Unit
 from megatron_sse.data.builder.tally import BINARY, BLANK, BROKEN, INVALID, Place, Tally
 from megatron_sse.errors import UserError
 
-# A record of a table, or the texts that a document is made of.
+# A record of a JSONL file or a table, or the texts of a document.
 Record = dict[str, Any] | list[str]
 _BINARY_BYTES = 8192
 _BATCH_ROWS = 64
@@ -23,9 +23,9 @@ _BOM = b"\xef\xbb\xbf"
 def read_unit(
     unit: Unit, columns: Sequence[str], tally: Tally, report: Callable[[int], None]
 ) -> Iterator[tuple[Place, Record]]:
-    """Documents that can be read; `tally` has the others. report: takes the bytes read since the last call.
+    """Return the places and records that can be read; `tally` counts the others. Raises UserError.
 
-    columns: of Parquet files. Raises UserError.
+    columns: those of Parquet files to read. report: is called with the bytes read since the last call.
     """
     if unit.kind == ROWS:
         return _read_rows(unit, columns, tally, report)
@@ -46,14 +46,14 @@ def _read_texts(unit: Unit, tally: Tally, report: Callable[[int], None]) -> Iter
                 continue
             text = decode(content, Place(path), tally)
             if text is not None:
-                # The next file starts on a line of its own.
+                # So that the next file of the document starts on a new line.
                 texts.append(text + "\n" if len(paths) > 1 and text and not text.endswith("\n") else text)
         if texts:
             yield Place(paths[0]), texts
 
 
 def decode(content: bytes, place: Place, tally: Tally) -> str | None:
-    """Text of UTF-8; None, and a line in `tally`, where it is something else."""
+    """Return the text of UTF-8; None, counted in `tally`, where it is not valid."""
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -79,13 +79,14 @@ def _read_lines(unit: Unit, tally: Tally, report: Callable[[int], None]) -> Iter
             if isinstance(record, dict):
                 yield place, record
             else:
-                tally.add(BROKEN, place, f"a JSON {type(record).__name__}, needed an object")
+                tally.add(BROKEN, place, f"a JSON {type(record).__name__}, must be an object")
 
 
 def _plain_lines(file: BinaryIO, unit: Unit, report: Callable[[int], None]) -> Iterator[tuple[Place, bytes]]:
-    """Lines that start in the unit's bytes; the last may end behind them."""
+    """Yield the lines that start inside the unit's bytes; the last may end after them."""
     if unit.begin:
-        # The line that the byte before belongs to is of a unit before; it may be longer than this one.
+        # Skip the rest of the line that holds the byte before the unit: an earlier unit reads it. It may be longer than
+        # this unit. A unit that starts right after a line end skips only that line end.
         file.seek(unit.begin - 1)
         while file.tell() < unit.end and not file.readline(_REPORT_BYTES).endswith(b"\n"):
             pass
@@ -126,7 +127,7 @@ def _read_rows(
         first = sum(file.metadata.row_group(group).num_rows for group in range(unit.begin))
         try:
             for batch in file.iter_batches(_BATCH_ROWS, row_groups=list(groups), columns=names, use_threads=False):
-                # Text as bytes: pyarrow does not look whether it is UTF-8.
+                # pyarrow does not check that text is UTF-8: take it as bytes and decode it ourselves.
                 values = [_text_as_bytes(column) for column in batch.columns]
                 for index in range(batch.num_rows):
                     place = Place(unit.path, first + rows + index + 1)

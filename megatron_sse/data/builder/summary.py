@@ -1,4 +1,4 @@
-"""What a token file holds, in lines for the terminal."""
+"""A summary of a token file, in lines for the terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_sse.data.metadata import Metadata
 
 
 def describe_metadata(metadata: Metadata) -> Iterator[str]:
-    """Lines about the tokens of a file."""
+    """Yield lines about the tokens of a file."""
     dtype = token_type(metadata.vocab_size)
     yield f"{metadata.documents:,} documents, {metadata.tokens:,} tokens, {metadata.bytes:,} bytes of text"
     yield f"tokenizer {metadata.tokenizer}: {metadata.vocab_size:,} tokens, {dtype}; model.vocab_size needs as many"
@@ -22,10 +22,10 @@ def describe_metadata(metadata: Metadata) -> Iterator[str]:
 
 
 def describe_build(output: str, counts: Counts, metadata: Metadata) -> Iterator[str]:
-    """All that a build says at its end."""
+    """Yield the lines that a build prints at its end."""
     yield f"{output}.bin, .idx, .json{', .mask' if metadata.loss_mask else ''}"
     yield from describe_metadata(metadata)
     left_out = [f"{count:,} x {kind}" for kind, count in sorted(counts.left_out.items())]
-    yield f"left out: {', '.join(left_out) or 'nothing'}"
+    yield f"skipped: {', '.join(left_out) or 'nothing'}"
     yield ""
     yield from format_lengths(counts.lengths, counts.length_tokens)

@@ -1,4 +1,4 @@
-"""What is wrong with the input: refused with its place, or counted. Nothing is left out silently."""
+"""Wrong input: refused with its place, or skipped and counted. Nothing is skipped silently."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class Place:
-    """Where a document stands: a file, and its row (from 1) or the byte at which its line starts."""
+    """The place of a document: a file, and its row (from 1) or the byte at which its line starts."""
 
     path: str
     row: int | None = None
@@ -37,7 +37,7 @@ class Place:
 
 
 def count_lines(path: str, end: int) -> int:
-    """Line ends in the first `end` bytes of a file."""
+    """Count the line ends in the first `end` bytes of a file."""
     lines = 0
     with open(path, "rb") as file:
         while end > 0 and (block := file.read(min(_BLOCK, end))):
@@ -47,13 +47,14 @@ def count_lines(path: str, end: int) -> int:
 
 
 class Tally:
-    """Counts by kind; a kind of `refused` raises UserError instead, which names the place."""
+    """Counts of skipped input by kind; a kind in `refused` raises UserError instead, which names the place."""
 
     def __init__(self, refused: Collection[str]):
         self.refused = frozenset(refused)
         self.counts: Counter[str] = Counter()
 
     def add(self, kind: str, place: Place, reason: str) -> None:
+        """Count an input of this kind. Raises UserError where the kind is refused."""
         if kind in self.refused:
-            raise UserError(f"{place}: {reason}; mend it, or count and leave out such input with {_OPTIONS[kind]}")
+            raise UserError(f"{place}: {reason}; fix it, or skip and count such input with {_OPTIONS[kind]}")
         self.counts[kind] += 1

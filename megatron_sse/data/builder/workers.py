@@ -1,4 +1,4 @@
-"""Processes that build parts. They load neither torch nor Megatron-Core, and end with the process that started them."""
+"""Worker processes that build parts. They load neither torch nor Megatron-Core, and end when their parent ends."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ Todo = Iterable[tuple[int, Unit]]
 
 
 def build_parts(building: Path, job: Job, todo: Todo, workers: int, report: Callable[[int], None]) -> Iterator[int]:
-    """Build the parts of numbered units, by `workers` processes or, for 1, in this one; yields numbers of done parts.
+    """Build the parts of numbered units, and yield the number of each finished part.
 
-    report: takes bytes read. Raises UserError.
+    `workers` processes do the work; with 1, it is done in this process. report: is called with the bytes read. Raises
+    UserError.
     """
     if workers > 1:
         yield from _build_with(building, job, todo, workers, report)
@@ -62,10 +63,10 @@ def _build_with(building: Path, job: Job, todo: Todo, count: int, report: Callab
 
 
 class _Worker:
-    """A process that takes a job and then units, a line of JSON each, and answers with lines of JSON."""
+    """A process that reads a job and then units, a line of JSON each, and replies with lines of JSON."""
 
     def __init__(self, building: Path, job: Job):
-        # Its share is one core: the tokenizers library would take all of them.
+        # A worker uses one core; the tokenizers library would otherwise use all of them.
         environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "megatron_sse.data.builder.workers"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
@@ -77,6 +78,7 @@ class _Worker:
         self._send({"building": str(building), "job": job.to_json()})
 
     def start_next(self, remaining: Iterator[tuple[int, Unit]]) -> None:
+        """Send the next unit, if there is one left."""
         order = next(remaining, None)
         self.is_busy = order is not None
         if order is not None:
@@ -87,17 +89,17 @@ class _Worker:
             self.orders.write(json.dumps(order).encode() + b"\n")
             self.orders.flush()
         except BrokenPipeError:
-            pass  # found by the next read
+            pass  # The worker has ended; read_replies reports it.
 
     def read_replies(self) -> list[dict[str, Any]]:
-        """What has come since the last call. Raises UserError where the input is wrong or the process has ended."""
-        # Not through the buffer, which select does not see.
+        """Return the replies since the last call. Raises UserError where the input is wrong or the worker has ended."""
+        # Read from the descriptor: select does not see what a buffered reader has read ahead.
         content = os.read(self.replies.fileno(), _BLOCK)
         if not content:
             code = self.process.wait()
             raise UserError(
-                f"a worker ended with status {code}{' (killed: perhaps memory ran out)' if code == -9 else ''}; the "
-                "same command goes on from here, with fewer --workers in less memory"
+                f"a worker ended with status {code}{' (killed: perhaps memory ran out)' if code == -9 else ''}; run "
+                "the same command to resume, with fewer --workers if memory is short"
             )
         *lines, self.rest = (self.rest + content).split(b"\n")
         replies = [json.loads(line) for line in lines]
@@ -109,6 +111,7 @@ class _Worker:
         return replies
 
     def end(self) -> None:
+        """Kill the process and close its pipes."""
         self.process.kill()
         self.process.wait()
         self.replies.close()
@@ -119,14 +122,13 @@ class _Worker:
 
 
 def describe(error: OSError) -> str:
-    """An error of the file system in one line."""
-    return (
-        f"{error.filename or 'the token file'}: {error.strerror or error}; mend it, the same command goes on from here"
-    )
+    """Return a message of one line for an error of the file system."""
+    place = error.filename or "the token file"
+    return f"{place}: {error.strerror or error}; fix this and run the same command to resume"
 
 
 def serve(orders: IO[bytes], replies: IO[bytes]) -> None:
-    """Build parts until no orders are left, or nobody listens."""
+    """Build parts until no orders are left or the parent has gone."""
 
     def reply(**content: Any) -> None:
         replies.write(json.dumps(content).encode() + b"\n")
@@ -152,6 +154,6 @@ def serve(orders: IO[bytes], replies: IO[bytes]) -> None:
 
 
 if __name__ == "__main__":
-    # Ctrl-C is for the process that started this one.
+    # A terminal sends Ctrl-C to workers too; the parent handles it and ends them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     serve(sys.stdin.buffer, sys.stdout.buffer)

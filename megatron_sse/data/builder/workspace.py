@@ -1,4 +1,4 @@
-"""PREFIX.building: what a build has done so far, for the build that goes on after a kill."""
+"""The folder PREFIX.building: what a build has done so far, so that it can be resumed after a kill."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ FINISHED = "finished.json"
 class Workspace:
     """The folder of one build, held by one process at a time.
 
-    plan: all that decides what is built, by the name of the setting; another one is refused.
+    plan: everything that decides what is built, by the name of the setting; a build with another plan is refused.
     """
 
     def __init__(self, prefix: Path, plan: dict[str, Any]):
         self.folder = prefix.with_name(prefix.name + ".building")
         self.prefix = prefix
-        # As it is after reading.
+        # In the form in which it is read back (tuples become lists), to be compared.
         self.plan = json.loads(json.dumps(plan))
 
     def __enter__(self) -> Workspace:
         index = Path(f"{self.prefix}.idx")
         plan = self.folder / PLAN
         if index.exists() and not plan.exists():
-            raise UserError(f"--output: {index} is there already; delete it or give another prefix")
+            raise UserError(f"--output: {index} exists already; delete it or give another prefix")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock()
@@ -55,10 +55,13 @@ class Workspace:
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"--output: another build writes {self.prefix} now; wait for it") from None
+            raise UserError(f"--output: another build is writing {self.prefix}; wait until it ends") from None
 
     def _goes_on(self, before: dict[str, Any]) -> bool:
-        """Whether this is the build that was begun; one that has no part yet is given up. Raises UserError."""
+        """Check whether this build continues the one in the folder. Raises UserError where the plan differs.
+
+        One with another plan but without a finished part is abandoned.
+        """
         changed = [name for name, value in self.plan.items() if before.get(name) != value]
         if not changed:
             return True
@@ -67,12 +70,12 @@ class Workspace:
         name = changed[0]
         what = _first_file(before.get(name), self.plan[name]) if name == "inputs" else name
         raise UserError(
-            f"--output: {self.folder} holds a build that was begun otherwise: {what} differs; give the same, or "
-            f"delete {self.folder} to start anew"
+            f"--output: {self.folder} holds a build with other settings: {what} differs; give the same, or delete "
+            f"{self.folder} to start over"
         )
 
     def _clear(self, everything: bool) -> None:
-        """Delete what broken-off writes left, or all but the lock."""
+        """Delete partial parts of an interrupted build, or everything except the lock."""
         for path in self.folder.iterdir():
             if path.name == "lock" or not (everything or path.name.startswith("partial-")):
                 continue
@@ -82,19 +85,20 @@ class Workspace:
                 path.unlink()
 
     def is_done(self, number: int) -> bool:
+        """Check whether a part is complete."""
         return part_folder(self.folder, number).is_dir()
 
     def finished(self) -> Counts | None:
-        """Counts of a build whose files are all in their places; None before."""
+        """Return the counts of a build whose files are all in place; None before that."""
         path = self.folder / FINISHED
         return Counts.from_json(json.loads(path.read_text())) if path.is_file() else None
 
     def finish(self, counts: Counts) -> None:
-        """Note that all files are in their places, so that parts may go."""
+        """Record that all files are in place, so that the parts may be deleted."""
         write_durably(self.folder / FINISHED, json.dumps(counts.to_json()).encode())
 
     def remove(self) -> None:
-        """Delete the folder of a finished build; the plan and what says that it is finished go last."""
+        """Delete the folder of a finished build: parts first, then the plan, then the record that it is finished."""
         for path in self.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
@@ -103,7 +107,7 @@ class Workspace:
 
 
 def _first_file(before: Any, now: list[list[Any]]) -> str:
-    """The first file that is not as it was."""
+    """Return the first file that differs from before."""
     old = {entry[0]: entry for entry in before or []}
     new = {entry[0]: entry for entry in now}
     paths = [path for path in [*new, *old] if old.get(path) != new.get(path)]
@@ -111,7 +115,7 @@ def _first_file(before: Any, now: list[list[Any]]) -> str:
 
 
 def make_joined(folder: Path) -> Path:
-    """An empty folder for the finished files."""
+    """Make an empty folder for the joined files."""
     joined = folder / JOINED
     shutil.rmtree(joined, ignore_errors=True)
     os.mkdir(joined)

@@ -1,1 +1,1 @@
-"""Recall tasks whose samples are made of a seed: for training, validation and evaluation."""
+"""Recall tasks whose samples are generated from a seed: for training, validation and evaluation."""

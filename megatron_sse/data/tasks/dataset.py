@@ -1,4 +1,4 @@
-"""Samples of a task for training and validation."""
+"""The samples of a task, for training and validation."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from megatron_sse.data.tasks.mqar import make_recall
 from megatron_sse.data.tasks.needle import make_needle
 from megatron_sse.data.tokenizer import END_OF_DOCUMENT
 
-# More than any run sees.
+# The nominal number of samples: more than any run sees.
 ENDLESS = 1 << 62
 
 
 class TaskDataset:
-    """Each sample follows from its number and the seed's numbers; only answers count as labels."""
+    """Generated samples: each depends on its number and the seed alone, and only its answers count as labels."""
 
     def __init__(self, task: MQARTask | NeedleTask, data: DataConfig, seed: list[int]) -> None:
         self.task, self.length, self.seed = task, data.sequence_length, seed
@@ -31,7 +31,10 @@ class TaskDataset:
 
 
 def _recall_sample(generator: np.random.Generator, task: MQARTask, length: int) -> Sample:
-    """A value is asked for where its key stands again; what follows there is not the value."""
+    """Return a recall sample, whose labels are the values at the places where their keys appear again.
+
+    The token after such a key is not the value (it is a gap or the next key), so labels differ from tokens.
+    """
     recall = make_recall(generator, task, length)
     tokens_G1 = np.append(recall.tokens_L, 0)
     labels_G1, counts_G1 = tokens_G1.copy(), np.zeros(length + 1, dtype=bool)
@@ -40,8 +43,8 @@ def _recall_sample(generator: np.random.Generator, task: MQARTask, length: int) 
 
 
 def _needle_sample(generator: np.random.Generator, task: NeedleTask, length: int) -> Sample:
-    """Byte tokens of a text, its answer and the end of the document, which both count; then padding."""
-    # The sample has one token more than the model reads, and the end takes one.
+    """Return byte tokens of a text, then its answer and the end of the document, which both count; then padding."""
+    # The sample has one token more than the model reads, and the end of the document takes it.
     needle = make_needle(generator, task, length, None, len)
     prompt, answer = needle.prompt.encode(), needle.answer.encode()
     tokens = [*prompt, *answer, END_OF_DOCUMENT]
@@ -51,7 +54,7 @@ def _needle_sample(generator: np.random.Generator, task: NeedleTask, length: int
 
 
 def _starts(room: int, length: int) -> np.ndarray:
-    """One document, then, where there is room, padding."""
+    """Return the starts of one document and, where it does not fill the room, of the padding."""
     starts_G1 = np.zeros(room, dtype=bool)
     starts_G1[[0, *range(length, min(length + 1, room))]] = True
     return starts_G1

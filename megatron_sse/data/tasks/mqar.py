@@ -14,12 +14,12 @@ from megatron_sse.config import MQARTask
 
 @dataclass(frozen=True)
 class Recall:
-    """A sequence of L tokens. Dims: P pairs, in the order of their questions.
+    """A sequence of L tokens with P pairs; the arrays below are in the order of the questions.
 
     Attributes:
         tokens_L: int64.
-        place_P: where a key stands again, and its value is asked for.
-        answer_P: the values' tokens.
+        place_P: position of the key's second appearance, where its value has to be predicted.
+        answer_P: the value's token.
         distance_P: tokens from the value to the question.
     """
 
@@ -30,14 +30,15 @@ class Recall:
 
 
 def vocabulary_of(task: MQARTask) -> int:
-    """Tokens that a model of the task needs."""
+    """Return the vocabulary size that a model of the task needs."""
     return task.keys + task.values + 1
 
 
 def make_recall(generator: np.random.Generator, task: MQARTask, length: int) -> Recall:
-    """Pairs, then each of their keys once, in another order; gaps fall anywhere between, but not into a pair.
+    """Return a sequence of pairs (key, value), then each key once more in another order (the questions).
 
-    length: of the sequence, at least 3 tokens for each pair. Keys differ, values may be the same.
+    Gaps fall anywhere except inside a pair. length: of the sequence, at least 3 tokens for each pair. Keys differ,
+    values may be equal.
     """
     pairs = task.pairs
     gaps = length - 3 * pairs
@@ -45,7 +46,8 @@ def make_recall(generator: np.random.Generator, task: MQARTask, length: int) -> 
     key_P = generator.permutation(task.keys)[:pairs]
     value_P = task.keys + generator.integers(task.values, size=pairs)
     asked_P = generator.permutation(pairs)
-    # Pairs and questions among gaps: which of all these come at which place. A pair takes two tokens.
+    # Choose which of the items in a row (pairs, questions, gaps) are pairs and which are questions; pairs come first.
+    # A pair takes two tokens, so it starts one token later for each pair before it, and all questions come P later.
     item_2P = np.sort(generator.permutation(2 * pairs + gaps)[: 2 * pairs])
     begin_P, place_P = item_2P[:pairs] + np.arange(pairs), item_2P[pairs:] + pairs
     tokens_L = np.full(length, task.keys + task.values, dtype=np.int64)

@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_sse.config import NeedleTask, NeedleVariant
 
-# Names, numbers of each, and names that are asked for.
+# For each variant: names in the text, numbers per name, and names that the question asks for.
 VARIANTS: dict[NeedleVariant, tuple[int, int, int]] = {
     "single": (1, 1, 1),
     "multi_key": (4, 1, 1),
@@ -25,7 +25,10 @@ _LONGEST = max(_NAMES, key=len)
 
 @dataclass(frozen=True)
 class Needle:
-    """prompt: the text up to its question. answer: what should follow. numbers: those in it."""
+    """A text with hidden numbers.
+
+    prompt: the text and its question. answer: what should follow. numbers: those in the answer.
+    """
 
     prompt: str
     answer: str
@@ -33,7 +36,7 @@ class Needle:
 
 
 def least_room(task: NeedleTask, count: Callable[[str], int]) -> int:
-    """Tokens of the longest question, answer and hidden numbers. count: tokens of a text."""
+    """Return the tokens of the longest possible question, answer and facts. count: returns the tokens of a text."""
     names, each, asked = VARIANTS[task.variant]
     facts = _state([_LONGEST] * names, ["8" * task.digits] * (names * each))
     question, answer = _ask([_LONGEST] * asked, ["8" * task.digits] * (asked * each))
@@ -43,10 +46,10 @@ def least_room(task: NeedleTask, count: Callable[[str], int]) -> int:
 def make_needle(
     generator: np.random.Generator, task: NeedleTask, room: int, depth: float | None, count: Callable[[str], int]
 ) -> Needle:
-    """A text whose prompt and answer have at most `room` tokens, and hardly less.
+    """Make a text whose prompt and answer together have at most `room` tokens, and only a few less.
 
-    room: at least least_room. depth: share of the text that comes before the first number asked for; None draws it, as
-    that of all other numbers. count: tokens of a text.
+    room: at least least_room. depth: share of the text that comes before the first fact that is asked for; None draws
+    it at random, as for all other facts. count: returns the tokens of a text.
     """
     names, each, asked = VARIANTS[task.variant]
     chosen = generator.permutation(len(_NAMES))[:names]
@@ -56,7 +59,7 @@ def make_needle(
     depth_K = [generator.random() for _ in facts]
     if depth is not None:
         depth_K[0] = depth
-    # What is asked for is asked in the order of the text, so that there is one answer.
+    # The question follows the order of the facts in the text, so that there is only one right answer.
     order = sorted(range(asked * each), key=lambda k: (depth_K[k], k))
     found = [numbers[k] for k in order]
     question, answer = _ask([name_N[name] for name in dict.fromkeys(k // each for k in order)], found)
@@ -66,7 +69,7 @@ def make_needle(
         over = count(prompt) + count(answer) - room
         if over <= 0 or not filler:
             return Needle(prompt, answer, tuple(found))
-        # A text's tokens may be more than those of its sentences.
+        # A tokenizer may need more tokens for a text than for its sentences one by one: drop sentences until it fits.
         del filler[-max(1, over // 16) :]
 
 
@@ -76,14 +79,14 @@ def _state(names: list[str], numbers: list[str]) -> list[str]:
 
 
 def _ask(names: list[str], numbers: list[str]) -> tuple[str, str]:
-    """A question and its answer."""
+    """Return a question and its answer."""
     several = len(numbers) > 1
     question = f"\nThe magic number{'s' * several} of {', '.join(names)} {'are' if several else 'is'}"
     return question, f" {', '.join(numbers)}."
 
 
 def _draw_numbers(generator: np.random.Generator, size: int, digits: int) -> list[str]:
-    """Different numbers, the first digit no zero."""
+    """Draw different numbers that do not start with zero."""
     found: dict[str, None] = {}
     while len(found) < size:
         digit_D = generator.integers([1, *[0] * (digits - 1)], 10)
@@ -92,7 +95,7 @@ def _draw_numbers(generator: np.random.Generator, size: int, digits: int) -> lis
 
 
 def _draw_filler(generator: np.random.Generator, room: int, count: Callable[[str], int]) -> list[str]:
-    """Sentences of at most `room` tokens together."""
+    """Draw sentences that together have at most `room` tokens."""
     found: list[str] = []
     while True:
         kinds, things = generator.integers(len(_KINDS), size=2), generator.integers(len(_THINGS), size=2)
@@ -105,7 +108,7 @@ def _draw_filler(generator: np.random.Generator, room: int, count: Callable[[str
 
 
 def _hide(filler: list[str], facts: list[str], depth_K: list[float]) -> str:
-    """The sentences in their order, with each fact after its share of them."""
+    """Return the sentences in order, with each fact inserted after its share of them."""
     place = [(round(depth * len(filler)), depth, k) for k, depth in enumerate(depth_K)]
     parts: list[str] = []
     done = 0
@@ -116,6 +119,6 @@ def _hide(filler: list[str], facts: list[str], depth_K: list[float]) -> str:
 
 
 def score_answer(text: str, numbers: tuple[str, ...]) -> float:
-    """Share of the numbers that are in the first sentence of a text, each as a whole."""
+    """Return the share of the numbers that appear as words of their own in the first sentence of a text."""
     said = set(text.split(".")[0].replace(",", " ").split())
     return sum(number in said for number in numbers) / len(numbers)

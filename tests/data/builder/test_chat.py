@@ -127,9 +127,9 @@ def test_a_template_that_changes_what_came_before_is_refused(tmp_path: Path) -> 
         (
             "message['content']",
             "(message['content'] if loop.last else 'gone')",
-            "1: .* turn 1 changes with what follows",
+            "1: .* turn 1 depends on later turns",
         ),
-        ("{{ '<|assistant|>\\n' }}", "{{ '<|answer|>\\n' }}", "1: .* does not write turn 1 behind what it"),
+        ("{{ '<|assistant|>\\n' }}", "{{ '<|answer|>\\n' }}", "1: .* turn 1 does not start with its"),
     ):
         assert old in DEFAULT_TEMPLATE
         (tmp_path / "template.jinja").write_text(DEFAULT_TEMPLATE.replace(old, new))

@@ -71,7 +71,7 @@ def test_folders_of_source_files(tmp_path: Path, capsys: pytest.CaptureFixture[s
     run(tmp_path / "out", make_sources(tmp_path / "repos"))
     assert texts(tmp_path / "out") == ["# beside", "y = 2\nx = 1\n", "ü"]
     printed = capsys.readouterr().out
-    assert "left out: 1 x binary file, 1 x folder without files, 3 x hidden file, hidden folder or link" in printed
+    assert "skipped: 1 x binary file, 1 x folder without files, 3 x hidden file, hidden folder or link" in printed
 
 
 def test_a_folder_as_text_files_and_of_tables(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_summary_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     run(tmp_path / "out", write_lines(tmp_path / "a.jsonl", records(["a" * 3, "b" * 4, "c" * 100, ""])), picture=True)
     printed = capsys.readouterr().out
     assert "3 documents, 110 tokens, 107 bytes of text" in printed
-    assert "1.0280 tokens per byte" in printed and "left out: 1 x empty document" in printed
+    assert "1.0280 tokens per byte" in printed and "skipped: 1 x empty document" in printed
     rows = [line.split() for line in printed.splitlines() if " to " in line]
     assert [row[:6] for row in rows] == [
         ["4", "to", "7", "2", "66.7%", "9"],

@@ -63,7 +63,7 @@ def test_after_an_interrupt_only_the_rest_is_read(
     monkeypatch.setattr(command, "build_parts", noted)
     caplog.set_level("INFO")
     run(half.parent / "out", half)
-    assert read[0] == 4 and f"going on: 4 of {4 + len(read)} parts are done" in caplog.text
+    assert read[0] == 4 and f"resuming: 4 of {4 + len(read)} parts are done" in caplog.text
 
 
 def test_other_inputs_and_options_are_refused(half: Path) -> None:
@@ -79,7 +79,7 @@ def test_other_inputs_and_options_are_refused(half: Path) -> None:
     with pytest.raises(UserError, match=rf"{other} differs"):
         run(out, half, other)
     half.write_bytes(half.read_bytes() + b"\n")
-    with pytest.raises(UserError, match=rf"{half} differs; give the same, or delete .*out\.building to start anew"):
+    with pytest.raises(UserError, match=rf"{half} differs; give the same, or delete .*out\.building to start over"):
         run(out, half)
 
 
@@ -91,7 +91,7 @@ def test_an_input_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pyt
         os.utime(path, ns=(0, 0))
 
     monkeypatch.setattr(command, "build_parts", changing)
-    with pytest.raises(UserError, match=r"a\.jsonl: has changed while it was read; delete .*out\.building and start"):
+    with pytest.raises(UserError, match=r"a\.jsonl: changed while it was read; delete .*out\.building and start"):
         run(tmp_path / "out", path)
     assert not (tmp_path / "out.idx").exists()
 
@@ -102,13 +102,13 @@ def test_skipped_input_is_refused_after_all(tmp_path: Path, monkeypatch: pytest.
         patch.setattr(command, "_join", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "out", path, wrong="skip")
-    with pytest.raises(UserError, match=r"refuse given, but this build was begun with skip and has left out .*JSON"):
+    with pytest.raises(UserError, match=r"got refuse, but this build started with skip and has skipped .*JSON"):
         run(tmp_path / "out", path)
 
 
 def test_one_build_at_a_time(half: Path) -> None:
     with command.Workspace(half.parent / "other", {}):
-        with pytest.raises(UserError, match=r"--output: another build writes .*other now"):
+        with pytest.raises(UserError, match=r"--output: another build is writing .*other;"):
             run(half.parent / "other", half)
 
 
@@ -119,7 +119,7 @@ def test_workers_that_fail_and_that_are_killed(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(
         workers._Worker, "start_next", lambda worker, _: worker.process.kill() or vars(worker).update(is_busy=True)
     )
-    with pytest.raises(UserError, match=r"a worker ended with status -9 \(killed: perhaps memory ran out\); the same"):
+    with pytest.raises(UserError, match=r"a worker ended with status -9 \(killed: perhaps memory ran out\); run the"):
         run(tmp_path / "out2", path, workers=2)
 
 
@@ -131,7 +131,7 @@ def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fu
     path = write_lines(tmp_path / "a.jsonl", records())
     with monkeypatch.context() as patch:
         patch.setattr(f"megatron_sse.data.builder.{function}", full)
-        with pytest.raises(UserError, match=r"^tokens: No space left on device; mend it, the same command goes on"):
+        with pytest.raises(UserError, match=r"^tokens: No space left on device; fix this and run the same command"):
             run(tmp_path / "out", path)
     assert not (tmp_path / "out.bin").exists()
     run(tmp_path / "out", path)

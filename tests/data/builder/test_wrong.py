@@ -20,19 +20,19 @@ TURNS = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
 LINES: dict[str, tuple[Any, dict[str, Any], str, str]] = {
     "broken": (b'{"text": "a', {}, "broken JSON", "broken JSON"),
     "deep": (b"[" * 100_000, {"unit_bytes": 1 << 16}, "broken JSON", "broken JSON"),
-    "no object": (b'["text"]', {}, "a JSON list, needed an object", "broken JSON"),
+    "no object": (b'["text"]', {}, "a JSON list, must be an object", "broken JSON"),
     "invalid": (b'{"text": "a\xff"}', {}, r"invalid UTF-8 at byte 11 \(b'\\xff\"}", "invalid UTF-8"),
     "surrogate": (b'{"text": "\\ud83d"}', {}, "invalid UTF-8 .surrogates", "invalid UTF-8"),
-    "missing": ({"txt": "a"}, {}, r"no field text \(there: txt; --field names another\)", "missing field"),
-    "null": ({"text": None}, {}, "no field text", "missing field"),
-    "number": ({"text": 5}, {}, "field text is int, needed text", "missing field"),
+    "missing": ({"txt": "a"}, {}, r"field text missing \(found: txt; choose another with --field\)", "missing field"),
+    "null": ({"text": None}, {}, "field text missing", "missing field"),
+    "number": ({"text": 5}, {}, "field text is int, must be text", "missing field"),
     "chat as text": ({"messages": TURNS}, {}, "chats are read with --format chat", "missing field"),
     "empty": ({"text": ""}, {"empty": "refuse"}, "empty document", "empty document"),
-    "no chat": ({"text": "a"}, {"format": "chat"}, "no field messages, and no prompt and", "missing field"),
+    "no chat": ({"text": "a"}, {"format": "chat"}, "field messages missing, and no prompt", "missing field"),
     "no completion": ({"prompt": "a"}, {"format": "chat"}, "completion is missing", "chat not usable"),
     "number in chat": ({"prompt": 5, "completion": "a"}, {"format": "chat"}, "prompt is int", "chat not usable"),
-    "no turns": ({"messages": []}, {"format": "chat"}, "needed a list of", "chat not usable"),
-    "no role": ({"messages": [{"content": "a"}]}, {"format": "chat"}, "1: needed an object with role", "chat not"),
+    "no turns": ({"messages": []}, {"format": "chat"}, "must be a list of", "chat not usable"),
+    "no role": ({"messages": [{"content": "a"}]}, {"format": "chat"}, "1: must be an object with role", "chat not"),
     "no content": ({"messages": [{"role": "user"}]}, {"format": "chat"}, "1: has no content", "chat not usable"),
     "no answer": ({"messages": TURNS[:1]}, {"format": "chat"}, "no assistant turn", "chat not usable"),
     "empty answer": ({"prompt": "p", "completion": ""}, {"format": "chat", "empty": "refuse"}, "empty answer", "empty"),
@@ -51,7 +51,7 @@ def test_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert not (tmp_path / "out.idx").exists()
     # Parts that were built before the error are reused.
     assert run(tmp_path / "out", path, **options | {"wrong": "skip", "empty": "skip"}) == 0
-    assert f"left out: 1 x {kind}" in capsys.readouterr().out
+    assert f"skipped: 1 x {kind}" in capsys.readouterr().out
     assert len(texts(tmp_path / "out")) == 3
 
 
@@ -77,7 +77,7 @@ def test_invalid_and_binary_files_of_a_folder(tmp_path: Path, capsys: pytest.Cap
         run(tmp_path / "out", tmp_path / "repos")
     run(tmp_path / "out", tmp_path / "repos", wrong="skip")
     assert texts(tmp_path / "out") == ["good\n"]
-    assert "left out: 1 x binary file, 1 x invalid UTF-8" in capsys.readouterr().out
+    assert "skipped: 1 x binary file, 1 x invalid UTF-8" in capsys.readouterr().out
 
 
 def damage(path: Path) -> None:
@@ -134,8 +134,8 @@ def test_inputs_and_outputs(tmp_path: Path) -> None:
         ([tmp_path / "none"], "out", {}, r"INPUT: .*/none not found"),
         ([tmp_path / "empty.jsonl"], "out", {}, r"INPUT: nothing to read in .*empty\.jsonl"),
         ([tmp_path / "in"], "out", {}, r"INPUT: .*/in holds a\.jsonl; give --format jsonl or parquet"),
-        ([tmp_path / "in"], "in/out", {"format": "jsonl"}, r"--output: .*in/out lies in .*/in, which is read"),
-        ([tmp_path / "a.txt"], "out", {"format": "chat"}, r"INPUT: .*a\.txt is no \.jsonl"),
+        ([tmp_path / "in"], "in/out", {"format": "jsonl"}, r"--output: .*in/out is inside .*/in, which is read"),
+        ([tmp_path / "a.txt"], "out", {"format": "chat"}, r"INPUT: .*a\.txt is not a \.jsonl"),
         ([tmp_path / "a.parquet"], "out", {}, r"--field: .*a\.parquet has columns body, needed text"),
         ([path], "out.bin", {}, r"--output: got .*out\.bin, allowed the prefix"),
         ([path], "a.txt/out", {}, r"--output: .*a\.txt/out cannot be written \(Not a directory"),
@@ -149,7 +149,7 @@ def test_inputs_and_outputs(tmp_path: Path) -> None:
 def test_a_finished_file_is_kept(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", records())
     run(tmp_path / "out", path)
-    with pytest.raises(UserError, match=r"^--output: .*out\.idx is there already; delete it or give another prefix"):
+    with pytest.raises(UserError, match=r"^--output: .*out\.idx exists already; delete it or give another prefix"):
         run(tmp_path / "out", path)
 
 
@@ -158,7 +158,7 @@ def test_tokenizers_that_cannot_be_used(tmp_path: Path) -> None:
     make_tokenizer(folder, eos_token=None)
     for end, message in (
         (None, r"--end: not given, and .*tokenizer_config\.json names no eos_token; give the token"),
-        ("<stop>", r"--end: '<stop>' is no token of .*; its special tokens: <begin>, <end>, <\|user"),
+        ("<stop>", r"--end: '<stop>' is not a token of .*; its special tokens: <begin>, <end>, <\|user"),
     ):
         with pytest.raises(UserError, match=f"^{message}"):
             run(tmp_path / "out", path, tokenizer=str(folder), end=end)
@@ -200,5 +200,5 @@ def test_without_matplotlib_there_is_a_note(
     find = installed.importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "matplotlib" else find(name))
     run(tmp_path / "out", write_lines(tmp_path / "a.jsonl", records()), picture=True)
-    assert "out.lengths.png: needs matplotlib" in capsys.readouterr().out
+    assert "out.lengths.png not drawn: needs matplotlib" in capsys.readouterr().out
     assert not (tmp_path / "out.lengths.png").exists()
