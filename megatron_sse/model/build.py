@@ -29,6 +29,7 @@ from megatron_sse.config import (
 )
 from megatron_sse.config.mixer import MixerSpec
 from megatron_sse.config.weights import model_weights
+from megatron_sse.kernels.registry import KERNELS
 from megatron_sse.model.attention import SoftmaxAttention, TorchAttention
 from megatron_sse.model.backend import Backend, choose_backend
 from megatron_sse.model.initialize import bind_weights, initialize_weights
@@ -53,6 +54,7 @@ def build_model(
     draw: False leaves the weights unset, for a caller that has others. core_attention: in place of the backend's.
     """
     backend = attend_over_context(choose_backend(device), config)
+    warn_of_slow_recurrences(config, device)
     if core_attention is not None:
         backend = replace(backend, core_attention=core_attention)
     hand_off = make_hand_off(config, groups)
@@ -71,6 +73,13 @@ def build_model(
                 initialize_weights(chunk, groups, config.model, config.training.seed)
             chunks.append(chunk)
     return chunks
+
+
+def warn_of_slow_recurrences(config: RunConfig, device: Device) -> None:
+    """Warn of recurrences that run in torch on a GPU."""
+    for recurrence in config.model.recurrences():
+        if device.type == "cuda" and not KERNELS[recurrence.name].has_triton:
+            logger.warning("%s layers: torch, slow (this recurrence has no Triton kernels yet)", recurrence.name)
 
 
 def attend_over_context(backend: Backend, config: RunConfig) -> Backend:

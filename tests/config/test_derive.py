@@ -16,6 +16,8 @@ REFERENCE = Path(__file__).resolve().parents[2] / "configs" / "reference.yaml"
 MODELS = [
     "",
     "model.sse.recurrence=gdn model.sse.num_value_heads=4",
+    "model.sse.recurrence=kda model.sse.num_value_heads=4",
+    "model.layers=[kda,softmax]",
     "model.layers=[sse,gla,gdn,2*gla,softmax] model.softmax.qk_norm=true model.softmax.num_kv_heads=2",
     "model.softmax.qkv_bias=true model.softmax.num_kv_heads=1",
     "model.sse.key_map=one_minus_decay model.sse.short_convolution=4 model.softmax.head_dim=24",

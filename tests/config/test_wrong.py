@@ -75,7 +75,7 @@ WRONG = {
     ),
     "unknown choice": (
         add_sse("    recurrence: gated\n"),
-        "9: model.sse.recurrence: got 'gated', allowed 'gla' or 'gdn'",
+        "9: model.sse.recurrence: got 'gated', allowed 'gla', 'gdn' or 'kda'",
     ),
     "number for a switch": (
         add_sse("    output_gate: 1\n"),
@@ -91,7 +91,7 @@ WRONG = {
     ),
     "unknown kind of layer": (
         ("5*sse, softmax", "5*ssm, softmax"),
-        "5: model.layers: got 'ssm', allowed sse, gla, gdn, softmax",
+        "5: model.layers: got 'ssm', allowed sse, gla, gdn, kda, softmax",
     ),
     "pattern that is no pattern": (
         ("5*sse, softmax", "sse*5"),
@@ -341,10 +341,10 @@ def test_world_size(tmp_path: Path) -> None:
 
 UNWEIGHTED = "model.sse.weight_writes=false model.sse.weight_reads=false model.sse.weight_scale=4.0"
 IGNORED = {
-    "model.sse.negative_eigenvalues=true": "model.sse.negative_eigenvalues is ignored: no layer has the gdn recurrence",
-    "model.sse.gate=reference": "model.sse.gate is ignored: no layer has the gdn recurrence",
+    "model.sse.negative_eigenvalues=true": "model.sse.negative_eigenvalues is ignored: no layer has the gdn or kda recurrence",
+    "model.sse.gate=reference": "model.sse.gate is ignored: no layer has the gdn or kda recurrence",
     "model.sse.recurrence=gdn model.sse.decay_low_rank=8": "model.sse.decay_low_rank is ignored: "
-    "no layer has the gla recurrence",
+    "no layer has the gla or kda recurrence",
     "model.layers=sse": "model.softmax is ignored: model.layers has no softmax layer",
     "model.layers=softmax": "model.sse is ignored: model.layers is all softmax",
     "model.layers=[5*gla,softmax] model.sse.shared_bank=false model.sse.short_convolution=4": "model.sse.shared_bank "

@@ -11,11 +11,13 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sse.checkpoint.weights import write_weights
 from megatron_sse.convert import convert, folder
+from megatron_sse.convert.hf_files import network_megatron_sse
 from megatron_sse.convert.layout import SSE_NAMES, model_links
 from megatron_sse.convert.logits import compute_logits
 from megatron_sse.convert.model import make_run_config, open_model
 from megatron_sse.convert.sse_settings import model_from_sse, model_to_sse
 from megatron_sse.errors import UserError
+from megatron_sse.recurrence import RECURRENCES
 from tests.convert.support import assert_same_tensors, logits_by_transformers, random_tokens
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "hf_sse_gla"
@@ -52,6 +54,9 @@ THEIRS = {
 OURS = {
     "gdn, post_norm": model(sse={"recurrence": "gdn", "num_writers": 2, "num_readers": 1}),
     "all kinds": model("sse, gla, gdn, softmax", num_layers=4, softmax=SOFTMAX | {"qk_norm": True, "head_dim": 12}),
+    "sse kda": model(sse={"recurrence": "kda", "num_value_heads": 4, "num_readers": 2, "short_convolution": 3}),
+    "kda, reference gate": model(sse={"recurrence": "kda", "gate": "reference", "negative_eigenvalues": True}),
+    "kda, hybrid": model("kda, softmax", softmax=SOFTMAX),
     "gdn, weights on beta": model(sse={"recurrence": "gdn", "gate": "beta"}),
     "input convolution": model("sse, softmax", {"short_convolution": 3}, softmax=SOFTMAX, input_convolution=4),
     "two routers": model(sse={"own_read_router": True, "num_readers": 2}),
@@ -220,3 +225,9 @@ def test_a_model_of_bytes_gets_a_tokenizer(tmp_path: Path) -> None:
     assert tokenizer.decode(list(text.encode())) == text
     assert tokenizer.eos_token_id == 256 and len(tokenizer) == 257
     assert transformers.AutoConfig.from_pretrained(tmp_path / "hf", trust_remote_code=True).eos_token_id == 256
+
+
+def test_the_exported_code_has_all_recurrences() -> None:
+    """The exported modeling files must run alone, so they have a table of their own."""
+    ours = {row.name: (row.delta_rule, row.channel_decay, row.key_map) for row in RECURRENCES.values()}
+    assert network_megatron_sse.RECURRENCES == ours

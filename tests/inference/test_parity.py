@@ -29,6 +29,8 @@ MODELS = {
     "sse gdn, reference gate": model(sse={"recurrence": "gdn", "gate": "reference", "num_value_heads": 4}),
     "gla": model("gla", {"value_head_dim": 12, "output_gate": False}),
     "gdn": model("gdn"),
+    "sse kda": model(sse={"recurrence": "kda", "num_readers": 2, "num_value_heads": 4}),
+    "kda": model("kda", {"short_convolution": 3}),
     "row-sparse": model(sse={"key_map": "topk_softmax", "key_topk": 3, "query_map": "softmax"}),
     "constant decay": model(sse={"decay": "constant"}),
     "no decay, no weights": model(sse={"decay": "none", "weight_writes": False, "weight_reads": False}),

@@ -28,6 +28,7 @@ MODELS = {
     "gdn": model(sse={"recurrence": "gdn", "num_writers": 2, "num_readers": 1, "num_value_heads": 4}),
     "row-sparse": model(sse={"key_map": "topk_softmax", "key_topk": 3, "short_convolution": 3}),
     "no partitions": model(sse={"num_partitions": 0}),
+    "kda": model(sse={"recurrence": "kda", "num_readers": 2, "num_value_heads": 4}),
     "all kinds": model("gdn, softmax, sse, gla", num_layers=4, softmax=SOFTMAX, sse={"value_head_dim": 12}),
 }
 # Half a bin of the histogram is 0.54 %.

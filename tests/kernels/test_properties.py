@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.kernels.cases import UNEVEN, Case, Inputs, make_inputs, outputs_and_gradients, rms
 from tests.kernels.implementations import FORMS, attention
 
-RECURRENCES = ("gla", "gdn")
+RECURRENCES = ("gla", "gdn", "kda")
 every_recurrence = pytest.mark.parametrize("recurrence", RECURRENCES)
 every_form = pytest.mark.parametrize("form", FORMS)
 

@@ -34,6 +34,9 @@ CASES = {
     "gdn, mask, convolution": BASE | {"recurrence": "gdn", "form": "mask", "short_convolution": 4, "num_readers": 2},
     "gla, no partitions": BASE | {"num_partitions": 0},
     "input convolution": BASE | {"input_convolution": 6},
+    "kda": BASE | {"recurrence": "kda", "num_value_heads": 4, "num_readers": 2},
+    "kda, mask, convolution": BASE | {"recurrence": "kda", "form": "mask", "short_convolution": 4},
+    "kda, no partitions": BASE | {"recurrence": "kda", "num_partitions": 0},
     "gdn, no partitions": BASE | {"recurrence": "gdn", "num_partitions": 0},
 }
 
@@ -54,7 +57,7 @@ def one_rank() -> dict[tuple[str, str], Results]:
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_like_one_rank(size: int, zigzag: bool, one_rank: dict[tuple[str, str], Results]) -> None:
     # Eight processes are slow on small machines, so only the two recurrences run with them.
-    grid = runs(list(CASES) if size < 8 else ["gla", "gdn"])
+    grid = runs(list(CASES) if size < 8 else ["gla", "gdn", "kda"])
     by_rank = run_workers(size, run_mixers, list(grid.values()), size, False, zigzag)
     for number, key in enumerate(grid):
         error, tensor = worst_error([results[number] for results in by_rank], one_rank[key])
@@ -63,7 +66,7 @@ def test_like_one_rank(size: int, zigzag: bool, one_rank: dict[tuple[str, str], 
 
 @pytest.mark.parametrize("sequence", [False, True], ids=["tensor", "sequence"])
 def test_beside_tensor_parallelism(sequence: bool, one_rank: dict[tuple[str, str], Results]) -> None:
-    grid = runs(["gla", "gdn", "input convolution"])
+    grid = runs(["gla", "gdn", "kda", "input convolution"])
     by_rank = run_workers(4, run_mixers, list(grid.values()), 2, sequence, True)
     for number, key in enumerate(grid):
         error, tensor = worst_error([results[number] for results in by_rank], one_rank[key])

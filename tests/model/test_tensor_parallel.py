@@ -33,6 +33,8 @@ CASES = {
     "gdn, two routers, mask": BASE | {"recurrence": "gdn", "own_read_router": True, "num_writers": 2, "form": "mask"},
     "gdn, no shared bank": BASE | {"recurrence": "gdn", "shared_bank": False},
     "gla, no partitions": BASE | {"num_partitions": 0},
+    "kda": BASE | {"recurrence": "kda", "num_value_heads": 8, "short_convolution": 3, "negative_eigenvalues": True},
+    "kda, no partitions": BASE | {"recurrence": "kda", "num_partitions": 0},
     "gdn, no partitions": BASE | {"recurrence": "gdn", "num_partitions": 0},
 }
 RUNS = [(case, LENGTHS) for case in CASES.values()]

@@ -29,6 +29,8 @@ def model(layers, num_layers=1, softmax=None, **sse):
 LINEAR = 2 * 8 * 6 + 8 * 20 + 20 * 8 + 8 * 5 + 5 * 20
 GLA_GATE = 8 * 7 + 7 * 6
 GDN_GATES = 2 * 8 * 4
+# Write strengths 8 x 4, decays 8 x 7 and 7 x (4 x 3).
+KDA_GATES = 8 * 4 + 8 * 7 + 7 * 4 * 3
 # There are 4 value heads with states of 3 x 5.
 STATE = 4 * 3 * 5
 # The router is 8 x 3; the sparse banks' queries and keys are 8 x 5 and 5 x 6 each.
@@ -38,6 +40,8 @@ TWO_READERS = {"num_partitions": 3, "num_writers": 1, "num_readers": 2}
 CASES = {
     "gla": (model("gla"), LINEAR + GLA_GATE + 2 * STATE),
     "gdn": (model("gdn"), LINEAR + GDN_GATES + 3 * STATE),
+    "kda": (model("kda"), LINEAR + KDA_GATES + 3 * STATE),
+    "sse kda": (model("sse", recurrence="kda", **TWO_READERS), LINEAR + SPARSE + 2 * KDA_GATES + (2 * 2 + 3) * STATE),
     "sse without partitions": (model("sse", num_partitions=0), LINEAR + GLA_GATE + 2 * STATE),
     "sse gla": (model("sse", **TWO_READERS), LINEAR + SPARSE + 2 * GLA_GATE + (2 + 3) * STATE),
     "sse gdn": (model("sse", recurrence="gdn", **TWO_READERS), LINEAR + SPARSE + 2 * GDN_GATES + (2 * 2 + 3) * STATE),

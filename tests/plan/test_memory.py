@@ -27,6 +27,7 @@ MODEL = {
     "softmax": {"num_heads": 4, "num_kv_heads": 2},
 }
 DELTA = MODEL | {"sse": MODEL["sse"] | {"recurrence": "gdn", "num_value_heads": 8, "form": "mask"}}
+KDA = MODEL | {"layers": "sse, kda", "sse": MODEL["sse"] | {"recurrence": "kda", "num_value_heads": 8}}
 PLAIN = MODEL | {"layers": "gla", "sse": MODEL["sse"] | {"short_convolution": 4, "output_gate": False}}
 PLAIN |= {"input_convolution": 4}
 NORMED = MODEL | {"layers": "softmax", "softmax": MODEL["softmax"] | {"qk_norm": True, "rotary_base": 0.0}}
@@ -108,6 +109,8 @@ RUNS: list[tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     (1, {}, MODEL, {"precision": "bf16", "micro_batch_size": 2}),
     (1, {}, DELTA, {}),
     (1, {}, DELTA, {"precision": "bf16"}),
+    (1, {}, KDA, {}),
+    (1, {}, KDA, {"precision": "bf16"}),
     (1, {}, PLAIN, {}),
     (1, {}, NORMED, {}),
     (1, {}, NORMED, {"precision": "bf16"}),
@@ -116,6 +119,7 @@ RUNS: list[tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     (2, {"tensor": 2}, MODEL, {}),
     (2, {"tensor": 2, "sequence": True}, MODEL, {"precision": "bf16"}),
     (2, {"context": 2}, MODEL, {}),
+    (2, {"context": 2}, KDA, {}),
     (2, {"distributed_optimizer": True}, MODEL, {}),
 ]
 

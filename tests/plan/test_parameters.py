@@ -23,7 +23,7 @@ Run = tuple[str, list[str]]
 # Numbers of elements of a chunk's fp32 and bf16 parameters.
 Elements = dict[int, int]
 
-MIXED = ["model.layers=sse, gdn, gla, softmax", "model.num_layers=8", "model.sse.short_convolution=4"]
+MIXED = ["model.layers=sse, gdn, gla, kda, softmax", "model.num_layers=10", "model.sse.short_convolution=4"]
 MIXED += ["model.input_convolution=3", "model.sse.own_read_router=true"]
 RUNS: list[tuple[int, Run]] = [
     *((1, (name, ["parallel.context=1"])) for name in SHIPPED),

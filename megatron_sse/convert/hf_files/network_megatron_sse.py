@@ -13,6 +13,9 @@ from torch.nn.functional import conv1d, logsigmoid, pad, scaled_dot_product_atte
 
 GLA_CHUNK, GDN_CHUNK = 16, 64
 
+# By recurrence: whether it follows the delta rule, whether every channel has a decay of its own, the default key map.
+RECURRENCES = {"gla": (False, True, "softmax"), "gdn": (True, False, "silu"), "kda": (True, True, "silu")}
+
 
 class State:
     """What a model keeps of the tokens so far: one entry per layer, their number, and which of them are real."""
@@ -125,10 +128,11 @@ class SSEMixer(nn.Module):
 
     def __init__(self, hidden: int, settings: dict[str, Any], epsilon: float, recurrence: str, num_partitions: int):
         super().__init__()
-        self.settings, self.recurrence, self.num_partitions = settings, recurrence, num_partitions
+        self.settings, self.num_partitions = settings, num_partitions
+        self.delta_rule, self.channel_decay, key_map = RECURRENCES[recurrence]
         self.has_shared = settings["shared_bank"] or not num_partitions
         self.num_kinds = self.has_shared + (num_partitions > 0)
-        self.key_map = settings["key_map"] or ("softmax" if recurrence == "gla" else "silu")
+        self.key_map = settings["key_map"] or key_map
         self.maps = "q" if self.key_map == "one_minus_decay" else "qk"
         self.num_heads, self.num_value_heads = settings["num_heads"], settings["num_value_heads"]
         self.group = self.num_value_heads // self.num_heads
@@ -150,15 +154,17 @@ class SSEMixer(nn.Module):
             # With a router of its own for reads, its rows stand behind those for writes.
             self.num_routers = 1 + settings["own_read_router"]
             self.e_proj = nn.Linear(hidden, self.num_routers * num_partitions, bias=False)
-        if recurrence == "gdn":
+        if self.delta_rule:
             numbers = self.num_kinds * self.num_value_heads
-            self.a_proj = nn.Linear(hidden, numbers, bias=False)
+            if not self.channel_decay:
+                self.a_proj = nn.Linear(hidden, numbers, bias=False)
             self.b_proj = nn.Linear(hidden, numbers, bias=False)
             self.A_log = nn.Parameter(torch.zeros(numbers))
-            self.dt_bias = nn.Parameter(torch.zeros(numbers))
-        elif settings["decay"] == "gate":
-            rank = settings["decay_low_rank"]
-            self.gk_proj = nn.ModuleList(low_rank(hidden, rank, keys, bias=True) for _ in range(self.num_kinds))
+            self.dt_bias = nn.Parameter(torch.zeros(numbers, *(self.key_dim,) * self.channel_decay))
+        if self.channel_decay and settings["decay"] == "gate":
+            rank, size = settings["decay_low_rank"], self.num_value_heads * self.key_dim if self.delta_rule else keys
+            gates = (low_rank(hidden, rank, size, bias=not self.delta_rule) for _ in range(self.num_kinds))
+            self.gk_proj = nn.ModuleList(gates)
 
     def forward(self, x_BLd: Tensor, state: tuple, real_BT: Tensor | None, position_BL: Tensor) -> tuple:
         real_BL = None if real_BT is None else real_BT[:, -x_BLd.shape[1] :]
@@ -172,7 +178,7 @@ class SSEMixer(nn.Module):
             q = qs[kind].softmax(-1) if self.settings["query_map"] == "softmax" else silu(qs[kind])
             k, g = self._map_key(ks[kind], gs[kind])
             q, k = (part.repeat_interleave(self.group, dim=-2) for part in (q, k))
-            g = g if self.recurrence == "gdn" else g.repeat_interleave(self.group, dim=-2)
+            g = g if self.delta_rule else g.repeat_interleave(self.group, dim=-2)
             banks.append((q, k, g, betas[kind], v))
         if not self.has_shared:
             q, k, *rest = banks[0]
@@ -205,12 +211,19 @@ class SSEMixer(nn.Module):
         return found[0], found[1], kept
 
     def _decays(self, x_BLd: Tensor) -> tuple[list, list]:
-        """Log decays and write strengths of the shared and of the sparse banks."""
+        """Return log decays and write strengths of the shared and of the sparse banks."""
         no_beta = [None] * self.num_kinds
-        if self.recurrence == "gdn":
-            g = -self.A_log.float().exp() * softplus(self.a_proj(x_BLd).float() + self.dt_bias.float())
+        if self.delta_rule:
+            rates, biases = (x.float().chunk(self.num_kinds) for x in (self.A_log, self.dt_bias))
+            if self.channel_decay:
+                logits = [gate(x_BLd).unflatten(-1, (self.num_value_heads, -1)) for gate in self.gk_proj]
+                rates = [rate[:, None] for rate in rates]
+            else:
+                logits = self.a_proj(x_BLd).chunk(self.num_kinds, -1)
+            parts = zip(logits, rates, biases, strict=True)
+            g = [-rate.exp() * softplus(logit.float() + bias) for logit, rate, bias in parts]
             beta = self.b_proj(x_BLd).float().sigmoid() * (2 if self.settings["negative_eigenvalues"] else 1)
-            return list(g.chunk(self.num_kinds, -1)), list(beta.chunk(self.num_kinds, -1))
+            return g, list(beta.chunk(self.num_kinds, -1))
         if self.settings["decay"] == "gate":
             logits = [gate(x_BLd).float().unflatten(-1, (self.num_heads, -1)) for gate in self.gk_proj]
             return [logsigmoid(logit) / self.settings["decay_normalizer"] for logit in logits], no_beta
@@ -239,22 +252,18 @@ class SSEMixer(nn.Module):
         expanded = [self._side_by_side(parts) for parts in zip(*banks, strict=True)]
         writes, write_scale, read_scale = (x[..., None, None] for x in (writes, write_scale, read_scale))
         q, k, g, beta, v = expanded
-        if beta is None:
-            o, state = gla(q, k, v * write_scale, g * writes, state)
-        elif self.settings["gate"] == "reference":
-            o, state = gdn(
-                normalize(q * read_scale),
-                normalize(k * write_scale),
-                v,
-                g * writes[..., 0],
-                beta * writes[..., 0],
-                state,
-            )
+        g = g * (writes if self.channel_decay else writes[..., 0])
+        if not self.delta_rule:
+            o, state = gla(q, k, v * write_scale, g, state)
+            return (o * read_scale).sum(2), state
+        delta_rule = kda if self.channel_decay else gdn
+        if self.settings["gate"] == "reference":
+            q, k = normalize(q * read_scale), normalize(k * write_scale)
+            o, state = delta_rule(q, k, v, g, beta * writes[..., 0], state)
             return o.sum(2), state
-        else:
-            # The weight scales what is written, or how strongly.
-            on_beta, on_v = (write_scale, 1) if self.settings["gate"] == "beta" else (writes, write_scale)
-            o, state = gdn(normalize(q), normalize(k), v * on_v, g * writes[..., 0], beta * on_beta[..., 0], state)
+        # The weight scales what is written, or how strongly.
+        on_beta, on_v = (write_scale, 1) if self.settings["gate"] == "beta" else (writes, write_scale)
+        o, state = delta_rule(normalize(q), normalize(k), v * on_v, g, beta * on_beta[..., 0], state)
         return (o * read_scale).sum(2), state
 
     def _side_by_side(self, parts: tuple) -> Any:
@@ -327,6 +336,26 @@ def gdn(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor 
         outputs.append((q_c * total.exp()) @ state + (q_c @ k_c.transpose(-1, -2) * between) @ written)
         end = total[:, :, -1:]
         state = end.exp() * state + (k_c * (end - total).exp()).transpose(-1, -2) @ written
+    return torch.cat(outputs, dim=2).transpose(1, 2).reshape(shape), state
+
+
+def kda(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """S <- (I - beta k^T k) diag(exp(g)) S + beta k^T v, o = q S / sqrt(K). As gdn(), with g [B, L, banks, H, K]."""
+    shape = v.shape
+    q, k, v, g, beta = (x.flatten(2, 3).transpose(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v, g, beta[..., None]))
+    state = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1]) if state is None else state
+    outputs = []
+    for q_c, k_c, v_c, g_c, beta_c in zip(*(x.split(GLA_CHUNK, dim=2) for x in (q, k, v, g, beta)), strict=True):
+        total = g_c.cumsum(2)
+        later = torch.ones(q_c.shape[2], q_c.shape[2], dtype=torch.bool, device=q.device).triu(1)[..., None]
+        between = (total[:, :, :, None] - total[:, :, None]).masked_fill(later, float("-inf")).exp()
+        met = (beta_c * torch.einsum("bmtk,bmsk,bmtsk->bmts", k_c, k_c, between)).tril(-1)
+        wanted = beta_c * (v_c - (k_c * total.exp()) @ state)
+        written = torch.linalg.solve_triangular(met, wanted, upper=False, unitriangular=True)
+        scores = torch.einsum("bmtk,bmsk,bmtsk->bmts", q_c, k_c, between)
+        outputs.append((q_c * total.exp()) @ state + scores @ written)
+        end = total[:, :, -1:]
+        state = end.exp().transpose(-1, -2) * state + (k_c * (end - total).exp()).transpose(-1, -2) @ written
     return torch.cat(outputs, dim=2).transpose(1, 2).reshape(shape), state
 
 
