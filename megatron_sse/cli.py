@@ -341,7 +341,7 @@ def _convert(options: argparse.Namespace, rank: int) -> int:
 
 
 def _score(options: argparse.Namespace, rank: int) -> int:
-    from megatron_sse.convert import score
+    from megatron_sse.score.command import score
 
     return score(options.checkpoint, options.input, options.output)
 
@@ -369,13 +369,13 @@ def _build_data(options: argparse.Namespace, rank: int) -> int:
 
 
 def _inspect_data(options: argparse.Namespace, rank: int) -> int:
-    from megatron_sse.data.inspect import inspect
+    from megatron_sse.data.command import inspect
 
     return inspect(options.prefix, options.documents, options.first, options.tokens)
 
 
 def _inspect(options: argparse.Namespace, rank: int) -> int:
-    from megatron_sse.checkpoint.inspect import inspect
+    from megatron_sse.checkpoint.command import inspect
 
     return inspect(options.checkpoint, options.tensors, hashes=not options.sizes)
 

@@ -39,7 +39,8 @@ def test_wrong_settings_are_answered_before_torch_is_loaded() -> None:
     """In a fraction of a second, for the launcher and the command."""
     code = f"""
 import sys
-from megatron_sse import cli, launch
+from megatron_sse import cli
+from megatron_sse.launch import start as launch
 wrong = [{QUICKSTART!r}, "model.sse.num_head=4"]
 assert launch.main(wrong) == cli.main(["train", *wrong]) == 2
 assert not {{"torch", "numpy", "megatron"}} & set(sys.modules)

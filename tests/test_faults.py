@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megatron_sse import launch
+from megatron_sse.launch import start as launch
 from tests import numeric_faults as numeric
 from tests.training.support import small_run
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from megatron_sse.convert import command, convert
-from megatron_sse.convert.dense_settings import model_to_dense
-from megatron_sse.convert.folder import write_json, write_tensors
-from megatron_sse.convert.layout import DENSE_NAMES, model_links
-from megatron_sse.convert.model import make_run_config
+from megatron_sse.hf.dense_settings import model_to_dense
+from megatron_sse.hf.folder import write_json, write_tensors
+from megatron_sse.hf.name_map import DENSE_NAMES, model_links
+from megatron_sse.pretrained.open import make_run_config
 
 MIB = 1 << 20
 

@@ -17,16 +17,16 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_sse.config import ModelConfig, MQARTask
-from megatron_sse.convert.model import open_model
 from megatron_sse.data.tasks.mqar import Recall, make_recall
 from megatron_sse.evaluation.recall import sample_generator
 from megatron_sse.inference.cache import Cache
-from megatron_sse.inference.load import build_and_load, inference_config, inference_groups
 from megatron_sse.inference.run import feed, logits_of
 from megatron_sse.inspection.rank import effective_rank
 from megatron_sse.kernels import Routes
 from megatron_sse.model.cache import BankCache
 from megatron_sse.model.router import Router
+from megatron_sse.pretrained.network import build_and_load, inference_config, inference_groups
+from megatron_sse.pretrained.open import open_model
 
 SEED = 0
 BATCH = 32

@@ -10,9 +10,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from megatron_sse.checkpoint.durable import fsync, write_durably
 from megatron_sse.checkpoint.manifest import MANIFEST, ManifestError, find_damage, read_manifest
 from megatron_sse.config import RunConfig
+from megatron_sse.durable import fsync, write_durably
 from megatron_sse.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_sse.checkpoint.durable import sha256_of, write_durably
+from megatron_sse.durable import sha256_of, write_durably
 
 MANIFEST = "manifest.json"
 FORMAT = 1

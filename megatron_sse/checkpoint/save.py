@@ -21,13 +21,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_sse import __version__
 from megatron_sse.checkpoint.architecture import CONFIG
 from megatron_sse.checkpoint.data import DATA
-from megatron_sse.checkpoint.durable import fsync
 from megatron_sse.checkpoint.folders import checkpoint_folder, make_partial, partial_folder, promote, prune, step_folder
 from megatron_sse.checkpoint.manifest import FileEntry, Manifest, describe_files
 from megatron_sse.checkpoint.shards import ShardWriter, Staging
 from megatron_sse.checkpoint.state import get_num_steps, is_distributed, model_state, optimizer_state
 from megatron_sse.config import RunConfig
 from megatron_sse.data.tokenizer import END_OF_DOCUMENT, VOCAB_SIZE
+from megatron_sse.durable import fsync
 
 logger = logging.getLogger(__name__)
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from megatron_sse.convert.folder import write_json
 from megatron_sse.data.tokenizer import END_OF_DOCUMENT
+from megatron_sse.hf.folder import write_json
 
 _END = "<|endoftext|>"
 

@@ -9,16 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_sse.checkpoint.durable import fsync
-from megatron_sse.checkpoint.weights import write_weights
+from megatron_sse.checkpoint.full_weights import write_weights
 from megatron_sse.config import RunConfig
-from megatron_sse.convert.dense_settings import FAMILIES
 from megatron_sse.convert.export import hf_settings, keep_from_source, write_beside
-from megatron_sse.convert.folder import write_json, write_tensors
-from megatron_sse.convert.layout import DENSE_NAMES, SSE_NAMES, model_links
-from megatron_sse.convert.links import to_ours, to_theirs
-from megatron_sse.convert.logits import check_can_compute, compute_logits
-from megatron_sse.convert.model import HF, KINDS, OURS, Model, open_model
 from megatron_sse.convert.upcycle import (
     Recipe,
     read_part,
@@ -27,7 +20,14 @@ from megatron_sse.convert.upcycle import (
     upcycle_recipes,
     upcycle_tensors,
 )
+from megatron_sse.durable import fsync
 from megatron_sse.errors import UserError
+from megatron_sse.hf.dense_settings import FAMILIES
+from megatron_sse.hf.folder import write_json, write_tensors
+from megatron_sse.hf.links import to_ours, to_theirs
+from megatron_sse.hf.name_map import DENSE_NAMES, SSE_NAMES, model_links
+from megatron_sse.pretrained.logits import check_can_compute, compute_logits
+from megatron_sse.pretrained.open import HF, KINDS, OURS, Model, open_model
 
 logger = logging.getLogger(__name__)
 

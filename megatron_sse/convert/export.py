@@ -8,13 +8,13 @@ import torch
 
 from megatron_sse.checkpoint.save import TOKENS
 from megatron_sse.config import RunConfig
-from megatron_sse.convert import hf_files
 from megatron_sse.convert.byte_tokenizer import write_byte_tokenizer
-from megatron_sse.convert.dense_settings import FAMILIES, model_to_dense
-from megatron_sse.convert.folder import CONFIG, read_json, write_json
-from megatron_sse.convert.logits import network_settings
-from megatron_sse.convert.model import HF, HF_MODEL_TYPE
-from megatron_sse.convert.sse_settings import model_to_sse
+from megatron_sse.hf import exported
+from megatron_sse.hf.dense_settings import FAMILIES, model_to_dense
+from megatron_sse.hf.folder import CONFIG, read_json, write_json
+from megatron_sse.hf.sse_settings import model_to_sse
+from megatron_sse.pretrained.logits import network_settings
+from megatron_sse.pretrained.open import HF, HF_MODEL_TYPE
 
 # Of the folder that a checkpoint of ours was converted from, kept in it for the way back.
 SOURCE_CONFIG = "hf_config.json"
@@ -100,4 +100,4 @@ def write_beside(source: Path, target: Path, settings: dict[str, Any], kind: str
     write_json(target / CONFIG, settings | kept | {"dtype": name, "torch_dtype": name})
     if kind == HF:
         for file in _MODELING_FILES:
-            shutil.copyfile(Path(hf_files.__file__).with_name(file), target / file)
+            shutil.copyfile(Path(exported.__file__).with_name(file), target / file)

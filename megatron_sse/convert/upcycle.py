@@ -8,12 +8,12 @@ from torch import Tensor
 
 from megatron_sse.config import RunConfig
 from megatron_sse.config.load import apply_override, make_config
-from megatron_sse.convert.dense_settings import FAMILIES
-from megatron_sse.convert.layout import DENSE_NAMES, model_links
-from megatron_sse.convert.links import Link, Part
-from megatron_sse.convert.model import Model
 from megatron_sse.errors import UserError
+from megatron_sse.hf.dense_settings import FAMILIES
+from megatron_sse.hf.links import Link, Part
+from megatron_sse.hf.name_map import DENSE_NAMES, model_links
 from megatron_sse.model.initialize import draw_whole
+from megatron_sse.pretrained.open import Model
 
 COMMAND_LINE = "command line"
 # The source decides these.

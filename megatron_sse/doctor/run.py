@@ -21,8 +21,8 @@ from megatron_sse.data.metadata import read_metadata
 from megatron_sse.data.sources import name_sources, open_training, open_validation
 from megatron_sse.doctor.finding import BAD, GOOD, OPEN, Finding
 from megatron_sse.errors import UserError
-from megatron_sse.launch import count_processes
-from megatron_sse.nodes import find_nodes
+from megatron_sse.launch.nodes import find_nodes
+from megatron_sse.launch.start import count_processes
 from megatron_sse.plan.ceilings import GIB
 from megatron_sse.plan.memory import rank_memory
 from megatron_sse.plan.search import HEADROOM

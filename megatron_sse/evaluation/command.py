@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sse.config import MQARTask, NeedleTask, RunConfig
-from megatron_sse.convert.model import Model, open_model
 from megatron_sse.data.checks import TokenFile
 from megatron_sse.errors import found_by_all
 from megatron_sse.evaluation.needles import Found, measure_needles
@@ -26,10 +25,11 @@ from megatron_sse.evaluation.report import (
     write_results,
 )
 from megatron_sse.evaluation.request import MQAR, NEEDLE, PERPLEXITY, Request, needle_tasks, recall_tasks
-from megatron_sse.inference.load import build_and_load, inference_config, inference_groups
 from megatron_sse.inference.prompts import check_length
-from megatron_sse.inference.text import Tokenizer, open_tokenizer
 from megatron_sse.installed import has_pictures, warn_without_pictures
+from megatron_sse.pretrained.network import build_and_load, inference_config, inference_groups
+from megatron_sse.pretrained.open import Model, open_model
+from megatron_sse.pretrained.text import Tokenizer, open_tokenizer
 
 logger = logging.getLogger(__name__)
 

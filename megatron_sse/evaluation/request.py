@@ -12,7 +12,7 @@ from megatron_sse.data.tasks.needle import VARIANTS
 from megatron_sse.errors import UserError
 from megatron_sse.evaluation.needles import least_length
 from megatron_sse.inference.run import DEFAULT_CHUNK
-from megatron_sse.inference.text import Tokenizer
+from megatron_sse.pretrained.text import Tokenizer
 
 PERPLEXITY, MQAR, NEEDLE = TASKS = ("perplexity", "mqar", "needle")
 # Of a model that was not trained on the task.

@@ -11,16 +11,16 @@ from typing import Any
 from megatron.core.models.gpt import GPTModel
 
 from megatron_sse.config import RunConfig
-from megatron_sse.convert.model import Model, open_model
 from megatron_sse.errors import UserError, found_by_all
 from megatron_sse.inference.cache import Cache, read_cache
-from megatron_sse.inference.load import build_and_load, inference_config, inference_groups
 from megatron_sse.inference.prompts import check_length, check_tokens, read_prompts, read_tokens
 from megatron_sse.inference.run import DEFAULT_CHUNK, generate
 from megatron_sse.inference.sampling import Sampler
-from megatron_sse.inference.text import Tokenizer, open_tokenizer
 from megatron_sse.parallel.device import Device
 from megatron_sse.parallel.sharding import ContextShard
+from megatron_sse.pretrained.network import build_and_load, inference_config, inference_groups
+from megatron_sse.pretrained.open import Model, open_model
+from megatron_sse.pretrained.text import Tokenizer, open_tokenizer
 
 logger = logging.getLogger(__name__)
 

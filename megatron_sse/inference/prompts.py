@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_sse.config import ModelConfig
 from megatron_sse.errors import UserError
-from megatron_sse.inference.text import Tokenizer
+from megatron_sse.pretrained.text import Tokenizer
 
 
 def read_prompts(texts: Sequence[str], files: Sequence[str], tokenizer: Tokenizer, goes_on: bool) -> list[list[int]]:

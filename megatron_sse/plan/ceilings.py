@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass, replace
 
 from megatron_sse.config import RunConfig
+from megatron_sse.costs.flops import train_flops_per_token
 from megatron_sse.errors import UserError
-from megatron_sse.monitor.flops import train_flops_per_token
 from megatron_sse.plan.memory import Memory, kept_of_step, passes_under_way
 from megatron_sse.plan.sizes import Sizes
 from megatron_sse.plan.traffic import AXES

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_sse.checkpoint.full_weights import read_weights, write_weights
 from megatron_sse.checkpoint.shards import ShardWriter
 from megatron_sse.checkpoint.state import held_by
 from megatron_sse.checkpoint.verify import first_whole
-from megatron_sse.checkpoint.weights import read_weights, write_weights
 from megatron_sse.convert import convert
 from megatron_sse.data.iterators import build_data_iterators
 from megatron_sse.parallel.groups import destroy_groups

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from megatron_sse.convert import convert
-from megatron_sse.convert.logits import compute_logits
-from megatron_sse.convert.model import open_model
 from megatron_sse.errors import UserError
+from megatron_sse.pretrained.logits import compute_logits
+from megatron_sse.pretrained.open import open_model
 from tests.convert.support import (
     LLAMA3,
     SIZES,

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from megatron_sse import installed
 from megatron_sse.cli import main
 from megatron_sse.convert import convert
-from megatron_sse.convert.model import open_model
 from megatron_sse.errors import UserError
+from megatron_sse.pretrained.open import open_model
 from tests.convert.support import make_dense, random_tokens
 
 
@@ -207,7 +207,7 @@ def test_score(llama: Path, ours: Path, tmp_path: Path, kind: str) -> None:
     assert main([*SCORE, str(folder), *files]) == 0
     logits = load_file(tmp_path / "y.safetensors")["logits"]
     assert logits.shape == (2, 9, 99) and logits.dtype == torch.float32
-    from megatron_sse.convert.logits import compute_logits
+    from megatron_sse.pretrained.logits import compute_logits
 
     assert (logits - compute_logits(open_model("", llama), tokens_BL)).abs().max() < 1e-4
 

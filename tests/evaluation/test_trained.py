@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_sse.cli import main
 from megatron_sse.config import MQARTask, NeedleTask
 from megatron_sse.evaluation.request import Request, needle_tasks, recall_tasks
-from megatron_sse.inference.text import ByteTokenizer
+from megatron_sse.pretrained.text import ByteTokenizer
 from tests.data.files import run_config
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,9 +8,9 @@ import torch
 
 from megatron_sse.cli import main
 from megatron_sse.convert import convert
-from megatron_sse.convert.logits import compute_logits
-from megatron_sse.convert.model import open_model
-from megatron_sse.inference.text import ByteTokenizer
+from megatron_sse.pretrained.logits import compute_logits
+from megatron_sse.pretrained.open import open_model
+from megatron_sse.pretrained.text import ByteTokenizer
 
 PROMPT = "def f(x):"
 

@@ -12,7 +12,7 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from megatron_sse.checkpoint import durable
+from megatron_sse import durable
 from megatron_sse.data.builder import command
 from megatron_sse.data.builder.command import Request, build
 from megatron_sse.data.tokenizer import decode

@@ -4,11 +4,11 @@ import codecs
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from megatron_sse.convert.model import Model
 from megatron_sse.data.metadata import read_metadata
 from megatron_sse.data.tokenizer import END_OF_DOCUMENT, VOCAB_SIZE
 from megatron_sse.errors import UserError
 from megatron_sse.installed import require
+from megatron_sse.pretrained.open import Model
 
 # Characters that are not complete yet are decoded to this one.
 _BROKEN = "\ufffd"

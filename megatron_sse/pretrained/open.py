@@ -8,17 +8,17 @@ from typing import Any
 import torch
 
 from megatron_sse.checkpoint.folders import named_checkpoint
-from megatron_sse.checkpoint.weights import CONFIG_FILE, CheckpointWeights, read_weights
+from megatron_sse.checkpoint.full_weights import CONFIG_FILE, CheckpointWeights, read_weights
 from megatron_sse.config import RunConfig, load_config
 from megatron_sse.config.load import make_config
 from megatron_sse.config.pattern import shorten_pattern
-from megatron_sse.convert.dense_settings import FAMILIES, model_from_dense
-from megatron_sse.convert.folder import CONFIG, HFWeights, read_json
-from megatron_sse.convert.layout import DENSE_NAMES, SSE_NAMES, model_links
-from megatron_sse.convert.links import Link, check_shapes
-from megatron_sse.convert.sse_settings import MODEL_TYPE as SSE
-from megatron_sse.convert.sse_settings import model_from_sse
 from megatron_sse.errors import UserError
+from megatron_sse.hf.dense_settings import FAMILIES, model_from_dense
+from megatron_sse.hf.folder import CONFIG, HFWeights, read_json
+from megatron_sse.hf.links import Link, check_shapes
+from megatron_sse.hf.name_map import DENSE_NAMES, SSE_NAMES, model_links
+from megatron_sse.hf.sse_settings import MODEL_TYPE as SSE
+from megatron_sse.hf.sse_settings import model_from_sse
 
 # Kinds of folders: a checkpoint of ours, one with our modeling file, the SSE authors' layout, families of transformers.
 OURS, HF = "ours", "hf"

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_sse.convert.logits import check_can_compute, compute_logits
-from megatron_sse.convert.model import open_model
 from megatron_sse.errors import UserError
 from megatron_sse.installed import require
+from megatron_sse.pretrained.logits import check_can_compute, compute_logits
+from megatron_sse.pretrained.open import open_model
 
 logger = logging.getLogger(__name__)
 

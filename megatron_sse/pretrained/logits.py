@@ -13,13 +13,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_sse.config import RunConfig
-from megatron_sse.convert.hf_files.network_megatron_sse import Network
-from megatron_sse.convert.model import HF, OURS, SSE, Model, make_run_config
+from megatron_sse.hf.exported.network_megatron_sse import Network
 from megatron_sse.installed import require
 from megatron_sse.model import build_model
 from megatron_sse.parallel.device import Device, setup_device
 from megatron_sse.parallel.groups import destroy_groups, init_groups, init_process_group
 from megatron_sse.parallel.layout import TokenLayout
+from megatron_sse.pretrained.open import HF, OURS, SSE, Model, make_run_config
 
 
 def check_can_compute(model: Model) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_sse.config import ModelConfig
-from megatron_sse.monitor.flops import forward_flops_per_token, mean_context, peak_flops, train_flops_per_token
+from megatron_sse.costs.flops import forward_flops_per_token, mean_context, peak_flops, train_flops_per_token
 
 HIDDEN, VOCAB = 8, 10
 OUTPUT_AND_MLP = 8 * 10 + 3 * 8 * 24

@@ -8,11 +8,11 @@ import pytest
 
 from megatron_sse.config import RunConfig, load_config
 from megatron_sse.errors import UserError
-from megatron_sse.launch import build_command, count_processes
-from megatron_sse.nodes import Nodes
+from megatron_sse.launch.nodes import Nodes
+from megatron_sse.launch.start import build_command, count_processes
 from tests.launchers import start_launcher
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 
 

@@ -6,9 +6,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_sse.convert.model import open_model
 from megatron_sse.errors import UserError
-from megatron_sse.inference.text import ByteTokenizer, open_tokenizer
+from megatron_sse.pretrained.open import open_model
+from megatron_sse.pretrained.text import ByteTokenizer, open_tokenizer
 from tests.inference.support import make_checkpoint, model
 
 TEXT = "zwölf Boxkämpfer jagen 🐈 Viktor quer über den großen Sylter Deich"

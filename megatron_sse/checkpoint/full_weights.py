@@ -26,7 +26,6 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_sse import __version__
-from megatron_sse.checkpoint.durable import HashedFile, hashed_file
 from megatron_sse.checkpoint.index import IndexRefusedError, read_index
 from megatron_sse.checkpoint.manifest import (
     FileEntry,
@@ -37,6 +36,7 @@ from megatron_sse.checkpoint.manifest import (
     read_manifest,
 )
 from megatron_sse.config import RunConfig
+from megatron_sse.durable import HashedFile, hashed_file
 from megatron_sse.errors import UserError
 
 # The settings of the run that the weights belong to, in every checkpoint.

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_sse.config import ModelConfig, SoftmaxConfig
-from megatron_sse.convert.sse_settings import refuse
 from megatron_sse.errors import UserError
+from megatron_sse.hf.sse_settings import refuse
 
 Values = dict[str, Any]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_sse.config import ModelConfig, SoftmaxConfig, SSEConfig
 from megatron_sse.config.schema import Recurrence
-from megatron_sse.convert.links import Link, Part, by_head, padded, same, stacked
+from megatron_sse.hf.links import Link, Part, by_head, padded, same, stacked
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from megatron_sse.config import RunConfig
 from megatron_sse.config.load import make_config
-from megatron_sse.convert.links import to_ours
-from megatron_sse.convert.model import OURS, Model
+from megatron_sse.hf.links import to_ours
 from megatron_sse.model import build_model
 from megatron_sse.model.attention import TorchAttention
 from megatron_sse.model.initialize import global_name, own_part
 from megatron_sse.parallel.device import Device, setup_device
 from megatron_sse.parallel.groups import destroy_groups, init_groups, init_process_group
+from megatron_sse.pretrained.open import OURS, Model
 
 
 def inference_config(model: Model, precision: str | None, tensor: int = 1) -> RunConfig:

@@ -25,7 +25,7 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.launcher import LaunchConfig
 
 from megatron_sse.errors import INTERRUPT_EXIT, NOT_FINITE_EXIT, USER_ERROR_EXIT, UserError
-from megatron_sse.nodes import Meeting, Nodes, meet
+from megatron_sse.launch.nodes import Meeting, Nodes, meet
 
 logger = logging.getLogger(__name__)
 

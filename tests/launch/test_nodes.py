@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_sse.errors import UserError
-from megatron_sse.nodes import Nodes, find_nodes, first_host
+from megatron_sse.launch.nodes import Nodes, find_nodes, first_host
 
 SLURM = {"SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "gpu[07-08]"}
 

@@ -13,7 +13,7 @@ from megatron_sse.errors import INTERRUPT_EXIT, USER_ERROR_EXIT, UserError
 from megatron_sse.logs import open_log, set_up_logging
 
 if TYPE_CHECKING:
-    from megatron_sse.nodes import Nodes
+    from megatron_sse.launch.nodes import Nodes
 
 
 def main(arguments: list[str]) -> int:
@@ -27,8 +27,8 @@ def main(arguments: list[str]) -> int:
         # Imported late: a wrong setting is answered, and an interrupt taken, before torch is loaded.
         import torch
 
-        from megatron_sse.agent import run_torchrun
-        from megatron_sse.nodes import find_nodes
+        from megatron_sse.launch.agent import run_torchrun
+        from megatron_sse.launch.nodes import find_nodes
 
         nodes = find_nodes(os.environ)
         num_gpus = torch.cuda.device_count()
@@ -96,7 +96,3 @@ def build_command(arguments: list[str], nodes: Nodes, per_node: int, max_restart
     if max_restarts:
         place.append(f"--max-restarts={max_restarts}")
     return [f"--nproc-per-node={per_node}", *place, "-m", "megatron_sse", "train", *arguments]
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -17,7 +17,7 @@ from tests.launchers import free_port
 from tests.training.support import small_run, start
 from tests.workers import run_workers
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "multi_node.md").read_text()
 COMMANDS = re.findall(r"^    (NNODES=2 .*)$", PAGE, re.MULTILINE)
 SECONDS_TO_END = 300

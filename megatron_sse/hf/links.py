@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from megatron_sse.checkpoint.weights import Weights
+from megatron_sse.checkpoint.full_weights import Weights
 from megatron_sse.errors import UserError
 
 _MAX_NAMED = 3

@@ -1,0 +1,1 @@
+"""The command `megatron-sse score`: a model's logits for given tokens."""
