@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sse import __version__
-from megatron_sse.config import RunConfig, ignored_settings, load_config
+from megatron_sse.config import ignored_settings, load_config
 from megatron_sse.config.derive import describe_run
 from megatron_sse.errors import INTERRUPT_EXIT, USER_ERROR_EXIT, SharedUserError, UserError
 from megatron_sse.logs import open_log, set_up_logging
@@ -296,6 +296,8 @@ def _train(options: argparse.Namespace, rank: int) -> int:
     from megatron_sse.training import train
 
     if "RANK" not in os.environ:
+        from megatron_sse.launch.prepare import prepare_data
+
         prepare_data(config)
     return train(config)
 
@@ -391,17 +393,3 @@ def _plot(options: argparse.Namespace, rank: int) -> int:
     from megatron_sse.plot import plot
 
     return plot(options.runs, options.output)
-
-
-def prepare_data(config: RunConfig) -> None:
-    """Build the corpus that the run asks for, check its token files and the checkpoints that it names.
-
-    Once per machine. Raises UserError.
-    """
-    from megatron_sse.checkpoint.folders import check_named
-    from megatron_sse.data.corpus import prepare_corpus
-    from megatron_sse.data.sources import check_data
-
-    check_named(config)
-    prepare_corpus(config)
-    check_data(config)

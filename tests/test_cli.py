@@ -13,7 +13,7 @@ QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 
 WRONG = [
     ([QUICKSTART, "training.steps=none"], "command line: training.steps: got 'none', allowed an integer\n"),
-    (["missing.yaml"], "missing.yaml: no such file\n"),
+    (["missing.yaml"], "missing.yaml: not found\n"),
     # Started without torchrun, one process cannot hold a context group of two.
     ([QUICKSTART], "parallel: got 1 processes, allowed a multiple of 2 (parallel.tensor 1 x pipeline 1 x context 2)"),
 ]

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from megatron_sse.checkpoint.index import tensors_of
 from megatron_sse.checkpoint.state import MASTER, OPTIMIZER
 from megatron_sse.config import RunConfig
-from megatron_sse.config.checks import show
+from megatron_sse.config.problem import show
 from megatron_sse.errors import SharedUserError
 
 CONFIG = "config.yaml"

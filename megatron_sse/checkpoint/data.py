@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megatron_sse.checkpoint.manifest import read_manifest
 from megatron_sse.config import RunConfig, StageRun, stage_of_step
-from megatron_sse.config.checks import show
+from megatron_sse.config.problem import show
 from megatron_sse.data.fingerprint import describe_data
 from megatron_sse.errors import SharedUserError
 

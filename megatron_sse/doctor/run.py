@@ -14,7 +14,7 @@ from megatron_sse.checkpoint.architecture import CONFIG, changed_settings
 from megatron_sse.checkpoint.data import changed_data
 from megatron_sse.checkpoint.folders import find_all_damage, find_checkpoints, find_weights
 from megatron_sse.checkpoint.manifest import read_manifest
-from megatron_sse.config import DataConfig, RunConfig, Source, load_config, plan_stages
+from megatron_sse.config import DataConfig, RunConfig, Source, count_processes, load_config, plan_stages
 from megatron_sse.config.weights import model_weights
 from megatron_sse.data.checks import check_token_file
 from megatron_sse.data.metadata import read_metadata
@@ -22,7 +22,6 @@ from megatron_sse.data.sources import name_sources, open_training, open_validati
 from megatron_sse.doctor.finding import BAD, GOOD, OPEN, Finding
 from megatron_sse.errors import UserError
 from megatron_sse.launch.nodes import find_nodes
-from megatron_sse.launch.start import count_processes
 from megatron_sse.plan.ceilings import GIB
 from megatron_sse.plan.memory import rank_memory
 from megatron_sse.plan.search import HEADROOM

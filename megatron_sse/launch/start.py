@@ -7,8 +7,7 @@ import shlex
 import sys
 from typing import TYPE_CHECKING
 
-from megatron_sse.cli import prepare_data
-from megatron_sse.config import RunConfig, check_world_size, load_config
+from megatron_sse.config import count_processes, load_config
 from megatron_sse.errors import INTERRUPT_EXIT, USER_ERROR_EXIT, UserError
 from megatron_sse.logs import open_log, set_up_logging
 
@@ -29,6 +28,7 @@ def main(arguments: list[str]) -> int:
 
         from megatron_sse.launch.agent import run_torchrun
         from megatron_sse.launch.nodes import find_nodes
+        from megatron_sse.launch.prepare import prepare_data
 
         nodes = find_nodes(os.environ)
         num_gpus = torch.cuda.device_count()
@@ -54,37 +54,6 @@ def set_number_of_threads(per_node: int, num_gpus: int) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // per_node)))
     elif per_node < num_gpus:
         print(f"uses {per_node} of {num_gpus} GPUs, as many as parallel and training.global_batch_size can feed")
-
-
-def count_processes(config: RunConfig, num_nodes: int, num_gpus: int) -> int:
-    """Processes on each machine: one per GPU that the batch can feed; without GPUs as many as the layout needs.
-
-    Raises UserError where machines, layout and batch do not fit.
-    """
-    size, data = config.parallel.replica_size, config.parallel.data
-    if data is None and num_gpus:
-        world_size = max(size, num_nodes * num_gpus)
-        # On one machine GPUs may stay idle; across machines all of them count.
-        while num_nodes == 1 and world_size > size and not _fits(config, world_size):
-            world_size -= 1
-    else:
-        world_size = size * (data or 1)
-    if num_gpus and world_size > num_nodes * num_gpus:
-        raise UserError(
-            f"parallel: got a layout of {world_size} processes, allowed {num_nodes * num_gpus}, one per GPU"
-        )
-    check_world_size(config, world_size)
-    if world_size % num_nodes:
-        raise UserError(f"parallel: got a layout of {world_size} processes, allowed a multiple of {num_nodes} nodes")
-    return world_size // num_nodes
-
-
-def _fits(config: RunConfig, world_size: int) -> bool:
-    try:
-        check_world_size(config, world_size)
-    except UserError:
-        return False
-    return True
 
 
 def build_command(arguments: list[str], nodes: Nodes, per_node: int, max_restarts: int) -> list[str]:

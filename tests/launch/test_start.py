@@ -6,10 +6,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_sse.config import RunConfig, load_config
+from megatron_sse.config import RunConfig, count_processes, load_config
 from megatron_sse.errors import UserError
 from megatron_sse.launch.nodes import Nodes
-from megatron_sse.launch.start import build_command, count_processes
+from megatron_sse.launch.start import build_command
 from tests.launchers import start_launcher
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,36 +1,52 @@
-"""Length stages: a run whose sequence length, data and learning rate change on the way.
+"""A whole run: sections that fit together, and its length stages, each of which is a run with settings of its own.
 
-Each stage is a run of its own settings, with its place in the whole: nothing else has to know of stages.
+The two are one module because they need each other: a run is valid if all its stages are, and a stage's settings are
+those of a run.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
-from megatron_sse.config.checks import Problem, show
+from megatron_sse.config.checks import find_problem
 from megatron_sse.config.context import choose_layout
-
-if TYPE_CHECKING:
-    from megatron_sse.config.schema import RunConfig, Stage
+from megatron_sse.config.problem import Problem, show
+from megatron_sse.config.schema import Settings, Stage
 
 _DATA = ("sequence_length", "train")
 _TRAINING = ("global_batch_size", "micro_batch_size")
 _OPTIMIZER = ("learning_rate", "min_learning_rate", "schedule", "warmup_steps", "decay_steps")
 
 
+class RunConfig(Settings):
+    """A checked run: an instance holds no contradiction that can be known before the start."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        problem = _derive_from_stages(self)
+        if problem is None:
+            if self.optimizer.decay_steps is None:
+                self.optimizer.decay_steps = self.optimizer.default_decay_steps(self.training.steps)
+            problem = find_problem(self) or _find_stage_problem(self)
+        if problem is not None:
+            raise PydanticCustomError("setting", "{key}: {text}", {"key": problem.key, "text": problem.text})
+        return self
+
+
 @dataclass(frozen=True)
 class StageRun:
-    """A stage, or the whole of a run without stages.
+    """A stage, or the complete run where it has no stages.
 
     Attributes:
-        train_key: the setting of its training files.
+        train_key: the setting that names its training files.
         number: counted from 0.
-        steps: that it has; first_step, first_sample: steps and samples of the run before it.
-        config: settings while it lasts, without stages; training.steps is that of the whole run.
-        own_schedule: the learning rate's schedule spans this stage, not the run.
+        steps: number of steps in it; first_step, first_sample: steps and samples of the run before it.
+        config: settings during the stage, without stages; training.steps is that of the complete run.
+        own_schedule: whether the learning rate's schedule spans this stage, not the run.
     """
 
     train_key: str
@@ -43,19 +59,19 @@ class StageRun:
 
     @property
     def end(self) -> int:
-        """Steps of the run when it is over."""
+        """Steps of the run at the end of the stage."""
         return self.first_step + self.steps
 
 
 def plan_stages(config: RunConfig) -> list[StageRun]:
-    """The stages of a checked run, in order; without `stages` one that is the whole run."""
+    """Return the stages of a run in order; without `stages` there is one, the complete run."""
     if config.stages is None:
         return [StageRun("data.train", 0, config.training.steps, 0, 0, config, own_schedule=False)]
     layout = _layout(config)
     found: list[StageRun] = []
     step = sample = 0
     for number, stage in enumerate(config.stages):
-        own, steps = _settings(config, stage, layout), _num_steps(config, stage)
+        own, steps = _stage_config(config, stage, layout), _num_steps(config, stage)
         has_schedule = stage.learning_rate is not None
         key = "data.train" if stage.train is None else f"stages.{number}.train"
         found.append(StageRun(key, number, steps, step, sample, own, has_schedule))
@@ -64,17 +80,17 @@ def plan_stages(config: RunConfig) -> list[StageRun]:
 
 
 def stage_of_step(stages: list[StageRun], step: int) -> StageRun:
-    """The stage in which step `step` (counted from 1) is taken; the last one after the end."""
+    """Return the stage of step `step` (counted from 1); after the end of the run the last one."""
     return next((stage for stage in stages if step <= stage.end), stages[-1])
 
 
 def longest_stage(config: RunConfig) -> StageRun:
-    """The stage with the longest sequences, the first of them."""
+    """Return the first stage with the longest sequences."""
     return max(plan_stages(config), key=lambda stage: stage.config.data.sequence_length)
 
 
-def derive_from_stages(config: RunConfig) -> Problem | None:
-    """Fill in data.sequence_length (the longest) and training.steps (the sum), which stages decide."""
+def _derive_from_stages(config: Settings) -> Problem | None:
+    """Fill in data.sequence_length (the longest) and training.steps (the sum), which follow from the stages."""
     derived: dict[str, int | None] = {"data.sequence_length": None, "training.steps": None}
     if config.stages is not None:
         if not config.stages:
@@ -93,8 +109,8 @@ def derive_from_stages(config: RunConfig) -> Problem | None:
     return None
 
 
-def find_stage_problem(config: RunConfig) -> Problem | None:
-    """The first contradiction in a stage."""
+def _find_stage_problem(config: Settings) -> Problem | None:
+    """Return the first contradiction in a stage, or None."""
     for number, stage in enumerate(config.stages or []):
         key = f"stages.{number}"
         for name in _OPTIMIZER[1:]:
@@ -105,14 +121,14 @@ def find_stage_problem(config: RunConfig) -> Problem | None:
             text = f"got {show(stage.rotary_base)}, allowed null while model.softmax.rotary_base is 0"
             return Problem(f"{key}.rotary_base", text)
         try:
-            _settings(config, stage, _layout(config))
+            _stage_config(config, stage, _layout(config))
         except ValidationError as error:
             return Problem(key, error.errors()[0]["msg"])
     return None
 
 
-def _settings(config: RunConfig, stage: Stage, layout: str) -> RunConfig:
-    """The run's settings while a stage lasts. Raises ValidationError where they do not fit together."""
+def _stage_config(config: Settings, stage: Stage, layout: str) -> RunConfig:
+    """Return the run's settings during a stage. Raises ValidationError where they do not fit together."""
     values: dict[str, Any] = config.model_dump()
     given = {name: value for name, value in stage.model_dump().items() if value is not None}
     for section, names in (("data", _DATA), ("training", _TRAINING), ("optimizer", _OPTIMIZER)):
@@ -120,21 +136,21 @@ def _settings(config: RunConfig, stage: Stage, layout: str) -> RunConfig:
     if "rotary_base" in given:
         values["model"]["softmax"]["rotary_base"] = given["rotary_base"]
     if "learning_rate" in given and "decay_steps" not in given:
-        # Of the stage's steps, not the run's.
+        # The default follows from the stage's steps, not from the run's.
         optimizer = type(config.optimizer)(**values["optimizer"])
         values["optimizer"]["decay_steps"] = optimizer.default_decay_steps(_num_steps(config, stage))
     values["parallel"]["layout"] = layout
-    return type(config).model_validate(values | {"stages": None})
+    return RunConfig.model_validate(values | {"stages": None})
 
 
-def _layout(config: RunConfig) -> str:
-    """parallel.layout of all stages: what fits the longest, since the model is built for one."""
+def _layout(config: Settings) -> str:
+    """Return parallel.layout for all stages: what suits the longest, since the model is built for one layout."""
     if config.parallel.context == 1:
         return config.parallel.layout
     return "zigzag" if choose_layout(config)[0] else "contiguous"
 
 
-def _num_steps(config: RunConfig, stage: Stage) -> int:
-    """Steps that see at least stage.tokens tokens."""
+def _num_steps(config: Settings, stage: Stage) -> int:
+    """Return the number of steps that see at least stage.tokens tokens."""
     batch = stage.global_batch_size or config.training.global_batch_size
     return -(-stage.tokens // (batch * stage.sequence_length))
