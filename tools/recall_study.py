@@ -258,7 +258,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 def _result(run: Run, points: list[dict[str, Any]], samples: int) -> Result:
     # Megatron-Core is loaded for its version: not before a request is known to be right.
-    from megatron_sse.evaluation.report import VERSIONS
+    from megatron_sse.installed import versions
 
     last = points[-1]
     return {
@@ -273,7 +273,7 @@ def _result(run: Run, points: list[dict[str, Any]], samples: int) -> Result:
         "points": points,
         "samples": samples,
         "settings": run.description(),
-        "versions": VERSIONS,
+        "versions": versions(),
         "commit": _commit(),
     }
 

@@ -25,7 +25,6 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from megatron_sse import __version__
 from megatron_sse.checkpoint.index import IndexRefusedError, read_index
 from megatron_sse.checkpoint.manifest import (
     FileEntry,
@@ -38,6 +37,7 @@ from megatron_sse.checkpoint.manifest import (
 from megatron_sse.config import RunConfig
 from megatron_sse.durable import HashedFile, hashed_file
 from megatron_sse.errors import UserError
+from megatron_sse.installed import versions
 
 # The settings of the run that the weights belong to, in every checkpoint.
 CONFIG_FILE = "config.yaml"
@@ -142,8 +142,7 @@ def write_weights(folder: Path, config: RunConfig, tensors: Iterable[tuple[str, 
     torch.save({"step": 0, "consumed_samples": 0}, folder / "common.pt")
     (folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
     (folder / "metadata.json").write_text(json.dumps(asdict(CheckpointingConfig("torch_dist"))))
-    versions = {"megatron_sse": __version__, "torch": torch.__version__}
-    Manifest(0, 0, False, {"world": 1}, versions, describe_files(folder, files.entries)).write(folder)
+    Manifest(0, 0, False, {"world": 1}, versions(), describe_files(folder, files.entries)).write(folder)
 
 
 class _FileByFile(FileSystem):

@@ -8,21 +8,6 @@ from __future__ import annotations
 
 from megatron_sse.config import ModelConfig, SoftmaxConfig, SSEConfig
 
-# Dense bf16 operations per second, from NVIDIA's data sheets. The first name found counts.
-PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-    "B200": 2250e12,
-}
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 operations per second of a GPU, None where it is not known."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
-
 
 def train_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     """Operations of forward and backward, the backward pass being two forward ones."""

@@ -18,7 +18,6 @@ from megatron_sse.evaluation.perplexity import Losses, measure_losses, validatio
 from megatron_sse.evaluation.read import Reader
 from megatron_sse.evaluation.recall import Recalled, measure_recall
 from megatron_sse.evaluation.report import (
-    make_folder,
     tabulate_losses,
     tabulate_needles,
     tabulate_recall,
@@ -30,6 +29,7 @@ from megatron_sse.installed import has_pictures, warn_without_pictures
 from megatron_sse.pretrained.network import build_and_load, inference_config, inference_groups
 from megatron_sse.pretrained.open import Model, open_model
 from megatron_sse.pretrained.text import Tokenizer, open_tokenizer
+from megatron_sse.reports.results import make_folder
 
 logger = logging.getLogger(__name__)
 

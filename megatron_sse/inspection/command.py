@@ -11,7 +11,6 @@ from pathlib import Path
 
 from megatron_sse.config import RunConfig
 from megatron_sse.errors import UserError, found_by_all
-from megatron_sse.evaluation.report import make_folder, write_json
 from megatron_sse.inference.prompts import check_length, check_tokens, read_prompts, read_tokens
 from megatron_sse.inference.run import DEFAULT_CHUNK
 from megatron_sse.inspection.measure import Layer, measure_layers
@@ -20,6 +19,7 @@ from megatron_sse.installed import has_pictures, warn_without_pictures
 from megatron_sse.pretrained.network import build_and_load, inference_config, inference_groups
 from megatron_sse.pretrained.open import Model, open_model
 from megatron_sse.pretrained.text import open_tokenizer
+from megatron_sse.reports.results import make_folder, write_json
 
 logger = logging.getLogger(__name__)
 

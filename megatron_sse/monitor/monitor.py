@@ -12,7 +12,8 @@ from megatron.core.utils import get_model_config
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_sse.config import RunConfig
-from megatron_sse.costs.flops import peak_flops, train_flops_per_token
+from megatron_sse.costs.flops import train_flops_per_token
+from megatron_sse.costs.gpus import peak_flops
 from megatron_sse.data.metadata import Metadata, read_metadata
 from megatron_sse.monitor.health import collect_health
 from megatron_sse.monitor.line import Progress

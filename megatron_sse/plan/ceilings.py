@@ -6,34 +6,13 @@ from dataclasses import astuple, dataclass, replace
 
 from megatron_sse.config import RunConfig
 from megatron_sse.costs.flops import train_flops_per_token
+from megatron_sse.costs.gpus import GPUS, Gpu
 from megatron_sse.errors import UserError
 from megatron_sse.plan.memory import Memory, kept_of_step, passes_under_way
 from megatron_sse.plan.sizes import Sizes
 from megatron_sse.plan.traffic import AXES
 
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """flops: dense bf16 operations per second. bandwidth: of the memory, bytes per second. memory: bytes.
-    link, network: bytes per second and direction to GPUs of the same machine and of others."""
-
-    name: str
-    flops: float
-    bandwidth: float
-    memory: float
-    link: float
-    network: float
-
-
-# From NVIDIA's data sheets of each GPU (dense bf16, one direction of NVLink) and DGX systems (network per GPU).
-GPUS = {
-    "a100": Gpu("A100 SXM 80 GB", 312e12, 2.039e12, 80e9, 300e9, 25e9),
-    "h100": Gpu("H100 SXM", 989e12, 3.35e12, 80e9, 450e9, 50e9),
-    "h200": Gpu("H200 SXM", 989e12, 4.8e12, 141e9, 450e9, 50e9),
-    "b200": Gpu("B200", 2250e12, 8e12, 180e9, 900e9, 50e9),
-}
 
 
 def find_gpu(name: str, tflops: float | None, bandwidth: float | None, memory: float | None) -> Gpu:

@@ -3,7 +3,8 @@
 import pytest
 
 from megatron_sse.config import ModelConfig
-from megatron_sse.costs.flops import forward_flops_per_token, mean_context, peak_flops, train_flops_per_token
+from megatron_sse.costs.flops import forward_flops_per_token, mean_context, train_flops_per_token
+from megatron_sse.costs.gpus import peak_flops
 
 HIDDEN, VOCAB = 8, 10
 OUTPUT_AND_MLP = 8 * 10 + 3 * 8 * 24

@@ -6,8 +6,9 @@ import pytest
 
 from megatron_sse.cli import main
 from megatron_sse.config import load_config
+from megatron_sse.costs.gpus import GPUS
 from megatron_sse.errors import UserError
-from megatron_sse.plan.ceilings import GPUS, find_gpu
+from megatron_sse.plan.ceilings import find_gpu
 from megatron_sse.plan.command import parse_bytes
 from megatron_sse.plan.memory import passes_under_way, rank_memory
 from megatron_sse.plan.search import HEADROOM, longest_sequence, search_layouts, with_settings, work_out
