@@ -10,6 +10,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from megatron_sse.checkpoint.folders import named_checkpoint
 from megatron_sse.checkpoint.index import IndexRefusedError, read_index, tensors_of
 from megatron_sse.checkpoint.manifest import Manifest, ManifestError, find_damage, read_manifest
+from megatron_sse.checkpoint.request import Request
 from megatron_sse.checkpoint.state import OPTIMIZER
 from megatron_sse.checkpoint.verify import find_missing
 from megatron_sse.errors import UserError
@@ -17,12 +18,11 @@ from megatron_sse.errors import UserError
 _DAMAGED_EXIT = 1
 
 
-def inspect(given: str, tensors: bool, hashes: bool) -> int:
-    """Print what is in a checkpoint; 1 where something is wrong with it, else 0. Raises UserError where there is none.
-
-    given: a checkpoint, a folder of them or a run folder. tensors: list every one. hashes: check those of large files.
-    """
-    path = named_checkpoint("DIR", given)
+def run(request: Request) -> int:
+    """Print what is in a checkpoint; returns the exit status, 1 if a file is damaged. Raises UserError if there is no
+    checkpoint."""
+    hashes = not request.sizes
+    path = named_checkpoint("DIR", request.checkpoint)
     try:
         manifest = read_manifest(path)
     except ManifestError as error:
@@ -33,7 +33,7 @@ def inspect(given: str, tensors: bool, hashes: bool) -> int:
     # An index whose hash is wrong is not opened.
     if not damaged.get(".metadata", [""]):
         wrong += [line for line in find_missing(path, manifest) if line not in wrong]
-        lines += ["", *_describe_tensors(path, tensors)]
+        lines += ["", *_describe_tensors(path, request.tensors)]
     lines += ["", *_describe_files(manifest, damaged)]
     checked = "sizes and hashes" if hashes else "sizes, and hashes below 1 MiB,"
     lines += ["", *(wrong or [f"{checked} of all files are right"])]

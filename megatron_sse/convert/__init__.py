@@ -1,5 +1,1 @@
-"""Models of other libraries: into checkpoints of ours and back."""
-
-from megatron_sse.convert.command import convert
-
-__all__ = ["convert"]
+"""Conversion of models from and to Hugging Face folders, and upcycling; `megatron-sse convert`."""

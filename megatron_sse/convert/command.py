@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,7 +11,9 @@ from torch import Tensor
 
 from megatron_sse.checkpoint.full_weights import write_weights
 from megatron_sse.config import RunConfig
+from megatron_sse.config.load import COMMAND_LINE
 from megatron_sse.convert.export import hf_settings, keep_from_source, write_beside
+from megatron_sse.convert.request import Request
 from megatron_sse.convert.upcycle import (
     Recipe,
     read_part,
@@ -32,56 +34,42 @@ from megatron_sse.pretrained.open import HF, KINDS, OURS, Model, open_model
 logger = logging.getLogger(__name__)
 
 REPORT = "conversion.json"
-TOLERANCE = 1e-4
 # Sequences and tokens in each that logits are compared on.
 _COMPARED = (2, 128)
 
 
-def convert(
-    source: str,
-    target: str,
-    to: str | None = None,
-    pattern: str | None = None,
-    overrides: Iterable[str] = (),
-    tolerance: float = TOLERANCE,
-) -> int:
-    """Convert the model in the folder `source` into the new folder `target`, and compare both.
+def run(request: Request) -> int:
+    """Convert a model into a new folder, and compare both.
 
-    Args:
-        to: one of KINDS; None: from ours to hf, from all others to ours.
-        pattern: layers of the model to make of a softmax model; overrides: its settings, model.sse.key=value.
-        tolerance: largest difference of the logits, root mean square, relative to those of the source.
-
-    Returns:
-        the exit status: 0, or 1 where the two models differ. Raises UserError.
+    Returns the exit status, 1 where the two models differ. Raises UserError.
     """
-    model = open_model("SRC", source)
-    kind = to or (HF if model.kind == OURS else OURS)
-    _check_request(model, kind, pattern, list(overrides))
-    folder = Path(target)
+    model = open_model("SRC", request.source)
+    kind = request.to or (HF if model.kind == OURS else OURS)
+    _check_request(model, kind, request)
+    folder = Path(request.target)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"DST: got {target}, which exists, allowed a new folder")
+        raise UserError(f"DST: got {folder}, which exists, allowed a new folder")
     check_can_compute(model)
-    if pattern is not None:
-        return _upcycle(model, folder, pattern, list(overrides))
+    if request.pattern is not None:
+        return _upcycle(model, folder, request.pattern, request.overrides)
     if kind == OURS:
         _to_ours(model, folder)
     else:
         _to_theirs(model, folder, kind)
-    result = open_model("DST", target)
+    result = open_model("DST", folder)
     check_can_compute(result)
-    return 0 if _compare(model, result, tolerance) else 1
+    return 0 if _compare(model, result, request.tolerance) else 1
 
 
-def _check_request(model: Model, kind: str, pattern: str | None, overrides: list[str]) -> None:
+def _check_request(model: Model, kind: str, request: Request) -> None:
     if kind not in KINDS:
         raise UserError(f"--to: got {kind}, allowed {', '.join(KINDS)}")
     if (model.kind == OURS) == (kind == OURS):
         allowed = OURS if model.kind != OURS else ", ".join(other for other in KINDS if other != OURS)
         raise UserError(f"--to: got {kind}, allowed {allowed}: {model.folder} is of kind {model.kind}")
-    if pattern is None and overrides:
-        raise UserError(f"command line: got {overrides[0]}, allowed with --pattern only")
-    if pattern is not None and kind != OURS:
+    if request.pattern is None and request.overrides:
+        raise UserError(f"{COMMAND_LINE}: got {request.overrides[0]}, allowed with --pattern only")
+    if request.pattern is not None and kind != OURS:
         raise UserError(f"--pattern: got a conversion to {kind}, allowed to {OURS}")
 
 
@@ -105,7 +93,7 @@ def _to_theirs(model: Model, folder: Path, kind: str) -> None:
     logger.info("%d tensors of %s are %d in %s (%s)", len(links), model.folder, len(sources), folder, kind)
 
 
-def _upcycle(model: Model, folder: Path, pattern: str, overrides: list[str]) -> int:
+def _upcycle(model: Model, folder: Path, pattern: str, overrides: Sequence[str]) -> int:
     config = upcycle_config(model, pattern, overrides)
     recipes = upcycle_recipes(model, config)
     unused = unused_names(model, recipes)

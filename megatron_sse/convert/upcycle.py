@@ -1,13 +1,13 @@
 """Softmax models into SSE hybrids: which layers become SSE layers, and where the weights of those come from."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_sse.config import RunConfig
-from megatron_sse.config.load import apply_override, make_config
+from megatron_sse.config.load import COMMAND_LINE, apply_override, make_config
 from megatron_sse.errors import UserError
 from megatron_sse.hf.dense_settings import FAMILIES
 from megatron_sse.hf.links import Link, Part
@@ -15,7 +15,6 @@ from megatron_sse.hf.name_map import DENSE_NAMES, model_links
 from megatron_sse.model.initialize import draw_whole
 from megatron_sse.pretrained.open import Model
 
-COMMAND_LINE = "command line"
 # The source decides these.
 _FIXED = ("num_heads", "head_dim", "value_head_dim", "num_value_heads")
 # Up-projections of the low-rank part of the sparse banks' queries and keys: with zeros all banks start alike.
@@ -35,7 +34,7 @@ class Recipe:
     sources: tuple[str, ...]
 
 
-def upcycle_config(source: Model, pattern: str, overrides: list[str]) -> RunConfig:
+def upcycle_config(source: Model, pattern: str, overrides: Iterable[str]) -> RunConfig:
     """Settings of the source with other layers. overrides: model.sse.key=value. Raises UserError."""
     if source.kind not in FAMILIES:
         raise UserError(f"--pattern: got a {source.kind} folder as SRC, allowed {', '.join(FAMILIES)}")

@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from megatron_sse.data.builder.command import TOKENIZER
-from megatron_sse.data.builder.encode import BYTES, read_tokenizer
+from megatron_sse.data.builder.encode import read_tokenizer
+from megatron_sse.data.builder.request import BYTES
 from megatron_sse.data.builder.summary import describe_metadata
 from megatron_sse.data.checks import check_token_file
 from megatron_sse.data.histogram import count_lengths, format_lengths
 from megatron_sse.data.metadata import Metadata, read_metadata
+from megatron_sse.data.request import Request
 from megatron_sse.data.tokenizer import decode
 from megatron_sse.errors import UserError
 
@@ -23,12 +25,10 @@ _OPEN, _CLOSE = "\u27e6", "\u27e7"
 _ANY_TOKEN = 1 << 31
 
 
-def inspect(prefix: str, documents: int, first: int, tokens: int) -> int:
-    """Check a token file and print what is in it, with the first `tokens` tokens of `documents` documents from `first`
-    on. Returns the exit status. Raises UserError."""
-    for name, value in (("--documents", documents), ("--first", first), ("--tokens", tokens)):
-        if value < 0:
-            raise UserError(f"{name}: got {value}, allowed 0 or more")
+def run(request: Request) -> int:
+    """Check a token file and print what is in it; returns the exit status. Raises UserError."""
+    request.check()
+    prefix, first = request.prefix, request.first
     metadata = read_metadata(prefix)
     file = check_token_file("PREFIX", prefix, _ANY_TOKEN if metadata is None else metadata.vocab_size)
     index = file.index
@@ -46,15 +46,15 @@ def inspect(prefix: str, documents: int, first: int, tokens: int) -> int:
     print(f"longest document {lengths_D.max():,} tokens, median {int(np.median(lengths_D)):,}; {empty:,} empty\n")
     for line in format_lengths(*count_lengths(lengths_D)):
         print(line)
-    if documents and first >= count:
+    if request.documents and first >= count:
         raise UserError(f"--first: got {first}, allowed 0 to {count - 1}, the last document")
     to_text = _decoder(prefix, metadata)
     tokens_T = np.memmap(prefix + ".bin", dtype=index.dtype, mode="r")
     mask_T = None if file.mask_path is None else np.memmap(file.mask_path, dtype=np.uint8, mode="r")
-    for number in range(first, min(first + documents, count)):
+    for number in range(first, min(first + request.documents, count)):
         begin, end = (int(offset) for offset in index.offsets_D1[number : number + 2])
         print(f"\n--- document {number}: {end - begin:,} tokens")
-        shown = slice(begin, min(begin + tokens, end))
+        shown = slice(begin, min(begin + request.tokens, end))
         print(_show(tokens_T[shown], None if mask_T is None else mask_T[shown], to_text))
         if shown.stop < end:
             print(f"... ({end - shown.stop:,} more)")

@@ -23,7 +23,8 @@ from megatron_sse.evaluation.report import (
     tabulate_recall,
     write_results,
 )
-from megatron_sse.evaluation.request import MQAR, NEEDLE, PERPLEXITY, Request, needle_tasks, recall_tasks
+from megatron_sse.evaluation.request import MQAR, NEEDLE, PERPLEXITY, Request
+from megatron_sse.evaluation.tasks import needle_tasks, recall_tasks
 from megatron_sse.inference.prompts import check_length
 from megatron_sse.installed import has_pictures, warn_without_pictures
 from megatron_sse.pretrained.network import build_and_load, inference_config, inference_groups
@@ -53,12 +54,12 @@ def run(request: Request) -> int:
 
     Under torchrun all processes together are one tensor group.
     """
-    world_size, is_writer = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
+    is_writer = os.environ.get("RANK", "0") == "0"
     with found_by_all():
-        job = _prepare(request, world_size)
+        job = _prepare(request)
     if is_writer:
         warn_without_pictures()
-    with inference_groups(world_size) as (groups, device):
+    with inference_groups(request.world_size) as (groups, device):
         net = build_and_load(job.model, job.config, groups, device)
         reader = Reader(net, job.config.model.vocab_size, request.batch, request.chunk)
         results: dict[str, list[Any]] = {}
@@ -69,10 +70,10 @@ def run(request: Request) -> int:
     return 0
 
 
-def _prepare(request: Request, world_size: int) -> _Job:
+def _prepare(request: Request) -> _Job:
     request.check()
     model = open_model("CHECKPOINT", request.checkpoint)
-    config = inference_config(model, request.precision, world_size)
+    config = inference_config(model, request.precision, request.world_size)
     lengths = request.length_list() or [config.data.sequence_length]
     if not request.any_length:
         given = f"--lengths: got {max(lengths)}"

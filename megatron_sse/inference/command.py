@@ -14,7 +14,8 @@ from megatron_sse.config import RunConfig
 from megatron_sse.errors import UserError, found_by_all
 from megatron_sse.inference.cache import Cache, read_cache
 from megatron_sse.inference.prompts import check_length, check_tokens, read_prompts, read_tokens
-from megatron_sse.inference.run import DEFAULT_CHUNK, generate
+from megatron_sse.inference.request import Request
+from megatron_sse.inference.run import generate
 from megatron_sse.inference.sampling import Sampler
 from megatron_sse.parallel.device import Device
 from megatron_sse.parallel.sharding import ContextShard
@@ -23,57 +24,6 @@ from megatron_sse.pretrained.open import Model, open_model
 from megatron_sse.pretrained.text import Tokenizer, open_tokenizer
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What `megatron-sse generate` was asked for; docs/generate.md explains each."""
-
-    checkpoint: str
-    prompts: Sequence[str] = ()
-    prompt_files: Sequence[str] = ()
-    tokens: str | None = None
-    max_tokens: int = 100
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    chunk: int = DEFAULT_CHUNK
-    context: int = 1
-    precision: str | None = None
-    any_length: bool = False
-    save_cache: str | None = None
-    load_cache: str | None = None
-
-    @property
-    def is_interactive(self) -> bool:
-        return not (self.prompts or self.prompt_files or self.tokens)
-
-    def check(self, world_size: int) -> None:
-        """Raise UserError for what cannot be meant."""
-        for name, value, right, allowed in (
-            ("--max-tokens", self.max_tokens, self.max_tokens >= 1, "1 or more"),
-            (
-                "--temperature",
-                self.temperature,
-                0 <= self.temperature < float("inf"),
-                "0 (the likeliest token) or more",
-            ),
-            ("--top-p", self.top_p, 0 < self.top_p <= 1, "more than 0, at most 1"),
-            ("--seed", self.seed, 0 <= self.seed < 1 << 40, "0 or more, below 2^40"),
-            ("--chunk", self.chunk, self.chunk >= 1, "1 or more"),
-            (
-                "--context",
-                self.context,
-                self.context >= 1 and world_size % self.context == 0,
-                f"a divisor of the number of processes, {world_size}",
-            ),
-        ):
-            if not right:
-                raise UserError(f"{name}: got {value}, allowed {allowed}")
-        if self.tokens is not None and (self.prompts or self.prompt_files):
-            raise UserError("--tokens: got text prompts too, allowed one of both")
-        if world_size > 1 and (self.save_cache or self.load_cache or self.is_interactive):
-            raise UserError(f"got {world_size} processes, allowed 1 without prompts, to save and to load a cache")
 
 
 @dataclass(frozen=True)
@@ -95,10 +45,9 @@ def run(request: Request) -> int:
 
     Under torchrun the processes are `context` tensor groups.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     with found_by_all():
-        job = _prepare(request, world_size)
-    with inference_groups(world_size // request.context, request.context) as (groups, device):
+        job = _prepare(request)
+    with inference_groups(request.world_size // request.context, request.context) as (groups, device):
         net = build_and_load(job.model, job.config, groups, device)
         cache = Cache(net, len(job.prompts) or 1) if job.kept is None else Cache.restore(job.kept, net)
         shard = ContextShard(groups.cp.rank(), groups.cp.size())
@@ -112,10 +61,10 @@ def run(request: Request) -> int:
     return 0
 
 
-def _prepare(request: Request, world_size: int) -> _Job:
-    request.check(world_size)
+def _prepare(request: Request) -> _Job:
+    request.check()
     model = open_model("CHECKPOINT", request.checkpoint)
-    config = inference_config(model, request.precision, world_size // request.context)
+    config = inference_config(model, request.precision, request.world_size // request.context)
     vocab_size, goes_on = config.model.vocab_size, request.load_cache is not None
     instead = ", or give token numbers with --tokens"
     tokenizer = None if request.tokens is not None else open_tokenizer(model, instead)

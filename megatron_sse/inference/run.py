@@ -7,10 +7,12 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_sse.inference.cache import Cache
+from megatron_sse.inference.request import ModelRequest
 from megatron_sse.inference.sampling import Sampler
 from megatron_sse.parallel.sharding import WHOLE, ContextShard
 
-DEFAULT_CHUNK = 2048
+# Tokens of prompts at once, where code gives no other number.
+DEFAULT_CHUNK = ModelRequest.chunk
 
 
 @torch.no_grad()

@@ -6,32 +6,12 @@ from dataclasses import astuple, dataclass, replace
 
 from megatron_sse.config import RunConfig
 from megatron_sse.costs.flops import train_flops_per_token
-from megatron_sse.costs.gpus import GPUS, Gpu
-from megatron_sse.errors import UserError
+from megatron_sse.costs.gpus import Gpu
 from megatron_sse.plan.memory import Memory, kept_of_step, passes_under_way
 from megatron_sse.plan.sizes import Sizes
 from megatron_sse.plan.traffic import AXES
 
 GIB = 2**30
-
-
-def find_gpu(name: str, tflops: float | None, bandwidth: float | None, memory: float | None) -> Gpu:
-    """A GPU of the table, with other numbers where they are given (1e12 operations and bytes per second; bytes).
-
-    Raises UserError.
-    """
-    if name not in GPUS:
-        raise UserError(f"--gpu: got {name}, allowed {', '.join(GPUS)}")
-    for option, number in (("tflops", tflops), ("bandwidth", bandwidth)):
-        if number is not None and not number > 0:
-            raise UserError(f"--{option}: got {number}, allowed more than 0")
-    gpu = GPUS[name]
-    return replace(
-        gpu,
-        flops=gpu.flops if tflops is None else tflops * 1e12,
-        bandwidth=gpu.bandwidth if bandwidth is None else bandwidth * 1e12,
-        memory=gpu.memory if memory is None else memory,
-    )
 
 
 @dataclass(frozen=True)

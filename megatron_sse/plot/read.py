@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ class RunLog:
         return {layer: self.scalars[tag] for layer, tag in sorted((int(match[1]), match[0]) for match in matches)}
 
 
-def read_runs(folders: list[str]) -> list[RunLog]:
+def read_runs(folders: Iterable[str]) -> list[RunLog]:
     """The runs in these folders, under names that tell them apart. Raises UserError."""
     paths = [Path(folder) for folder in folders]
     for number, path in enumerate(paths):

@@ -1,1 +1,1 @@
-"""The command `megatron-sse score`: a model's logits for given tokens."""
+"""Logits of a model for given tokens; `megatron-sse score`."""

@@ -10,31 +10,28 @@ from megatron_sse.errors import UserError
 from megatron_sse.installed import require
 from megatron_sse.pretrained.logits import check_can_compute, compute_logits
 from megatron_sse.pretrained.open import open_model
+from megatron_sse.score.request import Request
 
 logger = logging.getLogger(__name__)
 
 TOKENS, LOGITS = "input_ids", "logits"
 
 
-def score(checkpoint: str, tokens: str, target: str) -> int:
-    """Write the logits of the tokens in one safetensors file to another; returns the exit status.
-
-    checkpoint: a checkpoint of ours or a Hugging Face folder. tokens: a file with `input_ids` [B, L], integers; every
-    sequence is one document. target: the file to write, `logits` [B, L, vocabulary], fp32. Raises UserError.
-    """
+def run(request: Request) -> int:
+    """Write the logits of the tokens in one safetensors file to another; returns the exit status. Raises UserError."""
     require("safetensors", "score")
     from safetensors.torch import save_file
 
-    model = open_model("--checkpoint", checkpoint)
+    model = open_model("--checkpoint", request.checkpoint)
     check_can_compute(model)
-    tokens_BL = _read_tokens(tokens, model.config.model.vocab_size)
+    tokens_BL = _read_tokens(request.input, model.config.model.vocab_size)
     logits_BLV = compute_logits(model, tokens_BL)
     try:
-        save_file({LOGITS: logits_BLV.contiguous()}, target)
+        save_file({LOGITS: logits_BLV.contiguous()}, request.output)
     except Exception as error:
-        raise UserError(f"--output: {target} cannot be written ({' '.join(str(error).split())})") from None
+        raise UserError(f"--output: {request.output} cannot be written ({' '.join(str(error).split())})") from None
     shape = " x ".join(map(str, logits_BLV.shape))
-    logger.info("logits of %s (%s): %s, %s", model.folder, model.kind, shape, target)
+    logger.info("logits of %s (%s): %s, %s", model.folder, model.kind, shape, request.output)
     return 0
 
 
@@ -43,7 +40,7 @@ def _read_tokens(path: str, vocab_size: int) -> Tensor:
     from safetensors.torch import load_file
 
     if not Path(path).is_file():
-        raise UserError(f"--input: {path}: no such file")
+        raise UserError(f"--input: {path}: not found")
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sse.convert import convert
 from megatron_sse.errors import UserError
 from megatron_sse.pretrained.logits import compute_logits
 from megatron_sse.pretrained.open import open_model
@@ -15,6 +14,7 @@ from tests.convert.support import (
     LLAMA3,
     SIZES,
     assert_same_tensors,
+    convert,
     logits_by_transformers,
     make_dense,
     random_tokens,

@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_sse.convert import convert
 from megatron_sse.errors import UserError
 from megatron_sse.model import build_model
 from megatron_sse.parallel.layout import TokenLayout
 from megatron_sse.pretrained.logits import compute_logits, single_process
 from megatron_sse.pretrained.open import make_run_config, open_model
-from tests.convert.support import assert_same_tensors, logits_by_transformers, make_dense, random_tokens
+from tests.convert.support import assert_same_tensors, convert, logits_by_transformers, make_dense, random_tokens
 
 
 def upcycled(folder: Path, family: str, pattern: str, *overrides: str, **settings: Any) -> Path:

@@ -13,10 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sse import installed
 from megatron_sse.cli import main
-from megatron_sse.convert import convert
 from megatron_sse.errors import UserError
 from megatron_sse.pretrained.open import open_model
-from tests.convert.support import make_dense, random_tokens
+from tests.convert.support import convert, make_dense, random_tokens
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from megatron_sse.config import load_config, plan_stages
 from megatron_sse.data.fingerprint import describe_data
 from megatron_sse.doctor.command import find_all
 from megatron_sse.doctor.finding import BAD, GOOD
+from megatron_sse.doctor.request import Request
 from tests.checkpoint.support import train_and_save
 from tests.training.support import small_run
 from tests.workers import run_workers
@@ -44,7 +45,8 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 
 def marks(folder: Path, *overrides: str) -> dict[str, tuple[str, str]]:
     """Mark and text of each line, by name."""
-    return {finding.name: (finding.mark, finding.text) for finding in find_all(str(folder / "run.yaml"), [*overrides])}
+    request = Request(config=str(folder / "run.yaml"), overrides=overrides)
+    return {finding.name: (finding.mark, finding.text) for finding in find_all(request)}
 
 
 def test_a_sound_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

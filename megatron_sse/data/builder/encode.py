@@ -16,7 +16,6 @@ from megatron_sse.data.tokenizer import END_OF_DOCUMENT, VOCAB_SIZE, encode_docu
 from megatron_sse.errors import UserError
 from megatron_sse.installed import require
 
-BYTES = "bytes"
 # Largest vocabulary of 16-bit tokens.
 _UINT16_TOKENS = 1 << 16
 # Characters of a text that is encoded at once, and those that are looked at to cut it.

@@ -12,8 +12,6 @@ from megatron_sse.data.builder.tally import HIDDEN
 from megatron_sse.errors import UserError
 from megatron_sse.installed import require
 
-UNIT_BYTES = 1 << 24
-FORMATS = ("auto", "jsonl", "text", "parquet", "folder", "chat")
 LINES, ROWS, TEXTS = "lines", "rows", "texts"
 _SUFFIXES = {LINES: (".jsonl", ".jsonl.gz"), ROWS: (".parquet",)}
 # A file of only a few bytes is work too.
@@ -79,9 +77,7 @@ class Inputs:
                 raise UserError(f"{path}: has changed while it was read; delete {building} and start again")
 
 
-def find_inputs(
-    given: Sequence[str], format: str, columns: Sequence[str], output: Path, unit_bytes: int = UNIT_BYTES
-) -> Inputs:
+def find_inputs(given: Sequence[str], format: str, columns: Sequence[str], output: Path, unit_bytes: int) -> Inputs:
     """All files behind the paths given, and the units. columns: of which Parquet files need one at least.
 
     output: must not lie in a folder that is read. Raises UserError.
