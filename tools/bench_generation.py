@@ -18,7 +18,7 @@ from megatron_sse.inference.run import feed, logits_of, prefill
 from megatron_sse.model import build_model
 from megatron_sse.model.attention import TorchAttention
 from megatron_sse.parallel.device import Device
-from megatron_sse.pretrained.logits import single_process
+from megatron_sse.pretrained.network import inference_groups
 from megatron_sse.pretrained.open import make_run_config
 from megatron_sse.tools.bench_recurrence import commit, cpu_name
 
@@ -123,7 +123,7 @@ def main() -> None:
     }
     print(json.dumps(about))
     results: dict[str, Any] = {"about": about, "tokens": {}, "prompt": {}}
-    with single_process() as (groups, device):
+    with inference_groups() as (groups, device):
         print(f"{device.description}\n")
         nets = {}
         for name in args.models:

@@ -26,7 +26,7 @@ from megatron_sse.durable import fsync
 from megatron_sse.errors import UserError
 from megatron_sse.hf.dense_settings import FAMILIES
 from megatron_sse.hf.folder import write_json, write_tensors
-from megatron_sse.hf.links import to_ours, to_theirs
+from megatron_sse.hf.links import check_shapes, to_ours, to_theirs
 from megatron_sse.hf.name_map import DENSE_NAMES, SSE_NAMES, model_links
 from megatron_sse.pretrained.logits import check_can_compute, compute_logits
 from megatron_sse.pretrained.open import HF, KINDS, OURS, Model, open_model
@@ -85,6 +85,7 @@ def _to_ours(model: Model, folder: Path) -> None:
 def _to_theirs(model: Model, folder: Path, kind: str) -> None:
     settings = hf_settings(model.config, kind)
     links = model_links(model.config.model, DENSE_NAMES if kind in FAMILIES else SSE_NAMES)
+    check_shapes({link.ours: tuple(link.shape()) for link in links}, model.weights, str(model.folder))
     sources = {part.name: [link.ours] for link in links for part in link.theirs}
     with _new_folder(folder) as partial:
         write_tensors(partial, to_theirs(links, model.weights))

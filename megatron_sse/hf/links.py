@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +84,7 @@ def to_theirs(links: Iterable[Link], source: Weights) -> Iterator[tuple[str, Ten
 
 
 def check_shapes(
-    expected: dict[str, tuple[int, ...]], found: Weights, where: str, unused: Callable[[str], Any]
+    expected: dict[str, tuple[int, ...]], found: Weights, where: str, unused: Callable[[str], bool] = lambda name: False
 ) -> None:
     """Raise UserError unless the names and shapes are those expected.
 

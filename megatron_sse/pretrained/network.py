@@ -1,18 +1,19 @@
-"""A model for generation, from any folder that holds one."""
+"""The network of a model in a folder, built on the processes that share it."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import Tensor
 
 from megatron_sse.config import RunConfig
 from megatron_sse.config.load import make_config
-from megatron_sse.hf.links import to_ours
+from megatron_sse.errors import found_by_all
+from megatron_sse.hf.links import check_shapes
 from megatron_sse.model import build_model
 from megatron_sse.model.attention import TorchAttention
 from megatron_sse.model.initialize import global_name, own_part
@@ -22,8 +23,8 @@ from megatron_sse.pretrained.open import OURS, Model
 
 
 def inference_config(model: Model, precision: str | None, tensor: int = 1) -> RunConfig:
-    """Settings to build the model with: split over `tensor` ranks and in no other way, in its own precision unless
-    another is given. Raises UserError where it cannot be split so."""
+    """Return the settings to build the model with: split over `tensor` ranks and in no other way, in its own precision
+    unless another is given. Raises UserError where it cannot be split so."""
     values = model.config.model_dump()
     values["parallel"] = {"tensor": tensor}
     # One micro-batch on one data rank.
@@ -33,27 +34,43 @@ def inference_config(model: Model, precision: str | None, tensor: int = 1) -> Ru
 
 
 @torch.no_grad()
-def build_and_load(model: Model, config: RunConfig, groups: ProcessGroupCollection, device: Device) -> GPTModel:
-    """This tensor rank's part of the model, ready to generate."""
-    # Keys and values that are kept are read by plain torch's attention.
-    [chunk] = build_model(config, groups, device, draw=False, core_attention=TorchAttention)
+def build_and_load(
+    model: Model,
+    config: RunConfig,
+    groups: ProcessGroupCollection,
+    device: Device,
+    core_attention: type[TorchAttention] | None = TorchAttention,
+) -> GPTModel:
+    """Build this tensor rank's part of the model, with its weights, ready to generate.
+
+    core_attention: by default plain torch's, which reads keys and values that are kept; None for the backend's.
+    Raises SharedUserError where a checkpoint holds other tensors than the model of its settings.
+    """
+    [chunk] = build_model(config, groups, device, draw=False, core_attention=core_attention)
     parameters = {global_name(name, chunk): parameter for name, parameter in chunk.named_parameters()}
-    for name, whole in _tensors(model):
+    rank, size = groups.tp.rank(), groups.tp.size()
+    if model.kind == OURS:
+        expected = {name: _full_shape(parameter, size) for name, parameter in parameters.items()}
+        with found_by_all():
+            check_shapes(expected, model.weights, str(model.folder))
+    for name, full in model.tensors():
         parameter = parameters.pop(name)
-        parameter.copy_(own_part(whole, parameter, groups.tp.rank(), groups.tp.size()))
+        parameter.copy_(own_part(full, parameter, rank, size))
     assert not parameters, parameters.keys()
     return chunk.eval()
 
 
-def _tensors(model: Model) -> Iterable[tuple[str, Tensor]]:
-    if model.kind == OURS:
-        return ((link.ours, model.weights.get(link.ours)) for link in model.links)
-    return to_ours(model.links, model.weights)
+def _full_shape(parameter: Any, size: int) -> tuple[int, ...]:
+    """Return the shape of the complete weight that `size` tensor ranks share."""
+    shape = list(parameter.shape)
+    if getattr(parameter, "tensor_model_parallel", False):
+        shape[parameter.partition_dim] *= size
+    return tuple(shape)
 
 
 @contextmanager
-def inference_groups(tensor: int, context: int = 1) -> Iterator[tuple[ProcessGroupCollection, Device]]:
-    """All tensor x context processes in their groups, and the device of this one."""
+def inference_groups(tensor: int = 1, context: int = 1) -> Iterator[tuple[ProcessGroupCollection, Device]]:
+    """Set up the groups of all tensor x context processes, and the device of this one, for a block."""
     device = setup_device(int(os.environ.get("LOCAL_RANK", "0")))
     init_process_group(device)
     try:

@@ -1,11 +1,13 @@
-"""A model in a folder, whatever its kind: settings, weights, and how its tensors become ours."""
+"""A model in a folder, a checkpoint of ours or a Hugging Face folder: its settings and its weights."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_sse.checkpoint.folders import named_checkpoint
 from megatron_sse.checkpoint.full_weights import CONFIG_FILE, CheckpointWeights, read_weights
@@ -15,7 +17,7 @@ from megatron_sse.config.pattern import shorten_pattern
 from megatron_sse.errors import UserError
 from megatron_sse.hf.dense_settings import FAMILIES, model_from_dense
 from megatron_sse.hf.folder import CONFIG, HFWeights, read_json
-from megatron_sse.hf.links import Link, check_shapes
+from megatron_sse.hf.links import Link, check_shapes, to_ours
 from megatron_sse.hf.name_map import DENSE_NAMES, SSE_NAMES, model_links
 from megatron_sse.hf.sse_settings import MODEL_TYPE as SSE
 from megatron_sse.hf.sse_settings import model_from_sse
@@ -32,7 +34,8 @@ _DEFAULT_LENGTH = 2048
 class Model:
     """A model in a folder.
 
-    kind: one of KINDS. config: with default settings for all that is not the model. links: how the tensors become ours.
+    kind: one of KINDS. config: with default settings for all that is not the model, unless the folder is of OURS.
+    weights: the tensors in the folder. links: how they become ours; empty for OURS, whose tensors have their own names.
     """
 
     kind: str
@@ -41,24 +44,28 @@ class Model:
     weights: CheckpointWeights | HFWeights
     links: list[Link]
 
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the complete tensors of our model with their names, one after the other."""
+        if self.kind == OURS:
+            return ((name, self.weights.get(name)) for name in self.weights.keys())
+        return to_ours(self.links, self.weights)
+
 
 def open_model(key: str, path: str | Path) -> Model:
-    """The model in a folder, names and shapes of all tensors checked.
+    """Open the model in a folder.
 
-    key: what the path was given as. Raises UserError.
+    key: the argument that gives the path. Names and shapes of tensors are checked: those of Hugging Face folders here,
+    those of checkpoints when the model is built. Raises UserError.
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise UserError(f"{key}: got {path}, allowed a folder with a model")
+        raise UserError(f"{key}: folder {path} not found")
     return _open_hf(folder) if (folder / CONFIG).is_file() else _open_ours(named_checkpoint(key, str(path)))
 
 
 def _open_ours(folder: Path) -> Model:
     weights = read_weights(folder)
-    config = load_config(folder / CONFIG_FILE)
-    links = model_links(config.model, SSE_NAMES)
-    check_shapes({link.ours: tuple(link.shape()) for link in links}, weights, str(folder), unused=lambda name: False)
-    return Model(OURS, folder, config, weights, links)
+    return Model(OURS, folder, load_config(folder / CONFIG_FILE), weights, links=[])
 
 
 def _open_hf(folder: Path) -> Model:
@@ -91,7 +98,7 @@ def _open_hf(folder: Path) -> Model:
 
 
 def make_run_config(model: dict[str, Any], length: int | None, precision: str, where: str) -> RunConfig:
-    """Settings of a run of a model, the least that is needed in all other sections. Raises UserError."""
+    """Return settings of a run of a model, with only what is required in all other sections. Raises UserError."""
     values = {
         "model": model,
         "data": {"train": "data/train", "sequence_length": length or _DEFAULT_LENGTH},
@@ -103,7 +110,7 @@ def make_run_config(model: dict[str, Any], length: int | None, precision: str, w
 
 
 def precision_of(weights: CheckpointWeights | HFWeights) -> str:
-    """training.precision by the type that most numbers of a model have."""
+    """Return training.precision by the type that most numbers of a model have."""
     counts: Counter[torch.dtype] = Counter()
     for name in weights.keys():
         counts[weights.dtype(name)] += weights.shape(name).numel()

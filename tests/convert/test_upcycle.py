@@ -11,7 +11,8 @@ import torch
 from megatron_sse.errors import UserError
 from megatron_sse.model import build_model
 from megatron_sse.parallel.layout import TokenLayout
-from megatron_sse.pretrained.logits import compute_logits, single_process
+from megatron_sse.pretrained.logits import compute_logits
+from megatron_sse.pretrained.network import inference_groups
 from megatron_sse.pretrained.open import make_run_config, open_model
 from tests.convert.support import assert_same_tensors, convert, logits_by_transformers, make_dense, random_tokens
 
@@ -36,7 +37,7 @@ def layer_outputs(folder: Path, number: int, hidden_LBd: torch.Tensor) -> torch.
     """What one layer of a checkpoint makes of hidden states."""
     opened = open_model("", folder)
     config = make_run_config(opened.config.model.model_dump(), len(hidden_LBd), "fp32", "test")
-    with single_process() as (groups, device), torch.no_grad():
+    with inference_groups() as (groups, device), torch.no_grad():
         (chunk,) = build_model(config, groups, device)
         for name, parameter in chunk.named_parameters():
             parameter.copy_(opened.weights.get(name))
@@ -90,7 +91,7 @@ def test_an_sse_layer_starts_from_the_sources_projections(tmp_path: Path, overri
 
 def test_drawn_weights_are_those_of_a_new_model(tmp_path: Path) -> None:
     ours = open_model("", upcycled(tmp_path, "llama", "sse, softmax, sse"))
-    with single_process() as (groups, device):
+    with inference_groups() as (groups, device):
         (chunk,) = build_model(ours.config, groups, device)
         drawn = dict(chunk.named_parameters())
     for name in ("router.proj.weight", "output_gate.up.weight", "decay_gates.1.up.weight", "norm_weight"):

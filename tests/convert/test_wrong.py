@@ -214,7 +214,7 @@ def test_score(llama: Path, ours: Path, tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        (None, "x.safetensors: no such file"),
+        (None, "x.safetensors: not found"),
         ({"tokens": torch.ones(1, 2)}, "x.safetensors has tokens, needed input_ids"),
         ({"input_ids": torch.ones(3, dtype=torch.int64)}, r"input_ids is torch.int64 [3], allowed integers [B, L]"),
         ({"input_ids": torch.ones(1, 3)}, r"input_ids is torch.float32 [1, 3], allowed integers [B, L]"),
