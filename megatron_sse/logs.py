@@ -11,6 +11,7 @@ from typing import TextIO
 
 from megatron_sse.config import RunConfig
 from megatron_sse.errors import UserError
+from megatron_sse.run_folder import LOGS
 
 logger = logging.getLogger("megatron_sse")
 
@@ -34,8 +35,8 @@ def open_log(config: RunConfig, name: str) -> None:
     """
     folder = Path(config.monitor.folder)
     try:
-        (folder / "logs").mkdir(parents=True, exist_ok=True)
-        file = _File(folder / "logs" / f"{name}.log", encoding="utf-8")
+        (folder / LOGS).mkdir(parents=True, exist_ok=True)
+        file = _File(folder / LOGS / f"{name}.log", encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"monitor.folder: got {folder}, allowed a folder that can be written to ({error.strerror})"

@@ -15,8 +15,8 @@ from megatron_sse.checkpoint.state import MASTER, OPTIMIZER
 from megatron_sse.config import RunConfig
 from megatron_sse.config.problem import show
 from megatron_sse.errors import SharedUserError
+from megatron_sse.run_folder import CONFIG
 
-CONFIG = "config.yaml"
 _MAX_LINES = 20
 
 Shapes = dict[str, tuple[int, ...]]

@@ -10,6 +10,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from megatron_sse.checkpoint.folders import named_checkpoint
 from megatron_sse.checkpoint.index import IndexRefusedError, read_index, tensors_of
 from megatron_sse.checkpoint.manifest import Manifest, ManifestError, find_damage, read_manifest
+from megatron_sse.checkpoint.names import INDEX
 from megatron_sse.checkpoint.request import Request
 from megatron_sse.checkpoint.state import OPTIMIZER
 from megatron_sse.checkpoint.verify import find_missing
@@ -31,7 +32,7 @@ def run(request: Request) -> int:
     wrong = [line for lines in damaged.values() for line in lines]
     lines = [str(path), *_describe(manifest)]
     # An index whose hash is wrong is not opened.
-    if not damaged.get(".metadata", [""]):
+    if not damaged.get(INDEX, [""]):
         wrong += [line for line in find_missing(path, manifest) if line not in wrong]
         lines += ["", *_describe_tensors(path, request.tensors)]
     lines += ["", *_describe_files(manifest, damaged)]

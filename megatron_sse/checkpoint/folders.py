@@ -10,36 +10,35 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from megatron_sse.checkpoint.manifest import MANIFEST, ManifestError, find_damage, read_manifest
+from megatron_sse.checkpoint.manifest import ManifestError, find_damage, read_manifest
+from megatron_sse.checkpoint.names import ITERATION, LATEST, MANIFEST, PARTIAL, REMOVED, REPLACED, step_name
 from megatron_sse.config import RunConfig
 from megatron_sse.durable import fsync, write_durably
 from megatron_sse.errors import UserError
+from megatron_sse.run_folder import CHECKPOINTS
 
 logger = logging.getLogger(__name__)
-
-LATEST = "latest"
-_PARTIAL, _REMOVED, _REPLACED = "partial_", "removed_", "replaced_"
 
 
 def checkpoint_folder(config: RunConfig) -> Path:
     """Where the run keeps its checkpoints."""
-    return Path(config.monitor.folder) / "checkpoints"
+    return Path(config.monitor.folder) / CHECKPOINTS
 
 
 def step_folder(folder: Path, step: int) -> Path:
     """The checkpoint of the state after `step` steps."""
-    return folder / f"iter_{step:07d}"
+    return folder / step_name(step)
 
 
 def partial_folder(folder: Path, step: int) -> Path:
     """The same while it is written."""
-    return folder / f"{_PARTIAL}iter_{step:07d}"
+    return folder / f"{PARTIAL}{step_name(step)}"
 
 
 def make_partial(folder: Path, step: int) -> None:
     """An empty folder to write a checkpoint to; what broken-off saves and removals left is deleted. Raises OSError."""
-    for prefix in (_PARTIAL, _REMOVED):
-        for left in folder.glob(f"{prefix}iter_*"):
+    for prefix in (PARTIAL, REMOVED):
+        for left in folder.glob(f"{prefix}{ITERATION}*"):
             shutil.rmtree(left, ignore_errors=True)
     partial_folder(folder, step).mkdir(parents=True)
 
@@ -48,7 +47,7 @@ def promote(folder: Path, step: int) -> Path:
     """Give a complete partial folder its name and point `latest` to it. Raises OSError."""
     partial, final = partial_folder(folder, step), step_folder(folder, step)
     fsync(partial)
-    replaced = final.with_name(_REPLACED + final.name)
+    replaced = final.with_name(REPLACED + final.name)
     if final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
@@ -64,14 +63,14 @@ def prune(folder: Path, keep_last: int, saved: Path) -> None:
 
     saved: has just been written, so that its hashes need not be computed again.
     """
-    newest_first = _newest_first(folder, "iter_*")
+    newest_first = list_checkpoints(folder)
     old = newest_first[keep_last:]
     if not old:
         return
     whole = next((path for path in newest_first if not find_all_damage(path, hashes=path != saved)), None)
     for path in old:
         if whole is not None and path != whole:
-            removed = path.with_name(_REMOVED + path.name)
+            removed = path.with_name(REMOVED + path.name)
             shutil.rmtree(removed, ignore_errors=True)
             shutil.rmtree(path.rename(removed))
 
@@ -138,14 +137,19 @@ def named_checkpoint(key: str, given: str, others: str = "") -> Path:
     path = Path(given)
     if (path / MANIFEST).is_file():
         return path
-    if path.name.startswith("iter_") and path.is_dir():
+    if path.name.startswith(ITERATION) and path.is_dir():
         raise UserError(f"{key}: got {given}, which is no complete checkpoint: {path / MANIFEST}: no such file")
-    found = _best_first(path) or _best_first(path / "checkpoints")
+    found = _best_first(path) or _best_first(path / CHECKPOINTS)
     if not found:
         raise UserError(
             f"{key}: got {given}, allowed {others}the path of a checkpoint, of a folder of them or of a run"
         )
     return found[0]
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, the newest first."""
+    return _newest_first(folder, f"{ITERATION}*")
 
 
 def _newest_first(folder: Path, pattern: str) -> list[Path]:
@@ -157,10 +161,10 @@ def _best_first(folder: Path) -> list[Path]:
     # Every process looks, the first speaks.
     warn = logger.warning if os.environ.get("RANK", "0") == "0" else logger.debug
     complete = []
-    for path in _newest_first(folder, "*iter_*"):
+    for path in _newest_first(folder, f"*{ITERATION}*"):
         # Left by a save that was broken off between two renames.
-        replaced = path.name.startswith(_REPLACED) and not (folder / path.name.removeprefix(_REPLACED)).exists()
-        if (path.name.startswith("iter_") or replaced) and (path / MANIFEST).is_file():
+        replaced = path.name.startswith(REPLACED) and not (folder / path.name.removeprefix(REPLACED)).exists()
+        if (path.name.startswith(ITERATION) or replaced) and (path / MANIFEST).is_file():
             complete.append(path)
         else:
             warn("%s is ignored: it is no complete checkpoint", path)

@@ -5,15 +5,13 @@ sharded state dict.
 """
 
 import io
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingConfig
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.default_planner import (
@@ -34,13 +32,13 @@ from megatron_sse.checkpoint.manifest import (
     find_damage,
     read_manifest,
 )
+from megatron_sse.checkpoint.names import COMMON
 from megatron_sse.config import RunConfig
 from megatron_sse.durable import HashedFile, hashed_file
 from megatron_sse.errors import UserError
 from megatron_sse.installed import versions
+from megatron_sse.run_folder import CONFIG
 
-# The settings of the run that the weights belong to, in every checkpoint.
-CONFIG_FILE = "config.yaml"
 # Names of the optimizer's state start with this.
 OPTIMIZER = "optimizer."
 # Largest size of a file, unless one tensor has more.
@@ -139,9 +137,9 @@ def write_weights(folder: Path, config: RunConfig, tensors: Iterable[tuple[str, 
             index.state_dict_metadata |= described.state_dict_metadata
     with files:
         writer.finish(index, results)
-    torch.save({"step": 0, "consumed_samples": 0}, folder / "common.pt")
-    (folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
-    (folder / "metadata.json").write_text(json.dumps(asdict(CheckpointingConfig("torch_dist"))))
+    torch.save({"step": 0, "consumed_samples": 0}, folder / COMMON)
+    (folder / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
+    save_config(CheckpointingConfig("torch_dist"), str(folder))
     Manifest(0, 0, False, {"world": 1}, versions(), describe_files(folder, files.entries)).write(folder)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-INDEX = ".metadata"
+from megatron_sse.checkpoint.names import INDEX
 
 # All that an index of tensors is made of. None of these does anything but hold values.
 _DTYPES = "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 int64 int32 int16 int8 uint8 bool"

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from megatron_sse.checkpoint.names import MANIFEST
 from megatron_sse.durable import sha256_of, write_durably
 
-MANIFEST = "manifest.json"
 FORMAT = 1
 # Smaller files are always hashed, also where only sizes are asked for.
 _SMALL = 1 << 20

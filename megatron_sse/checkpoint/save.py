@@ -16,27 +16,20 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_sse.checkpoint.architecture import CONFIG
-from megatron_sse.checkpoint.data import DATA
 from megatron_sse.checkpoint.folders import checkpoint_folder, make_partial, partial_folder, promote, prune, step_folder
 from megatron_sse.checkpoint.manifest import FileEntry, Manifest, describe_files
+from megatron_sse.checkpoint.names import DATA, TOKENIZER_FILES, TOKENS
 from megatron_sse.checkpoint.shards import ShardWriter, Staging
 from megatron_sse.checkpoint.state import get_num_steps, is_distributed, model_state, optimizer_state
 from megatron_sse.config import RunConfig
 from megatron_sse.data.tokenizer import END_OF_DOCUMENT, VOCAB_SIZE
 from megatron_sse.durable import fsync
 from megatron_sse.installed import versions
+from megatron_sse.run_folder import CONFIG
 
 logger = logging.getLogger(__name__)
 
-TOKENS = "tokens.json"
-# Suffixes of the files beside a token file, and their names in a checkpoint.
-TOKENIZER_FILES = {
-    ".json": TOKENS,
-    ".tokenizer.json": "tokenizer.json",
-    ".tokenizer_config.json": "tokenizer_config.json",
-}
-# What the first of these says where texts are made while training.
+# The content of TOKENS where texts are made while training.
 BYTE_TOKENS = {"tokenizer": "bytes", "vocab_size": VOCAB_SIZE, "end": END_OF_DOCUMENT}
 
 

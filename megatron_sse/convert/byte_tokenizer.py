@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from megatron_sse.data.metadata import TOKENIZER, TOKENIZER_SETTINGS
 from megatron_sse.data.tokenizer import END_OF_DOCUMENT
 from megatron_sse.hf.folder import write_json
 
@@ -24,9 +25,9 @@ def write_byte_tokenizer(folder: Path) -> dict[str, Any]:
         "decoder": byte_level,
         "model": {"type": "BPE", "vocab": {symbol: byte for byte, symbol in enumerate(_symbols())}, "merges": []},
     }
-    write_json(folder / "tokenizer.json", tokenizer)
+    write_json(folder / TOKENIZER, tokenizer)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": _END, "pad_token": _END}
-    write_json(folder / "tokenizer_config.json", settings | {"clean_up_tokenization_spaces": False})
+    write_json(folder / TOKENIZER_SETTINGS, settings | {"clean_up_tokenization_spaces": False})
     return {"eos_token_id": END_OF_DOCUMENT, "pad_token_id": END_OF_DOCUMENT}
 
 

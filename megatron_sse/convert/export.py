@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from megatron_sse.checkpoint.save import TOKENS
+from megatron_sse.checkpoint.names import TOKENS
 from megatron_sse.config import RunConfig
 from megatron_sse.convert.byte_tokenizer import write_byte_tokenizer
+from megatron_sse.data.metadata import TOKENIZER, TOKENIZER_SETTINGS
 from megatron_sse.hf import exported
 from megatron_sse.hf.dense_settings import FAMILIES, model_to_dense
 from megatron_sse.hf.folder import CONFIG, read_json, write_json
@@ -20,8 +21,8 @@ from megatron_sse.pretrained.open import HF, HF_MODEL_TYPE
 SOURCE_CONFIG = "hf_config.json"
 _KEPT_SETTINGS = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
 _KEPT_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER,
+    TOKENIZER_SETTINGS,
     "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_sse.data.builder.command import TOKENIZER
 from megatron_sse.data.builder.encode import read_tokenizer
 from megatron_sse.data.builder.request import BYTES
 from megatron_sse.data.builder.summary import describe_metadata
 from megatron_sse.data.checks import check_token_file
 from megatron_sse.data.histogram import count_lengths, format_lengths
-from megatron_sse.data.metadata import Metadata, read_metadata
+from megatron_sse.data.metadata import TOKENIZER, Metadata, read_metadata
 from megatron_sse.data.request import Request
 from megatron_sse.data.tokenizer import decode
 from megatron_sse.errors import UserError
@@ -63,7 +62,7 @@ def run(request: Request) -> int:
 
 def _decoder(prefix: str, metadata: Metadata | None) -> Callable[[np.ndarray], str]:
     """A function from tokens to text; numbers where the tokenizer is not there."""
-    path = Path(prefix + TOKENIZER)
+    path = Path(f"{prefix}.{TOKENIZER}")
     if path.is_file():
         tokenizer = read_tokenizer(path)
         return lambda tokens_T: tokenizer.decode(tokens_T.tolist(), skip_special_tokens=False)

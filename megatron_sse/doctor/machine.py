@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from packaging.requirements import Requirement
 
-from megatron_sse.checkpoint.folders import checkpoint_folder
+from megatron_sse.checkpoint.folders import checkpoint_folder, list_checkpoints
 from megatron_sse.config import RunConfig
 from megatron_sse.config.weights import model_weights
 from megatron_sse.doctor.finding import BAD, GOOD, OPEN, Finding
@@ -103,5 +103,5 @@ def _checkpoints_to_come(config: RunConfig, folder: Path) -> int:
     if config.checkpoint.keep_last is not None:
         # An old one goes when the new one is complete.
         total = min(total, config.checkpoint.keep_last + 1)
-    there = len(list(folder.glob("iter_*")))
+    there = len(list_checkpoints(folder))
     return max(1, total - there)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_sse.checkpoint.architecture import CONFIG, changed_settings
+from megatron_sse.checkpoint.architecture import changed_settings
 from megatron_sse.checkpoint.data import changed_data
 from megatron_sse.checkpoint.folders import find_all_damage, find_checkpoints, find_weights
 from megatron_sse.checkpoint.manifest import read_manifest
@@ -26,6 +26,7 @@ from megatron_sse.plan.ceilings import GIB
 from megatron_sse.plan.memory import rank_memory
 from megatron_sse.plan.search import HEADROOM
 from megatron_sse.plan.sizes import Sizes
+from megatron_sse.run_folder import CONFIG
 
 
 def check_layout(config: RunConfig) -> Iterator[Finding]:

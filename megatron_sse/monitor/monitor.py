@@ -22,6 +22,7 @@ from megatron_sse.monitor.profile import ProfileWindow
 from megatron_sse.monitor.spikes import Spikes
 from megatron_sse.monitor.straggler import Stragglers
 from megatron_sse.parallel.device import Device
+from megatron_sse.run_folder import CHECKPOINTS, CONFIG, TENSORBOARD
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +60,9 @@ class Monitor:
         self.windows = self._find_windows()
         if self.is_writer:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.yaml").write_text(config.to_yaml())
+            (self.folder / CONFIG).write_text(config.to_yaml())
             if config.monitor.tensorboard:
-                self.writer = SummaryWriter(str(self.folder / "tensorboard"))
+                self.writer = SummaryWriter(str(self.folder / TENSORBOARD))
 
     def start_stage(self, config: RunConfig) -> None:
         """Go on with the settings of a stage: its sequence length decides the operations per token."""
@@ -150,9 +151,10 @@ class Monitor:
             window.close()
         if self.writer is not None:
             self.writer.close()
-            self._log(f"TensorBoard events: {self.folder}/tensorboard (tensorboard --logdir {self.folder}/tensorboard)")
-        if (self.folder / "checkpoints").is_dir():
-            self._log(f"checkpoint: {self.folder}/checkpoints (the same command goes on from there)")
+            events = self.folder / TENSORBOARD
+            self._log(f"TensorBoard events: {events} (tensorboard --logdir {events})")
+        if (self.folder / CHECKPOINTS).is_dir():
+            self._log(f"checkpoint: {self.folder / CHECKPOINTS} (the same command goes on from there)")
 
     def _find_windows(self) -> list[ProfileWindow | MemoryWindow]:
         """The steps that are to be recorded on this rank."""

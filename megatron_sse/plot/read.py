@@ -13,6 +13,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
 from megatron_sse.errors import UserError
+from megatron_sse.run_folder import CONFIG, TENSORBOARD
 
 # Of the settings, which a run writes with all defaults filled in.
 NEEDED = ["model.layers", "model.num_layers", "training.steps", "parallel.data"]
@@ -76,7 +77,7 @@ def _names(paths: list[Path]) -> list[str]:
 def _read_settings(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    path = folder / "config.yaml"
+    path = folder / CONFIG
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -110,7 +111,7 @@ def read_scalars(folder: Path) -> dict[str, Curve]:
     # A file that was cut off gives what can be read of it.
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
     scalars: dict[str, Curve] = {}
-    for path in sorted((folder / "tensorboard").glob("events.out.tfevents.*"), key=_written):
+    for path in sorted((folder / TENSORBOARD).glob("events.out.tfevents.*"), key=_written):
         events = EventAccumulator(str(path), size_guidance={SCALARS: 0}, purge_orphaned_data=False)
         events.Reload()
         found = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
@@ -122,5 +123,5 @@ def read_scalars(folder: Path) -> dict[str, Curve]:
             scalars[tag] = before + sorted(dict(found.get(tag, [])).items())
     scalars = {tag: curve for tag, curve in scalars.items() if curve}
     if not scalars:
-        raise UserError(f"{folder}/tensorboard: no TensorBoard events; runs with monitor.tensorboard true write them")
+        raise UserError(f"{folder / TENSORBOARD}: no TensorBoard events; runs with monitor.tensorboard true write them")
     return scalars

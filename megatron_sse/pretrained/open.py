@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_sse.checkpoint.folders import named_checkpoint
-from megatron_sse.checkpoint.full_weights import CONFIG_FILE, CheckpointWeights, read_weights
+from megatron_sse.checkpoint.full_weights import CheckpointWeights, read_weights
 from megatron_sse.config import RunConfig, load_config
 from megatron_sse.config.load import make_config
 from megatron_sse.config.pattern import shorten_pattern
@@ -21,6 +21,7 @@ from megatron_sse.hf.links import Link, check_shapes, to_ours
 from megatron_sse.hf.name_map import DENSE_NAMES, SSE_NAMES, model_links
 from megatron_sse.hf.sse_settings import MODEL_TYPE as SSE
 from megatron_sse.hf.sse_settings import model_from_sse
+from megatron_sse.run_folder import CONFIG as RUN_CONFIG
 
 # Kinds of folders: a checkpoint of ours, one with our modeling file, the SSE authors' layout, families of transformers.
 OURS, HF = "ours", "hf"
@@ -65,7 +66,7 @@ def open_model(key: str, path: str | Path) -> Model:
 
 def _open_ours(folder: Path) -> Model:
     weights = read_weights(folder)
-    return Model(OURS, folder, load_config(folder / CONFIG_FILE), weights, links=[])
+    return Model(OURS, folder, load_config(folder / RUN_CONFIG), weights, links=[])
 
 
 def _open_hf(folder: Path) -> Model:

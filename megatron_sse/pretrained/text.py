@@ -4,7 +4,7 @@ import codecs
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from megatron_sse.data.metadata import read_metadata
+from megatron_sse.data.metadata import TOKENIZER, TOKENIZER_SETTINGS, read_metadata
 from megatron_sse.data.tokenizer import END_OF_DOCUMENT, VOCAB_SIZE
 from megatron_sse.errors import UserError
 from megatron_sse.installed import require
@@ -74,7 +74,7 @@ def open_tokenizer(model: Model, instead: str = "") -> Tokenizer:
 
     instead: what else a user can do without one, after a comma. Raises UserError.
     """
-    there = [name for name in ("tokenizer_config.json", "tokenizer.json") if (model.folder / name).is_file()]
+    there = [name for name in (TOKENIZER_SETTINGS, TOKENIZER) if (model.folder / name).is_file()]
     if there:
         return _read_tokenizer(model, there[0])
     first = model.config.data.train[0]
@@ -83,7 +83,7 @@ def open_tokenizer(model: Model, instead: str = "") -> Tokenizer:
     if of_bytes or model.config.model.vocab_size == VOCAB_SIZE:
         return ByteTokenizer()
     raise UserError(
-        f"{model.folder}: no tokenizer (tokenizer.json), and {model.config.model.vocab_size} tokens are not the "
+        f"{model.folder}: no tokenizer ({TOKENIZER}), and {model.config.model.vocab_size} tokens are not the "
         f"{VOCAB_SIZE} byte tokens; put the tokenizer's files there{instead}"
     )
 
@@ -94,7 +94,7 @@ def _read_tokenizer(model: Model, file: str) -> Tokenizer:
 
     tokenizer: Any
     try:
-        if file == "tokenizer.json":
+        if file == TOKENIZER:
             tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(model.folder / file))
         else:
             tokenizer = transformers.AutoTokenizer.from_pretrained(

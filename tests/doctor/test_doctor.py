@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sse.checkpoint.data import DATA
+from megatron_sse.checkpoint.names import DATA
 from megatron_sse.cli import main
 from megatron_sse.config import load_config, plan_stages
 from megatron_sse.data.fingerprint import describe_data

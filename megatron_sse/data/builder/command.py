@@ -25,14 +25,13 @@ from megatron_sse.data.builder.tally import EMPTY, WRONG
 from megatron_sse.data.builder.workers import build_parts, describe
 from megatron_sse.data.builder.workspace import Workspace, make_joined
 from megatron_sse.data.histogram import draw_lengths
-from megatron_sse.data.metadata import read_metadata
+from megatron_sse.data.metadata import TOKENIZER, TOKENIZER_SETTINGS, read_metadata
 from megatron_sse.data.writer import publish
 from megatron_sse.errors import UserError
 from megatron_sse.installed import require
 
 logger = logging.getLogger(__name__)
 
-TOKENIZER, SETTINGS = ".tokenizer.json", ".tokenizer_config.json"
 PICTURE = ".lengths.png"
 # Of the parts that a build is resumed from.
 _VERSION = 1
@@ -174,6 +173,6 @@ def _join(
     with _Progress(counts.tokens * width, "joining") as report:
         join_parts(space.folder, len(inputs.units), joined, counts, name, encoder.end, job.has_mask, report)
     if files is not None:
-        shutil.copyfile(files.path, joined / TOKENIZER)
-        (joined / SETTINGS).write_text(json.dumps(files.settings, indent=2, ensure_ascii=False) + "\n")
+        shutil.copyfile(files.path, joined / f".{TOKENIZER}")
+        (joined / f".{TOKENIZER_SETTINGS}").write_text(json.dumps(files.settings, indent=2, ensure_ascii=False) + "\n")
     publish(joined, space.prefix)

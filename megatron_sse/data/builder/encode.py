@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from megatron_sse.data.metadata import TOKENIZER, TOKENIZER_SETTINGS
 from megatron_sse.data.tokenizer import END_OF_DOCUMENT, VOCAB_SIZE, encode_document
 from megatron_sse.errors import UserError
 from megatron_sse.installed import require
@@ -158,7 +159,7 @@ class TokenizerFiles:
     def end(self, name: str | None) -> tuple[str, int]:
         """The token that ends documents, `name` or else the settings' eos_token, and its number. Raises UserError."""
         token = name or self.special("eos_token")
-        config = self.path.with_name("tokenizer_config.json")
+        config = self.path.with_name(TOKENIZER_SETTINGS)
         if token is None:
             raise UserError(
                 f"--end: not given, and {config} names no eos_token; give the token that ends a document, such as "
@@ -177,10 +178,10 @@ class TokenizerFiles:
 def find_tokenizer(given: str) -> TokenizerFiles:
     """The files of a tokenizer by its tokenizer.json or its folder. Raises UserError."""
     path = Path(given)
-    path = path / "tokenizer.json" if path.is_dir() else path
+    path = path / TOKENIZER if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"--tokenizer: {path} not found; give bytes, a tokenizer.json or a folder with one")
-    config, jinja = path.with_name("tokenizer_config.json"), path.with_name("chat_template.jinja")
+    config, jinja = path.with_name(TOKENIZER_SETTINGS), path.with_name("chat_template.jinja")
     settings: Any = {}
     if config.is_file():
         try:
