@@ -12,7 +12,7 @@ _BLOCK = 1 << 22
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Write a whole file; in its place is either the old content or the new one, never a part."""
+    """Write a complete file; its name always has either the old content or the new one, never a part."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         file.write(content)
@@ -32,7 +32,7 @@ def fsync(path: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's content, as hexadecimal digits."""
+    """Return the SHA-256 of a file's content, as hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
@@ -76,7 +76,7 @@ class HashedFile(io.RawIOBase):
 
 @contextmanager
 def hashed_file(path: Path, is_stopped: Callable[[], bool]) -> Iterator[HashedFile]:
-    """A HashedFile that is on the disk at the end of the block. Raises OSError where something was not written."""
+    """Open a HashedFile, which is on the disk at the end of the block. Raises OSError if something was not written."""
     stream = HashedFile(path, is_stopped)
     try:
         with stream.file:

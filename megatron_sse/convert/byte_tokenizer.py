@@ -11,7 +11,7 @@ _END = "<|endoftext|>"
 
 
 def write_byte_tokenizer(folder: Path) -> dict[str, Any]:
-    """Write tokenizer.json and tokenizer_config.json; returns the settings that config.json gets. Raises OSError."""
+    """Write tokenizer.json and tokenizer_config.json; return the settings for config.json. Raises OSError."""
     end = {"id": END_OF_DOCUMENT, "content": _END, "single_word": False, "lstrip": False, "rstrip": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     tokenizer = {
@@ -32,8 +32,8 @@ def write_byte_tokenizer(folder: Path) -> dict[str, Any]:
 
 
 def _symbols() -> list[str]:
-    """The characters that stand for the 256 bytes in such a tokenizer: printable ones for themselves, the others from
-    256 on."""
+    """Return the characters that stand for the 256 bytes in such a tokenizer: printable ones stand for themselves, the
+    others are those from 256 on."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]

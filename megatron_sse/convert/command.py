@@ -34,7 +34,7 @@ from megatron_sse.pretrained.open import HF, KINDS, OURS, Model, open_model
 logger = logging.getLogger(__name__)
 
 REPORT = "conversion.json"
-# Sequences and tokens in each that logits are compared on.
+# Number and length of the sequences whose logits are compared.
 _COMPARED = (2, 128)
 
 
@@ -68,7 +68,7 @@ def _check_request(model: Model, kind: str, request: Request) -> None:
         allowed = OURS if model.kind != OURS else ", ".join(other for other in KINDS if other != OURS)
         raise UserError(f"--to: got {kind}, allowed {allowed}: {model.folder} is of kind {model.kind}")
     if request.pattern is None and request.overrides:
-        raise UserError(f"{COMMAND_LINE}: got {request.overrides[0]}, allowed with --pattern only")
+        raise UserError(f"{COMMAND_LINE}: got {request.overrides[0]}, allowed only with --pattern")
     if request.pattern is not None and kind != OURS:
         raise UserError(f"--pattern: got a conversion to {kind}, allowed to {OURS}")
 
@@ -114,14 +114,14 @@ def _upcycle(model: Model, folder: Path, pattern: str, overrides: Sequence[str])
     relative, largest = _difference(model, result)
     logger.info("logits differ by %.1e (largest %.1e): SSE layers are new and have to be trained", relative, largest)
     if differing:
-        logger.error("%d parts are not those of the source, the first is %s", len(differing), differing[0])
+        logger.error("%d parts differ from those of the source, the first is %s", len(differing), differing[0])
         return 1
     logger.info("read back: all %d parts from the source are bitwise the same", taken)
     return 0
 
 
 def _find_changed(model: Model, result: Model, recipes: list[Recipe]) -> list[str]:
-    """What was to go over and is not in the result as it was."""
+    """Return the parts that the result should have from the source but has not, or not bit by bit."""
     there = set(model.weights.keys())
     changed = []
     for link in (recipe.link for recipe in recipes):
@@ -132,7 +132,7 @@ def _find_changed(model: Model, result: Model, recipes: list[Recipe]) -> list[st
 
 
 def _compare(model: Model, result: Model, tolerance: float) -> bool:
-    """Whether both models give the same logits."""
+    """Check whether both models give the same logits, and report it."""
     relative, largest = _difference(model, result)
     same = relative <= tolerance
     verdict = "the same" if same else "NOT THE SAME"
@@ -142,7 +142,7 @@ def _compare(model: Model, result: Model, tolerance: float) -> bool:
 
 
 def _difference(model: Model, result: Model) -> tuple[float, float]:
-    """Of the logits on random tokens: the relative root mean square, and the largest."""
+    """Return how much the logits of random tokens differ: the relative root mean square, and the largest."""
     num_sequences, length = _COMPARED
     length = min(length, model.config.data.sequence_length)
     generator = torch.Generator().manual_seed(0)
@@ -163,14 +163,14 @@ def _main_dtype(config: RunConfig) -> torch.dtype:
 def _write_report(
     folder: Path, model: Model, kind: str, sources: dict[str, list[str]], unused: Iterable[str] = ()
 ) -> None:
-    """What every tensor was made of."""
+    """Write which tensors each tensor was made of."""
     report = {"source": str(model.folder), "from": model.kind, "to": kind, "tensors": sources, "unused": list(unused)}
     write_json(folder / REPORT, report)
 
 
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write to that gets its name at the end. Raises UserError where it cannot be written."""
+    """Make a folder to write to, which gets its name at the end of the block. Raises UserError if that fails."""
     partial = folder.with_name(f"{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)

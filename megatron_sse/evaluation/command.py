@@ -1,4 +1,4 @@
-"""`megatron-sse evaluate`: what a model predicts and recalls, as tables, JSON and pictures."""
+"""The command `megatron-sse evaluate`: what a model predicts and recalls, as tables, JSON and pictures."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def _show(job: _Job, task: str, results: dict[str, list[Any]]) -> None:
 
 
 def _parts(task: str, results: list[Any]) -> list[tuple[str, list[Any]]]:
-    """Results that share a table and a picture, with the picture's name."""
+    """Group results that share a table and a picture; return the groups with their names."""
     if task == MQAR:
         return [(task, results)]
     name = "file" if task == PERPLEXITY else "variant"
@@ -166,7 +166,7 @@ def _draw(task: str, path: Path, results: list[Any]) -> None:
 
 
 def _about(job: _Job) -> dict[str, Any]:
-    """What was evaluated, and how."""
+    """Describe what was evaluated, and how."""
     settings = asdict(job.request) | {"lengths": job.lengths, "depths": job.request.depth_list()}
     settings |= {"pairs": [task.pairs for task in job.recall], "variants": [task.variant for task in job.needles]}
     settings["mqar"] = [task.model_dump() for task in job.recall]

@@ -12,8 +12,10 @@ from megatron_sse.pretrained.text import Tokenizer
 
 
 def recall_tasks(request: Request, config: RunConfig, lengths: list[int]) -> list[MQARTask]:
-    """One for each number of pairs; what is not given is as the model was trained, if it was. Raises UserError where
-    they fit neither the model nor any of the lengths."""
+    """Return a task for each number of pairs. Settings that are not given are as in training, if it had the task.
+
+    Raises UserError where they fit neither the model nor any of the lengths.
+    """
     trained = next((source.mqar for source in config.data.sources() if source.mqar is not None), RECALL)
     given = {name: getattr(request, name) for name in ("keys", "values") if getattr(request, name) is not None}
     sizes = trained.model_dump() | given
@@ -35,7 +37,7 @@ def recall_tasks(request: Request, config: RunConfig, lengths: list[int]) -> lis
 
 
 def needle_tasks(request: Request, config: RunConfig, lengths: list[int], tokenizer: Tokenizer) -> list[NeedleTask]:
-    """One for each variant; otherwise as recall_tasks. Raises UserError where a length is too short."""
+    """Return a task for each variant; otherwise like recall_tasks. Raises UserError where a length is too short."""
     trained = [source.needle for source in config.data.sources() if source.needle is not None]
     digits = request.digits or (trained[0].digits if trained else DIGITS)
     variants = request.variant_list() or list(dict.fromkeys(task.variant for task in trained)) or list(VARIANTS)

@@ -1,4 +1,4 @@
-"""config.json of Llama, Qwen2, Qwen3 and Mistral, and the settings of a model of softmax layers that it means."""
+"""config.json of Llama, Qwen2, Qwen3 and Mistral, from and to the settings of a model of softmax layers."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -42,12 +42,12 @@ FAMILIES = {
     ),
 }
 _REQUIRED = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads")
-# Settings that have to be off, or as said, since no layer of ours has them.
+# Settings that must have these values, since no layer of ours has anything else.
 _ABSENT: Values = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "quantization_config": None}
 
 
 def model_from_dense(config: Values, where: str) -> Values:
-    """The model section of a config.json. Raises UserError, by name, for what cannot be represented."""
+    """Return the model section for a config.json. Raises UserError, with the key, for what cannot be represented."""
     family = FAMILIES[config["model_type"]]
     given = family.defaults | config
     for key in _REQUIRED:
@@ -99,7 +99,7 @@ def _window(given: Values, family: Family, where: str) -> int | None:
 
 
 def _rotary(given: Values, where: str) -> tuple[float, Values | None]:
-    """Base of the rotary embedding and its scaling, from the keys of transformers 4 or 5."""
+    """Return base and scaling of the rotary embedding, from the keys of transformers 4 or 5."""
     old = {"rope_theta": given.get("rope_theta")} | (given.get("rope_scaling") or {})
     rope = given.get("rope_parameters") or old
     base = float(rope.get("rope_theta") or given.get("rope_theta") or 10000.0)
@@ -119,7 +119,7 @@ def _rotary(given: Values, where: str) -> tuple[float, Values | None]:
 
 
 def model_to_dense(model: ModelConfig, model_type: str, length: int) -> Values:
-    """config.json of a family for a model. Raises UserError, by name, for what the family does not have.
+    """Return a family's config.json for a model. Raises UserError, with the key, for what the family does not have.
 
     length: tokens of a sequence.
     """

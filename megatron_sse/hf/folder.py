@@ -39,10 +39,10 @@ class HFWeights:
                 self._files[name], self._headers[name] = path, (shape, dtype)
         for name, path in listed.items():
             if name and self._files.get(name) != path:
-                raise UserError(f"{folder / INDEX}: says that {path.name} holds {name}, which it does not")
+                raise UserError(f"{folder / INDEX}: lists {name} in {path.name}, which does not hold it")
 
     def _listed(self) -> dict[str, Path]:
-        """The file of every tensor by the index; without an index the only file, under an empty name."""
+        """Return the file of every tensor by the index; without an index the only file, under an empty name."""
         index = self.folder / INDEX
         if not index.is_file():
             if not (self.folder / SINGLE).is_file():
@@ -88,7 +88,7 @@ def _read_header(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises UserError."""
+    """Return the JSON object in a file. Raises UserError."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -139,7 +139,7 @@ class _File:
         self._file.seek(_HEADER_BYTES)
 
     def is_full(self, size: int) -> bool:
-        """Whether `size` bytes more belong into another file."""
+        """Check whether `size` more bytes belong into another file."""
         return bool(self.header) and (self.size + size > FILE_BYTES or len(self.header) == _MAX_TENSORS)
 
     def add(self, name: str, tensor: Tensor) -> None:

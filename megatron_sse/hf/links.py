@@ -34,23 +34,23 @@ class Link:
     split: Callable[[Tensor], Sequence[Tensor]]
 
     def shape(self) -> torch.Size:
-        """Shape of our tensor."""
+        """Return the shape of our tensor."""
         return self.join(*(torch.empty(part.shape, device="meta") for part in self.theirs)).shape
 
 
 def same(ours: str, theirs: str, *shape: int) -> Link:
-    """The tensor as it is."""
+    """Link the tensor as it is."""
     return Link(ours, (Part(theirs, shape),), lambda tensor: tensor, lambda tensor: [tensor])
 
 
 def stacked(ours: str, *theirs: Part) -> Link:
-    """Theirs one after the other along the first dim."""
+    """Link theirs, one after the other along the first dim."""
     rows = [part.shape[0] for part in theirs]
     return Link(ours, theirs, lambda *tensors: torch.cat(tensors), lambda tensor: tensor.split(rows))
 
 
 def by_head(ours: str, num_heads: int, *theirs: Part) -> Link:
-    """Theirs, each with the rows of `num_heads` heads, with the rows of each head together."""
+    """Link theirs, each with the rows of `num_heads` heads; ours has the rows of each head together."""
     rows = [part.shape[0] // num_heads for part in theirs]
 
     def join(*tensors: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def by_head(ours: str, num_heads: int, *theirs: Part) -> Link:
 
 
 def padded(ours: str, theirs: Part, num_rows: int) -> Link:
-    """Rows of zeros behind theirs, up to `num_rows`."""
+    """Link theirs, followed by rows of zeros up to `num_rows`."""
     missing = num_rows - theirs.shape[0]
     return Link(
         ours, (theirs,), lambda tensor: pad(tensor, (0, 0, 0, missing)), lambda tensor: [tensor[: theirs.shape[0]]]
@@ -71,13 +71,13 @@ def padded(ours: str, theirs: Part, num_rows: int) -> Link:
 
 
 def to_ours(links: Iterable[Link], source: Weights) -> Iterator[tuple[str, Tensor]]:
-    """Our tensors, one after the other."""
+    """Yield our tensors, one after the other."""
     for link in links:
         yield link.ours, link.join(*(source.get(part.name) for part in link.theirs))
 
 
 def to_theirs(links: Iterable[Link], source: Weights) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the other layout, one after the other."""
+    """Yield the tensors of the other layout, one after the other."""
     for link in links:
         for part, tensor in zip(link.theirs, link.split(source.get(link.ours)), strict=True):
             yield part.name, tensor

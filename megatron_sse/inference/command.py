@@ -1,4 +1,4 @@
-"""`megatron-sse generate`: text from a model, streamed."""
+"""The command `megatron-sse generate`: text from a model, printed as it is generated."""
 
 import logging
 import os
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 class _Job:
     """A request whose files have been read and found to fit.
 
-    tokenizer: None where token numbers go in and out. kept: the content of a saved cache.
+    tokenizer: None where token ids are read and printed. kept: the content of a saved cache.
     """
 
     model: Model
@@ -55,7 +55,7 @@ def run(request: Request) -> int:
         if request.is_interactive:
             cache = session.talk(cache, sys.stdin, sys.stdin.isatty())
         else:
-            session.go_on(cache, job.prompts)
+            session.answer(cache, job.prompts)
         if request.save_cache is not None:
             cache.save(request.save_cache, _settings(job.config))
     return 0
@@ -66,7 +66,7 @@ def _prepare(request: Request) -> _Job:
     model = open_model("CHECKPOINT", request.checkpoint)
     config = inference_config(model, request.precision, request.world_size // request.context)
     vocab_size, goes_on = config.model.vocab_size, request.load_cache is not None
-    instead = ", or give token numbers with --tokens"
+    instead = ", or give token ids with --tokens"
     tokenizer = None if request.tokens is not None else open_tokenizer(model, instead)
     if request.tokens is not None:
         prompts = read_tokens(request.tokens, vocab_size, goes_on)
@@ -105,8 +105,8 @@ class _Session:
         self.end = None if self.tokenizer is None else self.tokenizer.end
         self.sampler = Sampler(self.config.model.vocab_size, request.temperature, request.top_p, request.seed)
 
-    def go_on(self, cache: Cache, prompts: Sequence[Sequence[int]]) -> None:
-        """Print what follows the prompts: one sequence as it comes, several one after the other at the end."""
+    def answer(self, cache: Cache, prompts: Sequence[Sequence[int]]) -> None:
+        """Print what follows the prompts: one sequence token by token, several sequences at the end."""
         decoders = [self._decoder() for _ in prompts]
         texts = [""] * len(prompts)
         start = first = time.perf_counter()
@@ -134,7 +134,7 @@ class _Session:
             self._report(sum(map(len, prompts)), first - start, num_tokens, time.perf_counter() - first, cache)
 
     def talk(self, cache: Cache, lines: Iterable[str], is_terminal: bool) -> Cache:
-        """Go on after each line; all lines and answers are one sequence, until the model ends it. Returns its cache."""
+        """Continue after each line; lines and answers are one sequence until the model ends it. Return its cache."""
         assert self.tokenizer is not None
         lines = iter(lines)
         while True:
@@ -155,7 +155,7 @@ class _Session:
             except UserError as error:
                 print(error, file=sys.stderr)
                 continue
-            self.go_on(cache, [prompt])
+            self.answer(cache, [prompt])
 
     def _decoder(self) -> Callable[[int], str]:
         return (lambda token: f"{token} ") if self.tokenizer is None else self.tokenizer.stream()

@@ -1,4 +1,4 @@
-"""`megatron-sse inspect-states`: what SSE layers do with texts, as tables, JSON and pictures."""
+"""The command `megatron-sse inspect-states`: what SSE layers do with texts, as tables, JSON and pictures."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _read_texts(request: Request, model: Model, config: RunConfig) -> list[list[
     vocab_size = config.model.vocab_size
     if request.tokens is not None:
         return read_tokens(request.tokens, vocab_size, goes_on=False)
-    tokenizer = open_tokenizer(model, ", or give token numbers with --tokens")
+    tokenizer = open_tokenizer(model, ", or give token ids with --tokens")
     texts = read_prompts(request.prompts, request.prompt_files, tokenizer, goes_on=False)
     for number, text in enumerate(texts, 1):
         check_tokens(f"text {number}", text, vocab_size)

@@ -1,4 +1,4 @@
-"""Runs the processes of this machine under torch's elastic agent, which starts them again together with the others'."""
+"""The processes of this machine under torch's elastic agent, which restarts them together with the others'."""
 
 import contextlib
 import logging
@@ -29,18 +29,18 @@ from megatron_sse.launch.nodes import Meeting, Nodes, meet
 
 logger = logging.getLogger(__name__)
 
-# What would come again, and what somebody wanted.
+# No restart after these: the failure would come again, or somebody interrupted the run.
 FINAL_EXITS = (USER_ERROR_EXIT, NOT_FINITE_EXIT, INTERRUPT_EXIT)
 
 
 class Agent(LocalElasticAgent):
-    """torch's agent, which says why it starts the processes again, and does not where that would be of no use."""
+    """torch's agent; it logs why it restarts the processes, and does not restart them where that is useless."""
 
     def __init__(self, spec: WorkerSpec, restarts_left: int):
         super().__init__(spec, DefaultLogsSpecs())
         self._remaining_restarts = restarts_left
         self.is_ending, self.is_done = False, False
-        # Of the processes' last end.
+        # Exit status and cause of the last failure.
         self.status, self.reason = 0, ""
 
     @property
@@ -64,14 +64,14 @@ class Agent(LocalElasticAgent):
         result = super()._monitor_workers(worker_group)
         if result.failures:
             self.status, self.reason = first_failure(result.failures)
-            # The first cause, of which those that lose contact are a consequence.
+            # The first cause counts; processes that lose contact fail as a consequence.
             self.reason = store.compare_set("reason", "", self.reason).decode()
             if self.is_ending or self.status in FINAL_EXITS:
                 self._remaining_restarts = 0
             return result
         if result.state == WorkerState.SUCCEEDED and self._all_are_done(worker_group):
             return result
-        # Also where those of this machine have ended well: they start again with the others.
+        # Checked even if the processes of this machine have succeeded: they restart with the others.
         if meeting.is_closed():
             raise RendezvousClosedError
         if meeting.num_nodes_waiting():
@@ -93,7 +93,7 @@ class Agent(LocalElasticAgent):
 
 
 def first_failure(failures: Mapping[int, ProcessFailure]) -> tuple[int, str]:
-    """Exit status and cause, by the processes that failed: the one that must not be tried again, else the first."""
+    """Return exit status and cause of a failure: of a process that must not be started again, else of the first."""
     final = [rank for rank in failures if failures[rank].exitcode in FINAL_EXITS]
     rank = (final or sorted(failures, key=lambda rank: failures[rank].timestamp))[0]
     failure = failures[rank]
@@ -103,9 +103,9 @@ def first_failure(failures: Mapping[int, ProcessFailure]) -> tuple[int, str]:
 
 
 def run_torchrun(command: list[str], nodes: Nodes, timeout_minutes: float) -> int:
-    """Do what torchrun does with these arguments; the exit status of the first process that failed, 128 + a signal's
-    number. Where the first machine is lost, wait for it to be started again, if there are restarts left."""
-    # All that torch says here is said by the processes or below.
+    """Do what torchrun does with these arguments; return the exit status of the first process that failed, or 128 + the
+    number of a signal. If the first machine is lost, wait for it to be started again while restarts are left."""
+    # The processes, or the code below, report everything that torch would log here.
     for name in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     options = torchrun.parse_args(command)
@@ -116,7 +116,7 @@ def run_torchrun(command: list[str], nodes: Nodes, timeout_minutes: float) -> in
     restarts_left = config.max_restarts
     while True:
         agent = None
-        # Until there is an agent to do it.
+        # Until the agent handles it.
         signal.signal(signal.SIGTERM, _stop)
         try:
             meeting = meet(nodes, timeout_minutes)
@@ -160,7 +160,7 @@ def _describe(
 
 
 def _run(agent: Agent, meeting: Meeting) -> int:
-    """Run the agent to the end of its processes, and tell the other machines of a bad one."""
+    """Run the agent until its processes end, and tell the other machines if they failed."""
     nodes = meeting.nodes
     signal.signal(signal.SIGTERM, agent.on_terminate)
     try:
@@ -168,7 +168,7 @@ def _run(agent: Agent, meeting: Meeting) -> int:
         if result is not None and result.state == WorkerState.SUCCEEDED:
             return 0
         status, reason = agent.status or 1, agent.reason
-        # A user's error has been printed by its rank; of a killed process nothing has.
+        # A rank prints its own UserError; a killed process prints nothing.
         if status > 128:
             print(reason, file=sys.stderr)
         elif result is not None and result.state == WorkerState.UNHEALTHY:

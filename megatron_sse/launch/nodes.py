@@ -1,4 +1,4 @@
-"""The machines of a run: which they are, and how they meet at the first one."""
+"""The machines of a run: how they are found, and how they meet at the first one."""
 
 import logging
 import os
@@ -25,7 +25,7 @@ from megatron_sse.errors import UserError
 logger = logging.getLogger(__name__)
 
 DEFAULT_PORT = 29500
-# Time for the other machines to stop their processes, which they kill after 30 seconds.
+# The other machines kill their processes 30 seconds after they told them to stop.
 SECONDS_TO_LEAVE = 40.0
 RUN_ID = "megatron_sse"
 _ENDED = "ended"
@@ -42,9 +42,9 @@ class Nodes:
 
 
 def find_nodes(environment: Mapping[str, str]) -> Nodes:
-    """The machines by NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT; under srun by Slurm's variables; else this one.
+    """Return the machines by NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT; under srun by Slurm's; else this one.
 
-    Raises UserError for a variable that is missing or no number in its range.
+    Raises UserError for a variable that is missing, or is not a number in its range.
     """
     slurm = "NNODES" not in environment and "SLURM_NNODES" in environment
     count = _number(environment, "SLURM_NNODES" if slurm else "NNODES", 1, 1 << 20, default=1)
@@ -64,7 +64,7 @@ def find_nodes(environment: Mapping[str, str]) -> Nodes:
 
 
 def first_host(node_list: str) -> str:
-    """First host of Slurm's notation: gpu[03-07,12],login1 is gpu03."""
+    """Return the first host of Slurm's notation: gpu03 of gpu[03-07,12],login1."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", node_list)
     return re.sub(r"\[([^,\]-]*)[^\]]*\]", r"\1", first[0] if first else "")
 
@@ -79,13 +79,13 @@ def _number(environment: Mapping[str, str], name: str, low: int, high: int, defa
 
 
 class Meeting(DynamicRendezvousHandler):
-    """torch's rendezvous with ranks by node number. Each time all have met, their processes get a store of their own.
+    """torch's rendezvous, with ranks by node number. Each time all machines have met, their processes get a new store.
 
     The first machine keeps the stores, so that they outlive any process and no other machine's name has to be known.
     """
 
     nodes: Nodes
-    # What the machines tell each other, and what the processes of the present round do.
+    # The store of the machines, and that of the processes since they last met.
     store: Store
     processes_store: TCPStore
     has_met = False
@@ -95,7 +95,7 @@ class Meeting(DynamicRendezvousHandler):
         return True
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Wait until all machines are here. Raises RendezvousError; UserError where two have one number."""
+        """Wait until all machines are here. Raises RendezvousError; UserError where two have the same number."""
         met = super().next_rendezvous()
         self.has_met = True
         try:
@@ -116,8 +116,8 @@ class Meeting(DynamicRendezvousHandler):
         return RendezvousInfo(met.store, self.nodes.rank, met.world_size, RendezvousStoreInfo(self.nodes.address, port))
 
     def end(self, status: int, reason: str) -> None:
-        """Tell the other machines that the run is over, with an exit status and its cause; the first one that does
-        is heard. The machine where all meet stays until they have heard it, up to SECONDS_TO_LEAVE seconds."""
+        """Tell the other machines that the run has ended, with an exit status and its cause; the first one to do so
+        counts. The machine where all meet waits for them to read it, at most SECONDS_TO_LEAVE seconds."""
         try:
             self.store.compare_set(_ENDED, "", f"{status} {reason}")
             self.set_closed()
@@ -127,12 +127,12 @@ class Meeting(DynamicRendezvousHandler):
             while self.nodes.rank == 0 and number < here and time.monotonic() < end:
                 time.sleep(0.1)
                 number = self.store.add("left", 0)
-        # It is gone.
         except (DistError, RendezvousConnectionError):
+            # The first machine has ended, so that there is nobody to tell.
             pass
 
     def why_ended(self) -> tuple[int, str]:
-        """Exit status and cause of a run that another machine has ended."""
+        """Return exit status and cause of a run that another machine has ended."""
         if not self.store.check([_ENDED]):
             return 1, "another machine ended the run"
         status, _, reason = self.store.get(_ENDED).decode().partition(" ")
@@ -140,12 +140,12 @@ class Meeting(DynamicRendezvousHandler):
 
 
 def meet(nodes: Nodes, timeout_minutes: float) -> Meeting:
-    """Make the place where the machines meet, or find it. next_rendezvous then waits for them.
+    """Make the store where the machines meet, or connect to it. next_rendezvous then waits for them.
 
     Raises UserError where the first machine cannot listen, RendezvousTimeoutError where it does not answer,
-    RendezvousConnectionError where it was lost at once.
+    RendezvousConnectionError where the connection is lost at once.
     """
-    # The store that torch would make for the processes needs names that other machines know.
+    # torch would make a store for the processes under a host name that other machines may not know.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     count, endpoint = nodes.count, f"{nodes.address}:{nodes.port}"
     if count > 1:
@@ -155,7 +155,7 @@ def meet(nodes: Nodes, timeout_minutes: float) -> Meeting:
     elif count > 1:
         _check_place(nodes)
     else:
-        # Any port will do.
+        # A single machine takes any free port.
         endpoint = f"{nodes.address}:0"
     parameters = RendezvousParameters("c10d", endpoint, RUN_ID, count, count, is_host=nodes.rank == 0)
     backend, store = create_backend(parameters)
@@ -179,7 +179,7 @@ def _check_place(nodes: Nodes) -> None:
 
 
 def _wait_for_first(nodes: Nodes, timeout_minutes: float) -> None:
-    """As torch does, but interrupted by signals, and telling."""
+    """Wait until the first machine answers. Unlike torch's own wait, signals interrupt it, and it is logged."""
     end, is_told = time.monotonic() + 60 * timeout_minutes, False
     while True:
         try:

@@ -1,4 +1,4 @@
-"""Starts the processes of a run on this machine: `python -m megatron_sse.launch CONFIG [section.key=value ...]`."""
+"""Start the processes of a run on this machine: `python -m megatron_sse.launch CONFIG [section.key=value ...]`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str]) -> int:
-    """Check the settings, print torchrun's command and run it. Exit status as the command line's."""
+    """Check the settings, print torchrun's command and run it. Exit statuses are those of cli.main."""
     if not arguments or arguments[0].startswith("-"):
         print("usage: run.sh CONFIG [section.key=value ...]", file=sys.stderr)
         return USER_ERROR_EXIT
     set_up_logging(rank=0)
     try:
         config = load_config(arguments[0], arguments[1:])
-        # Imported late: a wrong setting is answered, and an interrupt taken, before torch is loaded.
+        # Imported late: a wrong setting is reported, and an interrupt handled, before torch is loaded.
         import torch
 
         from megatron_sse.launch.agent import run_torchrun
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
 
 
 def set_number_of_threads(per_node: int, num_gpus: int) -> None:
-    """Share the cores of a machine without GPUs, unless OMP_NUM_THREADS is set; say where GPUs stay idle."""
+    """Share the cores of a machine without GPUs, unless OMP_NUM_THREADS is set; report idle GPUs."""
     if not num_gpus:
         cores = len(os.sched_getaffinity(0))
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // per_node)))
@@ -57,7 +57,7 @@ def set_number_of_threads(per_node: int, num_gpus: int) -> None:
 
 
 def build_command(arguments: list[str], nodes: Nodes, per_node: int, max_restarts: int) -> list[str]:
-    """torchrun's arguments."""
+    """Return torchrun's arguments."""
     if nodes.count == 1:
         place = ["--standalone"]
     else:

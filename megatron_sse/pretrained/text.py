@@ -10,7 +10,7 @@ from megatron_sse.errors import UserError
 from megatron_sse.installed import require
 from megatron_sse.pretrained.open import Model
 
-# Characters that are not complete yet are decoded to this one.
+# Tokenizers decode characters that are not complete yet to this one.
 _BROKEN = "\ufffd"
 
 
@@ -20,11 +20,11 @@ class Tokenizer(Protocol):
     end: int | None
 
     def encode(self, text: str, goes_on: bool = False) -> list[int]:
-        """goes_on: whether text comes before, so that no start of a text is marked."""
+        """Return the tokens of a text. goes_on: it continues another text, so that no start is marked."""
         ...
 
     def stream(self) -> Callable[[int], str]:
-        """A function that takes one token after the other and returns the text that each completes."""
+        """Return a function that takes one token after the other and returns the text that each completes."""
         ...
 
 
@@ -70,9 +70,9 @@ class FolderTokenizer:
 
 
 def open_tokenizer(model: Model, instead: str = "") -> Tokenizer:
-    """The tokenizer of a model's folder; byte tokens where the model was trained on them.
+    """Return the tokenizer of a model's folder; byte tokens where the model was trained on them.
 
-    instead: what else a user can do without one, after a comma. Raises UserError.
+    instead: what else a user can do, for the message. Raises UserError.
     """
     there = [name for name in (TOKENIZER_SETTINGS, TOKENIZER) if (model.folder / name).is_file()]
     if there:
@@ -100,7 +100,7 @@ def _read_tokenizer(model: Model, file: str) -> Tokenizer:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 model.folder, local_files_only=True, trust_remote_code=False
             )
-    # What transformers raises depends on what is wrong with the files.
+    # The type of transformers' error depends on what is wrong with the files.
     except Exception as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{model.folder / file}: the tokenizer cannot be read ({reason})") from None

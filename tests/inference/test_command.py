@@ -94,7 +94,7 @@ WRONG = {
     "empty prompt": (["{model}", "--prompt", ""], "--prompt 1: got an empty prompt"),
     "empty file": (["{model}", "--tokens", "/dev/null"], "which is empty"),
     "empty line": (["{model}", "--tokens", "{tmp}/empty_line"], "empty_line:2: got an empty prompt"),
-    "words": (["{model}", "--tokens", "{tmp}/words"], "cannot be read as lines of token numbers"),
+    "words": (["{model}", "--tokens", "{tmp}/words"], "cannot be read as lines of token ids"),
     "large token": (["{model}", "--tokens", "{tmp}/large"], "got token 257, allowed 0 to 256"),
     "no file": (["{model}", "--prompt-file", "{tmp}/none"], "No such file"),
     "both": (["{model}", "--prompt", "a", "--tokens", "x"], "--tokens: got text as well"),
