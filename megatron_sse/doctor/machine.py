@@ -58,10 +58,8 @@ def check_gpu() -> Iterator[Finding]:
     if not torch.cuda.is_available():
         # nvidia-smi comes with the driver, which is installed where there is a GPU.
         if shutil.which("nvidia-smi"):
-            advice = "although nvidia-smi is installed; install torch's CUDA build, or a driver that is new enough for it"
-            yield Finding(
-                BAD, "GPU", f"torch {torch.__version__} finds none, {advice}"
-            )
+            advice = "although there is a driver; install torch's CUDA build, or a driver that is new enough"
+            yield Finding(BAD, "GPU", f"torch {torch.__version__} finds none, {advice}")
         else:
             yield Finding(OPEN, "GPU", "none: runs use the CPU and gloo, for small models and tests")
         return

@@ -96,7 +96,12 @@ WRONG: list[tuple[Callable[[Path], None], list[str], str, str]] = [
     (nothing, [f"training.steps={STEPS}"], "checkpoint.resume", "raise training.steps"),
     (nothing, ["checkpoint.resume=nowhere"], "checkpoint", "got nowhere"),
     (nothing, ["checkpoint.load_weights=nowhere", "checkpoint.resume=none"], "checkpoint", "got nowhere"),
-    (lambda folder: (folder / "file").touch(), ["monitor.folder={folder}/file/run"], "monitor.folder", "written to"),
+    (
+        lambda folder: (folder / "file").touch(),
+        ["monitor.folder={folder}/file/run"],
+        "monitor.folder",
+        "cannot be written",
+    ),
 ]
 
 

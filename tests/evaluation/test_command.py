@@ -145,7 +145,7 @@ def test_all_tasks_go_into_one_file(pure: Path, prefix: str, tmp_path: Path, mon
 
 WRONG = {
     "TASK: got 'mqr', allowed perplexity, mqar, needle": ["{pure}", "mqr"],
-    "CHECKPOINT: got": ["{tmp}/none", "mqar"],
+    "CHECKPOINT: folder": ["{tmp}/none", "mqar"],
     "--lengths: got '12,x', allowed different whole numbers": ["{pure}", "mqar", "--lengths", "12,x"],
     "--lengths: got '', allowed": ["{pure}", "mqar", "--lengths", ""],
     "--depths: got '50,101', allowed": ["{pure}", "needle", "--depths", "50,101"],

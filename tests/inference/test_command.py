@@ -90,7 +90,7 @@ def test_a_text_that_has_ended_is_not_gone_on_with(
 
 
 WRONG = {
-    "no folder": (["{tmp}/none"], "CHECKPOINT: got"),
+    "no folder": (["{tmp}/none"], "CHECKPOINT: folder"),
     "empty prompt": (["{model}", "--prompt", ""], "--prompt 1: got an empty prompt"),
     "empty file": (["{model}", "--tokens", "/dev/null"], "which is empty"),
     "empty line": (["{model}", "--tokens", "{tmp}/empty_line"], "empty_line:2: got an empty prompt"),

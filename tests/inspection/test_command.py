@@ -90,7 +90,7 @@ def test_texts_of_all_kinds(pure: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 WRONG = {
     "got no text, allowed one or more with --prompt, --prompt-file or --tokens": ["{pure}"],
-    "CHECKPOINT: got": ["{tmp}/none", "--prompt", "a"],
+    "CHECKPOINT: folder": ["{tmp}/none", "--prompt", "a"],
     "--prompt-file: {tmp}/none cannot be read": ["{pure}", "--prompt-file", "{tmp}/none"],
     "--prompt 2: got an empty prompt": ["{pure}", "--prompt", "a", "--prompt", ""],
     "--prompt-file {tmp}/empty: got an empty prompt": ["{pure}", "--prompt-file", "{tmp}/empty"],
