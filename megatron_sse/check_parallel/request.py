@@ -19,7 +19,7 @@ class Request(ConfigRequest):
 
     as_is: bool = option(help="keep the model's sizes")
     layouts: str | None = option("LIST", "names of layouts, separated by commas", unset="all that differ")
-    tolerance: float | None = option("X", "largest relative error of a tensor", unset="from the precision")
+    tolerance: float | None = option("X", "largest relative error of a tensor", unset="what rounding explains")
     json: Path | None = option("FILE", "file to write all numbers to", unset="")
 
     def check(self) -> None:

@@ -11,7 +11,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_sse.checkpoint.index import tensors_of
-from megatron_sse.checkpoint.state import MASTER, OPTIMIZER
+from megatron_sse.checkpoint.names import OPTIMIZER
+from megatron_sse.checkpoint.state import MASTER
 from megatron_sse.config import RunConfig
 from megatron_sse.config.problem import show
 from megatron_sse.errors import SharedUserError

@@ -10,9 +10,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from megatron_sse.checkpoint.folders import named_checkpoint
 from megatron_sse.checkpoint.index import IndexRefusedError, read_index, tensors_of
 from megatron_sse.checkpoint.manifest import Manifest, ManifestError, find_damage, read_manifest
-from megatron_sse.checkpoint.names import INDEX
+from megatron_sse.checkpoint.names import INDEX, OPTIMIZER
 from megatron_sse.checkpoint.request import Request
-from megatron_sse.checkpoint.state import OPTIMIZER
 from megatron_sse.checkpoint.verify import find_missing
 from megatron_sse.errors import UserError
 

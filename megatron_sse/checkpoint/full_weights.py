@@ -32,15 +32,13 @@ from megatron_sse.checkpoint.manifest import (
     find_damage,
     read_manifest,
 )
-from megatron_sse.checkpoint.names import COMMON
+from megatron_sse.checkpoint.names import COMMON, OPTIMIZER
 from megatron_sse.config import RunConfig
 from megatron_sse.durable import HashedFile, hashed_file
 from megatron_sse.errors import UserError
 from megatron_sse.installed import versions
 from megatron_sse.run_folder import CONFIG
 
-# Names of the optimizer's state start with this.
-OPTIMIZER = "optimizer."
 # Largest size of a file, unless one tensor has more.
 FILE_BYTES = 1 << 32
 

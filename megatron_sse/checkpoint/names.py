@@ -1,4 +1,4 @@
-"""Names of checkpoints and of the files in them; for the settings, CONFIG of run_folder.py."""
+"""Names of checkpoints and of what is in them; that of the settings is CONFIG of run_folder.py."""
 
 from megatron_sse.data.metadata import TOKENIZER, TOKENIZER_SETTINGS
 
@@ -10,6 +10,8 @@ PARTIAL, REMOVED, REPLACED = "partial_", "removed_", "replaced_"
 MANIFEST, DATA = "manifest.json", "data.json"
 # Those of torch's and Megatron-Core's distributed checkpoints.
 INDEX, COMMON, STORAGE_FORMAT = ".metadata", "common.pt", "metadata.json"
+# Names of the optimizer's tensors start with this.
+OPTIMIZER = "optimizer."
 # What the token ids mean: the description of the first training file, and its tokenizer.
 TOKENS = "tokens.json"
 # Suffixes of the files beside a token file, and their names in a checkpoint.

@@ -15,9 +15,9 @@ from megatron_sse.checkpoint.folders import checkpoint_folder, list_checkpoints
 from megatron_sse.config import RunConfig
 from megatron_sse.config.weights import model_weights
 from megatron_sse.doctor.finding import BAD, GOOD, OPEN, Finding
+from megatron_sse.plan.ceilings import GIB
 
 PACKAGE = "megatron-sse"
-GIB = 2**30
 
 
 def check_versions() -> Iterator[Finding]:

@@ -104,10 +104,14 @@ def test_drawn_weights_are_those_of_a_new_model(tmp_path: Path) -> None:
     [
         ("2*sse", (), "command line: model.num_layers: got 3, allowed a multiple of 2"),
         ("2*mamba, softmax", (), "command line: model.layers: got 'mamba', allowed sse, gla, gdn, softmax"),
-        ("sse", ("model.sse.head_dim=4",), "command line: got model.sse.head_dim, allowed keys of model.sse but for"),
+        ("sse", ("model.sse.head_dim=4",), "command line: got model.sse.head_dim, allowed keys of model.sse except"),
         ("sse", ("training.steps=4",), "command line: got training.steps, allowed keys of model.sse"),
         ("sse", ("model.sse.num_partition=4",), "command line: model.sse.num_partition: got an unknown key"),
-        (None, ("model.sse.num_partitions=4",), "command line: got model.sse.num_partitions=4, allowed with --pattern"),
+        (
+            None,
+            ("model.sse.num_partitions=4",),
+            "command line: got model.sse.num_partitions=4, allowed only with",
+        ),
     ],
 )
 def test_wrong_patterns(tmp_path: Path, pattern: str | None, overrides: tuple[str, ...], message: str) -> None:

@@ -98,7 +98,7 @@ def integers(folder: Path) -> None:
     [
         (remove_shard, r"model-.*safetensors: not found; model.safetensors.index.json names it$"),
         (truncate_shard, r"model-.*safetensors: cannot be read as safetensors \(.*\)$"),
-        (swap_shards, r"model.safetensors.index.json: says that model-.* holds .*, which it does not$"),
+        (swap_shards, r"model.safetensors.index.json: lists .* in model-.*, which does not hold it$"),
         (take_shard_of_another_model, r"settings: model.norm.weight \(16 found, 32 expected\)$"),
         (remove_config, r"^SRC: got .*, allowed the path of a checkpoint, of a folder of them or of a run$"),
         (damage_config, r"config.json: cannot be read as JSON \(.*\)$"),
