@@ -1,25 +1,36 @@
-"""Packages of the extras, which a run does not need."""
+"""Installed packages: their versions, and those of the extras, which a run does not need."""
 
+import importlib.metadata
 import importlib.util
 import logging
 
+from megatron_sse import __version__
 from megatron_sse.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 
+def versions() -> dict[str, str]:
+    """Return the versions that files of results and checkpoints name."""
+    others = {name: importlib.metadata.version(name.replace("_", "-")) for name in ("torch", "megatron_core")}
+    return {"megatron_sse": __version__, **others}
+
+
 def require(package: str, purpose: str, extra: str = "hf") -> None:
-    """Raise UserError unless a package is installed. purpose: what it is for. extra: that of ours that brings it."""
+    """Raise UserError unless a package is installed.
+
+    purpose: what needs it. extra: the extra of this package that installs it.
+    """
     if importlib.util.find_spec(package) is None:
         raise UserError(f'{purpose}: needs {package}, which is not installed: pip install "megatron-sse[{extra}]"')
 
 
 def has_pictures() -> bool:
-    """Whether what draws pictures is installed."""
+    """Check whether the library that draws pictures is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
 def warn_without_pictures() -> None:
-    """Say that there will be no pictures, for commands that go on without."""
+    """Warn that there will be no pictures, for commands that continue without them."""
     if not has_pictures():
         logger.warning('no pictures: matplotlib is not installed: pip install "megatron-sse[plot]"')

@@ -1,4 +1,4 @@
-"""What is logged: the console's lines, and a file for each process with all that it says."""
+"""Logging: lines on the console, and for each process a file with all its lines."""
 
 import faulthandler
 import logging
@@ -11,6 +11,7 @@ from typing import TextIO
 
 from megatron_sse.config import RunConfig
 from megatron_sse.errors import UserError
+from megatron_sse.run_folder import LOGS
 
 logger = logging.getLogger("megatron_sse")
 
@@ -18,7 +19,7 @@ _FORMAT = "%(asctime)s %(levelname).1s %(message)s"
 
 
 def set_up_logging(rank: int, stream: TextIO | None = None) -> None:
-    """Lines of this package on `stream` (stdout), from rank 0; of others warnings alone."""
+    """Log lines of this package to `stream` (stdout); of ranks above 0 only warnings."""
     console = logging.StreamHandler(stream or sys.stdout)
     console.setLevel(logging.WARNING if rank else logging.INFO)
     console.setFormatter(logging.Formatter(_FORMAT, "%H:%M:%S"))
@@ -27,15 +28,15 @@ def set_up_logging(rank: int, stream: TextIO | None = None) -> None:
 
 
 def open_log(config: RunConfig, name: str) -> None:
-    """Write all that this process logs to logs/NAME.log in the run folder too, after what is there.
+    """Append all lines that this process logs to logs/NAME.log in the run folder.
 
-    So do Python's calls at the moment of a crash, or of signal SIGUSR1, which shows where a process hangs.
+    The call stack is written there at a crash and at signal SIGUSR1, which shows where a process hangs.
     Raises UserError where nothing can be written.
     """
     folder = Path(config.monitor.folder)
     try:
-        (folder / "logs").mkdir(parents=True, exist_ok=True)
-        file = _File(folder / "logs" / f"{name}.log", encoding="utf-8")
+        (folder / LOGS).mkdir(parents=True, exist_ok=True)
+        file = _File(folder / LOGS / f"{name}.log", encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"monitor.folder: got {folder}, allowed a folder that can be written to ({error.strerror})"
@@ -52,7 +53,7 @@ def open_log(config: RunConfig, name: str) -> None:
 
 
 class _File(logging.FileHandler):
-    """On a disk that is full lines are lost, and the run goes on."""
+    """A log file whose lines are lost on a full disk, while the run continues."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass

@@ -82,11 +82,11 @@ def _launch(script: str, log: str, place: tuple[int, int, str, int], per_node: i
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ["OMP_NUM_THREADS"] = "1"
-    from megatron_sse.agent import run_torchrun
     from megatron_sse.errors import USER_ERROR_EXIT, UserError
-    from megatron_sse.launch import build_command
+    from megatron_sse.launch.agent import run_torchrun
+    from megatron_sse.launch.nodes import Nodes
+    from megatron_sse.launch.start import build_command
     from megatron_sse.logs import set_up_logging
-    from megatron_sse.nodes import Nodes
 
     set_up_logging(rank=0)
     nodes = Nodes(*place)

@@ -13,8 +13,8 @@ QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 
 WRONG = [
     ([QUICKSTART, "training.steps=none"], "command line: training.steps: got 'none', allowed an integer\n"),
-    (["missing.yaml"], "missing.yaml: no such file\n"),
-    # Without torchrun there is one process, which cannot form a context group of two.
+    (["missing.yaml"], "missing.yaml: not found\n"),
+    # Started without torchrun, one process cannot hold a context group of two.
     ([QUICKSTART], "parallel: got 1 processes, allowed a multiple of 2 (parallel.tensor 1 x pipeline 1 x context 2)"),
 ]
 
@@ -39,7 +39,8 @@ def test_wrong_settings_are_answered_before_torch_is_loaded() -> None:
     """Launcher and command report wrong settings within a fraction of a second."""
     code = f"""
 import sys
-from megatron_sse import cli, launch
+from megatron_sse import cli
+from megatron_sse.launch import start as launch
 wrong = [{QUICKSTART!r}, "model.sse.num_head=4"]
 assert launch.main(wrong) == cli.main(["train", *wrong]) == 2
 assert not {{"torch", "numpy", "megatron"}} & set(sys.modules)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megatron_sse import launch
+from megatron_sse.launch import start as launch
 from tests import numeric_faults as numeric
 from tests.training.support import small_run
 
@@ -127,7 +127,7 @@ FAULTS: dict[str, Fault] = {
         "parallel.data=3",
         r"{folder}/run.yaml:\d+: training.global_batch_size: got 4, allowed a multiple of 3 .micro-batch 1 x 3 .*",
     ),
-    "F27 no settings": partial(refused, remove("run.yaml"), "", "{folder}/run.yaml: no such file"),
+    "F27 no settings": partial(refused, remove("run.yaml"), "", "{folder}/run.yaml: not found"),
     "F27 no index": partial(refused, remove("train.idx"), "", "data.train: {folder}/train.idx not found; give .*"),
     "F27 no tokens": partial(refused, remove("train.bin"), "", "data.train: {folder}/train.bin not found; give .*"),
     "F27 no checkpoint": partial(

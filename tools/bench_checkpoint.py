@@ -17,7 +17,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from megatron_sse.checkpoint import durable
+from megatron_sse import durable
 from megatron_sse.checkpoint.folders import step_folder
 from megatron_sse.checkpoint.load import load_checkpoint
 from megatron_sse.checkpoint.save import Saver

@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_sse.convert import command, convert
-from megatron_sse.convert.dense_settings import model_to_dense
-from megatron_sse.convert.folder import write_json, write_tensors
-from megatron_sse.convert.layout import DENSE_NAMES, model_links
-from megatron_sse.convert.model import make_run_config
+from megatron_sse.convert import command
+from megatron_sse.convert.request import Request
+from megatron_sse.hf.dense_settings import model_to_dense
+from megatron_sse.hf.folder import write_json, write_tensors
+from megatron_sse.hf.name_map import DENSE_NAMES, model_links
+from megatron_sse.pretrained.open import make_run_config
 
 MIB = 1 << 20
 
@@ -68,7 +69,7 @@ def measure(source: str, target: str, to: str, pattern: str | None, result: Path
 
     # The comparison comes after the conversion: measure the peak in between.
     command._difference = difference
-    status = convert(source, target, to, pattern)
+    status = command.run(Request(source=source, target=target, to=to, pattern=pattern))
     peaks["comparing"] = _peak() - start
     result.write_text(json.dumps(peaks | {"status": status}))
 

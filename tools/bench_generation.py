@@ -13,13 +13,13 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from megatron_sse.config import RunConfig
-from megatron_sse.convert.logits import single_process
-from megatron_sse.convert.model import make_run_config
 from megatron_sse.inference.cache import Cache
 from megatron_sse.inference.run import feed, logits_of, prefill
 from megatron_sse.model import build_model
 from megatron_sse.model.attention import TorchAttention
 from megatron_sse.parallel.device import Device
+from megatron_sse.pretrained.network import inference_groups
+from megatron_sse.pretrained.open import make_run_config
 from megatron_sse.tools.bench_recurrence import commit, cpu_name
 
 SOFTMAX = {"num_heads": 4, "head_dim": 16}
@@ -126,7 +126,7 @@ def main() -> None:
     }
     print(json.dumps(about))
     results: dict[str, Any] = {"about": about, "tokens": {}, "prompt": {}}
-    with single_process() as (groups, device):
+    with inference_groups() as (groups, device):
         print(f"{device.description}\n")
         nets = {}
         for name in args.models:

@@ -16,17 +16,20 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from megatron_sse.checkpoint.folders import list_checkpoints
+from megatron_sse.checkpoint.names import ITERATION
 from megatron_sse.config import ModelConfig, MQARTask
-from megatron_sse.convert.model import open_model
 from megatron_sse.data.tasks.mqar import Recall, make_recall
 from megatron_sse.evaluation.recall import sample_generator
 from megatron_sse.inference.cache import Cache
 from megatron_sse.inference.layers import BankCache
-from megatron_sse.inference.load import build_and_load, inference_config, inference_groups
 from megatron_sse.inference.run import feed, logits_of
 from megatron_sse.inspection.rank import effective_rank
 from megatron_sse.kernels import Routes
 from megatron_sse.model.router import Router
+from megatron_sse.pretrained.network import build_and_load, inference_config, inference_groups
+from megatron_sse.pretrained.open import open_model
+from megatron_sse.run_folder import CHECKPOINTS
 
 SEED = 0
 BATCH = 32
@@ -36,13 +39,13 @@ def measure_run(folder: Path, samples: int) -> list[dict[str, Any]]:
     """Return a point for each checkpoint of a run, by step."""
     points = []
     with inference_groups(1) as (groups, device):
-        for checkpoint in sorted((folder / "checkpoints").glob("iter_*")):
+        for checkpoint in reversed(list_checkpoints(folder / CHECKPOINTS)):
             model = open_model("RUN", checkpoint)
             config = inference_config(model, None)
             net = build_and_load(model, config, groups, device)
             task = next(source.mqar for source in config.data.train if source.mqar is not None)
             recalls = make_samples(task, config.data.sequence_length, samples)
-            step = int(checkpoint.name.removeprefix("iter_"))
+            step = int(checkpoint.name.removeprefix(ITERATION))
             points.append({"step": step} | look(net, config.model, recalls))
     return points
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megatron_sse.errors import UserError
-from megatron_sse.plot.axes import label_steps
+from megatron_sse.reports.style import label_steps
 from megatron_sse.tools.recall_arms import ARMS, BASE, CLAIMS
 from megatron_sse.tools.recall_results import Result, write_results
 

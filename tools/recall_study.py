@@ -31,13 +31,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_sse.checkpoint.durable import write_durably
-from megatron_sse.cli import PR_SET_PDEATHSIG
+from megatron_sse.checkpoint.folders import step_folder
 from megatron_sse.config import RunConfig, load_config
+from megatron_sse.durable import write_durably
 from megatron_sse.errors import INTERRUPT_EXIT, USER_ERROR_EXIT, UserError
 from megatron_sse.installed import require
+from megatron_sse.run_folder import CHECKPOINTS
 from megatron_sse.tools.recall_arms import ARMS, arm_settings, find_arms, num_parameters, state_elements, tabulate_arms
 from megatron_sse.tools.recall_results import RESULT, RESULTS, Result, find_results, read_results
+from megatron_sse.training.command import PR_SET_PDEATHSIG
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = "settings.json"
@@ -239,12 +241,12 @@ def _do(run: Run, processes: Processes, samples: int) -> Result:
     """Train, measure, write the result and remove the checkpoints. Raises RunError."""
     run.folder.mkdir(parents=True, exist_ok=True)
     _write(run.folder / SETTINGS, run.description())
-    checkpoints, points_path, log = (run.folder / name for name in ("checkpoints", "points.json", "train.log"))
+    checkpoints, points_path, log = (run.folder / name for name in (CHECKPOINTS, "points.json", "train.log"))
     resumed, started = checkpoints.is_dir(), time.monotonic()
     python = [sys.executable, "-m"]
     processes.run([*python, "megatron_sse", "train", str(run.config_path), *run.settings], log)
     seconds, steps = time.monotonic() - started, run.config.training.steps
-    if not (checkpoints / f"iter_{steps:07d}").is_dir():
+    if not step_folder(checkpoints, steps).is_dir():
         raise RunError(f"ended before step {steps}; run the same command to resume")
     measure = "megatron_sse.tools.recall_measure"
     processes.run([*python, measure, str(run.folder), str(points_path), "--samples", str(samples)], log)
@@ -262,7 +264,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 def _result(run: Run, points: list[dict[str, Any]], samples: int) -> Result:
     # Imported late: it loads Megatron-Core for its version, which takes seconds.
-    from megatron_sse.evaluation.report import VERSIONS
+    from megatron_sse.installed import versions
 
     last = points[-1]
     return {
@@ -276,7 +278,7 @@ def _result(run: Run, points: list[dict[str, Any]], samples: int) -> Result:
         "points": points,
         "samples": samples,
         "settings": run.description(),
-        "versions": VERSIONS,
+        "versions": versions(),
         "commit": _commit(),
     }
 

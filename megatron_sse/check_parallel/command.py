@@ -1,5 +1,7 @@
 """The command check-parallel: make settings comparable, record a step of one process, compare layouts with it."""
 
+import signal
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +11,7 @@ import torch
 from megatron_sse.check_parallel.layouts import Layout, choose_layouts, fit_layout, make_config, num_ranks, one_process
 from megatron_sse.check_parallel.processes import Processes, RankError
 from megatron_sse.check_parallel.report import table_lines, verdict_lines, write_json
+from megatron_sse.check_parallel.request import Request
 from megatron_sse.check_parallel.scale import scale
 from megatron_sse.check_parallel.step import compare, record
 from megatron_sse.check_parallel.verdict import Result, make_limits, merge
@@ -18,34 +21,20 @@ from megatron_sse.errors import UserError
 DIFFERENT_EXIT = 1
 
 
-def check_parallel(
-    config: RunConfig,
-    names: list[str] | None = None,
-    as_is: bool = False,
-    tolerance: float | None = None,
-    json_path: Path | None = None,
-    prepare: Callable[[], None] | None = None,
-) -> int:
-    """Compare one training step of `config` in several layouts with that of one process, and print what differs.
+def run(request: Request, prepare: Callable[[], None] | None = None) -> int:
+    """Compare one training step in several layouts with that of one process, and print what differs.
 
-    Args:
-        names: names of the layouts to compare; None for all that differ.
-        as_is: keep the model's sizes.
-        tolerance: largest error allowed (RMS of the difference over RMS); None for the default.
-        json_path: file to write the numbers to.
-        prepare: function called in every process at its start; tests use it to inject faults.
+    prepare: called in every process at its start; tests use it to inject faults.
 
     Returns the exit status, 1 where a layout differs or a rank fails. Raises UserError before any process is started.
     """
-    if tolerance is not None and not tolerance >= 0:
-        raise UserError(f"--tolerance: got {tolerance}, allowed a number from 0")
-    if json_path is not None and json_path.is_dir():
-        raise UserError(f"--json: {json_path} is a folder; give the path of a file")
-    if json_path is not None and not json_path.parent.is_dir():
-        raise UserError(f"--json: folder {json_path.parent} not found; create it first")
+    request.check()
+    # SIGTERM ends the command like an interrupt, so that the processes that it started end with it.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    config, names = request.run_config, request.layout_names()
     config = longest_stage(config).config
     parallels = choose_layouts(config, names)
-    values, rules = scale(config, list(parallels.values()), as_is)
+    values, rules = scale(config, list(parallels.values()), request.as_is)
     single = make_config(values, one_process(config.parallel))
     num_gpus = torch.cuda.device_count()
     given = config.model_dump()
@@ -64,12 +53,12 @@ def check_parallel(
     finally:
         processes.close()
 
-    limits = make_limits(noise, tolerance)
+    limits = make_limits(noise, request.tolerance)
     compared = [result for result in results if result.outputs]
     for line in table_lines([noise, *compared], single.model.layer_kinds()) + verdict_lines(results, limits):
         print(line)
-    if json_path is not None:
-        write_json(json_path, results, noise, limits, rules)
+    if request.json is not None:
+        write_json(request.json, results, noise, limits, rules)
     return 0 if all(result.passes(limits) for result in results if result.layout.config) else DIFFERENT_EXIT
 
 

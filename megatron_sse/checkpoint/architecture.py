@@ -11,12 +11,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_sse.checkpoint.index import tensors_of
-from megatron_sse.checkpoint.state import MASTER, OPTIMIZER
+from megatron_sse.checkpoint.names import OPTIMIZER
+from megatron_sse.checkpoint.state import MASTER
 from megatron_sse.config import RunConfig
-from megatron_sse.config.checks import show
+from megatron_sse.config.problem import show
 from megatron_sse.errors import SharedUserError
+from megatron_sse.run_folder import CONFIG
 
-CONFIG = "config.yaml"
 _MAX_LINES = 20
 
 Shapes = dict[str, tuple[int, ...]]

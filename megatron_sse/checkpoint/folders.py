@@ -11,30 +11,29 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from megatron_sse.checkpoint.durable import fsync, write_durably
-from megatron_sse.checkpoint.manifest import MANIFEST, ManifestError, find_damage, read_manifest
+from megatron_sse.checkpoint.manifest import ManifestError, find_damage, read_manifest
+from megatron_sse.checkpoint.names import ITERATION, LATEST, MANIFEST, PARTIAL, REMOVED, REPLACED, step_name
 from megatron_sse.config import RunConfig
+from megatron_sse.durable import fsync, write_durably
 from megatron_sse.errors import UserError
+from megatron_sse.run_folder import CHECKPOINTS
 
 logger = logging.getLogger(__name__)
-
-LATEST = "latest"
-_PARTIAL, _REMOVED, _REPLACED = "partial_", "removed_", "replaced_"
 
 
 def checkpoint_folder(config: RunConfig) -> Path:
     """Return the folder of the run's checkpoints."""
-    return Path(config.monitor.folder) / "checkpoints"
+    return Path(config.monitor.folder) / CHECKPOINTS
 
 
 def step_folder(folder: Path, step: int) -> Path:
     """Return the folder of the checkpoint of the state after `step` steps."""
-    return folder / f"iter_{step:07d}"
+    return folder / step_name(step)
 
 
 def partial_folder(folder: Path, step: int) -> Path:
     """Return the folder of that checkpoint while it is written."""
-    return folder / f"{_PARTIAL}iter_{step:07d}"
+    return folder / f"{PARTIAL}{step_name(step)}"
 
 
 def make_partial(folder: Path, step: int) -> None:
@@ -42,8 +41,8 @@ def make_partial(folder: Path, step: int) -> None:
 
     What interrupted saves and removals left behind is deleted.
     """
-    for prefix in (_PARTIAL, _REMOVED):
-        for left in folder.glob(f"{prefix}iter_*"):
+    for prefix in (PARTIAL, REMOVED):
+        for left in folder.glob(f"{prefix}{ITERATION}*"):
             shutil.rmtree(left, ignore_errors=True)
     partial_folder(folder, step).mkdir(parents=True)
 
@@ -52,7 +51,7 @@ def promote(folder: Path, step: int) -> Path:
     """Rename a complete partial folder to its final name and point `latest` to it. Raises OSError."""
     partial, final = partial_folder(folder, step), step_folder(folder, step)
     fsync(partial)
-    replaced = final.with_name(_REPLACED + final.name)
+    replaced = final.with_name(REPLACED + final.name)
     if final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
@@ -68,14 +67,14 @@ def prune(folder: Path, keep_last: int, saved: Path) -> None:
 
     saved: a checkpoint that has just been written, whose hashes need not be checked.
     """
-    newest_first = _newest_first(folder, "iter_*")
+    newest_first = list_checkpoints(folder)
     old = newest_first[keep_last:]
     if not old:
         return
     whole = next((path for path in newest_first if not find_all_damage(path, hashes=path != saved)), None)
     for path in old:
         if whole is not None and path != whole:
-            removed = path.with_name(_REMOVED + path.name)
+            removed = path.with_name(REMOVED + path.name)
             shutil.rmtree(removed, ignore_errors=True)
             shutil.rmtree(path.rename(removed))
 
@@ -146,15 +145,20 @@ def named_checkpoint(key: str, given: str, others: str = "") -> Path:
     path = Path(given)
     if (path / MANIFEST).is_file():
         return path
-    if path.name.startswith("iter_") and path.is_dir():
+    if path.name.startswith(ITERATION) and path.is_dir():
         raise UserError(f"{key}: {given} is not a complete checkpoint: {path / MANIFEST} not found")
-    found = _best_first(path) or _best_first(path / "checkpoints")
+    found = _best_first(path) or _best_first(path / CHECKPOINTS)
     if not found:
         wrong = "holds no checkpoint" if path.exists() else "not found"
         raise UserError(
             f"{key}: {given} {wrong}; give {others}the path of a checkpoint, of a folder of them or of a run"
         )
     return found[0]
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, the newest first."""
+    return _newest_first(folder, f"{ITERATION}*")
 
 
 def _newest_first(folder: Path, pattern: str) -> list[Path]:
@@ -166,10 +170,10 @@ def _best_first(folder: Path) -> list[Path]:
     # Every process comes through here; only rank 0 warns.
     warn = logger.warning if os.environ.get("RANK", "0") == "0" else logger.debug
     complete = []
-    for path in _newest_first(folder, "*iter_*"):
+    for path in _newest_first(folder, f"*{ITERATION}*"):
         # A replaced_* without its iter_* is complete: a save was interrupted between its two renames.
-        replaced = path.name.startswith(_REPLACED) and not (folder / path.name.removeprefix(_REPLACED)).exists()
-        if (path.name.startswith("iter_") or replaced) and (path / MANIFEST).is_file():
+        replaced = path.name.startswith(REPLACED) and not (folder / path.name.removeprefix(REPLACED)).exists()
+        if (path.name.startswith(ITERATION) or replaced) and (path / MANIFEST).is_file():
             complete.append(path)
         else:
             warn("%s is ignored: it is not a complete checkpoint", path)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-INDEX = ".metadata"
+from megatron_sse.checkpoint.names import INDEX
 
 # The only classes that an index of tensors needs. All of them just hold values.
 _DTYPES = "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 int64 int32 int16 int8 uint8 bool"

@@ -15,10 +15,10 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_sse.checkpoint.architecture import check_architecture
 from megatron_sse.checkpoint.index import read_index
+from megatron_sse.checkpoint.names import OPTIMIZER
 from megatron_sse.checkpoint.state import (
     MASTER,
     MOMENTS,
-    OPTIMIZER,
     Entry,
     model_state,
     optimizer_state,

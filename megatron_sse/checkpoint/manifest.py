@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_sse.checkpoint.durable import sha256_of, write_durably
+from megatron_sse.checkpoint.names import MANIFEST
+from megatron_sse.durable import sha256_of, write_durably
 
-MANIFEST = "manifest.json"
 FORMAT = 1
 # Files below this size are always hashed, even where only sizes are to be checked.
 _SMALL = 1 << 20

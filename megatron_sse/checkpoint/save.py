@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import megatron.core
-import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
@@ -18,27 +16,20 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_sse import __version__
-from megatron_sse.checkpoint.architecture import CONFIG
-from megatron_sse.checkpoint.data import DATA
-from megatron_sse.checkpoint.durable import fsync
 from megatron_sse.checkpoint.folders import checkpoint_folder, make_partial, partial_folder, promote, prune, step_folder
 from megatron_sse.checkpoint.manifest import FileEntry, Manifest, describe_files
+from megatron_sse.checkpoint.names import DATA, TOKENIZER_FILES, TOKENS
 from megatron_sse.checkpoint.shards import ShardWriter, Staging
 from megatron_sse.checkpoint.state import get_num_steps, is_distributed, model_state, optimizer_state
 from megatron_sse.config import RunConfig
 from megatron_sse.data.tokenizer import END_OF_DOCUMENT, VOCAB_SIZE
+from megatron_sse.durable import fsync
+from megatron_sse.installed import versions
+from megatron_sse.run_folder import CONFIG
 
 logger = logging.getLogger(__name__)
 
-TOKENS = "tokens.json"
-# Suffixes of the files beside a token file, and their names in a checkpoint.
-TOKENIZER_FILES = {
-    ".json": TOKENS,
-    ".tokenizer.json": "tokenizer.json",
-    ".tokenizer_config.json": "tokenizer_config.json",
-}
-# The content of tokens.json where texts are generated while training, so that there is no token file.
+# The content of TOKENS where texts are generated while training, so that there is no token file.
 BYTE_TOKENS = {"tokenizer": "bytes", "vocab_size": VOCAB_SIZE, "end": END_OF_DOCUMENT}
 
 
@@ -182,8 +173,7 @@ class Saver:
             "data": groups.dp.size(),
             "distributed_optimizer": is_distributed(self.optimizer),
         }
-        versions = {"megatron_sse": __version__, "torch": torch.__version__, "megatron_core": megatron.core.__version__}
-        return Manifest(save.step, save.consumed_samples, True, layout, versions, files)
+        return Manifest(save.step, save.consumed_samples, True, layout, versions(), files)
 
     def _prune(self, saved: Path) -> None:
         keep_last = self.config.checkpoint.keep_last

@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_sse.checkpoint.durable import HashedFile, hashed_file
 from megatron_sse.checkpoint.manifest import FileEntry
+from megatron_sse.durable import HashedFile, hashed_file
 
 # Copies of the tensors in host memory: the background thread writes them while training changes the originals.
 Staging = dict[MetadataIndex, Tensor]

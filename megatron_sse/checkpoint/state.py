@@ -18,9 +18,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_sse.checkpoint.flat import split_into_boxes
+from megatron_sse.checkpoint.names import OPTIMIZER
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-OPTIMIZER = "optimizer."
 MASTER = OPTIMIZER + "master."
 
 Entry: TypeAlias = ShardedTensor | ShardedTensorFactory

@@ -10,12 +10,13 @@ import torch.distributed as dist
 
 from megatron_sse.checkpoint.index import IndexRefusedError, read_index
 from megatron_sse.checkpoint.manifest import Manifest, ManifestError, find_damage, read_manifest
+from megatron_sse.checkpoint.names import COMMON, INDEX, STORAGE_FORMAT
 from megatron_sse.errors import SharedUserError
 
 logger = logging.getLogger(__name__)
 
 # Files that Megatron-Core needs besides those that the index names.
-_NEEDED = (".metadata", "common.pt", "metadata.json")
+_NEEDED = (INDEX, COMMON, STORAGE_FORMAT)
 
 
 def first_whole(candidates: list[Path], hashes: bool) -> Path | None:
@@ -73,9 +74,9 @@ def find_missing(path: Path, manifest: Manifest) -> list[str]:
     """Return the files that are needed but not in the manifest, or a pickle that asks for more than values."""
     try:
         needed = {*_NEEDED, *(where.relative_path for where in read_index(path).storage_data.values())}
-        torch.load(path / "common.pt", weights_only=True)
+        torch.load(path / COMMON, weights_only=True)
     except IndexRefusedError as error:
         return [str(error)]
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        return [f"{path / 'common.pt'}: refused, {first_line(error)}"]
+        return [f"{path / COMMON}: refused, {first_line(error)}"]
     return [f"{path / name}: not in the manifest" for name in sorted(needed - manifest.files.keys())]

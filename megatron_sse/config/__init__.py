@@ -1,11 +1,11 @@
-"""The settings of a run: YAML to a checked RunConfig."""
+"""The settings of a run: from YAML to a checked RunConfig."""
 
-from megatron_sse.config.checks import check_world_size
 from megatron_sse.config.context import attends_over_context, attention_kind, choose_layout
 from megatron_sse.config.derive import uses_distributed_optimizer
 from megatron_sse.config.ignored import ignored_settings
 from megatron_sse.config.load import load_config
 from megatron_sse.config.megatron import transformer_settings
+from megatron_sse.config.run import RunConfig, StageRun, longest_stage, plan_stages, stage_of_step
 from megatron_sse.config.schema import (
     CheckpointConfig,
     DataConfig,
@@ -16,13 +16,12 @@ from megatron_sse.config.schema import (
     NeedleVariant,
     OptimizerConfig,
     ParallelConfig,
-    RunConfig,
     SoftmaxConfig,
     Source,
     SSEConfig,
     TrainingConfig,
 )
-from megatron_sse.config.stages import StageRun, longest_stage, plan_stages, stage_of_step
+from megatron_sse.config.world_size import check_world_size, count_processes
 
 __all__ = [
     "CheckpointConfig",
@@ -44,6 +43,7 @@ __all__ = [
     "attention_kind",
     "check_world_size",
     "choose_layout",
+    "count_processes",
     "ignored_settings",
     "load_config",
     "longest_stage",

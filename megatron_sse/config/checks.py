@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
 from megatron_sse.config.context import context_problems, straddles_slots
 from megatron_sse.config.pattern import expand_pattern
-from megatron_sse.errors import UserError
+from megatron_sse.config.problem import Found, Problem, show
+from megatron_sse.config.schema import Settings
 from megatron_sse.recurrence import RECURRENCES
-
-if TYPE_CHECKING:
-    from megatron_sse.config.schema import RunConfig
 
 BYTE_VOCABULARY = 257
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A setting that cannot work: its dotted key, and what was given and what is allowed in one line."""
-
-    key: str
-    text: str
-
-
-def find_problem(config: RunConfig) -> Problem | None:
-    """The first contradiction in the settings."""
+def find_problem(config: Settings) -> Problem | None:
+    """Return the first contradiction in the settings, or None."""
     layers = _layers, _linear_layers, _recurrences, _softmax_layers
     for check in (*layers, context_problems, _sizes, _tasks, _pipeline, _run):
         for key, given, allowed in check(config):
@@ -34,49 +20,14 @@ def find_problem(config: RunConfig) -> Problem | None:
     return None
 
 
-def show(value: Any) -> str:
-    """A value as it would stand in YAML, short enough for one line."""
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    if isinstance(value, dict):
-        return "a section"
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def check_world_size(config: RunConfig, world_size: int) -> int:
-    """Size of the data-parallel group when `world_size` processes run.
-
-    Raises UserError where processes, layout and batch do not divide.
-    """
-    parallel = config.parallel
-    layout = f"parallel.tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context}"
-    if world_size % parallel.replica_size:
-        raise UserError(
-            f"parallel: got {world_size} processes, allowed a multiple of {parallel.replica_size} ({layout})"
-        )
-    data_size = world_size // parallel.replica_size
-    if parallel.data is not None and parallel.data != data_size:
-        needed = parallel.replica_size * parallel.data
-        raise UserError(
-            f"parallel.data: got {parallel.data}, allowed {data_size} with {world_size} processes ({needed} needed)"
-        )
-    for key, given, allowed in _batch(config, data_size):
-        raise UserError(f"{key}: got {show(given)}, allowed {allowed}")
-    return data_size
-
-
-Found = Iterator[tuple[str, Any, str]]
-
-
-def _layers(config: RunConfig) -> Found:
+def _layers(config: Settings) -> Found:
     model = config.model
     period = len(expand_pattern(model.layers))
     if model.num_layers % period:
         yield "model.num_layers", model.num_layers, f"a multiple of {period}, the number of layers in model.layers"
 
 
-def _linear_layers(config: RunConfig) -> Found:
+def _linear_layers(config: Settings) -> Found:
     sse = config.model.sse
     kinds = sorted(set(config.model.layer_kinds()) - {"softmax"})
     if not kinds:
@@ -102,9 +53,8 @@ def _linear_layers(config: RunConfig) -> Found:
             yield "model.sse.short_convolution", sse.short_convolution, allowed
 
 
-def _recurrences(config: RunConfig) -> Found:
-    sse = config.model.sse
-    delta_rules = _delta_rules(config)
+def _recurrences(config: Settings) -> Found:
+    sse, delta_rules = config.model.sse, _delta_rules(config)
     if sse.key_map == "topk_softmax":
         if sse.key_topk is None:
             yield "model.sse.key_topk", None, "a number of rows, since model.sse.key_map is topk_softmax"
@@ -120,12 +70,12 @@ def _recurrences(config: RunConfig) -> Found:
         yield "model.sse.decay", sse.decay, "gate, since model.sse.key_map is one_minus_decay"
 
 
-def _delta_rules(config: RunConfig) -> list[str]:
+def _delta_rules(config: Settings) -> list[str]:
     """Return the names of the recurrences in use that follow the delta rule."""
     return sorted(row.name for row in config.model.recurrences() if row.delta_rule)
 
 
-def _softmax_layers(config: RunConfig) -> Found:
+def _softmax_layers(config: Settings) -> Found:
     model, tensor = config.model, config.parallel.tensor
     softmax = model.softmax
     if "softmax" not in model.layer_kinds():
@@ -153,7 +103,7 @@ def _softmax_layers(config: RunConfig) -> Found:
         yield "model.softmax.rotary_scaling.low_turns", scaling.low_turns, allowed
 
 
-def _sizes(config: RunConfig) -> Found:
+def _sizes(config: Settings) -> Found:
     model, parallel, length = config.model, config.parallel, config.data.sequence_length
     if model.ffn_hidden_size % parallel.tensor:
         yield "model.ffn_hidden_size", model.ffn_hidden_size, f"a multiple of parallel.tensor {parallel.tensor}"
@@ -195,7 +145,7 @@ def _sizes(config: RunConfig) -> Found:
         yield "model.vocab_size", model.vocab_size, allowed
 
 
-def _tasks(config: RunConfig) -> Found:
+def _tasks(config: Settings) -> Found:
     data, vocab_size = config.data, config.model.vocab_size
     blends = {"data.train": data.train, "data.validation": data.validation or []}
     named = [(f"{key}.{number}", source) for key, blend in blends.items() for number, source in enumerate(blend)]
@@ -212,7 +162,7 @@ def _tasks(config: RunConfig) -> Found:
             yield "model.vocab_size", vocab_size, f"{needed} or more: {key}.mqar has keys, values and a token for gaps"
 
 
-def _pipeline(config: RunConfig) -> Found:
+def _pipeline(config: Settings) -> Found:
     parallel, num_layers = config.parallel, config.model.num_layers
     if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
         yield "parallel.virtual_pipeline", parallel.virtual_pipeline, "1 while parallel.pipeline is 1"
@@ -223,9 +173,9 @@ def _pipeline(config: RunConfig) -> Found:
         yield "parallel.virtual_pipeline", parallel.virtual_pipeline, allowed
 
 
-def _run(config: RunConfig) -> Found:
+def _run(config: Settings) -> Found:
     training, optimizer = config.training, config.optimizer
-    yield from _batch(config, config.parallel.data or 1)
+    yield from batch_problems(config, config.parallel.data or 1)
     stay = max(0, training.steps - optimizer.warmup_steps)
     if optimizer.schedule == "wsd" and optimizer.decay_steps > stay:
         yield "optimizer.decay_steps", optimizer.decay_steps, f"at most the {stay} steps after the warm-up"
@@ -238,7 +188,8 @@ def _run(config: RunConfig) -> Found:
             yield f"monitor.{name}", window, f"steps up to training.steps {training.steps}"
 
 
-def _batch(config: RunConfig, data_size: int) -> Found:
+def batch_problems(config: Settings, data_size: int) -> Found:
+    """Yield batch sizes, of the run and of its stages, that do not divide among `data_size` data-parallel ranks."""
     training, pipeline = config.training, config.parallel.pipeline
     batches = {"training": (training.global_batch_size, training.micro_batch_size)}
     for number, stage in enumerate(config.stages or []):

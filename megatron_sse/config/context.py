@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from megatron_sse.config.schema import RunConfig
+from megatron_sse.config.problem import Found
+from megatron_sse.config.schema import Settings
 
 KINDS = ("p2p", "all_gather", "a2a")
 
 
-def attention_kind(config: RunConfig) -> str | None:
-    """How Transformer Engine's attention exchanges keys and values between context ranks (cp_comm_type).
+def attention_kind(config: Settings) -> str | None:
+    """Return how Transformer Engine's attention exchanges keys and values between context ranks (cp_comm_type).
 
-    As set, else the first kind that can do it; None where none can, and each rank has to gather them itself.
+    This is the kind that is set, else the first that can do it; None where none can, and each rank has to gather keys
+    and values itself.
     """
     if not _uses_kinds(config):
         return None
@@ -23,18 +22,18 @@ def attention_kind(config: RunConfig) -> str | None:
     return given or next((kind for kind in KINDS if obstacle(config, kind) is None), None)
 
 
-def attends_over_context(config: RunConfig) -> bool:
-    """Whether there are softmax layers whose sequences are split."""
+def attends_over_context(config: Settings) -> bool:
+    """Check whether there are softmax layers whose sequences are split."""
     return config.parallel.context > 1 and "softmax" in config.model.layer_kinds()
 
 
-def _uses_kinds(config: RunConfig) -> bool:
+def _uses_kinds(config: Settings) -> bool:
     # In fp32 Transformer Engine has no context parallelism.
     return attends_over_context(config) and config.training.precision == "bf16"
 
 
-def obstacle(config: RunConfig, kind: str) -> str | None:
-    """What in the settings keeps Transformer Engine from this kind of exchange, None where nothing does."""
+def obstacle(config: Settings, kind: str) -> str | None:
+    """Return the setting that keeps Transformer Engine from this kind of exchange, or None."""
     softmax, parallel, length = config.model.softmax, config.parallel, config.data.sequence_length
     if softmax.head_dim % 8:
         return f"model.softmax.head_dim {softmax.head_dim}, no multiple of 8"
@@ -52,8 +51,8 @@ def obstacle(config: RunConfig, kind: str) -> str | None:
     return None
 
 
-def context_problems(config: RunConfig) -> Iterator[tuple[str, Any, str]]:
-    """Settings of softmax layers that do not work under context parallelism: key, what was given, what is allowed."""
+def context_problems(config: Settings) -> Found:
+    """Yield settings of softmax layers that do not work under context parallelism."""
     given = config.model.transformer
     if not attends_over_context(config):
         return
@@ -68,13 +67,13 @@ def context_problems(config: RunConfig) -> Iterator[tuple[str, Any, str]]:
             yield f"model.transformer.{name}", given[name], f"{only} while parallel.context is above 1"
 
 
-def straddles_slots(config: RunConfig) -> bool:
-    """Whether a convolution over parts of the sequence would meet one that lies in two slots of a zigzag layout."""
+def straddles_slots(config: Settings) -> bool:
+    """Check whether the input convolution would meet a tensor rank's part that lies in two slots of a zigzag layout."""
     return bool(config.model.input_convolution and config.parallel.sequence and config.parallel.tensor % 2)
 
 
-def choose_layout(config: RunConfig) -> tuple[bool, str]:
-    """Whether context ranks hold zigzag parts of the sequences (else contiguous ones), and why.
+def choose_layout(config: Settings) -> tuple[bool, str]:
+    """Return whether context ranks hold zigzag parts of the sequences (else contiguous ones), and why.
 
     Zigzag balances causal attention; it doubles the states that SSE layers hand off, where contiguous parts would have
     to be rearranged around the softmax layers instead. The break-even is where both move the same bytes.

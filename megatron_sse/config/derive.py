@@ -1,19 +1,19 @@
-"""Values that follow from the settings, for people to read before a run starts."""
+"""Values that follow from the settings, printed before a run starts."""
 
 from collections import Counter
 
-from megatron_sse.config.checks import check_world_size
 from megatron_sse.config.context import choose_layout
-from megatron_sse.config.schema import ModelConfig, RunConfig
-from megatron_sse.config.stages import StageRun, plan_stages
+from megatron_sse.config.run import RunConfig, StageRun, plan_stages
+from megatron_sse.config.schema import ModelConfig
 from megatron_sse.config.weights import model_weights
+from megatron_sse.config.world_size import check_world_size
 from megatron_sse.errors import UserError
 
 
 def count_parameters(model: ModelConfig) -> dict[str, int]:
-    """Parameters by part, over all layers: embedding, output, norms, mlp and the mixers by kind of layer.
+    """Return the number of parameters by part: embedding, output, norms, mlp and the mixers by kind of layer.
 
-    The embedding counts with its padding; a tied output has no parameters of its own.
+    The embedding is counted with its padding; a tied output has no parameters of its own.
     """
     counts = Counter({"embedding": 0, "output": 0})
     for weight in model_weights(model):
@@ -22,7 +22,7 @@ def count_parameters(model: ModelConfig) -> dict[str, int]:
 
 
 def uses_distributed_optimizer(config: RunConfig) -> bool:
-    """Whether optimizer state is split over the data-parallel group: where asked for, and always in bf16.
+    """Check whether optimizer state is split over the data-parallel group: where asked for, and always in bf16.
 
     Megatron-Core's other optimizer for bf16 cannot save a model that has fp32 parameters (the routers) as well.
     """
@@ -30,7 +30,7 @@ def uses_distributed_optimizer(config: RunConfig) -> bool:
 
 
 def describe_run(config: RunConfig, world_size: int) -> list[str]:
-    """What a run of `world_size` processes will be, one line per fact. Raises UserError where sizes do not divide."""
+    """Describe a run of `world_size` processes, one fact per line. Raises UserError where sizes do not divide."""
     model, parallel = config.model, config.parallel
     data_size = check_world_size(config, world_size)
     _check_profile_ranks(config, world_size)
@@ -50,14 +50,14 @@ def describe_run(config: RunConfig, world_size: int) -> list[str]:
 
 
 def _describe_stage(config: RunConfig, stage: StageRun, data_size: int) -> list[str]:
-    """Sequences, batches and tokens of a stage; of the run without stages."""
+    """Describe sequences, batches and tokens of a stage, or of the run where it has no stages."""
     training, length = stage.config.training, stage.config.data.sequence_length
     tokens = training.global_batch_size * length
     micro_batches = training.global_batch_size // (training.micro_batch_size * data_size)
     lines = [
         f"tokens per step   {tokens:,} ({training.global_batch_size} sequences of {length:,})",
         f"micro-batches     {micro_batches} per step of {training.micro_batch_size} sequences each",
-        f"tokens in all     {tokens * stage.steps:,} in {stage.steps:,} steps",
+        f"total tokens      {tokens * stage.steps:,} in {stage.steps:,} steps",
     ]
     if config.stages is None:
         return lines

@@ -1,9 +1,10 @@
-"""Settings that are given and have no effect."""
+"""Settings that are given but have no effect."""
 
 from collections.abc import Callable, Iterator
 
 from megatron_sse.config.context import attention_kind
-from megatron_sse.config.schema import RunConfig, Section, SoftmaxConfig, SSEConfig
+from megatron_sse.config.run import RunConfig
+from megatron_sse.config.schema import Section, SoftmaxConfig, SSEConfig
 from megatron_sse.recurrence import RECURRENCES, Recurrence
 
 _WEIGHTS = ["weight_writes", "weight_reads"]
@@ -22,7 +23,7 @@ _VALIDATION_SETTINGS = ["validation_interval", "validation_batches"]
 
 
 def ignored_settings(config: RunConfig) -> list[str]:
-    """One line for every setting that differs from its default and has no effect beside the others."""
+    """Return one line for each setting that differs from its default but has no effect with the other settings."""
     return list(_find(config))
 
 

@@ -1,4 +1,4 @@
-"""YAML and command-line overrides to a checked RunConfig, with errors that say where."""
+"""From YAML and command-line overrides to a checked RunConfig; errors name file and line."""
 
 import difflib
 import re
@@ -11,9 +11,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from megatron_sse.config.checks import show
 from megatron_sse.config.megatron import find_transformer_problem
-from megatron_sse.config.schema import RunConfig
+from megatron_sse.config.problem import show
+from megatron_sse.config.run import RunConfig
 from megatron_sse.errors import UserError
 
 COMMAND_LINE = "command line"
@@ -47,9 +47,9 @@ _Loader.add_implicit_resolver(
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """Settings of a YAML file, with `section.key=value` overrides put over them, the last one winning.
+    """Load the settings of a YAML file and apply `section.key=value` overrides, the last one winning.
 
-    Raises UserError, one line with file:line or `command line`, for the first thing that is wrong.
+    Raises UserError for the first thing that is wrong: one line that starts with file:line or `command line`.
     """
     values, places = _read_file(Path(path))
     for override in overrides or []:
@@ -59,9 +59,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 
 
 def make_config(values: dict[str, Any], places: dict[str, str]) -> RunConfig:
-    """Settings of the sections in `values`. Raises UserError.
+    """Return the checked settings of the sections in `values`. Raises UserError.
 
-    places: where dotted keys stand, or sections; "" for all others.
+    places: file and line of each dotted key or section; "" holds that of all others.
     """
     try:
         config = RunConfig.model_validate(values)
@@ -79,7 +79,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{path}: not found") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a text file ({_one_line(error)})") from None
     values, places = _parse(text, str(path), "", numbered=True)
@@ -89,7 +89,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def apply_override(values: dict[str, Any], places: dict[str, str], override: str) -> None:
-    """Put `section.key=value` over the sections in `values`. Raises UserError."""
+    """Apply `section.key=value` to the sections in `values`. Raises UserError."""
     match = _OVERRIDE.fullmatch(override)
     if match is None:
         raise UserError(f"{COMMAND_LINE}: got {show(override)}, allowed section.key=value")
@@ -111,7 +111,7 @@ def apply_override(values: dict[str, Any], places: dict[str, str], override: str
 
 
 def _parse(text: str, source: str, key: str, numbered: bool) -> tuple[Any, dict[str, str]]:
-    """The value that a YAML text holds, and the place of every dotted key in it."""
+    """Return the value that a YAML text holds, and the place of every dotted key in it."""
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
@@ -154,7 +154,7 @@ def _keys(node: yaml.Node, source: str, prefix: str, numbered: bool) -> Iterator
 
 
 def _describe(details: ErrorDetails, places: dict[str, str]) -> str:
-    """One line for one error of pydantic's."""
+    """Return one line for one of pydantic's errors."""
     key = ".".join(str(part) for part in details["loc"])
     context = details.get("ctx", {})
     if "text" in context:
@@ -174,7 +174,7 @@ def _describe_unknown(key: str) -> str:
     generic = ".".join(part for part in key.split(".") if not part.isdigit())
     parent, _, name = generic.rpartition(".")
     siblings = [other.rpartition(".")[2] for other in schema_keys(True) if other.rpartition(".")[0] == parent]
-    # A key may be right and its section wrong.
+    # The key may be correct and only its section wrong.
     nearest = [other for other in schema_keys(True) if other.rpartition(".")[2] == name]
     nearest += [f"{parent}.{match}".lstrip(".") for match in difflib.get_close_matches(name, siblings, n=1)]
     hint = f"; did you mean {nearest[0]}?" if nearest else ""
@@ -182,7 +182,10 @@ def _describe_unknown(key: str) -> str:
 
 
 def schema_keys(entries: bool = False, model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
-    """Every dotted key of the schema, sections included. entries: with the keys of what lists hold, unnumbered."""
+    """Return every dotted key of the schema, sections included.
+
+    entries: include the keys of list entries, without numbers.
+    """
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
@@ -192,7 +195,7 @@ def schema_keys(entries: bool = False, model: type[BaseModel] = RunConfig, prefi
 
 
 def _sections(annotation: Any, entries: bool) -> list[type[BaseModel]]:
-    """Sections that a field of this type holds."""
+    """Return the sections that a field of this type holds."""
     if isinstance(annotation, type) and not typing.get_origin(annotation) and issubclass(annotation, BaseModel):
         return [annotation]
     # A list, an optional list, or a list with a validator.
@@ -200,7 +203,7 @@ def _sections(annotation: Any, entries: bool) -> list[type[BaseModel]]:
 
 
 def _place(key: str, places: dict[str, str]) -> str:
-    """Where a key stands; for one that is not given, where its section stands."""
+    """Return the place of a key; for a key that is not given, that of its section."""
     while key not in places:
         key = key.rpartition(".")[0]
     return places[key]

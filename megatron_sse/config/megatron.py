@@ -1,4 +1,4 @@
-"""`model.transformer`: fields of Megatron's TransformerConfig, checked against it."""
+"""`model.transformer`: fields of Megatron-Core's TransformerConfig, checked against that class."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from megatron_sse.config.checks import Problem, show
 from megatron_sse.config.context import attention_kind
+from megatron_sse.config.problem import Problem, show
+from megatron_sse.config.run import RunConfig
 
 if TYPE_CHECKING:
     import torch
-
-    from megatron_sse.config.schema import RunConfig
 
 # Fields that our own keys set.
 _OURS = {
@@ -57,7 +56,7 @@ _OURS = {
     "recompute_modules": "training.recompute",
     "distribute_saved_activations": "training.recompute",
 }
-# Fields that must have the value that the model and the trainer are built for.
+# Fields whose value the model and the trainer depend on.
 _FIXED = {
     "activation_func",
     "add_bias_linear",
@@ -92,13 +91,13 @@ _ABSENT = {
 
 
 def transformer_settings(config: RunConfig) -> dict[str, Any]:
-    """A run's settings as keyword arguments of TransformerConfig, `model.transformer` over all others."""
-    # Imported late: settings are read, and wrong ones answered, without it.
+    """Return a run's settings as keyword arguments of TransformerConfig; `model.transformer` overrides the others."""
+    # Imported late: settings are read, and wrong ones reported, without torch.
     import torch
 
     model, parallel = config.model, config.parallel
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.training.precision]
-    # A model without softmax layers has no attention heads of its own; Megatron-Core wants a number.
+    # A model without softmax layers has no attention heads, but Megatron-Core requires a number.
     num_heads = model.softmax.num_heads or model.sse.num_heads
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     interleaved = parallel.virtual_pipeline > 1
@@ -120,7 +119,7 @@ def transformer_settings(config: RunConfig) -> dict[str, Any]:
         attention_dropout=0.0,
         init_method_std=model.init_std,
         embedding_init_method_std=model.embedding_init_std,
-        # The model draws its weights itself, the same in every layout; Megatron marks how they are split meanwhile.
+        # The model draws its weights itself, the same in every layout; Megatron-Core only marks how they are split.
         use_cpu_initialization=True,
         init_method=_leave,
         output_layer_init_method=_leave,
@@ -133,7 +132,7 @@ def transformer_settings(config: RunConfig) -> dict[str, Any]:
         sequence_parallel=parallel.sequence,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
-        # On two stages the interleaved schedule mixes up its batched sends and receives (gradients come out wrong).
+        # On two stages the interleaved schedule mixes up its batched sends and receives: gradients would be wrong.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         calculate_per_token_loss=True,
@@ -142,16 +141,16 @@ def transformer_settings(config: RunConfig) -> dict[str, Any]:
     )
     types = _field_types() if model.transformer else {}
     given = {name: _convert(types[name], value) for name, value in model.transformer.items()}
-    # Chosen where it is null as well.
+    # This one is also chosen where it is null.
     return settings | given | {"cp_comm_type": attention_kind(config)}
 
 
 def _leave(weight: torch.Tensor) -> None:
-    """An initialization that leaves the weight as it is."""
+    """Leave the weight as it is."""
 
 
 def find_transformer_problem(config: RunConfig) -> Problem | None:
-    """What is wrong with `model.transformer`, Megatron's own refusals included."""
+    """Return what is wrong with `model.transformer`, or None; Megatron-Core's own checks are included."""
     given = config.model.transformer
     if not given:
         return None
@@ -161,7 +160,7 @@ def find_transformer_problem(config: RunConfig) -> Problem | None:
         if text is not None:
             return Problem(f"model.transformer.{name}", text)
     refusal = _megatron_refusal(config)
-    return Problem("model.transformer", f"Megatron refuses: {refusal}") if refusal else None
+    return Problem("model.transformer", f"Megatron-Core refuses: {refusal}") if refusal else None
 
 
 def _field_types() -> dict[str, Any]:
@@ -193,7 +192,7 @@ def _field_problem(name: str, value: Any, types: dict[str, Any]) -> str | None:
 
 
 def _settable(annotation: Any) -> bool:
-    """Whether a field takes plain values; callables, dtypes and objects are for code to set."""
+    """Check whether a field takes plain values; callables, dtypes and objects can only be set by code."""
     if typing.get_origin(annotation) is typing.Union:
         return any(_settable(part) for part in typing.get_args(annotation) if part is not type(None))
     plain = (bool, int, float, str, list, tuple)
@@ -207,7 +206,7 @@ def _is_enum(annotation: Any) -> bool:
 def _convert(annotation: Any, value: Any) -> Any:
     if _is_enum(annotation) and isinstance(value, str) and value in annotation.__members__:
         return annotation[value]
-    # Not strict for lists alone, which YAML has in the place of tuples: an integer field must not take true for 1.
+    # Strict, so that an integer field does not take true for 1; not for lists, which YAML has in place of tuples.
     return TypeAdapter(annotation).validate_python(value, strict=not isinstance(value, list))
 
 
@@ -225,7 +224,7 @@ def _type_name(annotation: Any) -> str:
 
 
 def _megatron_refusal(config: RunConfig) -> str | None:
-    """What TransformerConfig says to these settings in one line, None where it takes them."""
+    """Return TransformerConfig's error for these settings in one line, or None."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

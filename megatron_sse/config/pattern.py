@@ -11,10 +11,10 @@ _ENTRY = re.compile(r"(?:(\d+)\s*\*\s*)?([A-Za-z_]\w*)")
 
 
 def expand_pattern(pattern: str | list[str]) -> list[str]:
-    """Layer kinds of one period of a pattern.
+    """Return the layer kinds of one period of a pattern.
 
     A pattern is a list of entries, in YAML or separated by commas in one string; an entry is a kind or `count*kind`.
-    Raises ValueError saying what was wrong.
+    Raises ValueError, whose text says what is wrong.
     """
     entries = pattern.split(",") if isinstance(pattern, str) else pattern
     kinds: list[str] = []
@@ -34,7 +34,7 @@ def expand_pattern(pattern: str | list[str]) -> list[str]:
 
 
 def shorten_pattern(kinds: list[str]) -> str:
-    """The shortest pattern that expands and repeats to these layer kinds."""
+    """Return the shortest pattern that expands and repeats to these layer kinds."""
     period = next(n for n in range(1, len(kinds) + 1) if len(kinds) % n == 0 and kinds == kinds[:n] * (len(kinds) // n))
     runs = [(kind, len(list(run))) for kind, run in groupby(kinds[:period])]
     return ", ".join(kind if count == 1 else f"{count}*{kind}" for kind, count in runs)

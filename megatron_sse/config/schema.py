@@ -1,4 +1,4 @@
-"""The settings of a run, section by section. configs/reference.yaml says what each key means."""
+"""The settings of a run, section by section; configs/reference.yaml documents each key."""
 
 from typing import Annotated, Any, Literal
 
@@ -6,9 +6,8 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from megatron_sse.config.checks import find_problem, show
 from megatron_sse.config.pattern import expand_pattern
-from megatron_sse.config.stages import derive_from_stages, find_stage_problem
+from megatron_sse.config.problem import show
 from megatron_sse.recurrence import RECURRENCES, Recurrence, RecurrenceName
 
 KeyMap = Literal["softmax", "silu", "topk_softmax", "one_minus_decay"]
@@ -21,7 +20,7 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
-# Default of a setting that may be left out or null and is worked out from the others once they are known.
+# Default of a setting that may be left out or null and is then derived from the others.
 DERIVED: Any = None
 
 
@@ -78,7 +77,7 @@ class SSEConfig(Section):
 
     @property
     def num_routers(self) -> int:
-        """Of an sse layer: one for writes and reads, or one each."""
+        """Routers of an sse layer: one for writes and reads, or one each."""
         return 1 + self.own_read_router
 
     @property
@@ -88,8 +87,10 @@ class SSEConfig(Section):
 
 
 class RotaryScaling(Section):
-    """Rotary frequencies of models whose context was extended: all divided by `factor`, or, where the length that the
-    model was made for is given, those alone that turn few times in it (Llama 3)."""
+    """Rotary frequencies of models whose context was extended.
+
+    All are divided by `factor`; where the length that the model was made for is given, only those that turn few times
+    in it (Llama 3)."""
 
     factor: Annotated[float, Field(ge=1)]
     original_length: Count | None = None
@@ -193,7 +194,7 @@ class ParallelConfig(Section):
 class MQARTask(Section):
     """Multi-query associative recall: `pairs` of keys and values, and later every key again, which asks for its value.
 
-    keys, values: how many there are to choose from.
+    keys, values: how many different ones there are.
     """
 
     pairs: Count
@@ -202,15 +203,16 @@ class MQARTask(Section):
 
 
 class NeedleTask(Section):
-    """Numbers of `digits` digits, each with a name, hidden in a text of byte tokens that ends by asking for them."""
+    """Named numbers of `digits` digits, hidden in a text of byte tokens that ends by asking for them."""
 
     variant: NeedleVariant = "single"
     digits: Count = 7
 
 
 class Source(Section):
-    """A part of a blend: a token file, or a task whose samples are made of a seed. weight: its share of the samples, as
-    compared with the others'."""
+    """A part of a blend: a token file, or a task whose samples are made from a seed.
+
+    weight: its share of the samples, relative to the other sources' weights."""
 
     prefix: str | None = None
     mqar: MQARTask | None = None
@@ -237,7 +239,7 @@ SOURCES = ("prefix", "mqar", "needle")
 
 
 def _as_blend(value: Any) -> Any:
-    """A file's prefix or a source alone is a blend of one."""
+    """Return a list of sources; a file's prefix or one source alone becomes a blend of one."""
     if isinstance(value, str):
         return [{"prefix": value}]
     if isinstance(value, dict):
@@ -262,12 +264,12 @@ class DataConfig(Section):
     reset_at_documents: bool = True
 
     def sources(self) -> list[Source]:
-        """Those of training, then those of validation."""
+        """Return the sources of training, then those of validation."""
         return [*self.train, *(self.validation or [])]
 
 
 class Stage(Section):
-    """A part of a run at a sequence length of its own. What is null is as in the other sections."""
+    """A part of a run at its own sequence length. Keys that are null keep the value of the other sections."""
 
     tokens: Count
     sequence_length: Count
@@ -307,7 +309,7 @@ class OptimizerConfig(Section):
     clip_grad: Positive = 1.0
 
     def default_decay_steps(self, num_steps: int) -> int:
-        """Last steps of a wsd schedule of `num_steps`, which decay: a fifth, and not those of the warm-up."""
+        """Return the number of decaying steps at the end of a wsd schedule: a fifth of the steps without warm-up."""
         stay = max(0, num_steps - self.warmup_steps)
         return min(num_steps // 5, stay) if self.schedule == "wsd" else 0
 
@@ -346,8 +348,8 @@ class MonitorConfig(Section):
     profile_ranks: list[Size0] = Field(default_factory=lambda: [0])
 
 
-class RunConfig(Section):
-    """A whole run. Checked: an instance holds no contradiction that can be known before the start."""
+class Settings(Section):
+    """All sections of a run, each valid by itself. RunConfig (run.py) is what also fits together."""
 
     model: ModelConfig
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
@@ -358,17 +360,6 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     monitor: MonitorConfig
 
-    @model_validator(mode="after")
-    def _check(self) -> "RunConfig":
-        problem = derive_from_stages(self)
-        if problem is None:
-            if self.optimizer.decay_steps is None:
-                self.optimizer.decay_steps = self.optimizer.default_decay_steps(self.training.steps)
-            problem = find_problem(self) or find_stage_problem(self)
-        if problem is not None:
-            raise PydanticCustomError("setting", "{key}: {text}", {"key": problem.key, "text": problem.text})
-        return self
-
     def to_yaml(self) -> str:
-        """The settings with all defaults filled in; loads to an equal RunConfig."""
+        """Return the settings as YAML with all defaults filled in; it loads to an equal object."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,6 +1,1 @@
-"""Models of other libraries: into checkpoints of ours and back."""
-
-from megatron_sse.convert.command import convert
-from megatron_sse.convert.score import score
-
-__all__ = ["convert", "score"]
+"""Conversion of models from and to Hugging Face folders, and upcycling; `megatron-sse convert`."""

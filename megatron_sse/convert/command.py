@@ -2,23 +2,18 @@
 
 import logging
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_sse.checkpoint.durable import fsync
-from megatron_sse.checkpoint.weights import write_weights
+from megatron_sse.checkpoint.full_weights import write_weights
 from megatron_sse.config import RunConfig
-from megatron_sse.convert.dense_settings import FAMILIES
+from megatron_sse.config.load import COMMAND_LINE
 from megatron_sse.convert.export import hf_settings, keep_from_source, write_beside
-from megatron_sse.convert.folder import write_json, write_tensors
-from megatron_sse.convert.layout import DENSE_NAMES, SSE_NAMES, model_links
-from megatron_sse.convert.links import to_ours, to_theirs
-from megatron_sse.convert.logits import check_can_compute, compute_logits
-from megatron_sse.convert.model import HF, KINDS, OURS, Model, open_model
+from megatron_sse.convert.request import Request
 from megatron_sse.convert.upcycle import (
     Recipe,
     read_part,
@@ -27,61 +22,54 @@ from megatron_sse.convert.upcycle import (
     upcycle_recipes,
     upcycle_tensors,
 )
+from megatron_sse.durable import fsync
 from megatron_sse.errors import UserError
+from megatron_sse.hf.dense_settings import FAMILIES
+from megatron_sse.hf.folder import write_json, write_tensors
+from megatron_sse.hf.links import check_shapes, to_ours, to_theirs
+from megatron_sse.hf.name_map import DENSE_NAMES, SSE_NAMES, model_links
+from megatron_sse.pretrained.logits import check_can_compute, compute_logits
+from megatron_sse.pretrained.open import HF, KINDS, OURS, Model, open_model
 
 logger = logging.getLogger(__name__)
 
 REPORT = "conversion.json"
-TOLERANCE = 1e-4
-# Sequences and tokens in each that logits are compared on.
+# Number and length of the sequences whose logits are compared.
 _COMPARED = (2, 128)
 
 
-def convert(
-    source: str,
-    target: str,
-    to: str | None = None,
-    pattern: str | None = None,
-    overrides: Iterable[str] = (),
-    tolerance: float = TOLERANCE,
-) -> int:
-    """Convert the model in the folder `source` into the new folder `target`, and compare both.
+def run(request: Request) -> int:
+    """Convert a model into a new folder, and compare both.
 
-    Args:
-        to: one of KINDS; None: from ours to hf, from all others to ours.
-        pattern: layers of the model to make of a softmax model; overrides: its settings, model.sse.key=value.
-        tolerance: largest difference of the logits, root mean square, relative to those of the source.
-
-    Returns:
-        the exit status: 0, or 1 where the two models differ. Raises UserError.
+    Returns the exit status, 1 where the two models differ. Raises UserError.
     """
-    model = open_model("SRC", source)
-    kind = to or (HF if model.kind == OURS else OURS)
-    _check_request(model, kind, pattern, list(overrides))
-    folder = Path(target)
+    model = open_model("SRC", request.source)
+    kind = request.to or (HF if model.kind == OURS else OURS)
+    _check_request(model, kind, request)
+    folder = Path(request.target)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"DST: got {target}, which exists, allowed a new folder")
+        raise UserError(f"DST: got {folder}, which exists, allowed a new folder")
     check_can_compute(model)
-    if pattern is not None:
-        return _upcycle(model, folder, pattern, list(overrides))
+    if request.pattern is not None:
+        return _upcycle(model, folder, request.pattern, request.overrides)
     if kind == OURS:
         _to_ours(model, folder)
     else:
         _to_theirs(model, folder, kind)
-    result = open_model("DST", target)
+    result = open_model("DST", folder)
     check_can_compute(result)
-    return 0 if _compare(model, result, tolerance) else 1
+    return 0 if _compare(model, result, request.tolerance) else 1
 
 
-def _check_request(model: Model, kind: str, pattern: str | None, overrides: list[str]) -> None:
+def _check_request(model: Model, kind: str, request: Request) -> None:
     if kind not in KINDS:
         raise UserError(f"--to: got {kind}, allowed {', '.join(KINDS)}")
     if (model.kind == OURS) == (kind == OURS):
         allowed = OURS if model.kind != OURS else ", ".join(other for other in KINDS if other != OURS)
         raise UserError(f"--to: got {kind}, allowed {allowed}: {model.folder} is of kind {model.kind}")
-    if pattern is None and overrides:
-        raise UserError(f"command line: got {overrides[0]}, allowed with --pattern only")
-    if pattern is not None and kind != OURS:
+    if request.pattern is None and request.overrides:
+        raise UserError(f"{COMMAND_LINE}: got {request.overrides[0]}, allowed only with --pattern")
+    if request.pattern is not None and kind != OURS:
         raise UserError(f"--pattern: got a conversion to {kind}, allowed to {OURS}")
 
 
@@ -97,6 +85,7 @@ def _to_ours(model: Model, folder: Path) -> None:
 def _to_theirs(model: Model, folder: Path, kind: str) -> None:
     settings = hf_settings(model.config, kind)
     links = model_links(model.config.model, DENSE_NAMES if kind in FAMILIES else SSE_NAMES)
+    check_shapes({link.ours: tuple(link.shape()) for link in links}, model.weights, str(model.folder))
     sources = {part.name: [link.ours] for link in links for part in link.theirs}
     with _new_folder(folder) as partial:
         write_tensors(partial, to_theirs(links, model.weights))
@@ -105,7 +94,7 @@ def _to_theirs(model: Model, folder: Path, kind: str) -> None:
     logger.info("%d tensors of %s are %d in %s (%s)", len(links), model.folder, len(sources), folder, kind)
 
 
-def _upcycle(model: Model, folder: Path, pattern: str, overrides: list[str]) -> int:
+def _upcycle(model: Model, folder: Path, pattern: str, overrides: Sequence[str]) -> int:
     config = upcycle_config(model, pattern, overrides)
     recipes = upcycle_recipes(model, config)
     unused = unused_names(model, recipes)
@@ -125,14 +114,14 @@ def _upcycle(model: Model, folder: Path, pattern: str, overrides: list[str]) -> 
     relative, largest = _difference(model, result)
     logger.info("logits differ by %.1e (largest %.1e): SSE layers are new and have to be trained", relative, largest)
     if differing:
-        logger.error("%d parts are not those of the source, the first is %s", len(differing), differing[0])
+        logger.error("%d parts differ from those of the source, the first is %s", len(differing), differing[0])
         return 1
     logger.info("read back: all %d parts from the source are bitwise the same", taken)
     return 0
 
 
 def _find_changed(model: Model, result: Model, recipes: list[Recipe]) -> list[str]:
-    """What was to go over and is not in the result as it was."""
+    """Return the parts that the result should have from the source but has not, or not bit by bit."""
     there = set(model.weights.keys())
     changed = []
     for link in (recipe.link for recipe in recipes):
@@ -143,7 +132,7 @@ def _find_changed(model: Model, result: Model, recipes: list[Recipe]) -> list[st
 
 
 def _compare(model: Model, result: Model, tolerance: float) -> bool:
-    """Whether both models give the same logits."""
+    """Check whether both models give the same logits, and report it."""
     relative, largest = _difference(model, result)
     same = relative <= tolerance
     verdict = "the same" if same else "NOT THE SAME"
@@ -153,7 +142,7 @@ def _compare(model: Model, result: Model, tolerance: float) -> bool:
 
 
 def _difference(model: Model, result: Model) -> tuple[float, float]:
-    """Of the logits on random tokens: the relative root mean square, and the largest."""
+    """Return how much the logits of random tokens differ: the relative root mean square, and the largest."""
     num_sequences, length = _COMPARED
     length = min(length, model.config.data.sequence_length)
     generator = torch.Generator().manual_seed(0)
@@ -174,14 +163,14 @@ def _main_dtype(config: RunConfig) -> torch.dtype:
 def _write_report(
     folder: Path, model: Model, kind: str, sources: dict[str, list[str]], unused: Iterable[str] = ()
 ) -> None:
-    """What every tensor was made of."""
+    """Write which tensors each tensor was made of."""
     report = {"source": str(model.folder), "from": model.kind, "to": kind, "tensors": sources, "unused": list(unused)}
     write_json(folder / REPORT, report)
 
 
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write to that gets its name at the end. Raises UserError where it cannot be written."""
+    """Make a folder to write to, which gets its name at the end of the block. Raises UserError if that fails."""
     partial = folder.with_name(f"{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What stands beside the weights in a Hugging Face folder: config.json, the modeling file, the tokenizer."""
+"""The files beside the weights in a Hugging Face folder: config.json, the modeling file, the tokenizer."""
 
 import shutil
 from pathlib import Path
@@ -6,22 +6,23 @@ from typing import Any
 
 import torch
 
-from megatron_sse.checkpoint.save import TOKENS
+from megatron_sse.checkpoint.names import TOKENS
 from megatron_sse.config import RunConfig
-from megatron_sse.convert import hf_files
 from megatron_sse.convert.byte_tokenizer import write_byte_tokenizer
-from megatron_sse.convert.dense_settings import FAMILIES, model_to_dense
-from megatron_sse.convert.folder import CONFIG, read_json, write_json
-from megatron_sse.convert.logits import network_settings
-from megatron_sse.convert.model import HF, HF_MODEL_TYPE
-from megatron_sse.convert.sse_settings import model_to_sse
+from megatron_sse.data.metadata import TOKENIZER, TOKENIZER_SETTINGS
+from megatron_sse.hf import exported
+from megatron_sse.hf.dense_settings import FAMILIES, model_to_dense
+from megatron_sse.hf.folder import CONFIG, read_json, write_json
+from megatron_sse.hf.sse_settings import model_to_sse
+from megatron_sse.pretrained.logits import network_settings
+from megatron_sse.pretrained.open import HF, HF_MODEL_TYPE
 
-# Of the folder that a checkpoint of ours was converted from, kept in it for the way back.
+# config.json of the folder that a checkpoint was converted from, kept in it for a conversion back.
 SOURCE_CONFIG = "hf_config.json"
 _KEPT_SETTINGS = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
 _KEPT_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER,
+    TOKENIZER_SETTINGS,
     "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -46,7 +47,7 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def hf_settings(config: RunConfig, kind: str) -> dict[str, Any]:
-    """config.json of a kind of folder. Raises UserError for what it cannot hold."""
+    """Return config.json of a kind of folder. Raises UserError for settings that it cannot hold."""
     model, length = config.model, config.data.sequence_length
     if kind == HF:
         return _own_settings(config)
@@ -65,7 +66,7 @@ def _own_settings(config: RunConfig) -> dict[str, Any]:
             "AutoConfig": f"{module}.MegatronSSEConfig",
             "AutoModelForCausalLM": f"{module}.MegatronSSEForCausalLM",
         },
-        # Other tools look for these by their usual names.
+        # Other tools read these by their usual names.
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
         "intermediate_size": model.ffn_hidden_size,
@@ -82,9 +83,9 @@ def _own_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def write_beside(source: Path, target: Path, settings: dict[str, Any], kind: str, dtype: torch.dtype) -> None:
-    """Write config.json, and what else belongs into a folder of this kind.
+    """Write config.json and the other files of this kind of folder.
 
-    source: the checkpoint of ours that is converted. dtype: of most weights. Raises OSError.
+    source: the checkpoint that is converted. dtype: that of most weights. Raises OSError.
     """
     kept: dict[str, Any] = {}
     if (source / SOURCE_CONFIG).is_file():
@@ -100,4 +101,4 @@ def write_beside(source: Path, target: Path, settings: dict[str, Any], kind: str
     write_json(target / CONFIG, settings | kept | {"dtype": name, "torch_dtype": name})
     if kind == HF:
         for file in _MODELING_FILES:
-            shutil.copyfile(Path(hf_files.__file__).with_name(file), target / file)
+            shutil.copyfile(Path(exported.__file__).with_name(file), target / file)

@@ -1,25 +1,24 @@
 """Softmax models into SSE hybrids: which layers become SSE layers, and where the weights of those come from."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_sse.config import RunConfig
-from megatron_sse.config.load import apply_override, make_config
+from megatron_sse.config.load import COMMAND_LINE, apply_override, make_config
 from megatron_sse.config.weights import Weight, model_weights
-from megatron_sse.convert.dense_settings import FAMILIES
-from megatron_sse.convert.layout import DENSE_NAMES, model_links
-from megatron_sse.convert.links import Link, Part
-from megatron_sse.convert.model import Model
 from megatron_sse.errors import UserError
+from megatron_sse.hf.dense_settings import FAMILIES
+from megatron_sse.hf.links import Link, Part
+from megatron_sse.hf.name_map import DENSE_NAMES, model_links
 from megatron_sse.model.initialize import draw_full
+from megatron_sse.pretrained.open import Model
 
-COMMAND_LINE = "command line"
-# The source decides these.
+# These follow from the source.
 _FIXED = ("num_heads", "head_dim", "value_head_dim", "num_value_heads")
-# Up-projections of the low-rank part of the sparse banks' queries and keys: with zeros all banks start alike.
+# Up-projections of the low-rank part of the sparse banks' queries and keys: with zeros all banks start equal.
 _ZERO = (".query_lora.up.weight", ".key_lora.up.weight")
 
 
@@ -34,8 +33,8 @@ class Recipe:
     sources: tuple[str, ...]
 
 
-def upcycle_config(source: Model, pattern: str, overrides: list[str]) -> RunConfig:
-    """Settings of the source with other layers. overrides: model.sse.key=value. Raises UserError."""
+def upcycle_config(source: Model, pattern: str, overrides: Iterable[str]) -> RunConfig:
+    """Return the settings of the source with other layers. overrides: model.sse.key=value. Raises UserError."""
     if source.kind not in FAMILIES:
         raise UserError(f"--pattern: got a {source.kind} folder as SRC, allowed {', '.join(FAMILIES)}")
     values = source.config.model_dump()
@@ -46,25 +45,25 @@ def upcycle_config(source: Model, pattern: str, overrides: list[str]) -> RunConf
     for override in overrides:
         key = override.partition("=")[0]
         if not key.startswith("model.sse.") or key.rpartition(".")[2] in _FIXED:
-            raise UserError(f"{COMMAND_LINE}: got {key}, allowed keys of model.sse but for {', '.join(_FIXED)}")
+            raise UserError(f"{COMMAND_LINE}: got {key}, allowed keys of model.sse except {', '.join(_FIXED)}")
         apply_override(values, places, override)
     return make_config(values, places)
 
 
 def upcycle_recipes(source: Model, config: RunConfig) -> list[Recipe]:
-    """A recipe for every tensor of the upcycled model."""
+    """Return a recipe for every tensor of the upcycled model."""
     links = model_links(config.model, DENSE_NAMES)
     return [Recipe(link, tuple(_describe(source, link, part) for part in link.theirs)) for link in links]
 
 
 def unused_names(source: Model, recipes: list[Recipe]) -> list[str]:
-    """Tensors of the source that no tensor of the upcycled model has."""
+    """Return the tensors of the source that the upcycled model does not use."""
     used = {part.name for recipe in recipes for part in recipe.link.theirs}
     return [part.name for link in source.links for part in link.theirs if part.name not in used]
 
 
 def upcycle_tensors(source: Model, config: RunConfig, recipes: list[Recipe]) -> Iterator[tuple[str, Tensor]]:
-    """The upcycled model's tensors, one after the other."""
+    """Yield the upcycled model's tensors, one after the other."""
     dtype = source.weights.dtype(DENSE_NAMES.embedding)
     names = set(source.weights.keys())
     weights = {weight.name: weight for weight in model_weights(config.model)}
@@ -78,7 +77,7 @@ def upcycle_tensors(source: Model, config: RunConfig, recipes: list[Recipe]) -> 
 
 
 def read_part(source: Model, part: Part) -> Tensor:
-    """A tensor of the source; key and value heads that groups share are repeated for each of their query heads."""
+    """Return a tensor of the source; key and value heads that query heads share are repeated for each of these."""
     tensor = source.weights.get(part.name)
     repeats = part.shape[0] // tensor.shape[0]
     if repeats == 1:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from megatron_sse.errors import UserError
 
+# The files of a tokenizer. Beside a token file their names come after its prefix and a dot.
+TOKENIZER, TOKENIZER_SETTINGS = "tokenizer.json", "tokenizer_config.json"
+
 
 @dataclass
 class Metadata:

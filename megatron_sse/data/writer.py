@@ -10,7 +10,7 @@ from typing import IO
 
 import numpy as np
 
-from megatron_sse.checkpoint.durable import fsync
+from megatron_sse.durable import fsync
 
 # Copied from Megatron-Core's indexed_dataset, whose import would load torch.
 _MAGIC = b"MMIDIDX\x00\x00"

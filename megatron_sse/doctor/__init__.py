@@ -1,5 +1,1 @@
-"""What would keep a run from starting, found out before it starts; `megatron-sse doctor`."""
-
-from megatron_sse.doctor.command import examine
-
-__all__ = ["examine"]
+"""Checks of everything that a run needs, before it starts; `megatron-sse doctor`."""

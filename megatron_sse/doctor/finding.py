@@ -1,4 +1,4 @@
-"""One line of what the doctor says."""
+"""One line of the doctor's report."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -10,7 +10,7 @@ OPEN: Final = "–"
 
 @dataclass(frozen=True)
 class Finding:
-    """mark: GOOD, BAD, or OPEN where there was nothing to check. text: what was found and, if bad, what to do."""
+    """mark: GOOD, BAD, or OPEN where there is nothing to check. text: what was found and, if bad, what to do."""
 
     mark: str
     name: str

@@ -11,17 +11,17 @@ from pathlib import Path
 import torch
 from packaging.requirements import Requirement
 
-from megatron_sse.checkpoint.folders import checkpoint_folder
+from megatron_sse.checkpoint.folders import checkpoint_folder, list_checkpoints
 from megatron_sse.config import RunConfig
 from megatron_sse.config.weights import model_weights
 from megatron_sse.doctor.finding import BAD, GOOD, OPEN, Finding
+from megatron_sse.plan.ceilings import GIB
 
 PACKAGE = "megatron-sse"
-GIB = 2**30
 
 
 def check_versions() -> Iterator[Finding]:
-    """Installed packages against what this one asks for; those for GPUs where there is one."""
+    """Compare installed packages with the requirements; those of the gpu extra only if there is a GPU."""
     try:
         asked = [Requirement(text) for text in importlib.metadata.requires(PACKAGE) or []]
     except importlib.metadata.PackageNotFoundError:
@@ -54,12 +54,12 @@ def _problem(requirement: Requirement) -> str | None:
 
 
 def check_gpu() -> Iterator[Finding]:
-    """GPUs, and NCCL between them."""
+    """Check the GPUs, and NCCL."""
     if not torch.cuda.is_available():
-        # The driver's program is there where a GPU is.
+        # nvidia-smi comes with the driver, which is installed where there is a GPU.
         if shutil.which("nvidia-smi"):
-            advice = "install torch's CUDA build, or a driver that is new enough for it"
-            yield Finding(BAD, "GPU", f"torch {torch.__version__} sees none, though nvidia-smi is there; {advice}")
+            advice = "although there is a driver; install torch's CUDA build, or a driver that is new enough"
+            yield Finding(BAD, "GPU", f"torch {torch.__version__} finds none, {advice}")
         else:
             yield Finding(OPEN, "GPU", "none: runs use the CPU and gloo, for small models and tests")
         return
@@ -76,11 +76,11 @@ def check_gpu() -> Iterator[Finding]:
 
 
 def check_disk(config: RunConfig) -> Iterator[Finding]:
-    """Whether the run's checkpoints find room."""
+    """Check whether there is room for the run's checkpoints."""
     folder = checkpoint_folder(config).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        yield Finding(BAD, "monitor.folder", f"{existing} cannot be written to; set monitor.folder to another")
+        yield Finding(BAD, "monitor.folder", f"{existing} cannot be written; set monitor.folder to another folder")
         return
     size, number = checkpoint_bytes(config), _checkpoints_to_come(config, folder)
     free = shutil.disk_usage(existing).free
@@ -91,17 +91,17 @@ def check_disk(config: RunConfig) -> Iterator[Finding]:
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
-    """Bytes of one checkpoint: weights and two moments; in bf16 runs also the fp32 copies."""
+    """Return the bytes of one checkpoint: weights and two moments; in bf16 runs also the fp32 copies."""
     per_element = 2 + 3 * 4 if config.training.precision == "bf16" else 3 * 4
     return per_element * sum(weight.size for weight in model_weights(config.model))
 
 
 def _checkpoints_to_come(config: RunConfig, folder: Path) -> int:
-    """Checkpoints that lie on the disk at one time at most, without those that are there."""
+    """Return how many more checkpoints may be on the disk at the same time."""
     interval = config.checkpoint.interval
     total = -(-config.training.steps // interval) if interval else 1
     if config.checkpoint.keep_last is not None:
-        # An old one goes when the new one is complete.
+        # An old one is deleted when the new one is complete.
         total = min(total, config.checkpoint.keep_last + 1)
-    there = len(list(folder.glob("iter_*")))
+    there = len(list_checkpoints(folder))
     return max(1, total - there)

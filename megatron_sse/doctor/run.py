@@ -10,27 +10,27 @@ from pathlib import Path
 
 import torch
 
-from megatron_sse.checkpoint.architecture import CONFIG, changed_settings
+from megatron_sse.checkpoint.architecture import changed_settings
 from megatron_sse.checkpoint.data import changed_data
 from megatron_sse.checkpoint.folders import find_all_damage, find_checkpoints, find_weights
 from megatron_sse.checkpoint.manifest import read_manifest
-from megatron_sse.config import DataConfig, RunConfig, Source, load_config, plan_stages
+from megatron_sse.config import DataConfig, RunConfig, Source, count_processes, load_config, plan_stages
 from megatron_sse.config.weights import model_weights
 from megatron_sse.data.checks import check_token_file
 from megatron_sse.data.metadata import read_metadata
 from megatron_sse.data.sources import name_sources, open_training, open_validation
 from megatron_sse.doctor.finding import BAD, GOOD, OPEN, Finding
 from megatron_sse.errors import UserError
-from megatron_sse.launch import count_processes
-from megatron_sse.nodes import find_nodes
+from megatron_sse.launch.nodes import find_nodes
 from megatron_sse.plan.ceilings import GIB
 from megatron_sse.plan.memory import rank_memory
 from megatron_sse.plan.search import HEADROOM
 from megatron_sse.plan.sizes import Sizes
+from megatron_sse.run_folder import CONFIG
 
 
 def check_layout(config: RunConfig) -> Iterator[Finding]:
-    """Whether this machine's processes, the layout and the batch divide."""
+    """Check whether this machine's processes, the layout and the batch divide."""
     try:
         nodes = find_nodes(os.environ)
         count = count_processes(config, nodes.count, torch.cuda.device_count())
@@ -41,7 +41,7 @@ def check_layout(config: RunConfig) -> Iterator[Finding]:
 
 
 def check_token_files(config: RunConfig) -> Iterator[Finding]:
-    """Index, size, token ids and vocabulary of the token files."""
+    """Check index, size, token ids and vocabulary of the token files."""
     vocab_size = config.model.vocab_size
     for stage in plan_stages(config):
         data = stage.config.data
@@ -56,7 +56,7 @@ def check_token_files(config: RunConfig) -> Iterator[Finding]:
 def _check_blend(
     key: str, blend: list[Source], data: DataConfig, vocab_size: int, open_samples: Callable[[], object]
 ) -> Iterator[Finding]:
-    """Every file of a blend, then whether samples can be made of them."""
+    """Check every file of a blend, then whether samples can be made of them."""
     prefixes = [source.prefix for source in blend if source.prefix]
     if data.corpus is not None and prefixes and not Path(prefixes[0] + ".idx").exists():
         yield Finding(OPEN, key, f"{prefixes[0]} will be built from data.corpus {data.corpus}")
@@ -83,14 +83,14 @@ def _check_source(key: str, source: Source, vocab_size: int) -> Iterator[Finding
     text = f"{source.prefix}: {index.num_tokens:,} tokens, {len(index.offsets_D1) - 1:,} documents, ids in range"
     yield Finding(GOOD, key, text)
     if metadata is None:
-        yield Finding(OPEN, "tokenizer", f"{source.prefix}.json is not there: the tokenizer is not known")
+        yield Finding(OPEN, "tokenizer", f"{source.prefix}.json not found: the tokenizer is not known")
     else:
         vocabulary = f"{metadata.vocab_size:,} tokens, model.vocab_size {vocab_size:,}"
         yield Finding(GOOD, "tokenizer", f"{metadata.tokenizer}, {vocabulary}")
 
 
 def check_checkpoints(config: RunConfig) -> Iterator[Finding]:
-    """Whether what the run would go on from, or start from, is whole and of the same model."""
+    """Check whether the checkpoint that the run would resume or start from is intact and of the same model."""
     try:
         found = find_checkpoints(config)
         weights = find_weights(config)
@@ -98,7 +98,7 @@ def check_checkpoints(config: RunConfig) -> Iterator[Finding]:
         yield Finding(BAD, "checkpoint", str(error))
         return
     if not found and weights is None:
-        yield Finding(OPEN, "checkpoint", "none: the run starts anew")
+        yield Finding(OPEN, "checkpoint", "none: the run starts from the beginning")
     if found:
         yield _check_checkpoint(config, "resume", found[0])
     elif weights is not None:
@@ -113,7 +113,7 @@ def _check_checkpoint(config: RunConfig, key: str, path: Path) -> Finding:
     try:
         saved = load_config(path / CONFIG)
     except UserError as error:
-        return Finding(OPEN, f"checkpoint.{key}", f"{path} is whole; its settings cannot be read ({error})")
+        return Finding(OPEN, f"checkpoint.{key}", f"{path} is intact; its settings cannot be read ({error})")
     if model_weights(saved.model) != model_weights(config.model):
         keys = [key for key in _model_keys(config) if key != "model.vocab_multiple"]
         changed = "; ".join(changed_settings(path, config, keys))
@@ -121,17 +121,17 @@ def _check_checkpoint(config: RunConfig, key: str, path: Path) -> Finding:
         return Finding(BAD, f"checkpoint.{key}", f"{path} is of another model: {changed}; {advice}")
     if key == "resume" and not manifest.optimizer:
         advice = "give it as checkpoint.load_weights"
-        return Finding(BAD, f"checkpoint.{key}", f"{path} has weights alone; {advice}")
+        return Finding(BAD, f"checkpoint.{key}", f"{path} has only weights; {advice}")
     if key == "resume" and manifest.step >= config.training.steps:
         advice = "raise training.steps"
         return Finding(BAD, f"checkpoint.{key}", f"{path}: all {config.training.steps} steps are done; {advice}")
     if key == "resume" and config.checkpoint.changed_data == "refuse":
-        # What is wrong with the files is found by check_token_files.
+        # check_token_files reports what is wrong with the files.
         with contextlib.suppress(UserError):
             if other := changed_data(path, plan_stages(config)):
                 advice = "restore it, or set checkpoint.changed_data: accept"
                 return Finding(BAD, f"checkpoint.{key}", f"{path} is of other data: {'; '.join(other)}; {advice}")
-    return Finding(GOOD, f"checkpoint.{key}", f"{path}: whole, of this model, step {manifest.step}")
+    return Finding(GOOD, f"checkpoint.{key}", f"{path}: intact, of this model, step {manifest.step}")
 
 
 def _model_keys(config: RunConfig) -> list[str]:
@@ -141,20 +141,21 @@ def _model_keys(config: RunConfig) -> list[str]:
 
 
 def check_memory(config: RunConfig) -> Iterator[Finding]:
-    """The plan's memory against this machine's GPU."""
+    """Compare the planned memory with that of this machine's GPU."""
     num_gpus = torch.cuda.device_count()
     if not num_gpus:
-        yield Finding(OPEN, "memory", "no GPU here; megatron-sse plan says what a GPU needs")
+        yield Finding(OPEN, "memory", "no GPU here; megatron-sse plan reports what a GPU needs")
         return
     try:
         nodes = find_nodes(os.environ).count
         data_size = nodes * count_processes(config, nodes, num_gpus) // config.parallel.replica_size
     except UserError:
-        return  # said by check_layout
+        # check_layout reports it.
+        return
     sizes = Sizes(config, data_size)
     needed = max(rank_memory(sizes, stage).total for stage in range(config.parallel.pipeline))
     there = (1 - HEADROOM) * torch.cuda.get_device_properties(0).total_memory
-    text = f"{needed / GIB:,.1f} GiB planned for a GPU, {there / GIB:,.1f} GiB there (10 % left free)"
+    text = f"{needed / GIB:,.1f} GiB planned for a GPU, {there / GIB:,.1f} GiB available (10 % left free)"
     if needed > there:
         text += "; megatron-sse plan --search shows layouts that fit"
     yield Finding(GOOD if needed <= there else BAD, "memory", text)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sse.config import MQARTask, NeedleTask, RunConfig
-from megatron_sse.convert.model import Model, open_model
 from megatron_sse.data.checks import TokenFile
 from megatron_sse.errors import found_by_all
 from megatron_sse.evaluation.needles import Found, measure_needles
@@ -19,17 +18,19 @@ from megatron_sse.evaluation.perplexity import Losses, measure_losses, validatio
 from megatron_sse.evaluation.read import Reader
 from megatron_sse.evaluation.recall import Recalled, measure_recall
 from megatron_sse.evaluation.report import (
-    make_folder,
     tabulate_losses,
     tabulate_needles,
     tabulate_recall,
     write_results,
 )
-from megatron_sse.evaluation.request import MQAR, NEEDLE, PERPLEXITY, Request, needle_tasks, recall_tasks
-from megatron_sse.inference.load import build_and_load, inference_config, inference_groups
+from megatron_sse.evaluation.request import MQAR, NEEDLE, PERPLEXITY, Request
+from megatron_sse.evaluation.tasks import needle_tasks, recall_tasks
 from megatron_sse.inference.prompts import check_length
-from megatron_sse.inference.text import Tokenizer, open_tokenizer
 from megatron_sse.installed import has_pictures, warn_without_pictures
+from megatron_sse.pretrained.network import build_and_load, inference_config, inference_groups
+from megatron_sse.pretrained.open import Model, open_model
+from megatron_sse.pretrained.text import Tokenizer, open_tokenizer
+from megatron_sse.reports.results import make_folder
 
 logger = logging.getLogger(__name__)
 
@@ -53,13 +54,12 @@ def run(request: Request) -> int:
 
     Under torchrun all processes form one tensor group.
     """
-    world_size, is_writer = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
-    # All processes check the request, so that an error ends all of them.
+    is_writer = os.environ.get("RANK", "0") == "0"
     with found_by_all():
-        job = _prepare(request, world_size)
+        job = _prepare(request)
     if is_writer:
         warn_without_pictures()
-    with inference_groups(world_size) as (groups, device):
+    with inference_groups(request.world_size) as (groups, device):
         net = build_and_load(job.model, job.config, groups, device)
         reader = Reader(net, job.config.model.vocab_size, request.batch, request.chunk)
         results: dict[str, list[Any]] = {}
@@ -70,10 +70,10 @@ def run(request: Request) -> int:
     return 0
 
 
-def _prepare(request: Request, world_size: int) -> _Job:
+def _prepare(request: Request) -> _Job:
     request.check()
     model = open_model("CHECKPOINT", request.checkpoint)
-    config = inference_config(model, request.precision, world_size)
+    config = inference_config(model, request.precision, request.world_size)
     lengths = request.length_list() or [config.data.sequence_length]
     if not request.any_length:
         given = f"--lengths: got {max(lengths)}"
@@ -139,7 +139,7 @@ def _show(job: _Job, task: str, results: dict[str, list[Any]]) -> None:
 
 
 def _parts(task: str, results: list[Any]) -> list[tuple[str, list[Any]]]:
-    """Return the results by table and picture, each with the picture's name."""
+    """Group results that share a table and a picture; return the groups with their names."""
     if task == MQAR:
         return [(task, results)]
     name = "file" if task == PERPLEXITY else "variant"
@@ -166,7 +166,7 @@ def _draw(task: str, path: Path, results: list[Any]) -> None:
 
 
 def _about(job: _Job) -> dict[str, Any]:
-    """Return the model and the settings of this evaluation, for results.json."""
+    """Describe what was evaluated, and how."""
     settings = asdict(job.request) | {"lengths": job.lengths, "depths": job.request.depth_list()}
     settings |= {"pairs": [task.pairs for task in job.recall], "variants": [task.variant for task in job.needles]}
     settings["mqar"] = [task.model_dump() for task in job.recall]

@@ -13,7 +13,7 @@ from megatron_sse.evaluation.recall import sample_generator
 from megatron_sse.inference.cache import Cache
 from megatron_sse.inference.run import generate
 from megatron_sse.inference.sampling import Sampler
-from megatron_sse.inference.text import Tokenizer
+from megatron_sse.pretrained.text import Tokenizer
 
 
 @dataclass(frozen=True)

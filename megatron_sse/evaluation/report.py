@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import megatron.core
-import torch
-
-from megatron_sse import __version__
-from megatron_sse.errors import UserError
 from megatron_sse.evaluation.needles import Found
 from megatron_sse.evaluation.perplexity import Losses
 from megatron_sse.evaluation.recall import Recalled
+from megatron_sse.reports.results import write_json
+from megatron_sse.reports.tables import table
 
 RESULTS = "results.json"
-VERSIONS = {"megatron_sse": __version__, "torch": torch.__version__, "megatron_core": megatron.core.__version__}
 
 
 def tabulate_losses(results: Sequence[Losses]) -> str:
@@ -88,34 +82,7 @@ def _values(results: Sequence[Any], name: str) -> list[Any]:
     return sorted({getattr(result, name) for result in results})
 
 
-def table(title: str, header: list[str], rows: list[list[str]]) -> str:
-    """Return a text table with right-aligned columns."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    cells = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in (header, *rows)]
-    lines = ["  ".join(row).rstrip() for row in cells]
-    return "\n".join([title, *lines, ""])
-
-
 def write_results(folder: Path, about: dict[str, Any], results: dict[str, list[Any]]) -> Path:
     """Write results.json. Raises UserError."""
     found = {task: [asdict(result) for result in results[task]] for task in results}
     return write_json(folder / RESULTS, about, found)
-
-
-def write_json(path: Path, about: dict[str, Any], results: dict[str, Any]) -> Path:
-    """Write results and versions to a file that appears complete or not at all. Raises UserError."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        partial.write_text(json.dumps(about | {"versions": VERSIONS} | results, indent=2) + "\n")
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"--output: {path} cannot be written ({error.strerror})") from None
-    return path
-
-
-def make_folder(path: str) -> None:
-    """Create the folder for results. Raises UserError."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output: {path} cannot be created ({error.strerror})") from None

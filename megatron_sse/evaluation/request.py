@@ -1,52 +1,49 @@
-"""The request of `megatron-sse evaluate`, and checks of it against the model."""
+"""The arguments of `megatron-sse evaluate`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, get_args
 
-from megatron_sse.config import MQARTask, NeedleTask, NeedleVariant, RunConfig
-from megatron_sse.data.tasks.mqar import vocabulary_of
-from megatron_sse.data.tasks.needle import VARIANTS
-from megatron_sse.errors import UserError
-from megatron_sse.evaluation.needles import least_length
-from megatron_sse.inference.run import DEFAULT_CHUNK
-from megatron_sse.inference.text import Tokenizer
+from megatron_sse.config import MQARTask, NeedleVariant
+from megatron_sse.errors import UserError, found_by_all
+from megatron_sse.inference.request import ModelRequest
+from megatron_sse.options import option, positional
 
 PERPLEXITY, MQAR, NEEDLE = TASKS = ("perplexity", "mqar", "needle")
-# Defaults for models that were not trained on the task.
-_RECALL = MQARTask(pairs=32, keys=64, values=32)
-_DIGITS = 7
+# For a model that was not trained on the task.
+RECALL = MQARTask(pairs=32, keys=64, values=32)
+DIGITS = 7
+VARIANTS: tuple[NeedleVariant, ...] = get_args(NeedleVariant)
 
 Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
-    """Options of `megatron-sse evaluate`, documented in docs/evaluate.md. Lists are strings with commas."""
+class Request(ModelRequest):
+    """Measure loss by position (perplexity), associative recall (mqar) and the recall of numbers hidden in long texts
+    (needle). Lists are numbers separated by commas. docs/evaluate.md explains the tasks."""
 
-    checkpoint: str
-    tasks: Sequence[str]
-    output: str = "evaluation"
-    data: str | None = None
-    tokens: int = 1 << 18
-    lengths: str | None = None
-    depths: str = "0,25,50,75,100"
-    pairs: str | None = None
-    keys: int | None = None
-    values: int | None = None
-    variants: str | None = None
-    digits: int | None = None
-    samples: int = 20
-    seed: int = 0
-    batch: int = 8
-    chunk: int = DEFAULT_CHUNK
-    precision: str | None = None
-    any_length: bool = False
+    command, help = "evaluate", "measure what a model predicts and recalls"
 
+    tasks: tuple[str, ...] = positional("TASK", ", ".join(TASKS))
+    output: str = option("FOLDER", "folder for JSON and PNG files", default="evaluation")
+    lengths: str | None = option("LIST", "tokens of a sequence", unset="the length that the model was trained on")
+    data: str | None = option("PREFIX", "perplexity: token file", unset="the model's validation data")
+    tokens: int = option("N", "perplexity: tokens of the file", default=1 << 18)
+    pairs: str | None = option("LIST", "mqar: pairs in a sequence", unset=f"as trained, or {RECALL.pairs}")
+    keys: int | None = option("N", "mqar: keys to choose from", unset=f"as trained, or {RECALL.keys}")
+    values: int | None = option("N", "mqar: values to choose from", unset=f"as trained, or {RECALL.values}")
+    variants: str | None = option("LIST", f"needle: {', '.join(VARIANTS)}", unset="as trained, or all")
+    depths: str = option("LIST", "needle: depths of the first number, percent of the text", default="0,25,50,75,100")
+    digits: int | None = option("N", "needle: digits of a number", unset=f"as trained, or {DIGITS}")
+    samples: int = option("N", "samples of each cell", default=20)
+    seed: int = option("N", "seed of the samples", default=0)
+    batch: int = option("N", "sequences at once", default=8)
+
+    @found_by_all()
     def check(self) -> None:
-        """Raise UserError for impossible values."""
         for task in self.tasks:
             if task not in TASKS or self.tasks.count(task) > 1:
                 raise UserError(f"TASK: got {task!r}, allowed {', '.join(TASKS)}, each once")
@@ -59,14 +56,14 @@ class Request:
         self.length_list(), self.depth_list(), self.pair_list(), self.variant_list()
 
     def length_list(self) -> list[int]:
-        """Return the lengths; like the other lists, empty where none is given. Raises UserError."""
+        """Return the lengths; like the other lists, empty if not given. Raises UserError."""
         return _read_list("--lengths", self.lengths, int, lambda length: length >= 1, "whole numbers from 1 on")
 
     def pair_list(self) -> list[int]:
         return _read_list("--pairs", self.pairs, int, lambda pairs: pairs >= 1, "whole numbers from 1 on")
 
     def depth_list(self) -> list[float]:
-        """Return the depths as shares of the text, 0 to 1."""
+        """Return the depths as shares of the text."""
         right = "numbers from 0 to 100, in percent of the text"
         return [depth / 100 for depth in _read_list("--depths", self.depths, float, lambda d: 0 <= d <= 100, right)]
 
@@ -93,44 +90,3 @@ def _read_list(
     if text is not None and (not values or not all(map(right, values)) or len(set(values)) < len(values)):
         raise UserError(f"{key}: got {text!r}, allowed different {allowed}, with commas between them")
     return sorted(values)
-
-
-def recall_tasks(request: Request, config: RunConfig, lengths: list[int]) -> list[MQARTask]:
-    """Return a task for each number of pairs. Raises UserError where one does not fit the model or any of the lengths.
-
-    Settings that are not given are those of the model's training on the task, or defaults.
-    """
-    trained = next((source.mqar for source in config.data.sources() if source.mqar is not None), _RECALL)
-    given = {name: getattr(request, name) for name in ("keys", "values") if getattr(request, name) is not None}
-    sizes = trained.model_dump() | given
-    tasks = [MQARTask.model_validate(sizes | {"pairs": pairs}) for pairs in request.pair_list() or [trained.pairs]]
-    needed, vocab_size = vocabulary_of(tasks[0]), config.model.vocab_size
-    if needed > vocab_size:
-        raise UserError(
-            f"mqar: got a model of {vocab_size} tokens, allowed {needed} or more with {sizes['keys']} keys, "
-            f"{sizes['values']} values and a token for gaps; give fewer with --keys and --values"
-        )
-    for task in tasks:
-        if task.pairs > task.keys:
-            raise UserError(f"--pairs: got {task.pairs}, allowed at most {task.keys}, the number of keys")
-        if 3 * task.pairs > max(lengths):
-            raise UserError(
-                f"--pairs: got {task.pairs}, allowed at most {max(lengths) // 3}, a third of the tokens of --lengths"
-            )
-    return tasks
-
-
-def needle_tasks(request: Request, config: RunConfig, lengths: list[int], tokenizer: Tokenizer) -> list[NeedleTask]:
-    """Return a task for each variant, with defaults like recall_tasks. Raises UserError where a length is too short."""
-    trained = [source.needle for source in config.data.sources() if source.needle is not None]
-    digits = request.digits or (trained[0].digits if trained else _DIGITS)
-    variants = request.variant_list() or list(dict.fromkeys(task.variant for task in trained)) or list(VARIANTS)
-    tasks = [NeedleTask(variant=variant, digits=digits) for variant in variants]
-    for task in tasks:
-        least = least_length(tokenizer, task)
-        if least > min(lengths):
-            raise UserError(
-                f"--lengths: got {min(lengths)}, allowed {least} or more, the tokens of needle {task.variant} with "
-                f"{digits} digits"
-            )
-    return tasks

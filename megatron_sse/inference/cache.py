@@ -70,7 +70,7 @@ class Cache:
 
     @classmethod
     def restore(cls, content: dict[str, Any], model: GPTModel) -> "Cache":
-        """What read_cache gave."""
+        """Return the cache whose content read_cache returned."""
         cache = cls(model, 0)
         for number, layer in cache.layers.items():
             layer.set_tensors({name: tensor.to(cache.device) for name, tensor in content["layers"][number].items()})
@@ -79,7 +79,7 @@ class Cache:
 
 
 def read_cache(path: str, settings: dict) -> dict[str, Any]:
-    """The content of a file that Cache.save wrote for a model of the same settings. Raises UserError."""
+    """Return the content of a file that Cache.save wrote for a model of the same settings. Raises UserError."""
     if not Path(path).is_file():
         raise UserError(f"--load-cache: {path}: no such file")
     try:
@@ -117,7 +117,7 @@ def _make_key_value_cache(attention: SoftmaxAttention, num_sequences: int, devic
 
 
 def _make_tails(mixer: SSEMixer | SoftmaxAttention, num_sequences: int) -> dict[str, Tail]:
-    """Of the convolution in front of a mixer."""
+    """Return the empty state of the convolution in front of a mixer."""
     if mixer.input_convolution is None:
         return {}
     return {"input": _make_tail(mixer.input_convolution.conv_weight, num_sequences)}

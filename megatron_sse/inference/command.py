@@ -1,4 +1,4 @@
-"""`megatron-sse generate`: text from a model, streamed."""
+"""The command `megatron-sse generate`: text from a model, printed as it is generated."""
 
 import logging
 import os
@@ -11,76 +11,26 @@ from typing import Any
 from megatron.core.models.gpt import GPTModel
 
 from megatron_sse.config import RunConfig
-from megatron_sse.convert.model import Model, open_model
 from megatron_sse.errors import UserError, found_by_all
 from megatron_sse.inference.cache import Cache, read_cache
-from megatron_sse.inference.load import build_and_load, inference_config, inference_groups
 from megatron_sse.inference.prompts import check_length, check_tokens, read_prompts, read_tokens
-from megatron_sse.inference.run import DEFAULT_CHUNK, generate
+from megatron_sse.inference.request import Request
+from megatron_sse.inference.run import generate
 from megatron_sse.inference.sampling import Sampler
-from megatron_sse.inference.text import Tokenizer, open_tokenizer
 from megatron_sse.parallel.device import Device
 from megatron_sse.parallel.sharding import ContextShard
+from megatron_sse.pretrained.network import build_and_load, inference_config, inference_groups
+from megatron_sse.pretrained.open import Model, open_model
+from megatron_sse.pretrained.text import Tokenizer, open_tokenizer
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What `megatron-sse generate` was asked for; docs/generate.md explains each."""
-
-    checkpoint: str
-    prompts: Sequence[str] = ()
-    prompt_files: Sequence[str] = ()
-    tokens: str | None = None
-    max_tokens: int = 100
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    chunk: int = DEFAULT_CHUNK
-    context: int = 1
-    precision: str | None = None
-    any_length: bool = False
-    save_cache: str | None = None
-    load_cache: str | None = None
-
-    @property
-    def is_interactive(self) -> bool:
-        return not (self.prompts or self.prompt_files or self.tokens)
-
-    def check(self, world_size: int) -> None:
-        """Raise UserError for what cannot be meant."""
-        for name, value, right, allowed in (
-            ("--max-tokens", self.max_tokens, self.max_tokens >= 1, "1 or more"),
-            (
-                "--temperature",
-                self.temperature,
-                0 <= self.temperature < float("inf"),
-                "0 (the likeliest token) or more",
-            ),
-            ("--top-p", self.top_p, 0 < self.top_p <= 1, "more than 0, at most 1"),
-            ("--seed", self.seed, 0 <= self.seed < 1 << 40, "0 or more, below 2^40"),
-            ("--chunk", self.chunk, self.chunk >= 1, "1 or more"),
-            (
-                "--context",
-                self.context,
-                self.context >= 1 and world_size % self.context == 0,
-                f"a divisor of the number of processes, {world_size}",
-            ),
-        ):
-            if not right:
-                raise UserError(f"{name}: got {value}, allowed {allowed}")
-        if self.tokens is not None and (self.prompts or self.prompt_files):
-            raise UserError("--tokens: got text prompts too, allowed one of both")
-        if world_size > 1 and (self.save_cache or self.load_cache or self.is_interactive):
-            raise UserError(f"got {world_size} processes, allowed 1 without prompts, to save and to load a cache")
 
 
 @dataclass(frozen=True)
 class _Job:
     """A request whose files have been read and found to fit.
 
-    tokenizer: None where token numbers go in and out. kept: the content of a saved cache.
+    tokenizer: None where token ids are read and printed. kept: the content of a saved cache.
     """
 
     model: Model
@@ -95,10 +45,9 @@ def run(request: Request) -> int:
 
     Under torchrun the processes are `context` tensor groups.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     with found_by_all():
-        job = _prepare(request, world_size)
-    with inference_groups(world_size // request.context, request.context) as (groups, device):
+        job = _prepare(request)
+    with inference_groups(request.world_size // request.context, request.context) as (groups, device):
         net = build_and_load(job.model, job.config, groups, device)
         cache = Cache(net, len(job.prompts) or 1) if job.kept is None else Cache.restore(job.kept, net)
         shard = ContextShard(groups.cp.rank(), groups.cp.size())
@@ -106,18 +55,18 @@ def run(request: Request) -> int:
         if request.is_interactive:
             cache = session.talk(cache, sys.stdin, sys.stdin.isatty())
         else:
-            session.go_on(cache, job.prompts)
+            session.answer(cache, job.prompts)
         if request.save_cache is not None:
             cache.save(request.save_cache, _settings(job.config))
     return 0
 
 
-def _prepare(request: Request, world_size: int) -> _Job:
-    request.check(world_size)
+def _prepare(request: Request) -> _Job:
+    request.check()
     model = open_model("CHECKPOINT", request.checkpoint)
-    config = inference_config(model, request.precision, world_size // request.context)
+    config = inference_config(model, request.precision, request.world_size // request.context)
     vocab_size, goes_on = config.model.vocab_size, request.load_cache is not None
-    instead = ", or give token numbers with --tokens"
+    instead = ", or give token ids with --tokens"
     tokenizer = None if request.tokens is not None else open_tokenizer(model, instead)
     if request.tokens is not None:
         prompts = read_tokens(request.tokens, vocab_size, goes_on)
@@ -156,8 +105,8 @@ class _Session:
         self.end = None if self.tokenizer is None else self.tokenizer.end
         self.sampler = Sampler(self.config.model.vocab_size, request.temperature, request.top_p, request.seed)
 
-    def go_on(self, cache: Cache, prompts: Sequence[Sequence[int]]) -> None:
-        """Print what follows the prompts: one sequence as it comes, several one after the other at the end."""
+    def answer(self, cache: Cache, prompts: Sequence[Sequence[int]]) -> None:
+        """Print what follows the prompts: one sequence token by token, several sequences at the end."""
         decoders = [self._decoder() for _ in prompts]
         texts = [""] * len(prompts)
         start = first = time.perf_counter()
@@ -185,7 +134,7 @@ class _Session:
             self._report(sum(map(len, prompts)), first - start, num_tokens, time.perf_counter() - first, cache)
 
     def talk(self, cache: Cache, lines: Iterable[str], is_terminal: bool) -> Cache:
-        """Go on after each line; all lines and answers are one sequence, until the model ends it. Returns its cache."""
+        """Continue after each line; lines and answers are one sequence until the model ends it. Return its cache."""
         assert self.tokenizer is not None
         lines = iter(lines)
         while True:
@@ -206,7 +155,7 @@ class _Session:
             except UserError as error:
                 print(error, file=sys.stderr)
                 continue
-            self.go_on(cache, [prompt])
+            self.answer(cache, [prompt])
 
     def _decoder(self) -> Callable[[int], str]:
         return (lambda token: f"{token} ") if self.tokenizer is None else self.tokenizer.stream()

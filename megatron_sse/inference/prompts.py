@@ -1,17 +1,17 @@
-"""What goes in: prompts from the command line and from files, checked before anything is built."""
+"""Prompts from the command line and from files, checked before a model is built."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_sse.config import ModelConfig
 from megatron_sse.errors import UserError
-from megatron_sse.inference.text import Tokenizer
+from megatron_sse.pretrained.text import Tokenizer
 
 
 def read_prompts(texts: Sequence[str], files: Sequence[str], tokenizer: Tokenizer, goes_on: bool) -> list[list[int]]:
-    """Tokens of the given texts and of text files, one prompt each.
+    """Return the tokens of the given texts and of text files, one prompt each.
 
-    goes_on: whether they follow what is kept in a cache, and may be empty. Raises UserError.
+    goes_on: whether they continue what a cache holds; then they may be empty. Raises UserError.
     """
     named = [(f"--prompt {number}", text) for number, text in enumerate(texts, 1)]
     for file in files:
@@ -26,15 +26,15 @@ def read_prompts(texts: Sequence[str], files: Sequence[str], tokenizer: Tokenize
 
 
 def read_tokens(file: str, vocab_size: int, goes_on: bool) -> list[list[int]]:
-    """Prompts of a file with token numbers, a line each; otherwise as read_prompts."""
+    """Return the prompts of a file of token ids, one per line; otherwise like read_prompts."""
     try:
         lines = Path(file).read_text(encoding="ascii").splitlines()
         prompts = [[int(word) for word in line.split()] for line in lines]
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"--tokens: {file} cannot be read as lines of token numbers ({reason})") from None
+        raise UserError(f"--tokens: {file} cannot be read as lines of token ids ({reason})") from None
     if not prompts:
-        raise UserError(f"--tokens: got {file}, which is empty, allowed a line of token numbers for each prompt")
+        raise UserError(f"--tokens: got {file}, which is empty, allowed a line of token ids for each prompt")
     for number, prompt in enumerate(prompts, 1):
         _check_not_empty(f"--tokens: {file}:{number}", prompt, goes_on)
         check_tokens(f"--tokens: {file}:{number}", prompt, vocab_size)
@@ -59,7 +59,7 @@ def check_length(model: ModelConfig, trained_length: int, num_tokens: int, given
     if num_tokens > trained_length:
         raise UserError(
             f"{given}, allowed {trained_length}, the length (data.sequence_length) that the softmax layers' positions "
-            "were trained for; --any-length goes on"
+            "were trained for; --any-length allows it"
         )
 
 

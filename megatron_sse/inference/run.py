@@ -7,10 +7,12 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_sse.inference.cache import Cache
+from megatron_sse.inference.request import ModelRequest
 from megatron_sse.inference.sampling import Sampler
 from megatron_sse.parallel.sharding import WHOLE, ContextShard
 
-DEFAULT_CHUNK = 2048
+# Tokens of prompts at once, where code gives no other number.
+DEFAULT_CHUNK = ModelRequest.chunk
 
 
 @torch.no_grad()
@@ -22,7 +24,7 @@ def feed(
     counts: Sequence[int],
     shard: ContextShard = WHOLE,
 ) -> Tensor:
-    """Run new tokens through the model; returns what its output layer takes, [T, 1, d].
+    """Run new tokens through the model; return the input of its output layer, [T, 1, d].
 
     tokens_T: int64, `counts` of each sequence in `slots`, one after the other. shard: where context ranks share the new
         tokens of one sequence, this rank's part; all parts are as long, and every rank's cache then holds all.
@@ -37,7 +39,7 @@ def feed(
 
 @torch.no_grad()
 def logits_of(model: GPTModel, hidden_T1d: Tensor) -> Tensor:
-    """Logits of all tensor ranks' vocabulary, padding included, fp32 [T, V]."""
+    """Return fp32 logits [T, V] over the vocabulary of all tensor ranks, padding included."""
     weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
     return model.output_layer(hidden_T1d, weight=weight, runtime_gather_output=True)[0][:, 0].float()
 
@@ -49,7 +51,7 @@ def prefill(
     chunk: int = DEFAULT_CHUNK,
     shard: ContextShard = WHOLE,
 ) -> Tensor:
-    """Feed every sequence its prompt, at most `chunk` tokens at a time; logits after the last token of each, [X, V].
+    """Feed every sequence its prompt, at most `chunk` tokens at a time; return logits after the last token, [X, V].
 
     prompts: token ids of each sequence of the cache, at least one. shard: of this rank among the context ranks, which
         share all but the last tokens of each prompt; they compute those all alike, as they do what is generated.
@@ -74,7 +76,7 @@ def prefill(
 def _prefill_shared(
     model: GPTModel, cache: Cache, slot: int, prompt: Sequence[int], chunk: int, shard: ContextShard
 ) -> Sequence[int]:
-    """Feed the context ranks equal parts of a prompt; returns what is left of it, 1 to `shard.size` tokens."""
+    """Feed the context ranks equal parts of a prompt; return the rest of it, 1 to `shard.size` tokens."""
     shared = (len(prompt) - 1) // shard.size
     for first in range(0, shared, chunk):
         count = min(chunk, shared - first)
@@ -84,7 +86,7 @@ def _prefill_shared(
 
 
 def cut(lengths: Sequence[int], chunk: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Chunks of the sequences one after the other, each a list of (sequence, first token, number of tokens)."""
+    """Yield chunks of the sequences, one after the other: lists of (sequence, first token, number of tokens)."""
     pieces: list[tuple[int, int, int]] = []
     room = chunk
     for number, length in enumerate(lengths):
@@ -110,10 +112,10 @@ def generate(
     chunk: int = DEFAULT_CHUNK,
     shard: ContextShard = WHOLE,
 ) -> Iterator[list[int | None]]:
-    """Go on with every sequence of the cache: each step's tokens, None for sequences that have ended.
+    """Continue every sequence of the cache; yield the tokens of each step, None for sequences that have ended.
 
     A sequence ends with the token `end` or after `num_tokens`; its last token stays pending in the cache, and comes
-    before the prompt when it goes on.
+    before the prompt when the sequence is continued.
 
     Args:
         prompts: token ids, appended to what the cache holds; may be empty where tokens are pending.

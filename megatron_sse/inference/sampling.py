@@ -15,7 +15,7 @@ class Sampler:
     Args:
         vocab_size: tokens that may be picked; what pads the vocabulary may not.
         temperature: logits are divided by it; 0 takes the likeliest token.
-        top_p: of the likeliest tokens as few as have this share of the probability are kept.
+        top_p: tokens are picked among the fewest likeliest that have this share of the probability.
         seed: of the random numbers.
     """
 
@@ -24,13 +24,13 @@ class Sampler:
         self._generators: dict[int, torch.Generator] = {}
 
     def pick(self, logits_DV: Tensor, slots: Sequence[int]) -> list[int]:
-        """The next token of each of the sequences in `slots`."""
+        """Return the next token of each of the sequences in `slots`."""
         logits_DV = logits_DV[:, : self.vocab_size].cpu().double()
         if self.temperature == 0:
             return logits_DV.argmax(-1).tolist()
         prob_DV, token_DV = (logits_DV / self.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
         sum_DV = prob_DV.cumsum(-1)
-        # Kept: all before which less than top_p has been gathered.
+        # Kept are the tokens whose predecessors sum to less than top_p.
         prob_DV = prob_DV.masked_fill(sum_DV - prob_DV >= self.top_p, 0)
         sum_DV = prob_DV.cumsum(-1)
         drawn_D1 = torch.tensor([[self._draw(slot)] for slot in slots], dtype=torch.float64) * sum_DV[:, -1:]

@@ -5,49 +5,24 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_sse.config import RunConfig
-from megatron_sse.convert.model import Model, open_model
 from megatron_sse.errors import UserError, found_by_all
-from megatron_sse.evaluation.report import make_folder, write_json
-from megatron_sse.inference.load import build_and_load, inference_config, inference_groups
 from megatron_sse.inference.prompts import check_length, check_tokens, read_prompts, read_tokens
-from megatron_sse.inference.run import DEFAULT_CHUNK
-from megatron_sse.inference.text import open_tokenizer
 from megatron_sse.inspection.measure import Layer, measure_layers
 from megatron_sse.inspection.report import tabulate, to_json
+from megatron_sse.inspection.request import Request
 from megatron_sse.installed import has_pictures, warn_without_pictures
+from megatron_sse.pretrained.network import build_and_load, inference_config, inference_groups
+from megatron_sse.pretrained.open import Model, open_model
+from megatron_sse.pretrained.text import open_tokenizer
+from megatron_sse.reports.results import make_folder, write_json
 
 logger = logging.getLogger(__name__)
 
 RESULTS = "states.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """Options of `megatron-sse inspect-states`, documented in docs/states.md."""
-
-    checkpoint: str
-    prompts: Sequence[str] = ()
-    prompt_files: Sequence[str] = ()
-    tokens: str | None = None
-    output: str = "states"
-    chunk: int = DEFAULT_CHUNK
-    precision: str | None = None
-    any_length: bool = False
-
-    def check(self) -> None:
-        """Raise UserError for impossible options."""
-        if self.chunk < 1:
-            raise UserError(f"--chunk: got {self.chunk}, allowed 1 or more")
-        has_text = bool(self.prompts or self.prompt_files)
-        if self.tokens is not None and has_text:
-            raise UserError("--tokens: given together with text, allowed one of the two")
-        if self.tokens is None and not has_text:
-            raise UserError("got no text, allowed one or more with --prompt, --prompt-file or --tokens")
 
 
 @dataclass(frozen=True)
@@ -64,12 +39,12 @@ def run(request: Request) -> int:
 
     Under torchrun all processes form one tensor group.
     """
-    world_size, is_writer = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
+    is_writer = os.environ.get("RANK", "0") == "0"
     with found_by_all():
-        job = _prepare(request, world_size)
+        job = _prepare(request)
     if is_writer:
         warn_without_pictures()
-    with inference_groups(world_size) as (groups, device):
+    with inference_groups(request.world_size) as (groups, device):
         net = build_and_load(job.model, job.config, groups, device)
         start = time.perf_counter()
         layers = measure_layers(net, job.config.model.layer_kinds(), job.texts, request.chunk, groups.tp)
@@ -81,10 +56,10 @@ def run(request: Request) -> int:
     return 0
 
 
-def _prepare(request: Request, world_size: int) -> _Job:
+def _prepare(request: Request) -> _Job:
     request.check()
     model = open_model("CHECKPOINT", request.checkpoint)
-    config = inference_config(model, request.precision, world_size)
+    config = inference_config(model, request.precision, request.world_size)
     if set(config.model.layer_kinds()) == {"softmax"}:
         raise UserError(
             f"CHECKPOINT: got {request.checkpoint}, whose layers are all softmax, allowed a model with sse, gla or gdn "
@@ -102,7 +77,7 @@ def _read_texts(request: Request, model: Model, config: RunConfig) -> list[list[
     vocab_size = config.model.vocab_size
     if request.tokens is not None:
         return read_tokens(request.tokens, vocab_size, goes_on=False)
-    tokenizer = open_tokenizer(model, ", or give token numbers with --tokens")
+    tokenizer = open_tokenizer(model, ", or give token ids with --tokens")
     texts = read_prompts(request.prompts, request.prompt_files, tokenizer, goes_on=False)
     for number, text in enumerate(texts, 1):
         check_tokens(f"text {number}", text, vocab_size)

@@ -15,8 +15,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from megatron_sse.inspection.half_life import Spread
 from megatron_sse.inspection.measure import Layer, Rank
 from megatron_sse.inspection.report import mean_of, partitions_of, reads_elsewhere
-from megatron_sse.plot.figures import COLOURS, STYLE
-from megatron_sse.plot.loads import NORM
+from megatron_sse.reports.style import COLOURS, SHARE_NORM, STYLE
 
 # Rows with more cells than this show no numbers.
 _MOST_NUMBERS = 16
@@ -44,7 +43,7 @@ def _draw_partitions(path: Path, layers: Sequence[Layer]) -> None:
                 share_N = layer.use.read_share_N if of_reads else layer.use.write_share_N
                 share_LN[row, : len(share_N)] = share_N
         # Scaled by the number of partitions, so that an even share is 1, the middle of the colours.
-        picture = axes.imshow(share_LN * num_partitions, cmap="RdBu_r", norm=NORM, aspect="auto")
+        picture = axes.imshow(share_LN * num_partitions, cmap="RdBu_r", norm=SHARE_NORM, aspect="auto")
         _write_numbers(axes, share_LN, dark_LN=np.abs(share_LN * num_partitions - 1) > 0.6)
         _label_rows(axes, layers)
         axes.set(title=title, xlabel="partition")

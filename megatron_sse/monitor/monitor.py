@@ -12,8 +12,9 @@ from megatron.core.utils import get_model_config
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_sse.config import RunConfig
+from megatron_sse.costs.flops import train_flops_per_token
+from megatron_sse.costs.gpus import peak_flops
 from megatron_sse.data.metadata import Metadata, read_metadata
-from megatron_sse.monitor.flops import peak_flops, train_flops_per_token
 from megatron_sse.monitor.health import collect_health
 from megatron_sse.monitor.line import Progress
 from megatron_sse.monitor.memory import MemoryWindow
@@ -21,6 +22,7 @@ from megatron_sse.monitor.profile import ProfileWindow
 from megatron_sse.monitor.spikes import Spikes
 from megatron_sse.monitor.straggler import Stragglers
 from megatron_sse.parallel.device import Device
+from megatron_sse.run_folder import CHECKPOINTS, CONFIG, TENSORBOARD
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +60,9 @@ class Monitor:
         self.windows = self._find_windows()
         if self.is_writer:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.yaml").write_text(config.to_yaml())
+            (self.folder / CONFIG).write_text(config.to_yaml())
             if config.monitor.tensorboard:
-                self.writer = SummaryWriter(str(self.folder / "tensorboard"))
+                self.writer = SummaryWriter(str(self.folder / TENSORBOARD))
 
     def start_stage(self, config: RunConfig) -> None:
         """Switch to the settings of a stage, whose sequence length decides the FLOPs per token."""
@@ -149,9 +151,10 @@ class Monitor:
             window.close()
         if self.writer is not None:
             self.writer.close()
-            self._log(f"TensorBoard events: {self.folder}/tensorboard (tensorboard --logdir {self.folder}/tensorboard)")
-        if (self.folder / "checkpoints").is_dir():
-            self._log(f"checkpoint: {self.folder}/checkpoints (run the same command to resume from it)")
+            events = self.folder / TENSORBOARD
+            self._log(f"TensorBoard events: {events} (tensorboard --logdir {events})")
+        if (self.folder / CHECKPOINTS).is_dir():
+            self._log(f"checkpoint: {self.folder / CHECKPOINTS} (run the same command to resume from it)")
 
     def _find_windows(self) -> list[ProfileWindow | MemoryWindow]:
         """Return the windows of steps to record on this rank."""

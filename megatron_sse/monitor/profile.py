@@ -8,6 +8,8 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.profiler import ProfilerAction, ProfilerActivity, profile, tensorboard_trace_handler
 
+from megatron_sse.run_folder import TENSORBOARD
+
 logger = logging.getLogger(__name__)
 
 NUM_OPERATIONS = 30
@@ -63,7 +65,7 @@ class ProfileWindow:
         if not self.has_recorded:
             return
         name = f"rank{dist.get_rank()}_steps_{self.first}-{self.last}"
-        traces = self.folder / "tensorboard" / "profile"
+        traces = self.folder / TENSORBOARD / "profile"
         tensorboard_trace_handler(str(traces), worker_name=name, use_gzip=True)(profiler)
         key = "self_device_time_total" if self.on_gpu else "self_cpu_time_total"
         table = self.folder / f"profile_{name}.txt"

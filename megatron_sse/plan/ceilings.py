@@ -5,57 +5,13 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass, replace
 
 from megatron_sse.config import RunConfig
-from megatron_sse.errors import UserError
-from megatron_sse.monitor.flops import train_flops_per_token
+from megatron_sse.costs.flops import train_flops_per_token
+from megatron_sse.costs.gpus import Gpu
 from megatron_sse.plan.memory import Memory, kept_of_step, passes_under_way
 from megatron_sse.plan.sizes import Sizes
 from megatron_sse.plan.traffic import AXES
 
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Ceilings of a GPU.
-
-    flops: dense bf16 operations per second. bandwidth: of the memory, bytes per second. memory: bytes.
-    link, network: bytes per second and direction to GPUs of the same machine and of other machines.
-    """
-
-    name: str
-    flops: float
-    bandwidth: float
-    memory: float
-    link: float
-    network: float
-
-
-# From NVIDIA's data sheets of each GPU (dense bf16, one direction of NVLink) and DGX systems (network per GPU).
-GPUS = {
-    "a100": Gpu("A100 SXM 80 GB", 312e12, 2.039e12, 80e9, 300e9, 25e9),
-    "h100": Gpu("H100 SXM", 989e12, 3.35e12, 80e9, 450e9, 50e9),
-    "h200": Gpu("H200 SXM", 989e12, 4.8e12, 141e9, 450e9, 50e9),
-    "b200": Gpu("B200", 2250e12, 8e12, 180e9, 900e9, 50e9),
-}
-
-
-def find_gpu(name: str, tflops: float | None, bandwidth: float | None, memory: float | None) -> Gpu:
-    """Return a GPU of the table, with other numbers where they are given. Raises UserError.
-
-    tflops, bandwidth: 1e12 operations and 1e12 bytes per second. memory: bytes.
-    """
-    if name not in GPUS:
-        raise UserError(f"--gpu: got {name}, allowed {', '.join(GPUS)}")
-    for option, number in (("tflops", tflops), ("bandwidth", bandwidth)):
-        if number is not None and not number > 0:
-            raise UserError(f"--{option}: got {number}, allowed more than 0")
-    gpu = GPUS[name]
-    return replace(
-        gpu,
-        flops=gpu.flops if tflops is None else tflops * 1e12,
-        bandwidth=gpu.bandwidth if bandwidth is None else bandwidth * 1e12,
-        memory=gpu.memory if memory is None else memory,
-    )
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from dataclasses import fields
 from megatron_sse.config import RunConfig
 from megatron_sse.config.derive import count_parameters, describe_run
 from megatron_sse.config.pattern import LAYER_KINDS
-from megatron_sse.monitor.flops import forward_flops_per_token, mixer_flops, train_flops_per_token
-from megatron_sse.plan.ceilings import GIB, Gpu, StepTime
+from megatron_sse.costs.flops import forward_flops_per_token, mixer_flops, train_flops_per_token
+from megatron_sse.costs.gpus import Gpu
+from megatron_sse.plan.ceilings import GIB, StepTime
 from megatron_sse.plan.memory import Memory, kept_of_step
 from megatron_sse.plan.search import HEADROOM, LONGEST, Layout, with_settings
 from megatron_sse.plan.sizes import Sizes

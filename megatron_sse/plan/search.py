@@ -10,8 +10,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_sse.config import RunConfig, check_world_size
+from megatron_sse.costs.gpus import Gpu
 from megatron_sse.errors import UserError
-from megatron_sse.plan.ceilings import Gpu, StepTime, step_time
+from megatron_sse.plan.ceilings import StepTime, step_time
 from megatron_sse.plan.memory import Memory, rank_memory
 from megatron_sse.plan.sizes import Sizes
 from megatron_sse.plan.traffic import step_traffic

@@ -7,17 +7,18 @@ from pathlib import Path
 from megatron_sse.errors import UserError
 from megatron_sse.installed import require
 from megatron_sse.plot.read import read_runs
+from megatron_sse.plot.request import Request
 
 
-def plot(folders: list[str], output: str) -> int:
-    """Draw the runs in `folders` into the folder `output`: a PNG file for each picture, and index.html with all.
+def run(request: Request) -> int:
+    """Draw the runs: a PNG file for each picture, and index.html with all of them; returns the exit status.
 
     Return the exit status. Raises UserError.
     """
     require("matplotlib", "megatron-sse plot", extra="plot")
-    runs = read_runs(folders)
-    target = Path(output)
-    # Imported here, since matplotlib is an optional dependency.
+    runs = read_runs(request.runs)
+    target = Path(request.output)
+    # matplotlib is an extra.
     from megatron_sse.plot.figures import draw_all
     from megatron_sse.plot.page import write_page
 

@@ -14,24 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
 
-from megatron_sse.plot.axes import label_steps
 from megatron_sse.plot.layouts import draw_layout, find_layout, layout_legend
 from megatron_sse.plot.loads import draw_entropy, draw_loads
 from megatron_sse.plot.read import Curve, RunLog
+from megatron_sse.reports.style import COLOURS, STYLE, label_steps
 
-# Colours that colour-blind readers can tell apart (Okabe and Ito).
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#8C6BB1"]
-STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#E4E4E4",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "savefig.dpi": 140,
-}
 WIDTH, HEIGHT = 6.4, 3.6
 COLUMNS = 3
 # A curve with at least this many points is drawn faint, with its running mean.

@@ -8,13 +8,11 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm, TwoSlopeNorm
+from matplotlib.colors import BoundaryNorm
 
-from megatron_sse.plot.axes import label_steps
 from megatron_sse.plot.read import Curve, RunLog
+from megatron_sse.reports.style import SHARE_NORM, label_steps
 
-# The colours end at twice the even share.
-NORM = TwoSlopeNorm(1.0, vmin=0.0, vmax=2.0)
 MOST_LABELS = 12
 
 
@@ -32,7 +30,7 @@ def draw_loads(axes: Axes, run: RunLog) -> None:
     for number, (layer, partition) in enumerate(rows):
         for step, share in shares[layer][partition]:
             load_RS[number, column[step]] = share * len(shares[layer])
-    mesh = axes.pcolormesh(_edges(steps), np.arange(len(rows) + 1), load_RS, cmap="RdBu_r", norm=NORM)
+    mesh = axes.pcolormesh(_edges(steps), np.arange(len(rows) + 1), load_RS, cmap="RdBu_r", norm=SHARE_NORM)
     axes.figure.colorbar(mesh, ax=axes, label="load", ticks=[0, 0.5, 1, 1.5, 2], extend="max")
     _label_layers(axes, {layer: len(partitions) for layer, partitions in shares.items()})
     axes.set_ylabel("layer, its partitions")

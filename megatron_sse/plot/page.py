@@ -11,9 +11,10 @@ from typing import Any
 
 import yaml
 
-from megatron_sse.plot.figures import COLOURS, Picture
+from megatron_sse.plot.figures import Picture
 from megatron_sse.plot.layouts import find_layout
 from megatron_sse.plot.read import RunLog
+from megatron_sse.reports.style import COLOURS
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 1320px; margin: 2em auto; padding: 0 1.5em; }

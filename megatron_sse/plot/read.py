@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
 from megatron_sse.errors import UserError
+from megatron_sse.run_folder import CONFIG, TENSORBOARD
 
 # The settings that the plots need. A run writes all settings, with defaults filled in.
 NEEDED = ["model.layers", "model.num_layers", "training.steps", "parallel.data"]
@@ -55,7 +57,7 @@ class RunLog:
         return {layer: self.scalars[tag] for layer, tag in sorted((int(match[1]), match[0]) for match in matches)}
 
 
-def read_runs(folders: list[str]) -> list[RunLog]:
+def read_runs(folders: Iterable[str]) -> list[RunLog]:
     """Read the runs in these folders, and name them so that they can be told apart. Raises UserError."""
     paths = [Path(folder) for folder in folders]
     for number, path in enumerate(paths):
@@ -78,7 +80,7 @@ def _names(paths: list[Path]) -> list[str]:
 def _read_settings(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise UserError(f"{folder}: folder not found")
-    path = folder / "config.yaml"
+    path = folder / CONFIG
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -112,7 +114,7 @@ def read_scalars(folder: Path) -> dict[str, Curve]:
     # A file that was cut off is read as far as possible; tensorboard would warn about it.
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
     scalars: dict[str, Curve] = {}
-    for path in sorted((folder / "tensorboard").glob("events.out.tfevents.*"), key=_written):
+    for path in sorted((folder / TENSORBOARD).glob("events.out.tfevents.*"), key=_written):
         events = EventAccumulator(str(path), size_guidance={SCALARS: 0}, purge_orphaned_data=False)
         events.Reload()
         found = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
@@ -124,5 +126,5 @@ def read_scalars(folder: Path) -> dict[str, Curve]:
             scalars[tag] = before + sorted(dict(found.get(tag, [])).items())
     scalars = {tag: curve for tag, curve in scalars.items() if curve}
     if not scalars:
-        raise UserError(f"{folder}/tensorboard: no TensorBoard events; runs with monitor.tensorboard true write them")
+        raise UserError(f"{folder / TENSORBOARD}: no TensorBoard events; runs with monitor.tensorboard true write them")
     return scalars

@@ -8,7 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_sse.check_parallel import check_parallel, processes
+from megatron_sse.check_parallel import processes
+from megatron_sse.check_parallel.command import run
+from megatron_sse.check_parallel.request import Request
 from megatron_sse.config import RunConfig
 from megatron_sse.kernels import Routes
 from megatron_sse.model import mixer as mixer_module
@@ -17,10 +19,13 @@ from tests.workers import fork_context
 
 
 def check_broken(config: RunConfig, layouts: list[str], json_path: Path, prepare: Callable[[], None]) -> int:
-    """Run check_parallel with an injected fault. Processes are forked, since loading takes longer than computing."""
+    """Run the command with an injected fault. Processes are forked, since loading takes longer than computing."""
+    settings = json_path.with_suffix(".yaml")
+    settings.write_text(config.to_yaml())
+    request = Request(config=str(settings), layouts=",".join(layouts), json=json_path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(processes, "get_context", lambda method: fork_context())
-        return check_parallel(config, layouts, json_path=json_path, prepare=prepare)
+        return run(request, prepare)
 
 
 def hand_off_disabled() -> None:

@@ -110,7 +110,7 @@ def run_rank(rank: int, world_size: int, port: int, config: str, fault: Fault | 
 
 
 def _inject(fault: Fault) -> None:
-    from megatron_sse.checkpoint import durable
+    from megatron_sse import durable
     from megatron_sse.training.step import Trainer
 
     calls = 0

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from megatron_sse.checkpoint import manifest
-from megatron_sse.checkpoint.durable import sha256_of
 from megatron_sse.checkpoint.folders import find_all_damage, find_checkpoints
 from megatron_sse.checkpoint.verify import first_whole
+from megatron_sse.durable import sha256_of
 from megatron_sse.errors import UserError
 from megatron_sse.training.loop import Signals
 from tests.checkpoint.support import save, take_steps

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_sse.checkpoint.full_weights import read_weights, write_weights
 from megatron_sse.checkpoint.shards import ShardWriter
 from megatron_sse.checkpoint.state import held_by
 from megatron_sse.checkpoint.verify import first_whole
-from megatron_sse.checkpoint.weights import read_weights, write_weights
-from megatron_sse.convert import convert
 from megatron_sse.data.iterators import build_data_iterators
 from megatron_sse.parallel.groups import destroy_groups
 from megatron_sse.training.loop import Run
 from tests.checkpoint.support import save, take_steps, train_and_save, whole_state
+from tests.convert.support import convert
 from tests.data.files import write_tokens
 from tests.training.support import cpu, small_run, start
 from tests.workers import run_workers

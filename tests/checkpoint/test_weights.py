@@ -6,8 +6,8 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 
-from megatron_sse.checkpoint import weights
-from megatron_sse.checkpoint.weights import read_weights, write_weights
+from megatron_sse.checkpoint import full_weights as weights
+from megatron_sse.checkpoint.full_weights import read_weights, write_weights
 from megatron_sse.errors import UserError
 from megatron_sse.model import build_model
 from megatron_sse.parallel.groups import init_groups

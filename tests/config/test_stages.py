@@ -53,7 +53,7 @@ def test_one_layout_for_all_stages():
 def test_the_description_lists_the_stages():
     lines = describe_run(load_config(REFERENCE, [*EMPTY, STAGES]), 1)
     assert "stage 2 of 2      steps 41 to 48" in lines
-    assert "  tokens in all     16,384 in 8 steps" in lines
+    assert "  total tokens      16,384 in 8 steps" in lines
 
 
 ONE = "{tokens: 1000, sequence_length: 256"

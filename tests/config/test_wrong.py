@@ -222,7 +222,7 @@ WRONG_OVERRIDES = {
     "model.transformer.no_sync_func=f": "model.transformer.no_sync_func: got 'f', allowed nothing: "
     "the field cannot be written in YAML",
     "model.transformer.cpu_offloading_num_layers=9 model.transformer.cpu_offloading=true": "model.transformer: "
-    "Megatron refuses: CPU offloading can be done only for layers less than 6",
+    "Megatron-Core refuses: CPU offloading can be done only for layers less than 6",
     "parallel.context=256 data.sequence_length=128": "data.sequence_length: got 128, "
     "allowed a multiple of 256: parallel.context 256",
     "parallel.context=128 parallel.layout=zigzag data.sequence_length=128": "data.sequence_length: got 128, "
@@ -299,7 +299,7 @@ def load(tmp_path: Path, *overrides: str) -> RunConfig:
 def test_unreadable_files(tmp_path: Path) -> None:
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"\xff\xfe\x00")
-    for path, text in [(tmp_path / "none.yaml", "no such file"), (tmp_path, "cannot be read"), (binary, "cannot be")]:
+    for path, text in [(tmp_path / "none.yaml", "not found"), (tmp_path, "cannot be read"), (binary, "cannot be")]:
         with pytest.raises(UserError, match=text) as caught:
             load_config(path)
         assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
@@ -341,7 +341,8 @@ def test_world_size(tmp_path: Path) -> None:
 
 UNWEIGHTED = "model.sse.weight_writes=false model.sse.weight_reads=false model.sse.weight_scale=4.0"
 IGNORED = {
-    "model.sse.negative_eigenvalues=true": "model.sse.negative_eigenvalues is ignored: no layer has the gdn or kda recurrence",
+    "model.sse.negative_eigenvalues=true": "model.sse.negative_eigenvalues is ignored: "
+    "no layer has the gdn or kda recurrence",
     "model.sse.gate=reference": "model.sse.gate is ignored: no layer has the gdn or kda recurrence",
     "model.sse.recurrence=gdn model.sse.decay_low_rank=8": "model.sse.decay_low_rank is ignored: "
     "no layer has the gla or kda recurrence",

@@ -7,6 +7,9 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from megatron_sse.convert.command import run
+from megatron_sse.convert.request import Request
+
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -25,6 +28,11 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+
+
+def convert(source: str, target: str, **options: Any) -> int:
+    """Convert a model as the command does; returns its exit status."""
+    return run(Request(source=source, target=target, **options))
 
 
 def make_dense(folder: Path, model_type: str, **settings: Any) -> Path:

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sse.convert import convert
-from megatron_sse.convert.logits import compute_logits
-from megatron_sse.convert.model import open_model
 from megatron_sse.errors import UserError
+from megatron_sse.pretrained.logits import compute_logits
+from megatron_sse.pretrained.open import open_model
 from tests.convert.support import (
     LLAMA3,
     SIZES,
     assert_same_tensors,
+    convert,
     logits_by_transformers,
     make_dense,
     random_tokens,

@@ -12,9 +12,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from megatron_sse.convert import convert, score
+from megatron_sse.score.command import run as score
+from megatron_sse.score.request import Request
 from tests.checkpoint.support import Trace, train_and_save
-from tests.convert.support import assert_same_tensors
+from tests.convert.support import assert_same_tensors, convert
 from tests.workers import run_workers
 
 EARLIER = Path(__file__).resolve().parents[1] / "earlier"
@@ -50,7 +51,8 @@ def test_logits_and_conversions(run: Path, tmp_path: Path) -> None:
     expected = load_file(run / "logits.safetensors")["logits"]
     for folder in (run, run / "exported", tmp_path / "back"):
         output = tmp_path / "logits.safetensors"
-        assert score(str(folder), str(EARLIER / "tokens.safetensors"), str(output)) == 0
+        tokens = str(EARLIER / "tokens.safetensors")
+        assert score(Request(checkpoint=str(folder), input=tokens, output=str(output))) == 0
         error = (load_file(output)["logits"] - expected).norm() / expected.norm()
         assert error < 1e-5, folder
         assert torch.isfinite(expected).all()

@@ -9,16 +9,16 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from megatron_sse.checkpoint.weights import write_weights
-from megatron_sse.convert import convert, folder
-from megatron_sse.convert.hf_files import network_megatron_sse
-from megatron_sse.convert.layout import SSE_NAMES, model_links
-from megatron_sse.convert.logits import compute_logits
-from megatron_sse.convert.model import make_run_config, open_model
-from megatron_sse.convert.sse_settings import model_from_sse, model_to_sse
+from megatron_sse.checkpoint.full_weights import write_weights
 from megatron_sse.errors import UserError
+from megatron_sse.hf import folder
+from megatron_sse.hf.exported import network_megatron_sse
+from megatron_sse.hf.name_map import SSE_NAMES, model_links
+from megatron_sse.hf.sse_settings import model_from_sse, model_to_sse
+from megatron_sse.pretrained.logits import compute_logits
+from megatron_sse.pretrained.open import make_run_config, open_model
 from megatron_sse.recurrence import RECURRENCES
-from tests.convert.support import assert_same_tensors, logits_by_transformers, random_tokens
+from tests.convert.support import assert_same_tensors, convert, logits_by_transformers, random_tokens
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "hf_sse_gla"
 BASE: dict[str, Any] = {

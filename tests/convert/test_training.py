@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 
-from megatron_sse.convert import convert
 from megatron_sse.parallel.groups import init_groups
 from megatron_sse.training.loop import Run
 from tests.checkpoint.support import save, take_steps
-from tests.convert.support import assert_same_tensors
+from tests.convert.support import assert_same_tensors, convert
 from tests.training.support import cpu, small_run, start
 from tests.workers import run_workers
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_sse.convert import convert
-from megatron_sse.convert.logits import compute_logits, single_process
-from megatron_sse.convert.model import make_run_config, open_model
 from megatron_sse.errors import UserError
 from megatron_sse.model import build_model
 from megatron_sse.parallel.layout import TokenLayout
-from tests.convert.support import assert_same_tensors, logits_by_transformers, make_dense, random_tokens
+from megatron_sse.pretrained.logits import compute_logits
+from megatron_sse.pretrained.network import inference_groups
+from megatron_sse.pretrained.open import make_run_config, open_model
+from tests.convert.support import assert_same_tensors, convert, logits_by_transformers, make_dense, random_tokens
 
 
 def upcycled(folder: Path, family: str, pattern: str, *overrides: str, **settings: Any) -> Path:
@@ -37,7 +37,7 @@ def layer_outputs(folder: Path, number: int, hidden_LBd: torch.Tensor) -> torch.
     """Return the output of one layer of a checkpoint for hidden states."""
     opened = open_model("", folder)
     config = make_run_config(opened.config.model.model_dump(), len(hidden_LBd), "fp32", "test")
-    with single_process() as (groups, device), torch.no_grad():
+    with inference_groups() as (groups, device), torch.no_grad():
         (chunk,) = build_model(config, groups, device)
         for name, parameter in chunk.named_parameters():
             parameter.copy_(opened.weights.get(name))
@@ -91,7 +91,7 @@ def test_an_sse_layer_starts_from_the_sources_projections(tmp_path: Path, overri
 
 def test_drawn_weights_are_those_of_a_new_model(tmp_path: Path) -> None:
     ours = open_model("", upcycled(tmp_path, "llama", "sse, softmax, sse"))
-    with single_process() as (groups, device):
+    with inference_groups() as (groups, device):
         (chunk,) = build_model(ours.config, groups, device)
         drawn = dict(chunk.named_parameters())
     for name in ("router.proj.weight", "output_gate.up.weight", "decay_gates.1.up.weight", "norm_weight"):
@@ -103,11 +103,15 @@ def test_drawn_weights_are_those_of_a_new_model(tmp_path: Path) -> None:
     ("pattern", "overrides", "message"),
     [
         ("2*sse", (), "command line: model.num_layers: got 3, allowed a multiple of 2"),
-        ("2*mamba, softmax", (), "command line: model.layers: got 'mamba', allowed sse, gla, gdn, softmax"),
-        ("sse", ("model.sse.head_dim=4",), "command line: got model.sse.head_dim, allowed keys of model.sse but for"),
+        ("2*mamba, softmax", (), "command line: model.layers: got 'mamba', allowed sse, gla, gdn, kda, softmax"),
+        ("sse", ("model.sse.head_dim=4",), "command line: got model.sse.head_dim, allowed keys of model.sse except"),
         ("sse", ("training.steps=4",), "command line: got training.steps, allowed keys of model.sse"),
         ("sse", ("model.sse.num_partition=4",), "command line: model.sse.num_partition: got an unknown key"),
-        (None, ("model.sse.num_partitions=4",), "command line: got model.sse.num_partitions=4, allowed with --pattern"),
+        (
+            None,
+            ("model.sse.num_partitions=4",),
+            "command line: got model.sse.num_partitions=4, allowed only with",
+        ),
     ],
 )
 def test_wrong_patterns(tmp_path: Path, pattern: str | None, overrides: tuple[str, ...], message: str) -> None:

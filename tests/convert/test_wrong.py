@@ -13,10 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sse import installed
 from megatron_sse.cli import main
-from megatron_sse.convert import convert
-from megatron_sse.convert.model import open_model
 from megatron_sse.errors import UserError
-from tests.convert.support import make_dense, random_tokens
+from megatron_sse.pretrained.open import open_model
+from tests.convert.support import convert, make_dense, random_tokens
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +98,7 @@ def integers(folder: Path) -> None:
     [
         (remove_shard, r"model-.*safetensors: not found; model.safetensors.index.json names it$"),
         (truncate_shard, r"model-.*safetensors: cannot be read as safetensors \(.*\)$"),
-        (swap_shards, r"model.safetensors.index.json: says that model-.* holds .*, which it does not$"),
+        (swap_shards, r"model.safetensors.index.json: lists .* in model-.*, which does not hold it$"),
         (take_shard_of_another_model, r"settings: model.norm.weight \(16 found, 32 expected\)$"),
         (remove_config, r"^SRC: .* holds no checkpoint; give the path of a checkpoint, of a folder of .*$"),
         (damage_config, r"config.json: cannot be read as JSON \(.*\)$"),
@@ -207,7 +206,7 @@ def test_score(llama: Path, ours: Path, tmp_path: Path, kind: str) -> None:
     assert main([*SCORE, str(folder), *files]) == 0
     logits = load_file(tmp_path / "y.safetensors")["logits"]
     assert logits.shape == (2, 9, 99) and logits.dtype == torch.float32
-    from megatron_sse.convert.logits import compute_logits
+    from megatron_sse.pretrained.logits import compute_logits
 
     assert (logits - compute_logits(open_model("", llama), tokens_BL)).abs().max() < 1e-4
 
@@ -215,7 +214,7 @@ def test_score(llama: Path, ours: Path, tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        (None, "x.safetensors: no such file"),
+        (None, "x.safetensors: not found"),
         ({"tokens": torch.ones(1, 2)}, "x.safetensors has tokens, needed input_ids"),
         ({"input_ids": torch.ones(3, dtype=torch.int64)}, r"input_ids is torch.int64 [3], allowed integers [B, L]"),
         ({"input_ids": torch.ones(1, 3)}, r"input_ids is torch.float32 [1, 3], allowed integers [B, L]"),

@@ -18,6 +18,7 @@ from megatron_sse.data.tasks.needle import VARIANTS, Needle, least_room, make_ne
 from megatron_sse.data.tokenizer import END_OF_DOCUMENT, decode
 from megatron_sse.doctor.command import find_all
 from megatron_sse.doctor.finding import GOOD
+from megatron_sse.doctor.request import Request
 from megatron_sse.errors import UserError
 from tests.data.files import data_parallel_groups, random_documents, run_config, write_tokens
 
@@ -192,7 +193,7 @@ def test_fingerprint_and_doctor(tmp_path: Path) -> None:
     assert describe() == describe() and len({describe(), describe(pairs=3), describe(values=7)}) == 3
     path = tmp_path / "run.yaml"
     path.write_text(run_config(str(tmp_path / "x"), data={"train": MQAR}).to_yaml())
-    found = {finding.name: finding for finding in find_all(str(path), [])}
+    found = {finding.name: finding for finding in find_all(Request(config=str(path)))}
     assert found["data.train"].mark == GOOD and found["data.train"].text.startswith("mqar")
 
 

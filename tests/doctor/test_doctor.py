@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sse.checkpoint.data import DATA
+from megatron_sse.checkpoint.names import DATA
 from megatron_sse.cli import main
 from megatron_sse.config import load_config, plan_stages
 from megatron_sse.data.fingerprint import describe_data
 from megatron_sse.doctor.command import find_all
 from megatron_sse.doctor.finding import BAD, GOOD
+from megatron_sse.doctor.request import Request
 from tests.checkpoint.support import train_and_save
 from tests.training.support import small_run
 from tests.workers import run_workers
@@ -44,7 +45,8 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 
 def marks(folder: Path, *overrides: str) -> dict[str, tuple[str, str]]:
     """Return mark and text of each line, by name."""
-    return {finding.name: (finding.mark, finding.text) for finding in find_all(str(folder / "run.yaml"), [*overrides])}
+    request = Request(config=str(folder / "run.yaml"), overrides=overrides)
+    return {finding.name: (finding.mark, finding.text) for finding in find_all(request)}
 
 
 def test_a_sound_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,7 +96,12 @@ WRONG: list[tuple[Callable[[Path], None], list[str], str, str]] = [
     (nothing, [f"training.steps={STEPS}"], "checkpoint.resume", "raise training.steps"),
     (nothing, ["checkpoint.resume=nowhere"], "checkpoint", "nowhere not found"),
     (nothing, ["checkpoint.load_weights=nowhere", "checkpoint.resume=none"], "checkpoint", "nowhere not found"),
-    (lambda folder: (folder / "file").touch(), ["monitor.folder={folder}/file/run"], "monitor.folder", "written to"),
+    (
+        lambda folder: (folder / "file").touch(),
+        ["monitor.folder={folder}/file/run"],
+        "monitor.folder",
+        "cannot be written",
+    ),
 ]
 
 

@@ -11,14 +11,14 @@ from torch.nn.functional import cross_entropy
 
 from megatron_sse.cli import main
 from megatron_sse.config import MQARTask, NeedleTask
-from megatron_sse.convert.logits import compute_logits
-from megatron_sse.convert.model import open_model
 from megatron_sse.data.metadata import Metadata
 from megatron_sse.data.tasks.mqar import make_recall
 from megatron_sse.evaluation import command, needles
 from megatron_sse.evaluation.needles import make_samples
 from megatron_sse.evaluation.recall import sample_generator
-from megatron_sse.inference.text import ByteTokenizer
+from megatron_sse.pretrained.logits import compute_logits
+from megatron_sse.pretrained.open import open_model
+from megatron_sse.pretrained.text import ByteTokenizer
 from tests.data.files import write_tokens
 from tests.inference.support import make_checkpoint, model
 
@@ -145,7 +145,7 @@ def test_all_tasks_go_into_one_file(pure: Path, prefix: str, tmp_path: Path, mon
 
 WRONG = {
     "TASK: got 'mqr', allowed perplexity, mqar, needle": ["{pure}", "mqr"],
-    "CHECKPOINT: got": ["{tmp}/none", "mqar"],
+    "CHECKPOINT: folder": ["{tmp}/none", "mqar"],
     "--lengths: got '12,x', allowed different whole numbers": ["{pure}", "mqar", "--lengths", "12,x"],
     "--lengths: got '', allowed": ["{pure}", "mqar", "--lengths", ""],
     "--depths: got '50,101', allowed": ["{pure}", "needle", "--depths", "50,101"],

@@ -14,7 +14,7 @@ from megatron_sse.evaluation import needles
 from megatron_sse.evaluation.needles import make_samples, measure_needles
 from megatron_sse.evaluation.read import Reader
 from megatron_sse.evaluation.recall import measure_recall
-from megatron_sse.inference.text import ByteTokenizer
+from megatron_sse.pretrained.text import ByteTokenizer
 
 TASK = MQARTask(pairs=6, keys=12, values=8)
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from megatron_sse.cli import main
 from megatron_sse.config import MQARTask, NeedleTask
-from megatron_sse.evaluation.request import Request, needle_tasks, recall_tasks
-from megatron_sse.inference.text import ByteTokenizer
+from megatron_sse.evaluation.request import Request
+from megatron_sse.evaluation.tasks import needle_tasks, recall_tasks
+from megatron_sse.pretrained.text import ByteTokenizer
 from tests.data.files import run_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,10 +40,10 @@ def test_a_model_learns_to_recall(tmp_path: Path) -> None:
 def test_tasks_are_as_trained_unless_given() -> None:
     mqar, needle = {"pairs": 3, "keys": 7, "values": 5}, {"variant": "multi_value", "digits": 4}
     config = run_config("x", data={"train": [{"mqar": mqar}, {"needle": needle}]}, model={"vocab_size": 257})
-    plain = Request(checkpoint="", tasks=["mqar"])
+    plain = Request(checkpoint="", tasks=("mqar",))
     assert recall_tasks(plain, config, [16]) == [MQARTask(**mqar)]
     assert needle_tasks(plain, config, [512], ByteTokenizer()) == [NeedleTask(variant="multi_value", digits=4)]
-    given = Request(checkpoint="", tasks=["mqar"], pairs="5,4", values=6, variants="single,multi_key", digits=2)
+    given = Request(checkpoint="", tasks=("mqar",), pairs="5,4", values=6, variants="single,multi_key", digits=2)
     assert recall_tasks(given, config, [16]) == [MQARTask(pairs=pairs, keys=7, values=6) for pairs in (4, 5)]
     found = needle_tasks(given, config, [512], ByteTokenizer())
     assert found == [NeedleTask(variant=variant, digits=2) for variant in ("single", "multi_key")]

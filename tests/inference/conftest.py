@@ -7,10 +7,10 @@ import pytest
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 
-from megatron_sse.convert.model import open_model
-from megatron_sse.inference.load import build_and_load, inference_config
 from megatron_sse.parallel.device import setup_device
 from megatron_sse.parallel.groups import destroy_groups, init_groups, init_process_group
+from megatron_sse.pretrained.network import build_and_load, inference_config
+from megatron_sse.pretrained.open import open_model
 from tests.inference.support import SOFTMAX, make_checkpoint, model
 
 

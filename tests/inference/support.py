@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from megatron_sse.checkpoint.weights import write_weights
+from megatron_sse.checkpoint.full_weights import write_weights
 from megatron_sse.config import Source
-from megatron_sse.convert.layout import SSE_NAMES, model_links
-from megatron_sse.convert.model import make_run_config
+from megatron_sse.hf.name_map import SSE_NAMES, model_links
+from megatron_sse.pretrained.open import make_run_config
 
 BASE: dict[str, Any] = {
     "num_layers": 2,

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from megatron_sse.cli import main
-from megatron_sse.convert import convert
-from megatron_sse.convert.logits import compute_logits
-from megatron_sse.convert.model import open_model
-from megatron_sse.inference.text import ByteTokenizer
+from megatron_sse.pretrained.logits import compute_logits
+from megatron_sse.pretrained.open import open_model
+from megatron_sse.pretrained.text import ByteTokenizer
+from tests.convert.support import convert
 
 PROMPT = "def f(x):"
 
@@ -90,14 +90,14 @@ def test_a_text_that_has_ended_is_not_gone_on_with(
 
 
 WRONG = {
-    "no folder": (["{tmp}/none"], "CHECKPOINT: got"),
+    "no folder": (["{tmp}/none"], "CHECKPOINT: folder"),
     "empty prompt": (["{model}", "--prompt", ""], "--prompt 1: got an empty prompt"),
     "empty file": (["{model}", "--tokens", "/dev/null"], "which is empty"),
     "empty line": (["{model}", "--tokens", "{tmp}/empty_line"], "empty_line:2: got an empty prompt"),
-    "words": (["{model}", "--tokens", "{tmp}/words"], "cannot be read as lines of token numbers"),
+    "words": (["{model}", "--tokens", "{tmp}/words"], "cannot be read as lines of token ids"),
     "large token": (["{model}", "--tokens", "{tmp}/large"], "got token 257, allowed 0 to 256"),
     "no file": (["{model}", "--prompt-file", "{tmp}/none"], "No such file"),
-    "both": (["{model}", "--prompt", "a", "--tokens", "x"], "--tokens: got text prompts too"),
+    "both": (["{model}", "--prompt", "a", "--tokens", "x"], "--tokens: got text as well"),
     "temperature": (["{model}", "--prompt", "a", "--temperature", "-1"], "--temperature: got -1.0"),
     "top p": (["{model}", "--prompt", "a", "--top-p", "0"], "--top-p: got 0.0"),
     "max tokens": (["{model}", "--prompt", "a", "--max-tokens", "0"], "--max-tokens: got 0"),

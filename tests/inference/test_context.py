@@ -8,15 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_sse.convert.model import open_model
 from megatron_sse.inference import layers as cache_module
 from megatron_sse.inference.cache import Cache
-from megatron_sse.inference.load import build_and_load, inference_config
 from megatron_sse.inference.run import feed, logits_of, prefill
 from megatron_sse.parallel import prefill as prefill_module
 from megatron_sse.parallel.device import setup_device
 from megatron_sse.parallel.groups import init_groups
 from megatron_sse.parallel.sharding import ContextShard
+from megatron_sse.pretrained.network import build_and_load, inference_config
+from megatron_sse.pretrained.open import open_model
 from tests.inference.support import make_checkpoint
 from tests.inference.test_parity import MODELS, TOLERANCE
 from tests.workers import run_workers

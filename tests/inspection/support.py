@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sse.convert.logits import compute_logits
-from megatron_sse.convert.model import open_model
 from megatron_sse.kernels import BankInputs, Routes
 from megatron_sse.kernels.reference import reference_sse
 from megatron_sse.parallel import layout
+from megatron_sse.pretrained.logits import compute_logits
+from megatron_sse.pretrained.open import open_model
 
 
 @dataclass(frozen=True)

@@ -90,11 +90,11 @@ def test_texts_of_all_kinds(pure: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 WRONG = {
     "got no text, allowed one or more with --prompt, --prompt-file or --tokens": ["{pure}"],
-    "CHECKPOINT: got": ["{tmp}/none", "--prompt", "a"],
+    "CHECKPOINT: folder": ["{tmp}/none", "--prompt", "a"],
     "--prompt-file: {tmp}/none cannot be read": ["{pure}", "--prompt-file", "{tmp}/none"],
     "--prompt 2: got an empty prompt": ["{pure}", "--prompt", "a", "--prompt", ""],
     "--prompt-file {tmp}/empty: got an empty prompt": ["{pure}", "--prompt-file", "{tmp}/empty"],
-    "--tokens: given together with text": ["{pure}", "--prompt", "a", "--tokens", "{tmp}/empty"],
+    "--tokens: got text as well": ["{pure}", "--prompt", "a", "--tokens", "{tmp}/empty"],
     "--tokens: got {tmp}/empty, which is empty": ["{pure}", "--tokens", "{tmp}/empty"],
     "--tokens: {tmp}/large:1: got token 257, allowed 0 to 256": ["{pure}", "--tokens", "{tmp}/large"],
     "--chunk: got 0, allowed 1": ["{pure}", "--prompt", "a", "--chunk", "0"],

@@ -10,14 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_sse.convert.model import open_model
 from megatron_sse.errors import UserError
-from megatron_sse.inference.load import build_and_load, inference_config, inference_groups
 from megatron_sse.inspection.measure import Layer, LayerSums, Rank, measure_layers, pieces, rank_marks
 from megatron_sse.inspection.pictures import draw_all
 from megatron_sse.inspection.report import tabulate
 from megatron_sse.parallel.device import setup_device
 from megatron_sse.parallel.groups import init_groups
+from megatron_sse.pretrained.network import build_and_load, inference_config, inference_groups
+from megatron_sse.pretrained.open import open_model
 from tests.inference.support import SOFTMAX, make_checkpoint, model
 from tests.inspection.support import Handed, half_lives, look_at, percentiles, ranks
 from tests.workers import run_workers

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from megatron_sse.config import SSEConfig
 from megatron_sse.config.mixer import MixerSpec
-from megatron_sse.convert.layout import SSE_NAMES, mixer_links, model_links
-from megatron_sse.convert.links import to_ours
+from megatron_sse.hf.links import to_ours
+from megatron_sse.hf.name_map import SSE_NAMES, mixer_links, model_links
 from megatron_sse.model import build_model
 from megatron_sse.parallel.layout import TokenLayout
 from tests.model.support import HIDDEN, Tensors, cpu, make_mixer, rms_error, run_config

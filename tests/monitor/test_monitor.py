@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from megatron_sse.config import load_config
+from megatron_sse.costs.flops import train_flops_per_token
 from megatron_sse.data.metadata import Metadata
 from megatron_sse.model import build_model
 from megatron_sse.monitor import Monitor
-from megatron_sse.monitor.flops import train_flops_per_token
 from megatron_sse.monitor.health import find_mixers
 from megatron_sse.parallel.device import setup_device
 from megatron_sse.parallel.groups import init_groups

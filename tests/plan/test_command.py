@@ -6,10 +6,11 @@ import pytest
 
 from megatron_sse.cli import main
 from megatron_sse.config import load_config
+from megatron_sse.costs.gpus import GPUS
 from megatron_sse.errors import UserError
-from megatron_sse.plan.ceilings import GPUS, find_gpu
-from megatron_sse.plan.command import parse_bytes
+from megatron_sse.plan.command import find_gpu
 from megatron_sse.plan.memory import passes_under_way, rank_memory
+from megatron_sse.plan.request import Request, parse_bytes
 from megatron_sse.plan.search import HEADROOM, longest_sequence, search_layouts, with_settings, work_out
 from megatron_sse.plan.sizes import Sizes
 
@@ -57,7 +58,7 @@ def test_refused_in_one_line(arguments: list[str], message: str, capfd: pytest.C
 
 
 def test_numbers_over_those_of_the_table() -> None:
-    gpu = find_gpu("h200", 770, 4.3, parse_bytes("100GiB"))
+    gpu = find_gpu(Request(config="", gpu="h200", tflops=770, bandwidth=4.3, memory="100GiB"))
     assert (gpu.flops, gpu.bandwidth, gpu.memory) == (770e12, 4.3e12, 100 * 2**30)
     with pytest.raises(UserError, match="--memory: got 0GB"):
         parse_bytes("0GB")

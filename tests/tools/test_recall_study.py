@@ -16,8 +16,8 @@ from megatron_sse.config import RunConfig, ignored_settings, load_config
 from megatron_sse.data.tasks.mqar import Recall
 from megatron_sse.evaluation.read import Reader
 from megatron_sse.evaluation.recall import measure_recall
-from megatron_sse.inference.load import inference_groups
 from megatron_sse.model import build_model
+from megatron_sse.pretrained.network import inference_groups
 from megatron_sse.tools.recall_arms import ARMS, BASE, arm_settings, num_parameters, state_elements, tabulate_arms
 from megatron_sse.tools.recall_measure import SEED, look, make_samples
 from megatron_sse.tools.recall_report import write_report

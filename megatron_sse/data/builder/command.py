@@ -9,73 +9,35 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron_sse.data.builder import chat, encode
-from megatron_sse.data.builder.inputs import FORMATS, UNIT_BYTES, Inputs, find_inputs
+from megatron_sse.data.builder.inputs import Inputs, find_inputs
 from megatron_sse.data.builder.job import Job
 from megatron_sse.data.builder.join import count_parts, join_parts
 from megatron_sse.data.builder.parts import Counts
+from megatron_sse.data.builder.request import BYTES, REFUSE, Request
 from megatron_sse.data.builder.summary import describe_build
 from megatron_sse.data.builder.tally import EMPTY, WRONG
 from megatron_sse.data.builder.workers import build_parts, describe
 from megatron_sse.data.builder.workspace import Workspace, make_joined
 from megatron_sse.data.histogram import draw_lengths
-from megatron_sse.data.metadata import read_metadata
+from megatron_sse.data.metadata import TOKENIZER, TOKENIZER_SETTINGS, read_metadata
 from megatron_sse.data.writer import publish
 from megatron_sse.errors import UserError
 from megatron_sse.installed import require
 
 logger = logging.getLogger(__name__)
 
-REFUSE, SKIP = "refuse", "skip"
-TOKENIZER, SETTINGS = ".tokenizer.json", ".tokenizer_config.json"
 PICTURE = ".lengths.png"
 # Version of the parts' format: a build is only resumed from parts of the same version.
 _VERSION = 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """The options of `megatron-sse data build`, documented in docs/data.md. workers: None for one per core."""
-
-    inputs: Sequence[str]
-    output: str
-    tokenizer: str = encode.BYTES
-    format: str = "auto"
-    field: str = "text"
-    workers: int | None = None
-    wrong: str = REFUSE
-    empty: str = SKIP
-    end: str | None = None
-    chat_template: str | None = None
-    unit_bytes: int = UNIT_BYTES
-
-    def check(self) -> None:
-        """Raise UserError for a wrong value, or options that do not fit together."""
-        for name, value, allowed in (
-            ("--format", self.format, FORMATS),
-            ("--wrong", self.wrong, (REFUSE, SKIP)),
-            ("--empty", self.empty, (REFUSE, SKIP)),
-        ):
-            if value not in allowed:
-                raise UserError(f"{name}: got {value}, allowed {', '.join(allowed)}")
-        if self.workers is not None and self.workers < 1:
-            raise UserError(f"--workers: got {self.workers}, allowed 1 or more")
-        if self.tokenizer == encode.BYTES and self.end is not None:
-            raise UserError(f"--end: got {self.end}, but --tokenizer bytes has an end of its own; leave it out")
-        if self.chat_template is not None and self.format != "chat":
-            raise UserError("--chat-template: given, but --format is not chat; give --format chat or leave it out")
-        if self.output.endswith(("/", ".bin", ".idx")):
-            raise UserError(
-                f"--output: got {self.output}, allowed the prefix of the files to write, such as data/train"
-            )
-
-
-def build(request: Request) -> int:
+def run(request: Request) -> int:
     """Build a token file, or resume building it, and print what it holds; return the exit status. Raises UserError."""
     request.check()
     require("tqdm", "data build", "data")
@@ -111,8 +73,8 @@ def _make_job(request: Request) -> tuple[Job, encode.TokenizerFiles | None, str]
     """Return the job, the tokenizer's files, and its name with the hash of its content. Raises UserError."""
     refused = (*(WRONG if request.wrong == REFUSE else ()), *((EMPTY,) if request.empty == REFUSE else ()))
     template: str | None = chat.DEFAULT_TEMPLATE
-    files, end, name, special, token = None, None, encode.BYTES, {}, ""
-    if request.tokenizer != encode.BYTES:
+    files, end, name, special, token = None, None, BYTES, {}, ""
+    if request.tokenizer != BYTES:
         files = encode.find_tokenizer(request.tokenizer)
         token, end = files.end(request.end)
         digest = hashlib.sha256(files.path.read_bytes()).hexdigest()
@@ -211,6 +173,6 @@ def _join(
     with _Progress(counts.tokens * width, "joining") as report:
         join_parts(space.folder, len(inputs.units), joined, counts, name, encoder.end, job.has_mask, report)
     if files is not None:
-        shutil.copyfile(files.path, joined / TOKENIZER)
-        (joined / SETTINGS).write_text(json.dumps(files.settings, indent=2, ensure_ascii=False) + "\n")
+        shutil.copyfile(files.path, joined / f".{TOKENIZER}")
+        (joined / f".{TOKENIZER_SETTINGS}").write_text(json.dumps(files.settings, indent=2, ensure_ascii=False) + "\n")
     publish(joined, space.prefix)

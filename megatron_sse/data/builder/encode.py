@@ -12,12 +12,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from megatron_sse.data.metadata import TOKENIZER, TOKENIZER_SETTINGS
 from megatron_sse.data.tokenizer import END_OF_DOCUMENT, VOCAB_SIZE, encode_document
 from megatron_sse.errors import UserError
 from megatron_sse.installed import require
 
-BYTES = "bytes"
-# The largest vocabulary of 16-bit tokens.
+# Largest vocabulary of 16-bit tokens.
 _UINT16_TOKENS = 1 << 16
 # Characters that are encoded at once; characters on each side of a cut that are compared; cuts that are tried.
 _PIECE, _WINDOW, _TRIES = 1 << 20, 256, 8
@@ -177,7 +177,7 @@ class TokenizerFiles:
         It is `name`, or the settings' eos_token where `name` is None.
         """
         token = name or self.special("eos_token")
-        config = self.path.with_name("tokenizer_config.json")
+        config = self.path.with_name(TOKENIZER_SETTINGS)
         if token is None:
             raise UserError(
                 f"--end: not given, and {config} names no eos_token; give the token that ends a document, such as "
@@ -197,10 +197,10 @@ class TokenizerFiles:
 def find_tokenizer(given: str) -> TokenizerFiles:
     """Find the files of a tokenizer, given its tokenizer.json or its folder. Raises UserError."""
     path = Path(given)
-    path = path / "tokenizer.json" if path.is_dir() else path
+    path = path / TOKENIZER if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"--tokenizer: {path} not found; give bytes, a tokenizer.json or a folder with one")
-    config, jinja = path.with_name("tokenizer_config.json"), path.with_name("chat_template.jinja")
+    config, jinja = path.with_name(TOKENIZER_SETTINGS), path.with_name("chat_template.jinja")
     settings: Any = {}
     if config.is_file():
         try:

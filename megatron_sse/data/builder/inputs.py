@@ -12,8 +12,6 @@ from megatron_sse.data.builder.tally import HIDDEN
 from megatron_sse.errors import UserError
 from megatron_sse.installed import require
 
-UNIT_BYTES = 1 << 24
-FORMATS = ("auto", "jsonl", "text", "parquet", "folder", "chat")
 LINES, ROWS, TEXTS = "lines", "rows", "texts"
 _SUFFIXES = {LINES: (".jsonl", ".jsonl.gz"), ROWS: (".parquet",)}
 # Added to the size of each file when units are cut: opening a file takes time even if it has only a few bytes.
@@ -83,9 +81,7 @@ class Inputs:
                 raise UserError(f"{path}: changed while it was read; delete {building} and start over")
 
 
-def find_inputs(
-    given: Sequence[str], format: str, columns: Sequence[str], output: Path, unit_bytes: int = UNIT_BYTES
-) -> Inputs:
+def find_inputs(given: Sequence[str], format: str, columns: Sequence[str], output: Path, unit_bytes: int) -> Inputs:
     """Find all files under the given paths, and cut them into units. Raises UserError.
 
     columns: a Parquet file needs at least one of these. output: must not be inside a folder that is read.

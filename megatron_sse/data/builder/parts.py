@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sse.checkpoint.durable import fsync
 from megatron_sse.data.builder.inputs import Unit
 from megatron_sse.data.builder.job import Document, DocumentMaker
 from megatron_sse.data.builder.read import read_unit
 from megatron_sse.data.builder.tally import Tally
+from megatron_sse.durable import fsync
 from megatron_sse.errors import UserError
 
 TOKENS, LENGTHS, MASK, FREQUENCIES, COUNTS = "tokens", "lengths", "mask", "frequencies", "counts.json"

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megatron_sse.checkpoint.durable import write_durably
 from megatron_sse.data.builder.parts import Counts, part_folder
+from megatron_sse.durable import write_durably
 from megatron_sse.errors import UserError
 
 PLAN = "plan.json"

@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_sse.data import writer
 from megatron_sse.data.builder import command, parts, workspace
-from megatron_sse.data.builder.command import Request, build
+from megatron_sse.data.builder.request import Request
 
 # Points at which the build dies, and what it has done by then.
 POINTS = ("third part", "sixth part", "joined", "bin named", "idx named", "half removed")
@@ -63,4 +63,4 @@ def set_point(point: str, building: Path) -> None:
 if __name__ == "__main__":
     point, workers, prefix, given = sys.argv[1:]
     set_point(point, Path(f"{prefix}.building"))
-    sys.exit(build(Request(inputs=[given], output=prefix, workers=int(workers), unit_bytes=2048)))
+    sys.exit(command.run(Request(inputs=(given,), output=prefix, workers=int(workers), unit_bytes=2048)))

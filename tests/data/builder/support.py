@@ -12,9 +12,9 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from megatron_sse.checkpoint import durable
+from megatron_sse import durable
 from megatron_sse.data.builder import command
-from megatron_sse.data.builder.command import Request, build
+from megatron_sse.data.builder.request import Request
 from megatron_sse.data.tokenizer import decode
 
 TEXTS = [
@@ -42,12 +42,12 @@ def records(texts: Sequence[str] = TEXTS) -> list[dict[str, Any]]:
 def run(output: Path, *inputs: Path, picture: bool = False, **options: Any) -> int:
     """Build in this process, in units of 64 bytes, without disk syncs and (unless `picture`) without pictures."""
     given = {"workers": 1, "unit_bytes": 64, **options}
-    request = Request(inputs=[str(path) for path in inputs], output=str(output), **given)
+    request = Request(inputs=tuple(str(path) for path in inputs), output=str(output), **given)
     with ExitStack() as stack:
         stack.enter_context(patch.object(durable.os, "fsync"))
         if not picture:
             stack.enter_context(patch.object(command, "draw_lengths"))
-        return build(request)
+        return command.run(request)
 
 
 def documents(prefix: Path) -> list[np.ndarray]:

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from megatron_sse.cli import main
-from megatron_sse.convert import convert
 from megatron_sse.data.metadata import read_metadata
 from megatron_sse.training.loop import Signals
+from tests.convert.support import convert
 from tests.data.builder.support import TEXTS, make_tokenizer, records, run, write_lines
 from tests.training.support import small_run, start
 from tests.workers import run_workers

@@ -1,0 +1,1 @@
+"""What a model costs: operations per token, and what GPUs can do."""

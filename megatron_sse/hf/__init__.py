@@ -1,0 +1,1 @@
+"""Hugging Face folders: their files, their settings, and the names of their tensors."""

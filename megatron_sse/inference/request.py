@@ -1,0 +1,94 @@
+"""The arguments of commands that run a model, and of `megatron-sse generate`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from megatron_sse.errors import UserError, found_by_all
+from megatron_sse.options import Command, option, positional
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRequest(Command):
+    """A request to a model in a folder."""
+
+    prints_result: ClassVar[bool] = True
+
+    checkpoint: str = positional("CHECKPOINT", "checkpoint, run folder or Hugging Face folder")
+    chunk: int = option("N", "tokens of a sequence that go through the model at once", default=2048)
+    precision: Literal["fp32", "bf16"] | None = option(help="compute in this format", unset="the checkpoint's")
+    any_length: bool = option(help="allow sequences longer than those that the model was trained on")
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes: 1 unless torchrun started more."""
+        return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRequest(ModelRequest):
+    """A request to a model about texts."""
+
+    prompts: tuple[str, ...] = option("TEXT", "text; may be repeated", default=(), flag="--prompt")
+    prompt_files: tuple[str, ...] = option("FILE", "text file; may be repeated", default=(), flag="--prompt-file")
+    tokens: str | None = option("FILE", "file of token ids, one text per line", unset="")
+
+    @property
+    def has_text(self) -> bool:
+        """Whether there is a prompt or a file of prompts."""
+        return bool(self.prompts or self.prompt_files)
+
+    def check(self) -> None:
+        if self.tokens is not None and self.has_text:
+            raise UserError("--tokens: got text as well, allowed either text or tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request(TextRequest):
+    """Continue texts: those given here or in files, or else each line of the standard input. With --tokens, token ids
+    are printed. docs/generate.md explains the options."""
+
+    command, help = "generate", "generate text with a model"
+
+    max_tokens: int = option("N", "new tokens", default=100)
+    temperature: float = option("X", "0 picks the likeliest token, more varies", default=0.0)
+    top_p: float = option("X", "pick among the likeliest tokens that have this share of the probability", default=1.0)
+    seed: int = option("N", "seed of the random numbers", default=0)
+    context: int = option("N", "processes that share each long prompt", default=1)
+    save_cache: str | None = option("FILE", "file to write the states of the sequences to", unset="")
+    load_cache: str | None = option("FILE", "file of states to continue from", unset="")
+
+    @property
+    def is_interactive(self) -> bool:
+        """Whether prompts come line by line from the standard input."""
+        return not self.has_text and self.tokens is None
+
+    @found_by_all()
+    def check(self) -> None:
+        super().check()
+        for name, value, is_right, allowed in (
+            ("--max-tokens", self.max_tokens, self.max_tokens >= 1, "1 or more"),
+            (
+                "--temperature",
+                self.temperature,
+                0 <= self.temperature < float("inf"),
+                "0 (the likeliest token) or more",
+            ),
+            ("--top-p", self.top_p, 0 < self.top_p <= 1, "more than 0, at most 1"),
+            ("--seed", self.seed, 0 <= self.seed < 1 << 40, "0 or more, below 2^40"),
+            ("--chunk", self.chunk, self.chunk >= 1, "1 or more"),
+            (
+                "--context",
+                self.context,
+                self.context >= 1 and self.world_size % self.context == 0,
+                f"a divisor of the number of processes, {self.world_size}",
+            ),
+        ):
+            if not is_right:
+                raise UserError(f"{name}: got {value}, allowed {allowed}")
+        if self.world_size > 1 and (self.save_cache or self.load_cache or self.is_interactive):
+            raise UserError(
+                f"got {self.world_size} processes, allowed 1 without prompts, with --save-cache and with --load-cache"
+            )

@@ -1,0 +1,67 @@
+"""Start the processes of a run on this machine: `python -m megatron_sse.launch CONFIG [section.key=value ...]`."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from typing import TYPE_CHECKING
+
+from megatron_sse.config import count_processes, load_config
+from megatron_sse.errors import INTERRUPT_EXIT, USER_ERROR_EXIT, UserError
+from megatron_sse.logs import open_log, set_up_logging
+
+if TYPE_CHECKING:
+    from megatron_sse.launch.nodes import Nodes
+
+
+def main(arguments: list[str]) -> int:
+    """Check the settings, print torchrun's command and run it. Exit statuses are those of cli.main."""
+    if not arguments or arguments[0].startswith("-"):
+        print("usage: run.sh CONFIG [section.key=value ...]", file=sys.stderr)
+        return USER_ERROR_EXIT
+    set_up_logging(rank=0)
+    try:
+        config = load_config(arguments[0], arguments[1:])
+        # Imported late: a wrong setting is reported, and an interrupt handled, before torch is loaded.
+        import torch
+
+        from megatron_sse.launch.agent import run_torchrun
+        from megatron_sse.launch.nodes import find_nodes
+        from megatron_sse.launch.prepare import prepare_data
+
+        nodes = find_nodes(os.environ)
+        num_gpus = torch.cuda.device_count()
+        per_node = count_processes(config, nodes.count, num_gpus)
+        prepare_data(config)
+        open_log(config, f"node_{nodes.rank}")
+        set_number_of_threads(per_node, num_gpus)
+        command = build_command(arguments, nodes, per_node, config.parallel.max_restarts)
+        threads = os.environ.get("OMP_NUM_THREADS")
+        print(f"{f'OMP_NUM_THREADS={threads} ' if threads else ''}torchrun {shlex.join(command)}", flush=True)
+        return run_torchrun(command, nodes, config.parallel.timeout_minutes)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return USER_ERROR_EXIT
+    except KeyboardInterrupt:
+        return INTERRUPT_EXIT
+
+
+def set_number_of_threads(per_node: int, num_gpus: int) -> None:
+    """Share the cores of a machine without GPUs, unless OMP_NUM_THREADS is set; report idle GPUs."""
+    if not num_gpus:
+        cores = len(os.sched_getaffinity(0))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // per_node)))
+    elif per_node < num_gpus:
+        print(f"uses {per_node} of {num_gpus} GPUs, as many as parallel and training.global_batch_size can feed")
+
+
+def build_command(arguments: list[str], nodes: Nodes, per_node: int, max_restarts: int) -> list[str]:
+    """Return torchrun's arguments."""
+    if nodes.count == 1:
+        place = ["--standalone"]
+    else:
+        place = [f"--nnodes={nodes.count}", "--rdzv-backend=c10d", f"--rdzv-endpoint={nodes.address}:{nodes.port}"]
+    if max_restarts:
+        place.append(f"--max-restarts={max_restarts}")
+    return [f"--nproc-per-node={per_node}", *place, "-m", "megatron_sse", "train", *arguments]

@@ -1,0 +1,80 @@
+"""Logits of a model in a folder: of ours by Megatron-Core's modules, of others by their own code."""
+
+import ctypes
+import gc
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_sse.config import RunConfig
+from megatron_sse.hf.exported.network_megatron_sse import Network
+from megatron_sse.installed import require
+from megatron_sse.parallel.layout import TokenLayout
+from megatron_sse.pretrained.network import build_and_load, inference_groups
+from megatron_sse.pretrained.open import HF, OURS, SSE, Model, make_run_config
+
+
+def check_can_compute(model: Model) -> None:
+    """Raise UserError where what computes the model's logits is not installed."""
+    if model.kind not in (OURS, HF, SSE):
+        require("transformers", f"logits of {model.folder} (a {model.kind} model)")
+
+
+@torch.no_grad()
+def compute_logits(model: Model, tokens_BL: Tensor) -> Tensor:
+    """Compute logits [B, L, vocabulary] in fp32; they are returned on the CPU."""
+    compute = {OURS: _by_megatron, HF: _by_network, SSE: _by_network}.get(model.kind, _by_transformers)
+    logits = compute(model, tokens_BL)
+    _free_memory()
+    return logits[..., : model.config.model.vocab_size].float().cpu()
+
+
+def _free_memory() -> None:
+    """Give the memory of a model that is no longer needed back to the system, for the next one."""
+    # Models are reference cycles.
+    gc.collect()
+    # glibc keeps what was freed; other C libraries have no such call.
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _by_megatron(model: Model, tokens_BL: Tensor) -> Tensor:
+    config = make_run_config(model.config.model.model_dump(), tokens_BL.shape[1], "fp32", "model")
+    with inference_groups() as (groups, device):
+        network = build_and_load(model, config, groups, device, core_attention=None)
+        layout = TokenLayout.from_starts(np.zeros(tuple(tokens_BL.shape), dtype=bool), device=device.type)
+        return network(tokens_BL.to(device.type), None, None, packed_seq_params=layout)
+
+
+def _by_network(model: Model, tokens_BL: Tensor) -> Tensor:
+    """Compute logits with the layers of the modeling file of exports, which also read the SSE authors' tensors."""
+    settings = network_settings(model.config)
+    with torch.device("meta"):
+        network = Network(settings)
+    weights = {
+        part.name.removeprefix("model."): model.weights.get(part.name).float()
+        for link in model.links
+        for part in link.theirs
+    }
+    output = weights.pop("lm_head.weight", weights["embeddings.weight"])
+    network.load_state_dict(weights, assign=True)
+    return network(network.embeddings(tokens_BL)) @ output.t()
+
+
+def network_settings(config: RunConfig) -> dict[str, Any]:
+    """Return the model's settings as Network takes them."""
+    return config.model.model_dump(mode="json") | {"layers": config.model.layer_kinds()}
+
+
+def _by_transformers(model: Model, tokens_BL: Tensor) -> Tensor:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    network = transformers.AutoModelForCausalLM.from_pretrained(
+        model.folder, dtype=torch.float32, local_files_only=True, attn_implementation="sdpa"
+    )
+    return network.eval()(tokens_BL, use_cache=False).logits

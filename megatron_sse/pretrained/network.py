@@ -1,0 +1,64 @@
+"""The network of a model in a folder, built on the processes that share it."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_sse.config import RunConfig
+from megatron_sse.config.load import make_config
+from megatron_sse.model import build_model
+from megatron_sse.model.attention import TorchAttention
+from megatron_sse.model.initialize import global_name, own_part
+from megatron_sse.parallel.device import Device, setup_device
+from megatron_sse.parallel.groups import destroy_groups, init_groups, init_process_group
+from megatron_sse.pretrained.open import Model
+
+
+def inference_config(model: Model, precision: str | None, tensor: int = 1) -> RunConfig:
+    """Return the settings to build the model with: split over `tensor` ranks and in no other way, in its own precision
+    unless another is given. Raises UserError where it cannot be split so."""
+    values = model.config.model_dump()
+    values["parallel"] = {"tensor": tensor}
+    # One micro-batch on one data rank.
+    values["training"] |= {"global_batch_size": 1, "micro_batch_size": 1, "recompute": "none"}
+    values["training"]["precision"] = precision or values["training"]["precision"]
+    return make_config(values, {"": str(model.folder)})
+
+
+@torch.no_grad()
+def build_and_load(
+    model: Model,
+    config: RunConfig,
+    groups: ProcessGroupCollection,
+    device: Device,
+    core_attention: type[TorchAttention] | None = TorchAttention,
+) -> GPTModel:
+    """Build this tensor rank's part of the model, with its weights, ready to generate.
+
+    core_attention: by default plain torch's, which reads keys and values that are kept; None for the backend's.
+    """
+    [chunk] = build_model(config, groups, device, draw=False, core_attention=core_attention)
+    parameters = {global_name(name, chunk): parameter for name, parameter in chunk.named_parameters()}
+    rank, size = groups.tp.rank(), groups.tp.size()
+    for name, full in model.tensors():
+        parameter = parameters.pop(name)
+        parameter.copy_(own_part(full, parameter, rank, size))
+    assert not parameters, parameters.keys()
+    return chunk.eval()
+
+
+@contextmanager
+def inference_groups(tensor: int = 1, context: int = 1) -> Iterator[tuple[ProcessGroupCollection, Device]]:
+    """Set up the groups of all tensor x context processes, and the device of this one, for a block."""
+    device = setup_device(int(os.environ.get("LOCAL_RANK", "0")))
+    init_process_group(device)
+    try:
+        yield init_groups(tensor, context=context), device
+    finally:
+        destroy_groups()
+        dist.destroy_process_group()

@@ -1,0 +1,107 @@
+"""From text to tokens and back: the tokenizer in a model's folder, or the byte tokens of training."""
+
+import codecs
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from megatron_sse.data.metadata import TOKENIZER, TOKENIZER_SETTINGS, read_metadata
+from megatron_sse.data.tokenizer import END_OF_DOCUMENT, VOCAB_SIZE
+from megatron_sse.errors import UserError
+from megatron_sse.installed import require
+from megatron_sse.pretrained.open import Model
+
+# Tokenizers decode characters that are not complete yet to this one.
+_BROKEN = "\ufffd"
+
+
+class Tokenizer(Protocol):
+    """end: the token that ends a document; None where there is none."""
+
+    end: int | None
+
+    def encode(self, text: str, goes_on: bool = False) -> list[int]:
+        """Return the tokens of a text. goes_on: it continues another text, so that no start is marked."""
+        ...
+
+    def stream(self) -> Callable[[int], str]:
+        """Return a function that takes one token after the other and returns the text that each completes."""
+        ...
+
+
+class ByteTokenizer:
+    """A token per byte of UTF-8."""
+
+    end: int | None = END_OF_DOCUMENT
+
+    def encode(self, text: str, goes_on: bool = False) -> list[int]:
+        return list(text.encode())
+
+    def stream(self) -> Callable[[int], str]:
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        return lambda token: decoder.decode(bytes([token])) if token < END_OF_DOCUMENT else ""
+
+
+class FolderTokenizer:
+    """One of transformers' tokenizers."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.end: int | None = tokenizer.eos_token_id
+
+    def encode(self, text: str, goes_on: bool = False) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=not goes_on)
+
+    def stream(self) -> Callable[[int], str]:
+        tokens: list[int] = []
+        # Text of tokens[start:shown] is out; it is decoded with what follows, as spaces depend on the token before.
+        start, shown = 0, 0
+
+        def add(token: int) -> str:
+            nonlocal start, shown
+            tokens.append(token)
+            before = self.tokenizer.decode(tokens[start:shown], skip_special_tokens=True)
+            text = self.tokenizer.decode(tokens[start:], skip_special_tokens=True)
+            if len(text) <= len(before) or text.endswith(_BROKEN):
+                return ""
+            start, shown = shown, len(tokens)
+            return text[len(before) :]
+
+        return add
+
+
+def open_tokenizer(model: Model, instead: str = "") -> Tokenizer:
+    """Return the tokenizer of a model's folder; byte tokens where the model was trained on them.
+
+    instead: what else a user can do, for the message. Raises UserError.
+    """
+    there = [name for name in (TOKENIZER_SETTINGS, TOKENIZER) if (model.folder / name).is_file()]
+    if there:
+        return _read_tokenizer(model, there[0])
+    first = model.config.data.train[0]
+    metadata = read_metadata(first.prefix) if first.prefix else None
+    of_bytes = first.needle is not None or (metadata is not None and metadata.tokenizer == "bytes")
+    if of_bytes or model.config.model.vocab_size == VOCAB_SIZE:
+        return ByteTokenizer()
+    raise UserError(
+        f"{model.folder}: no tokenizer ({TOKENIZER}), and {model.config.model.vocab_size} tokens are not the "
+        f"{VOCAB_SIZE} byte tokens; put the tokenizer's files there{instead}"
+    )
+
+
+def _read_tokenizer(model: Model, file: str) -> Tokenizer:
+    require("transformers", f"the tokenizer of {model.folder}")
+    import transformers
+
+    tokenizer: Any
+    try:
+        if file == TOKENIZER:
+            tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(model.folder / file))
+        else:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                model.folder, local_files_only=True, trust_remote_code=False
+            )
+    # The type of transformers' error depends on what is wrong with the files.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{model.folder / file}: the tokenizer cannot be read ({reason})") from None
+    return FolderTokenizer(tokenizer)

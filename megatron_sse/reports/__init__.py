@@ -1,0 +1,1 @@
+"""What commands share to show results: tables of text, JSON files, and the style of pictures."""

@@ -1,0 +1,5 @@
+"""Names in the folder of a run (monitor.folder)."""
+
+# The settings with all defaults filled in; each checkpoint has a file of this name, too.
+CONFIG = "config.yaml"
+CHECKPOINTS, LOGS, TENSORBOARD = "checkpoints", "logs", "tensorboard"

@@ -1,0 +1,1 @@
+"""Logits of a model for given tokens; `megatron-sse score`."""
