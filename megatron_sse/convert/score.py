@@ -28,12 +28,12 @@ def score(checkpoint: str, tokens: str, target: str) -> int:
     model = open_model("--checkpoint", checkpoint)
     check_can_compute(model)
     tokens_BL = _read_tokens(tokens, model.config.model.vocab_size)
-    logits_BLV = compute_logits(model, tokens_BL)
+    logits_BLv = compute_logits(model, tokens_BL)
     try:
-        save_file({LOGITS: logits_BLV.contiguous()}, target)
+        save_file({LOGITS: logits_BLv.contiguous()}, target)
     except Exception as error:
         raise UserError(f"--output: {target} cannot be written ({' '.join(str(error).split())})") from None
-    shape = " x ".join(map(str, logits_BLV.shape))
+    shape = " x ".join(map(str, logits_BLv.shape))
     logger.info("logits of %s (%s): %s, %s", model.folder, model.kind, shape, target)
     return 0
 

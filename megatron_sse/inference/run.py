@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_sse.inference.cache import Cache
 from megatron_sse.inference.sampling import Sampler
-from megatron_sse.parallel.sharding import WHOLE, ContextShard
+from megatron_sse.parallel.sharding import ALL_TOKENS, ContextShard
 
 DEFAULT_CHUNK = 2048
 
@@ -20,7 +20,7 @@ def feed(
     tokens_T: Tensor,
     slots: Sequence[int],
     counts: Sequence[int],
-    shard: ContextShard = WHOLE,
+    shard: ContextShard = ALL_TOKENS,
 ) -> Tensor:
     """Run new tokens through the model; returns what its output layer takes, [T, 1, d].
 
@@ -37,7 +37,7 @@ def feed(
 
 @torch.no_grad()
 def logits_of(model: GPTModel, hidden_T1d: Tensor) -> Tensor:
-    """Logits of all tensor ranks' vocabulary, padding included, fp32 [T, V]."""
+    """Logits of all tensor ranks' vocabulary, padding included, fp32 [T, v]."""
     weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
     return model.output_layer(hidden_T1d, weight=weight, runtime_gather_output=True)[0][:, 0].float()
 
@@ -47,9 +47,9 @@ def prefill(
     cache: Cache,
     prompts: Sequence[Sequence[int]],
     chunk: int = DEFAULT_CHUNK,
-    shard: ContextShard = WHOLE,
+    shard: ContextShard = ALL_TOKENS,
 ) -> Tensor:
-    """Feed every sequence its prompt, at most `chunk` tokens at a time; logits after the last token of each, [X, V].
+    """Feed every sequence its prompt, at most `chunk` tokens at a time; logits after the last token of each, [D, v].
 
     prompts: token ids of each sequence of the cache, at least one. shard: of this rank among the context ranks, which
         share all but the last tokens of each prompt; they compute those all alike, as they do what is generated.
@@ -108,7 +108,7 @@ def generate(
     sampler: Sampler,
     end: int | None = None,
     chunk: int = DEFAULT_CHUNK,
-    shard: ContextShard = WHOLE,
+    shard: ContextShard = ALL_TOKENS,
 ) -> Iterator[list[int | None]]:
     """Go on with every sequence of the cache: each step's tokens, None for sequences that have ended.
 
@@ -121,10 +121,10 @@ def generate(
     """
     fed = [[*pending, *prompt] for pending, prompt in zip(cache.pending, prompts, strict=True)]
     cache.pending = [[] for _ in prompts]
-    logits_XV = prefill(model, cache, fed, chunk, shard)
+    logits_Dv = prefill(model, cache, fed, chunk, shard)
     slots = list(range(len(prompts)))
     for step in range(num_tokens):
-        picked = sampler.pick(logits_XV, slots)
+        picked = sampler.pick(logits_Dv, slots)
         tokens: list[int | None] = [None] * len(prompts)
         for slot, token in zip(slots, picked, strict=True):
             tokens[slot], cache.pending[slot] = token, [token]
@@ -133,4 +133,4 @@ def generate(
         if not slots or step + 1 == num_tokens:
             return
         fed_T = torch.tensor([tokens[slot] for slot in slots])
-        logits_XV = logits_of(model, feed(model, cache, fed_T, slots, [1] * len(slots)))
+        logits_Dv = logits_of(model, feed(model, cache, fed_T, slots, [1] * len(slots)))
