@@ -17,8 +17,8 @@ SMALLEST, LARGEST = 8, 32
 
 
 class ChunkAction(NamedTuple):
-    """For each of M chunks (times heads): within [M, C, V], query [M, C, K], transition [M, K, 1] (a decay per channel)
-    or [M, K, K], increment [M, K, V]."""
+    """For each of G chunks (times heads): within [G, C, V], query [G, C, K], transition [G, K, 1] (a decay per channel)
+    or [G, K, K], increment [G, K, V]."""
 
     within: Tensor
     query: Tensor
@@ -40,11 +40,11 @@ def run_chunks(
     segments: Segments,
     initial_SHKV: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Output [T, H, V] and final states [S, H, K, V] of the recurrence whose chunks act as `act(*rows)` says.
+    """Output [R, H, V] and final states [S, H, K, V] of the recurrence whose chunks act as `act(*rows)` says.
 
     Args:
-        act: from chunks [M, C, D] of each of `rows` to what they do.
-        rows: [T, H, D] each, all fp32 or all fp64.
+        act: from chunks [G, C, c] of each of `rows` to what they do.
+        rows: [R, H, c] each, all fp32 or all fp64.
         segments, initial_SHKV: as in the recurrences.
     """
     num_rows, num_heads = rows[0].shape[:2]
@@ -95,6 +95,6 @@ def _block_size(chunks: Tensor) -> int:
 
 
 def join_lower(early: Tensor, below: Tensor, late: Tensor) -> Tensor:
-    """The block matrix [[early, 0], [below, late]] of squares [..., B, B]."""
+    """The block matrix [[early, 0], [below, late]] of squares of one size."""
     zeros = torch.zeros_like(early)
     return torch.cat((torch.cat((early, zeros), dim=-1), torch.cat((below, late), dim=-1)), dim=-2)

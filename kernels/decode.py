@@ -11,7 +11,7 @@ from megatron_sse.kernels.routing import Routes
 
 
 def decode_step(
-    states_XBHKV: Tensor,
+    states_XAHKV: Tensor,
     slot_T: Tensor,
     shared: BankInputs,
     sparse: BankInputs | None,
@@ -25,8 +25,8 @@ def decode_step(
     """Write one token to the banks of its sequence, then read them; without gradients.
 
     Args:
-        states_XBHKV: X slots with the states of all B = N + 1 banks, bank 0 shared; fp32 (fp64), changed in place.
-        slot_T: int64, the slot of each token's sequence, each at most once; below 0: the token is padding, no state
+        states_XAHKV: X places with the states of all A banks, bank 0 shared; fp32 (fp64), changed in place.
+        slot_T: int64, the place of each token's sequence, each at most once; below 0: the token is padding, no state
             changes and its output is zero.
         shared, sparse, v_THV, routes: T tokens, as for sse_attention; sparse and routes are None where N = 0.
         gate, weight_writes, weight_reads: as for sse_attention.
@@ -35,19 +35,19 @@ def decode_step(
         o_THV in v's dtype.
     """
     before_norm = gate == "reference"
-    if states_XBHKV.is_cuda and KERNELS[shared.recurrence.name].has_triton:
+    if states_XAHKV.is_cuda and KERNELS[shared.recurrence.name].has_triton:
         from megatron_sse.kernels.triton.decode import decode_step as run
 
-        return run(states_XBHKV, slot_T, shared, sparse, v_THV, routes, before_norm, weight_writes, weight_reads)
+        return run(states_XAHKV, slot_T, shared, sparse, v_THV, routes, before_norm, weight_writes, weight_reads)
     active_T = slot_T >= 0
-    slot_T, v = slot_T[active_T], v_THV[active_T].to(states_XBHKV.dtype)
+    slot_T, v = slot_T[active_T], v_THV[active_T].to(states_XAHKV.dtype)
 
     def active(bank: BankInputs) -> BankInputs:
         return bank.map(lambda x: x[active_T].to(v.dtype)).expand_heads(v.shape[1])
 
     one = v.new_ones(len(v), 1, 1)
-    state, o = _write_and_read(active(shared), v, states_XBHKV[slot_T, 0], one, one, True, False)
-    states_XBHKV[slot_T, 0] = state
+    state, o = _write_and_read(active(shared), v, states_XAHKV[slot_T, 0], one, one, True, False)
+    states_XAHKV[slot_T, 0] = state
     if sparse is not None and routes is not None:
         sparse = active(sparse)
         for pick in range(routes.bank_TP.shape[1]):
@@ -56,10 +56,10 @@ def decode_step(
                 routes.weight_TP[active_T, pick].to(v.dtype)[:, None, None],
             )
             write, read = weight if weight_writes else one, weight if weight_reads else one
-            state, writes = states_XBHKV[slot_T, bank], pick < routes.num_writers
+            state, writes = states_XAHKV[slot_T, bank], pick < routes.num_writers
             state, o_pick = _write_and_read(sparse, v, state, write, read, writes, before_norm)
             if writes:
-                states_XBHKV[slot_T, bank] = state
+                states_XAHKV[slot_T, bank] = state
             if 0 <= pick - routes.first_reader < routes.num_readers:
                 o = o + o_pick
     o_THV = torch.zeros_like(v_THV)

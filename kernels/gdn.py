@@ -12,9 +12,9 @@ def act(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> ChunkAction
     arXiv 2412.06464, section 3.
 
     Args:
-        q, k, v: [M, C, K or V], C rows in each of M chunks; keys of norm <= 1 (see l2_normalize).
-        g: [M, C, 1], log decay, <= 0.
-        beta: [M, C, 1], write strength, in [0, 1], or up to 2 where negative eigenvalues are allowed.
+        q, k, v: [G, C, K or V], C rows in each of G chunks; keys of norm <= 1 (see l2_normalize).
+        g: [G, C, 1], log decay, <= 0.
+        beta: [G, C, 1], write strength, in [0, 1], or up to 2 where negative eigenvalues are allowed.
     """
     key_dim = k.shape[-1]
     q = q * key_dim**-0.5
@@ -38,7 +38,7 @@ def act(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> ChunkAction
 
 
 def _pair_decay(g: Tensor) -> Tensor:
-    """Return exp(g_t + ... + g_{s + 1}) for s <= t, [M, C, C].
+    """Return exp(g_t + ... + g_{s + 1}) for s <= t, [G, C, C].
 
     Each sum is taken on its own: a difference of two running sums would lose digits.
     """
@@ -48,15 +48,15 @@ def _pair_decay(g: Tensor) -> Tensor:
 
 
 def solve_unit_lower(lower: Tensor, b: Tensor) -> Tensor:
-    """Return (1 + L)^-1 B for strictly lower L [M, C, C], C a power of two."""
+    """Return (1 + lower)^-1 b for strictly lower triangular `lower` [G, C, C], C a power of two."""
     return _SolveUnitLower.apply(lower, b)
 
 
 class _SolveUnitLower(torch.autograd.Function):
-    """(1 + L)^-1 B, inverted in blocks, which is faster than batched solves.
+    """(1 + lower)^-1 b, inverted in blocks, which is faster than batched solves.
 
-    The inverse of [[A, 0], [B, D]] is [[A^-1, 0], [-D^-1 B A^-1, D^-1]]: blocks of 1, 2, 4 rows and so on are joined in
-    pairs.
+    The inverse of [[early, 0], [below, late]] is [[early^-1, 0], [-late^-1 below early^-1, late^-1]]: blocks of 1, 2, 4
+    rows and so on are joined in pairs.
     """
 
     @staticmethod
@@ -65,7 +65,7 @@ class _SolveUnitLower(torch.autograd.Function):
         inverse = lower.new_ones(num_matrices, size, 1, 1)
         half = 1
         while half < size:
-            # The block below the diagonal of each pair of blocks: [M, C / (2 half), half, half].
+            # The block below the diagonal of each pair of blocks: [G, C / (2 half), half, half].
             blocks = lower.view(num_matrices, -1, 2, half, size // (2 * half), 2, half)[:, :, 1, :, :, 0]
             below = blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1)
             early, late = inverse.unflatten(1, (-1, 2)).unbind(2)

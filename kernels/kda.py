@@ -14,9 +14,9 @@ def act(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> ChunkAction
     arXiv 2510.26692, section 3.
 
     Args:
-        q, k, v: [M, C, K or V], C rows in each of M chunks; keys of norm <= 1 (see l2_normalize).
-        g: [M, C, K], log decay per channel, <= 0.
-        beta: [M, C, 1], write strength, in [0, 1], or up to 2 where negative eigenvalues are allowed.
+        q, k, v: [G, C, K or V], C rows in each of G chunks; keys of norm <= 1 (see l2_normalize).
+        g: [G, C, K], log decay per channel, <= 0.
+        beta: [G, C, 1], write strength, in [0, 1], or up to 2 where negative eigenvalues are allowed.
     """
     q, decay = q * q.shape[-1] ** -0.5, g.exp()
     scores, query, k_kept, total = decayed_scores(q, k, decay)

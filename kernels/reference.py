@@ -17,11 +17,11 @@ def reference_sse(
     gate: str = "post_norm",
     weight_writes: bool = True,
     weight_reads: bool = True,
-    initial_DBHKV: Tensor | None = None,
+    initial_DAHKV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute what sse_attention does, with the same arguments, token by token; it syncs with the host and is slow.
 
-    Returns o_THV and the final states [D, N + 1, H, K, V].
+    Returns o_THV and the final states [D, A, H, K, V].
     """
     num_heads, value_dim = v_THV.shape[1:]
     num_partitions = 0 if routes is None else routes.num_partitions
@@ -30,7 +30,7 @@ def reference_sse(
     v, shared_T, sparse_T = v_THV.unbind(), _per_token(shared), [] if sparse is None else _per_token(sparse)
     outputs, finals = [], []
     for d, (start, end) in enumerate(zip(offsets_D1[:-1].tolist(), offsets_D1[1:].tolist(), strict=True)):
-        states = list((v_THV.new_zeros(shape) if initial_DBHKV is None else initial_DBHKV[d]).unbind())
+        states = list((v_THV.new_zeros(shape) if initial_DAHKV is None else initial_DAHKV[d]).unbind())
         for t in range(start, end):
             states[0], o = _token(shared_T[t], states[0], v[t], gate="post_norm")
             for p in range(0 if routes is None else routes.bank_TP.shape[-1]):

@@ -43,7 +43,7 @@ def run_recurrence(
 
     Args:
         bank: with as many key heads as value heads; keys of the delta rule normalised.
-        v_THV: values of T rows.
+        v_THV: values of the rows.
         segments: which rows form which segment, in which order.
         initial_SHKV: the state that enters each segment; None for zeros.
 

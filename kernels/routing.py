@@ -29,12 +29,12 @@ class Routes:
     first_reader: int = 0
 
     @property
-    def written_TW(self) -> Tensor:
+    def written_TP(self) -> Tensor:
         """The partitions that are written to."""
         return self.bank_TP[:, : self.num_writers]
 
     @property
-    def read_TR(self) -> Tensor:
+    def read_TP(self) -> Tensor:
         """The partitions that are read."""
         return self.bank_TP[:, self.first_reader : self.first_reader + self.num_readers]
 

@@ -20,7 +20,7 @@ def apply_transition(transition: Tensor, state: Tensor) -> Tensor:
 
 
 class _Scan(torch.autograd.Function):
-    """y[g + 1] = a[g] y[g] + u[g], but the segment's initial state where one starts; and what leaves each segment."""
+    """y[m + 1] = a[m] y[m] + u[m], but the segment's initial state where one starts; and what leaves each segment."""
 
     @staticmethod
     def forward(ctx, a, u, initial_S, pieces):
@@ -41,7 +41,7 @@ class _Scan(torch.autograd.Function):
 
 
 def scan_pieces(
-    transition_G: Tensor, increment_G: Tensor, initial_S: Tensor | None, pieces: Pieces, reverse: bool
+    transition_M: Tensor, increment_M: Tensor, initial_S: Tensor | None, pieces: Pieces, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     """The states that enter the pieces and those that leave the segments, as scan_states but without gradients.
 
@@ -49,11 +49,11 @@ def scan_pieces(
         reverse: the transposed transitions, from the last piece of each segment to the first: given the gradients of
             what the forward scan returns, those of the increments and of the initial states.
     """
-    if use_triton(increment_G):
+    if use_triton(increment_M):
         from megatron_sse.kernels.triton.scan import run_scan
 
-        return run_scan(transition_G, increment_G, initial_S, pieces, reverse)
-    return _run_torch(transition_G, increment_G, initial_S, pieces, reverse)
+        return run_scan(transition_M, increment_M, initial_S, pieces, reverse)
+    return _run_torch(transition_M, increment_M, initial_S, pieces, reverse)
 
 
 def _run_torch(a: Tensor, u: Tensor, initial_S: Tensor | None, pieces: Pieces, reverse: bool) -> tuple[Tensor, Tensor]:
@@ -61,20 +61,20 @@ def _run_torch(a: Tensor, u: Tensor, initial_S: Tensor | None, pieces: Pieces, r
     state_S = u.new_zeros(len(pieces.first_S), *u.shape[1:]) if initial_S is None else initial_S.clone()
     y = torch.zeros_like(u, memory_format=torch.contiguous_format)
     waves = _waves(pieces)
-    for g in reversed(waves) if reverse else waves:
-        segment = pieces.segment_G[g]
-        y[g] = state_S[segment]
-        state_S[segment] = apply_transition(a[g], y[g]) + u[g]
+    for m in reversed(waves) if reverse else waves:
+        segment = pieces.segment_M[m]
+        y[m] = state_S[segment]
+        state_S[segment] = apply_transition(a[m], y[m]) + u[m]
     return y, state_S
 
 
 def _waves(pieces: Pieces) -> Sequence[Tensor | slice]:
     """Which pieces are computed at once, in order: the first ones of all segments, the second ones, and so on."""
-    if pieces.start_G.device.type != "cpu":
+    if pieces.start_M.device.type != "cpu":
         # One by one: their number in each wave is not known on the host. What is not used changes nothing.
-        return [slice(g, g + 1) for g in range(len(pieces.start_G))]
-    used = np.flatnonzero(pieces.end_G.numpy() > pieces.start_G.numpy())
-    step = pieces.step_G.numpy()[used]
+        return [slice(m, m + 1) for m in range(len(pieces.start_M))]
+    used = np.flatnonzero(pieces.end_M.numpy() > pieces.start_M.numpy())
+    step = pieces.step_M.numpy()[used]
     order = torch.from_numpy(used[step.argsort(kind="stable")])
     return order.split(np.bincount(step).tolist())
 
@@ -84,43 +84,43 @@ def _transposed(transition: Tensor) -> Tensor:
 
 
 def scan_states(
-    transition_G: Tensor, increment_G: Tensor, pieces: Pieces, initial_S: Tensor | None
+    transition_M: Tensor, increment_M: Tensor, pieces: Pieces, initial_S: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """States at the chunks' entries and after each segment.
 
     Args:
-        transition_G: [G, H, K, 1] or [G, H, K, K], what each chunk does to the state that enters it.
-        increment_G: [G, H, K, V], what each chunk adds.
+        transition_M: [M, H, K, 1] or [M, H, K, K], what each chunk does to the state that enters it.
+        increment_M: [M, H, K, V], what each chunk adds.
         pieces: the chunks.
         initial_S: [S, H, K, V], the state that enters each segment; None for zeros.
 
     Returns:
-        entering [G, H, K, V] and final [S, H, K, V].
+        entering [M, H, K, V] and final [S, H, K, V].
     """
-    return _Scan.apply(transition_G, increment_G, initial_S, pieces)
+    return _Scan.apply(transition_M, increment_M, initial_S, pieces)
 
 
-def scan_spans(transition_G: Tensor, increment_G: Tensor, pieces: Pieces, edges: Edges) -> tuple[Tensor, Tensor]:
+def scan_spans(transition_M: Tensor, increment_M: Tensor, pieces: Pieces, edges: Edges) -> tuple[Tensor, Tensor]:
     """As scan_states, with the states that enter the spans from elsewhere.
 
     The scan runs once, from zero, with extra columns that start as the identity: they become what a segment does to the
     state that enters it. What enters is added when it has arrived.
     """
-    key_dim, value_dim = increment_G.shape[-2:]
-    columns = transition_G.shape[-1]
-    identity = increment_G.new_ones(key_dim, 1) if columns == 1 else torch.eye(key_dim).to(increment_G)
-    shape = (pieces.last_S.shape[0], *increment_G.shape[1:])
-    zeros = increment_G.new_zeros(shape)
+    key_dim, value_dim = increment_M.shape[-2:]
+    columns = transition_M.shape[-1]
+    identity = increment_M.new_ones(key_dim, 1) if columns == 1 else torch.eye(key_dim).to(increment_M)
+    shape = (pieces.last_S.shape[0], *increment_M.shape[1:])
+    zeros = increment_M.new_zeros(shape)
     start = torch.cat((zeros, identity.expand(*shape[:-1], columns)), dim=-1)
-    padded = torch.nn.functional.pad(increment_G, (0, columns))
-    entering, final = scan_states(transition_G, padded, pieces, start)
+    padded = torch.nn.functional.pad(increment_M, (0, columns))
+    entering, final = scan_states(transition_M, padded, pieces, start)
     (entering, before), (final, whole) = (x.split((value_dim, columns), dim=-1) for x in (entering, final))
 
-    leaving = whole[edges.exit_FX] * edges.carries_FX[..., None, None, None]
-    arriving = edges.exchange(leaving.flatten(1, 2), final[edges.exit_FX].flatten(1, 2))
-    arriving = arriving.view(*edges.entry_FX.shape, *shape[1:]).masked_fill(
-        ~edges.continues_FX[..., None, None, None], 0
+    leaving = whole[edges.exit_FU] * edges.carries_FU[..., None, None, None]
+    arriving = edges.exchange(leaving.flatten(1, 2), final[edges.exit_FU].flatten(1, 2))
+    arriving = arriving.view(*edges.entry_FU.shape, *shape[1:]).masked_fill(
+        ~edges.continues_FU[..., None, None, None], 0
     )
-    initial = zeros.index_copy(0, edges.entry_FX.flatten(), arriving.flatten(0, 1))
-    entering = entering + apply_transition(before, initial[pieces.segment_G])
+    initial = zeros.index_copy(0, edges.entry_FU.flatten(), arriving.flatten(0, 1))
+    entering = entering + apply_transition(before, initial[pieces.segment_M])
     return entering, final + apply_transition(whole, initial)

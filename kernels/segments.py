@@ -15,29 +15,29 @@ from torch import Tensor
 class Edges:
     """Segments that go on in tokens which are not at hand, for each of F spans (runs of consecutive tokens) here.
 
-    entry_FX, exit_FX: int64, the segments that come first and last in each span, X of them side by side.
-    continues_FX: bool, the first one began before the span.
-    carries_FX: bool, it is also the last one: what enters the span leaves it.
+    entry_FU, exit_FU: int64, the segments that come first and last in each span, U of them side by side.
+    continues_FU: bool, the first one began before the span.
+    carries_FU: bool, it is also the last one: what enters the span leaves it.
     exchange: given what each span does to the state that enters it, S -> transition S + state, with transition
-        [F, X * H, K, 1 or K] and state [F, X * H, K, V], returns the states that enter the spans [F, X * H, K, V].
+        [F, U * H, K, 1 or K] and state [F, U * H, K, V], returns the states that enter the spans [F, U * H, K, V].
     """
 
-    entry_FX: Tensor
-    continues_FX: Tensor
-    exit_FX: Tensor
-    carries_FX: Tensor
+    entry_FU: Tensor
+    continues_FU: Tensor
+    exit_FU: Tensor
+    carries_FU: Tensor
     exchange: Callable[[Tensor, Tensor], Tensor]
 
     def of_banks(self, num_documents: int, num_partitions: int) -> "Edges":
         """From documents to segments: document d's shared bank is segment d, the sparse ones start at D + d * N."""
 
-        def segments(document_FX: Tensor) -> Tensor:
-            sparse = num_documents + document_FX[..., None] * num_partitions
-            sparse = sparse + torch.arange(num_partitions, device=document_FX.device)
-            return torch.cat((document_FX[..., None], sparse), dim=-1).flatten(1)
+        def segments(document_FU: Tensor) -> Tensor:
+            sparse = num_documents + document_FU[..., None] * num_partitions
+            sparse = sparse + torch.arange(num_partitions, device=document_FU.device)
+            return torch.cat((document_FU[..., None], sparse), dim=-1).flatten(1)
 
-        continues, carries = (x.repeat_interleave(1 + num_partitions, 1) for x in (self.continues_FX, self.carries_FX))
-        return Edges(segments(self.entry_FX), continues, segments(self.exit_FX), carries, self.exchange)
+        continues, carries = (x.repeat_interleave(1 + num_partitions, 1) for x in (self.continues_FU, self.carries_FU))
+        return Edges(segments(self.entry_FU), continues, segments(self.exit_FU), carries, self.exchange)
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,12 @@ class Segments:
     """Segments over the rows of a recurrence's inputs.
 
     offsets_S1: int64 [S + 1], segment s holds the sorted positions offsets[s] .. offsets[s + 1] - 1.
-    row_T: int64 [T], the input row that stands at each sorted position; None where the rows are already sorted.
+    row_R: int64 [R], the input row that stands at each sorted position; None where the rows are already sorted.
     edges: segments that go on elsewhere; None where all are whole.
     """
 
     offsets_S1: Tensor
-    row_T: Tensor | None = None
+    row_R: Tensor | None = None
     edges: Edges | None = None
 
     @property
@@ -60,23 +60,23 @@ class Segments:
 
 @dataclass(frozen=True)
 class Pieces:
-    """Segments cut into G pieces of at most `size` rows each; pieces of one segment follow each other.
+    """Segments cut into M pieces of at most `size` rows each; pieces of one segment follow each other.
 
-    G = T // size + S bounds their number on the host. What is not used lies behind the last segment's end: empty.
+    M = R // size + S bounds their number on the host. What is not used lies behind the last segment's end: empty.
 
     size: rows per piece.
-    start_G, end_G: int64, sorted positions start .. end - 1; end <= start for an empty piece.
-    segment_G: int64, the segment of each piece.
-    step_G: int64, the number of the piece in its segment, from 0.
+    start_M, end_M: int64, sorted positions start .. end - 1; end <= start for an empty piece.
+    segment_M: int64, the segment of each piece.
+    step_M: int64, the number of the piece in its segment, from 0.
     first_S, last_S: int64, the first and the last piece of each segment (of an empty one: any valid index).
     empty_S: bool.
     """
 
     size: int
-    start_G: Tensor
-    end_G: Tensor
-    segment_G: Tensor
-    step_G: Tensor
+    start_M: Tensor
+    end_M: Tensor
+    segment_M: Tensor
+    step_M: Tensor
     first_S: Tensor
     last_S: Tensor
     empty_S: Tensor
@@ -88,17 +88,17 @@ def cut(segments: Segments, num_rows: int, size: int) -> Pieces:
     num_segments = segments.num_segments
     pieces_S = (offsets_S1.diff() + size - 1) // size
     piece_offsets_S1 = torch.nn.functional.pad(pieces_S.cumsum(0), (1, 0))
-    piece_G = torch.arange(num_rows // size + num_segments, device=offsets_S1.device)
-    segment_G = torch.searchsorted(piece_offsets_S1[1:].contiguous(), piece_G, right=True).clamp(max=num_segments - 1)
-    step_G = piece_G - piece_offsets_S1[segment_G]
-    start_G, segment_end_G = offsets_S1[segment_G] + step_G * size, offsets_S1[segment_G + 1]
+    piece_M = torch.arange(num_rows // size + num_segments, device=offsets_S1.device)
+    segment_M = torch.searchsorted(piece_offsets_S1[1:].contiguous(), piece_M, right=True).clamp(max=num_segments - 1)
+    step_M = piece_M - piece_offsets_S1[segment_M]
+    start_M, segment_end_M = offsets_S1[segment_M] + step_M * size, offsets_S1[segment_M + 1]
     return Pieces(
         size=size,
-        start_G=start_G,
-        end_G=torch.minimum(start_G + size, segment_end_G),
-        segment_G=segment_G,
-        step_G=step_G,
-        first_S=piece_offsets_S1[:-1].clamp(max=len(piece_G) - 1),
+        start_M=start_M,
+        end_M=torch.minimum(start_M + size, segment_end_M),
+        segment_M=segment_M,
+        step_M=step_M,
+        first_S=piece_offsets_S1[:-1].clamp(max=len(piece_M) - 1),
         last_S=(piece_offsets_S1[1:] - 1).clamp(min=0),
         empty_S=pieces_S == 0,
     )
@@ -109,8 +109,8 @@ class ChunkGrid:
     """Chunks of C rows, the last chunk of a segment padded, for each of H heads.
 
     chunks: the segments' pieces of C rows.
-    row: int64 [G * H * C], the input row and head (t * H + h) of each place, T * H where the place is padding.
-    place: int64 [T * H], the place ((g * H + h) * C + c) of each input row and head.
+    row: int64 [G * H * C], the input row and head (r * H + h) of each place, R * H where the place is padding.
+    place: int64 [R * H], the place ((g * H + h) * C + c) of each input row and head.
     """
 
     num_heads: int
@@ -123,10 +123,10 @@ def make_grid(segments: Segments, num_rows: int, num_heads: int, chunk_size: int
     """Lay chunks of `chunk_size` rows over `num_rows` rows of `num_heads` heads."""
     chunks = cut(segments, num_rows, chunk_size)
     device = segments.offsets_S1.device
-    position_GC = chunks.start_G[:, None] + torch.arange(chunk_size, device=device)
-    valid_GC = position_GC < chunks.end_G[:, None]
+    position_GC = chunks.start_M[:, None] + torch.arange(chunk_size, device=device)
+    valid_GC = position_GC < chunks.end_M[:, None]
     position_GC = position_GC.clamp(max=max(num_rows - 1, 0))
-    row_GC = position_GC if segments.row_T is None else segments.row_T[position_GC]
+    row_GC = position_GC if segments.row_R is None else segments.row_R[position_GC]
     row_GHC = row_GC[:, None] * num_heads + torch.arange(num_heads, device=device)[:, None]
     row = torch.where(valid_GC[:, None], row_GHC, num_rows * num_heads).flatten()
 
@@ -154,10 +154,10 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
 
 
 def to_chunks(x: Tensor, grid: ChunkGrid) -> Tensor:
-    """Rows [T, H, D] into chunks [G * H, C, D], padding zero."""
+    """Rows [R, H, c] into chunks [G * H, C, c], padding zero."""
     return _TakeRows.apply(x.flatten(0, 1), grid.row, grid.place).unflatten(0, (-1, grid.chunks.size))
 
 
 def from_chunks(x: Tensor, grid: ChunkGrid) -> Tensor:
-    """Chunks [G * H, C, D] back into rows [T, H, D]."""
+    """Chunks [G * H, C, c] back into rows [R, H, c]."""
     return _TakeRows.apply(x.flatten(0, 1), grid.place, grid.row).unflatten(0, (-1, grid.num_heads))

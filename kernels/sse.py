@@ -26,7 +26,7 @@ def sse_attention(
     gate: str = "post_norm",
     weight_writes: bool = True,
     weight_reads: bool = True,
-    initial_DBHKV: Tensor | None = None,
+    initial_DAHKV: Tensor | None = None,
     edges: Edges | None = None,
 ) -> BankOutputs:
     """Read the shared bank and the picked partitions after writing to them.
@@ -42,8 +42,8 @@ def sse_attention(
         gate: "post_norm": the picks' weights scale what is written and read, after the normalisation; "reference"
             (delta rule only): they scale k and q before the normalisation, which cancels them, as the authors do.
         weight_writes, weight_reads: whether the picks' probabilities scale writes and reads.
-        initial_DBHKV: states [D, N + 1, H, K, V] that enter the documents; None for zeros.
-        edges: documents that go on in tokens held elsewhere; excludes initial_DBHKV.
+        initial_DAHKV: states [D, A, H, K, V] that enter the documents; None for zeros.
+        edges: documents that go on in tokens held elsewhere; excludes initial_DAHKV.
     """
     documents = Segments(offsets_D1, edges=edges)
     recurrence, before_norm = shared.recurrence, gate == "reference"
@@ -59,16 +59,16 @@ def sse_attention(
         from megatron_sse.kernels.triton.attention import attend_banks
 
         picks = picks.spread() if picks is not None and form == "mask" else picks
-        return attend_banks(shared, sparse, v_THV, picks, documents, document_T, initial_DBHKV)
+        return attend_banks(shared, sparse, v_THV, picks, documents, document_T, initial_DAHKV)
     shared = shared.expand_heads(v_THV.shape[1])
     if sparse is None or picks is None:
-        initial = None if initial_DBHKV is None else initial_DBHKV[:, 0]
+        initial = None if initial_DAHKV is None else initial_DAHKV[:, 0]
         o_THV, final = run_recurrence(shared, v_THV, documents, initial)
         return BankOutputs(o_THV, None, final[:, None])
     sparse = sparse.expand_heads(v_THV.shape[1])
     if form == "mask":
-        return _run_mask(shared, sparse, v_THV, picks.spread(), documents, initial_DBHKV)
-    return _run_varlen(shared, sparse, v_THV, picks, documents, document_T, initial_DBHKV)
+        return _run_mask(shared, sparse, v_THV, picks.spread(), documents, initial_DAHKV)
+    return _run_varlen(shared, sparse, v_THV, picks, documents, document_T, initial_DAHKV)
 
 
 def _join(shared: BankInputs, sparse: BankInputs, v: Tensor, v_sparse: Tensor, dim: int) -> tuple[BankInputs, Tensor]:
@@ -82,7 +82,7 @@ def _join(shared: BankInputs, sparse: BankInputs, v: Tensor, v_sparse: Tensor, d
     return BankInputs(q, k, g, beta), v
 
 
-def _run_varlen(shared, sparse, v_THV, picks, documents, document_T, initial_DBHKV):
+def _run_varlen(shared, sparse, v_THV, picks, documents, document_T, initial_DAHKV):
     """Rows 0 .. T - 1 are the shared bank's tokens, rows T + t * P + p the picks; all are gathered into chunks once."""
     num_tokens, num_picks = picks.bank_TP.shape
     segments = join_segments(picks.bank_TP, document_T, documents, picks.num_partitions)
@@ -90,19 +90,19 @@ def _run_varlen(shared, sparse, v_THV, picks, documents, document_T, initial_DBH
     picked, v_picked = picks.apply(picked, v_THV[:, None].expand(-1, num_picks, *v_THV.shape[1:]))
     joined, v = _join(shared, picked.map(lambda x: x.flatten(0, 1)), v_THV, v_picked.flatten(0, 1), dim=0)
 
-    o, final = run_recurrence(joined, v, segments, None if initial_DBHKV is None else by_segment(initial_DBHKV))
+    o, final = run_recurrence(joined, v, segments, None if initial_DAHKV is None else by_segment(initial_DAHKV))
     picked_TPHV = picks.weigh(o[num_tokens:].unflatten(0, (num_tokens, num_picks)))
     return BankOutputs(o[:num_tokens].to(v_THV.dtype), picked_TPHV, by_document(final, documents.num_segments))
 
 
-def _run_mask(shared, sparse, v_THV, picks, documents, initial_DBHKV):
-    """Banks become heads: [T, (N + 1) H, ...], one segment per document."""
+def _run_mask(shared, sparse, v_THV, picks, documents, initial_DAHKV):
+    """Banks become heads: [T, A * H, ...], one segment per document."""
     num_partitions, num_heads = picks.num_partitions, v_THV.shape[1]
     picked = sparse.map(lambda x: x[:, None].expand(-1, num_partitions, *x.shape[1:]))
     picked, v_picked = picks.apply(picked, v_THV[:, None].expand(-1, num_partitions, *v_THV.shape[1:]))
     joined, v = _join(shared, picked.map(lambda x: x.flatten(1, 2)), v_THV, v_picked.flatten(1, 2), dim=1)
 
-    o, final = run_recurrence(joined, v, documents, None if initial_DBHKV is None else initial_DBHKV.flatten(1, 2))
+    o, final = run_recurrence(joined, v, documents, None if initial_DAHKV is None else initial_DAHKV.flatten(1, 2))
     picked_TPHV = picks.weigh(o[:, num_heads:].unflatten(1, (num_partitions, num_heads)))
-    final_DBHKV = final.unflatten(1, (1 + num_partitions, num_heads))
-    return BankOutputs(o[:, :num_heads].to(v_THV.dtype), picked_TPHV, final_DBHKV)
+    final_DAHKV = final.unflatten(1, (1 + num_partitions, num_heads))
+    return BankOutputs(o[:, :num_heads].to(v_THV.dtype), picked_TPHV, final_DAHKV)

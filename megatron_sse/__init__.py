@@ -1,8 +1,43 @@
 """Training of long-context language models whose attention is replaced by SSE layers, on Megatron-Core.
 
-Tensor names carry their dims, outermost first:
-B batch, L tokens of a sequence, T flat tokens (t = b * L + l), H heads, K key dim, V value dim, N partitions,
-D documents, S segments (the tokens of one document and bank), C tokens of a chunk.
+Tensor names end with their dims, outermost first, one letter each; shapes in docstrings use the same letters.
+
+    A  banks of a layer, A = 1 + N: the shared one and the partitions
+    B  batch: sequences
+    C  rows of a chunk
+    D  documents; on context ranks fragments of them, in generation the sequences that continue
+    E  tokens of a sequence on all context ranks
+    F  slots of a rank: runs of consecutive tokens of a sequence
+    G  chunks: rows of one segment that are computed together
+    H  heads (HV in shapes: value heads, where keys have fewer)
+    K  key channels of a head
+    L  tokens of a sequence on this rank; next to F, of one slot
+    M  pieces: what a scan goes through, each a run of complete chunks of one segment
+    N  partitions, the banks that are not shared
+    P  picks of a token
+    Q  queries of a block
+    R  rows: of a recurrence's inputs, of a rank's hidden states, of a cache of keys and values
+    S  segments: the tokens of one document and bank
+    T  flat tokens, t = b * L + l
+    U  units side by side that do not interact, such as banks x heads
+    V  value channels of a head
+    W  tokens that a convolution looks at
+    X  places of a pool of cached sequences
+    Z  programs or blocks of a kernel's launch whose results are summed afterwards
+    b  bins of a histogram
+    c  channels of a convolution, or any other features
+    d  hidden channels
+    l  layers
+    n  samples of a data set
+    p  parts or pairs: of documents when they are packed, of recall tasks
+    q  questions
+    r  routers
+    s  singular values
+    v  vocabulary
+    w  tokens whose loss or logits are wanted
+
+A 1 is a dim of size 1 or, behind a letter, one entry more than its dim has (offsets_D1); other digits are sizes. In
+formulas S is a state.
 """
 
 import warnings

@@ -9,16 +9,16 @@ from megatron_sse.kernels import short_convolution
 from megatron_sse.parallel.sharding import Chain
 
 
-def tokens_before(x_FBLC: Tensor, width: int, chain: Chain, group: ProcessGroup) -> Tensor:
-    """Return the `width` tokens before each of this rank's slots, [F, B, width, C]; zeros before the sequence.
+def tokens_before(x_FBLc: Tensor, width: int, chain: Chain, group: ProcessGroup) -> Tensor:
+    """Return the `width` tokens before each of this rank's slots, [F, B, width, c]; zeros before the sequence.
 
     Slots may be shorter than `width`. Forward is one all-gather of the slots' last tokens, backward one reduce-scatter.
 
     Args:
-        x_FBLC: this rank's tokens, slot by slot and sequence by sequence.
+        x_FBLc: this rank's tokens, slot by slot and sequence by sequence.
         chain: the slots of all ranks of the group, in the order of the sequence.
     """
-    tail, num_slots = x_FBLC[:, :, -width:], len(x_FBLC)
+    tail, num_slots = x_FBLc[:, :, -width:], len(x_FBLc)
     if group.size() > 1:
         tail = gather_from_sequence_parallel_region(tail, group=group)
     ordered = torch.cat([tail[rank * num_slots + slot] for rank, slot in chain], dim=1)
@@ -30,7 +30,7 @@ def tokens_before(x_FBLC: Tensor, width: int, chain: Chain, group: ProcessGroup)
 
 
 def convolve_slots(
-    x_FBLC: Tensor, weight_CW: Tensor, position_FBL: Tensor, chain: Chain, group: ProcessGroup
+    x_FBLc: Tensor, weight_cW: Tensor, position_FBL: Tensor, chain: Chain, group: ProcessGroup
 ) -> Tensor:
     """Apply kernels.short_convolution to this rank's slots of each sequence, which continue those of other ranks.
 
@@ -38,9 +38,9 @@ def convolve_slots(
         position_FBL: int64, each token's position in its document.
         chain: the slots of all ranks of the group, in the order of the sequence.
     """
-    width = weight_CW.shape[1] - 1
+    width = weight_cW.shape[1] - 1
     # Slot by slot, each behind the tokens before it, whose own outputs are dropped.
-    x_FBLC = torch.cat((tokens_before(x_FBLC, width, chain, group), x_FBLC), dim=2)
+    x_FBLc = torch.cat((tokens_before(x_FBLc, width, chain, group), x_FBLc), dim=2)
     position_FBL = torch.nn.functional.pad(position_FBL, (width, 0))
-    out = short_convolution(x_FBLC.flatten(0, 2), weight_CW, position_FBL.flatten())
-    return out.view_as(x_FBLC)[:, :, width:]
+    out = short_convolution(x_FBLc.flatten(0, 2), weight_cW, position_FBL.flatten())
+    return out.view_as(x_FBLc)[:, :, width:]

@@ -1,8 +1,7 @@
 """Which tokens of a micro-batch belong to which document, on one context rank.
 
-Dims: B batch, L tokens of a sequence on this rank, T = B * L flat tokens (t = b * L + l), D fragments (the parts of
-documents that lie in one slot; full documents without context parallelism), F slots, G tokens of a sequence on all
-context ranks together.
+D counts fragments here: the parts of documents that lie in one slot, which are the documents without context
+parallelism. `document_id` is the number of the full document instead. Next to F, L counts the tokens of one slot.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ class TokenLayout(PackedSeqParams):
 
     Attributes:
         shard: which part of the sequences this is.
-        starts_BG: bool, on the host, where documents start in the full sequences.
+        starts_BE: bool, on the host, where documents start in the full sequences.
         in_zigzag: whether every document is in zigzag order over several ranks, which is so when the shard is and each
             sequence is one document.
         batch_size, length, num_documents: B, L and D.
@@ -58,8 +57,9 @@ class TokenLayout(PackedSeqParams):
         document_T: int64 [T], the fragment of each flat token.
         position_BL: int64 [B, L], position inside the full document, also where it began on another rank.
         edges: which documents cross the edges of the slots; None without context parallelism.
-        column_L: int64 [L], position in the sequence of each token; key_column_G, for all ranks one after the other.
-        whole_BL, key_whole_BG: int64, number of the full document in its sequence, for own tokens and for all ranks'.
+        column_L: int64 [L], position in the sequence of each token; key_column_E, for all ranks one after the other.
+        document_id_BL, key_document_id_BE: int64, number of the full document in its sequence, for own tokens and for
+            all ranks'.
         real_BL: bool [B, L], False for padding; None where every token is real.
         layer_loss_scale: gradient of the losses that layers add themselves (the balance loss) before their
             coefficient; the trainer sets it, None leaves them out.
@@ -68,7 +68,7 @@ class TokenLayout(PackedSeqParams):
     # Megatron's own attention would otherwise flatten the batch and read cu_seqlens.
     qkv_format: str = "sbhd"
     shard: ContextShard
-    starts_BG: np.ndarray
+    starts_BE: np.ndarray
     in_zigzag: bool
     batch_size: int
     length: int
@@ -79,9 +79,9 @@ class TokenLayout(PackedSeqParams):
     position_BL: Tensor
     edges: SlotEdges | None
     column_L: Tensor
-    key_column_G: Tensor
-    whole_BL: Tensor
-    key_whole_BG: Tensor
+    key_column_E: Tensor
+    document_id_BL: Tensor
+    key_document_id_BE: Tensor
     real_BL: Tensor | None = None
     layer_loss_scale: Tensor | None = None
     _zigzag: ZigzagLayout | None = None
@@ -91,59 +91,59 @@ class TokenLayout(PackedSeqParams):
     @classmethod
     def from_starts(
         cls,
-        starts_BG: np.ndarray,
-        real_BG: np.ndarray | None = None,
+        starts_BE: np.ndarray,
+        real_BE: np.ndarray | None = None,
         device: torch.device | str = "cpu",
         shard: ContextShard | None = None,
     ) -> TokenLayout:
-        """Make the layout of one context rank's part of a batch whose documents start where `starts_BG` (bool) is True.
+        """Make the layout of one context rank's part of a batch whose documents start where `starts_BE` (bool) is True.
 
         Every sequence starts a document, whether marked or not. Sizes stay on the host and tensors are copied
         asynchronously, so nothing waits for the device. Raises ValueError on wrong shapes.
         """
-        if starts_BG.ndim != 2 or starts_BG.size == 0:
-            raise ValueError(f"starts must be a non-empty [B, L] array, got shape {starts_BG.shape}")
-        if real_BG is not None and real_BG.shape != starts_BG.shape:
-            raise ValueError(f"real has shape {real_BG.shape}, starts {starts_BG.shape}")
+        if starts_BE.ndim != 2 or starts_BE.size == 0:
+            raise ValueError(f"starts must be a non-empty [B, E] array, got shape {starts_BE.shape}")
+        if real_BE is not None and real_BE.shape != starts_BE.shape:
+            raise ValueError(f"real has shape {real_BE.shape}, starts {starts_BE.shape}")
         shard = shard or ContextShard()
-        starts_BG = starts_BG.astype(bool)
-        starts_BG[:, 0] = True
+        starts_BE = starts_BE.astype(bool)
+        starts_BE[:, 0] = True
         # The example below: one sequence of 8 tokens with documents at 0 and 5, on rank 1 of 2 in zigzag.
-        # starts 1 0 0 0 0 1 0 0, whole 0 0 0 0 0 1 1 1, first 0 0 0 0 0 5 5 5, position 0 1 2 3 4 0 1 2.
-        whole_BG = np.cumsum(starts_BG, axis=1) - 1
-        first_BG = np.maximum.accumulate(np.where(starts_BG, np.arange(starts_BG.shape[1]), 0), axis=1)
-        position_BG = np.arange(starts_BG.shape[1]) - first_BG
+        # starts 1 0 0 0 0 1 0 0, id 0 0 0 0 0 1 1 1, first 0 0 0 0 0 5 5 5, position 0 1 2 3 4 0 1 2.
+        document_id_BE = np.cumsum(starts_BE, axis=1) - 1
+        first_BE = np.maximum.accumulate(np.where(starts_BE, np.arange(starts_BE.shape[1]), 0), axis=1)
+        position_BE = np.arange(starts_BE.shape[1]) - first_BE
 
-        column_L, key_column_G = (columns(starts_BG.shape[1]) for columns in (shard.columns, shard.all_columns))
+        column_L, key_column_E = (columns(starts_BE.shape[1]) for columns in (shard.columns, shard.all_columns))
         # A slot cuts documents into fragments: a fragment starts where a document or a slot does.
         # Rank 1 holds columns 2 3 | 4 5: continues 1 | 1, starts 1 0 | 1 1, so fragments 0 0 | 1 2 and offsets 0 2 3 4.
-        starts_BFC = starts_BG[:, column_L].reshape(len(starts_BG), shard.num_slots, -1).copy()
-        continues_BF = ~starts_BFC[:, :, 0]
-        starts_BFC[:, :, 0] = True
-        offsets_D1 = np.append(np.flatnonzero(starts_BFC), starts_BFC.size)
+        starts_BFL = starts_BE[:, column_L].reshape(len(starts_BE), shard.num_slots, -1).copy()
+        continues_BF = ~starts_BFL[:, :, 0]
+        starts_BFL[:, :, 0] = True
+        offsets_D1 = np.append(np.flatnonzero(starts_BFL), starts_BFL.size)
         sizes_D = np.diff(offsets_D1)
         document_T = np.repeat(np.arange(len(sizes_D)), sizes_D)
-        document_BFC = document_T.reshape(starts_BFC.shape)
+        document_BFL = document_T.reshape(starts_BFL.shape)
         # Entries 0 | 1 and exits 0 | 2: only the first slot is filled by one document that began earlier (carries).
-        entry_BF, exit_BF = document_BFC[:, :, 0], document_BFC[:, :, -1]
+        entry_BF, exit_BF = document_BFL[:, :, 0], document_BFL[:, :, -1]
         edges = (entry_BF, continues_BF, exit_BF, continues_BF & (entry_BF == exit_BF))
         return cls(
             shard=shard,
-            starts_BG=starts_BG,
-            in_zigzag=shard.zigzag and shard.size > 1 and int(starts_BG.sum()) == len(starts_BG),
-            batch_size=len(starts_BG),
+            starts_BE=starts_BE,
+            in_zigzag=shard.zigzag and shard.size > 1 and int(starts_BE.sum()) == len(starts_BE),
+            batch_size=len(starts_BE),
             length=len(column_L),
             num_documents=len(sizes_D),
             max_document=int(sizes_D.max()),
             offsets_D1=to_device(offsets_D1, device),
             document_T=to_device(document_T, device),
-            position_BL=to_device(position_BG[:, column_L], device),
+            position_BL=to_device(position_BE[:, column_L], device),
             edges=SlotEdges(*(to_device(edge.T, device) for edge in edges)) if shard.size > 1 else None,
             column_L=to_device(column_L, device),
-            key_column_G=to_device(key_column_G, device),
-            whole_BL=to_device(whole_BG[:, column_L], device),
-            key_whole_BG=to_device(whole_BG[:, key_column_G], device),
-            real_BL=None if real_BG is None else to_device(real_BG[:, column_L].astype(bool), device),
+            key_column_E=to_device(key_column_E, device),
+            document_id_BL=to_device(document_id_BE[:, column_L], device),
+            key_document_id_BE=to_device(document_id_BE[:, key_column_E], device),
+            real_BL=None if real_BE is None else to_device(real_BE[:, column_L].astype(bool), device),
         )
 
     def attend_banks(
@@ -176,8 +176,8 @@ class TokenLayout(PackedSeqParams):
         self,
         layer_number: int,
         name: str,
-        x_LBC: Tensor,
-        weight_CW: Tensor,
+        x_LBc: Tensor,
+        weight_cW: Tensor,
         group: ProcessGroup,
         tensor_group: ProcessGroup | None = None,
     ) -> Tensor:
@@ -185,7 +185,7 @@ class TokenLayout(PackedSeqParams):
 
         Args:
             layer_number, name: of the layer and of its convolution, for layouts that keep tokens.
-            x_LBC: this rank's tokens.
+            x_LBc: this rank's tokens.
             group: the ranks among which the sequences are split.
             tensor_group: given where tensor ranks hold parts of L (sequence parallelism).
         """
@@ -193,10 +193,10 @@ class TokenLayout(PackedSeqParams):
         if tensor_group is not None:
             chain, num_slots = self.shard.chain_of_parts(tensor_group.size()), 1
             position_BL = position_BL.chunk(tensor_group.size(), dim=1)[tensor_group.rank()]
-        x_FBLC = x_LBC.unflatten(0, (num_slots, -1)).transpose(1, 2)
+        x_FBLc = x_LBc.unflatten(0, (num_slots, -1)).transpose(1, 2)
         position_FBL = position_BL.unflatten(1, (num_slots, -1)).transpose(0, 1)
-        out_FBLC = convolve_slots(x_FBLC, weight_CW, position_FBL, chain, group)
-        return out_FBLC.transpose(1, 2).flatten(0, 1)
+        out_FBLc = convolve_slots(x_FBLc, weight_cW, position_FBL, chain, group)
+        return out_FBLc.transpose(1, 2).flatten(0, 1)
 
     def attend(
         self,
@@ -234,12 +234,12 @@ class TokenLayout(PackedSeqParams):
         return out.permute(2, 0, 1, 3).flatten(-2)
 
     def _mask(self, window: int | None) -> Tensor | None:
-        """Return which keys a query sees, bool [B, 1, L, G]; None where plain causal attention is meant."""
+        """Return which keys a query sees, bool [B, 1, L, E]; None where plain causal attention is meant."""
         if self.shard.size == 1 and self.num_documents == self.batch_size and window is None:
             return None
-        distance = self.column_L[:, None] - self.key_column_G
+        distance = self.column_L[:, None] - self.key_column_E
         seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-        return (seen & (self.whole_BL[:, :, None] == self.key_whole_BG[:, None]))[:, None]
+        return (seen & (self.document_id_BL[:, :, None] == self.key_document_id_BE[:, None]))[:, None]
 
     @property
     def documents(self) -> PackedSeqParams | None:
@@ -265,6 +265,6 @@ class TokenLayout(PackedSeqParams):
         """
         if self._zigzag is None:
             self._zigzag = ZigzagLayout.from_starts(
-                self.starts_BG, self.shard, tensor_rank, tensor_size, self.column_L.device
+                self.starts_BE, self.shard, tensor_rank, tensor_size, self.column_L.device
             )
         return self._zigzag

@@ -1,7 +1,6 @@
 """Prefill over context ranks: each processes a part of a sequence's new tokens, and all keep the states after the last.
 
-The parts follow each other in rank order. Nothing here has a gradient. Dims: U independent units (banks x heads), W
-tokens of a tail.
+The parts follow each other in rank order. Nothing here has a gradient. U counts banks x heads, W the tokens of a tail.
 """
 
 from collections.abc import Callable
@@ -23,13 +22,13 @@ def edges_behind(initial_UKV: Tensor, exchange: Exchange, rank: int) -> Edges:
     initial_UKV: what enters the first rank's part, known to all. exchange: hands states from part to part.
     """
 
-    def enter(transition_1UKX: Tensor, state_1UKV: Tensor) -> Tensor:
+    def enter(transition: Tensor, state_1UKV: Tensor) -> Tensor:
         initial_1UKV = initial_UKV[None]
         if rank == 0:
             # The exchange starts from zeros, so rank 0 publishes its final state and no dependence on what came before.
-            state_1UKV = apply_transition(transition_1UKX, initial_1UKV) + state_1UKV
-            transition_1UKX = torch.zeros_like(transition_1UKX)
-        entering_1UKV = exchange(transition_1UKX, state_1UKV)
+            state_1UKV = apply_transition(transition, initial_1UKV) + state_1UKV
+            transition = torch.zeros_like(transition)
+        entering_1UKV = exchange(transition, state_1UKV)
         return initial_1UKV if rank == 0 else entering_1UKV
 
     only = torch.zeros(1, 1, dtype=torch.int64, device=initial_UKV.device)
@@ -44,21 +43,21 @@ def of_last_rank(x: Tensor, group: ProcessGroup) -> Tensor:
     return x
 
 
-def of_all_ranks(x_LC: Tensor, group: ProcessGroup) -> Tensor:
-    """Return the tokens [L, ...] of all ranks one after the other, [P L, ...]; every rank has the same number."""
-    gathered = x_LC.new_empty(group.size() * len(x_LC), *x_LC.shape[1:])
-    dist.all_gather_into_tensor(gathered, x_LC.contiguous(), group)
+def of_all_ranks(x_Lc: Tensor, group: ProcessGroup) -> Tensor:
+    """Return the tokens [L, ...] of all ranks one after the other, [ranks * L, ...]; every rank has the same number."""
+    gathered = x_Lc.new_empty(group.size() * len(x_Lc), *x_Lc.shape[1:])
+    dist.all_gather_into_tensor(gathered, x_Lc.contiguous(), group)
     return gathered
 
 
-def tails(x_LC: Tensor, kept_WC: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+def tails(x_Lc: Tensor, kept_Wc: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
     """Return the W tokens before this rank's part, and the last W of all parts.
 
-    kept_WC: the tokens before the first rank's part. A part may have fewer than W tokens.
+    kept_Wc: the tokens before the first rank's part. A part may have fewer than W tokens.
     """
-    width = len(kept_WC)
+    width = len(kept_Wc)
     # The kept tokens and then every part's tail, so what precedes part r starts at r * (tokens per tail), as in halo.
-    last_C = of_all_ranks(x_LC[-width:], group)
-    in_order = torch.cat((kept_WC, last_C))
-    start = group.rank() * (len(last_C) // group.size())
+    last = of_all_ranks(x_Lc[-width:], group)
+    in_order = torch.cat((kept_Wc, last))
+    start = group.rank() * (len(last) // group.size())
     return in_order[start : start + width], in_order[len(in_order) - width :]

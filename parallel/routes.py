@@ -88,28 +88,28 @@ def _places(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 class _Reroute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_RC, route, group):
+    def forward(ctx, x_Rc, route, group):
         ctx.route, ctx.group = route, group
-        return _exchange(x_RC, route, group)
+        return _exchange(x_Rc, route, group)
 
     @staticmethod
-    def backward(ctx, grad_RC):
-        return _exchange(grad_RC, ctx.route.back, ctx.group), None, None
+    def backward(ctx, grad_Rc):
+        return _exchange(grad_Rc, ctx.route.back, ctx.group), None, None
 
 
-def _exchange(x_RC: Tensor, route: Route, group: dist.ProcessGroup) -> Tensor:
-    assert len(x_RC) == route.num_rows
-    sent = x_RC[route.send_rows]
-    received = sent.new_empty(len(route.receive_rows), *x_RC.shape[1:])
+def _exchange(x_Rc: Tensor, route: Route, group: dist.ProcessGroup) -> Tensor:
+    assert len(x_Rc) == route.num_rows
+    sent = x_Rc[route.send_rows]
+    received = sent.new_empty(len(route.receive_rows), *x_Rc.shape[1:])
     dist.all_to_all_single(received, sent, route.receive_sizes, route.send_sizes, group=group)
-    out = x_RC.new_zeros(route.num_rows_after, *x_RC.shape[1:])
+    out = x_Rc.new_zeros(route.num_rows_after, *x_Rc.shape[1:])
     return out.index_copy_(0, route.receive_rows, received)
 
 
-def reroute(x_RC: Tensor, route: Route, group: dist.ProcessGroup) -> Tensor:
-    """Return this rank's rows after the rearrangement, [route.num_rows_after, C], given those before it.
+def reroute(x_Rc: Tensor, route: Route, group: dist.ProcessGroup) -> Tensor:
+    """Return this rank's rows after the rearrangement, [route.num_rows_after, c], given those before it.
 
     Forward and backward are one all-to-all each, over the ranks that `route` was made for. Each token is sent once.
     Padding is zero afterwards, in the rows and in the gradient.
     """
-    return _Reroute.apply(x_RC, route, group)
+    return _Reroute.apply(x_Rc, route, group)

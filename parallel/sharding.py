@@ -1,7 +1,7 @@
 """Which tokens of a sequence each context rank holds.
 
 A slot is a run of consecutive tokens on a rank. Contiguous: one slot a rank, in rank order. Zigzag: the sequence is cut
-into 2P chunks, rank r holds chunks r and 2P - 1 - r, so that causal attention costs every rank the same.
+into 2 * size chunks, rank r holds chunks r and 2 * size - 1 - r, so that causal attention costs every rank the same.
 """
 
 from dataclasses import dataclass
@@ -65,4 +65,4 @@ class ContextShard:
 
 
 # All tokens on one rank.
-WHOLE = ContextShard()
+ALL_TOKENS = ContextShard()

@@ -6,18 +6,18 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def likeliest_tokens(logits_XV: Tensor, vocab_size: int, group: dist.ProcessGroup) -> Tensor:
-    """Return the likeliest token of each row, int64 [X], the lowest where several are equal; the same on every rank.
+def likeliest_tokens(logits_wv: Tensor, vocab_size: int, group: dist.ProcessGroup) -> Tensor:
+    """Return the likeliest token of each row, int64 [w], the lowest where several are equal; the same on every rank.
 
-    logits_XV: this rank's part of the vocabulary. vocab_size: tokens of the full vocabulary; later columns are padding.
+    logits_wv: this rank's part of the vocabulary. vocab_size: tokens of the full vocabulary; later columns are padding.
     """
-    part = logits_XV.shape[1]
+    part = logits_wv.shape[1]
     first = group.rank() * part
-    token_V = torch.arange(first, first + part, device=logits_XV.device)
-    best_X, place_X = logits_XV.float().masked_fill(token_V >= vocab_size, -torch.inf).max(-1)
-    most_X = best_X.clone()
-    dist.all_reduce(most_X, op=dist.ReduceOp.MAX, group=group)
+    token_v = torch.arange(first, first + part, device=logits_wv.device)
+    best_w, place_w = logits_wv.float().masked_fill(token_v >= vocab_size, -torch.inf).max(-1)
+    most_w = best_w.clone()
+    dist.all_reduce(most_w, op=dist.ReduceOp.MAX, group=group)
     # A rank without the best logit proposes vocab_size, which is above every token and so never the minimum.
-    token_X = torch.where(best_X == most_X, first + place_X, vocab_size)
-    dist.all_reduce(token_X, op=dist.ReduceOp.MIN, group=group)
-    return token_X
+    token_w = torch.where(best_w == most_w, first + place_w, vocab_size)
+    dist.all_reduce(token_w, op=dist.ReduceOp.MIN, group=group)
+    return token_w

@@ -1,6 +1,6 @@
 """A micro-batch rearranged for attention kernels that need every document in zigzag over the context ranks.
 
-Dims as in layout.py; T tokens of the batch on all ranks, S the same with padding, D full documents, R rows of a rank.
+D counts full documents here, and E the tokens of the one sequence that they make, with their padding.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class ZigzagLayout(PackedSeqParams):
     """The rearranged micro-batch, in the form that Transformer Engine takes.
 
     Sequences of one document each keep their shape [L, B]. Packed documents become one sequence, B = 1: each document
-    is padded to a multiple of 2P tokens and cut into 2P chunks, and rank r holds its chunks r and 2P - 1 - r.
+    is padded and cut into 2 * ranks equal chunks, and rank r holds its chunks r and 2 * ranks - 1 - r.
 
     Attributes:
         position_BL: int64 [B, L], position inside the document; positions continue through the padding.
@@ -38,23 +38,23 @@ class ZigzagLayout(PackedSeqParams):
 
     @classmethod
     def from_starts(
-        cls, starts_BG: np.ndarray, shard: ContextShard, tensor_rank: int, tensor_size: int, device: torch.device | str
+        cls, starts_BE: np.ndarray, shard: ContextShard, tensor_rank: int, tensor_size: int, device: torch.device | str
     ) -> ZigzagLayout:
-        """Make the layout for documents that start where `starts_BG` (bool) is True.
+        """Make the layout for documents that start where `starts_BE` (bool) is True.
 
         The first token of each sequence has to start a document. Under sequence parallelism the route covers all ranks
         of the tensor and context groups: rank `tensor_rank` of `tensor_size` holds a part of its context rank's rows.
         Otherwise tensor_size is 1.
         """
-        batch_size, length = starts_BG.shape
+        batch_size, length = starts_BE.shape
         before = _rows(shard, batch_size, length)
         documents = None
-        if starts_BG.sum() == batch_size and length % (2 * shard.size) == 0:
+        if starts_BE.sum() == batch_size and length % (2 * shard.size) == 0:
             zigzag = ContextShard(shard.rank, shard.size, zigzag=True)
             after = _rows(zigzag, batch_size, length)
             position_BL = np.tile(zigzag.columns(length), (batch_size, 1))
         else:
-            lengths_D, padded_D = _padded_lengths(starts_BG, shard.size, tensor_size)
+            lengths_D, padded_D = _padded_lengths(starts_BE, shard.size, tensor_size)
             after, positions = _document_rows(lengths_D, padded_D, shard.size)
             position_BL = positions[shard.rank][None]
             documents = _describe(lengths_D, padded_D, device)
@@ -64,24 +64,24 @@ class ZigzagLayout(PackedSeqParams):
 
 
 def _rows(shard: ContextShard, batch_size: int, length: int) -> list[np.ndarray]:
-    """Return, per rank, the token (b * G + g) in each row of its hidden states [L, B]."""
-    token_GB = np.arange(batch_size) * length + shard.all_columns(length)[:, None]
-    return [part.reshape(-1) for part in np.split(token_GB, shard.size)]
+    """Return, per rank, the token (b * E + e) in each row of its hidden states [L, B]."""
+    token_EB = np.arange(batch_size) * length + shard.all_columns(length)[:, None]
+    return [part.reshape(-1) for part in np.split(token_EB, shard.size)]
 
 
 def _split(parts: list[np.ndarray], tensor_size: int) -> list[np.ndarray]:
     return [own for part in parts for own in np.split(part, tensor_size)]
 
 
-def _padded_lengths(starts_BG: np.ndarray, size: int, tensor_size: int) -> tuple[np.ndarray, np.ndarray]:
+def _padded_lengths(starts_BE: np.ndarray, size: int, tensor_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the real and the padded lengths of the documents [D].
 
     A document of padding alone is appended where any document is padded, and where a rank's rows would not divide by
-    tensor_size. For example, lengths 5 and 3 on P = 2 ranks: each is padded to a multiple of 2P = 4, to 8 and 4, and
+    tensor_size. For example, lengths 5 and 3 on 2 ranks: each is padded to a multiple of 4, to 8 and 4, and
     with the appended document the result is real 5 3 0, padded 8 4 4.
     """
-    lengths_D = np.diff(np.append(np.flatnonzero(starts_BG), starts_BG.size))
-    pairs_D = -(-lengths_D // (2 * size))  # a document is 2P chunks of so many tokens; each rank holds a pair of chunks
+    lengths_D = np.diff(np.append(np.flatnonzero(starts_BE), starts_BE.size))
+    pairs_D = -(-lengths_D // (2 * size))  # tokens of each of its 2 * size chunks; a rank holds a pair of chunks
     fill = -2 * pairs_D.sum() % tensor_size  # rows missing on each rank to a multiple of tensor_size
     if fill == 0 and np.array_equal(lengths_D, 2 * size * pairs_D):
         return lengths_D, lengths_D
@@ -93,19 +93,19 @@ def _padded_lengths(starts_BG: np.ndarray, size: int, tensor_size: int) -> tuple
 def _document_rows(lengths_D: np.ndarray, padded_D: np.ndarray, size: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Return, per rank, the token (-1 for padding) and the position in its document of each row.
 
-    The example of _padded_lengths, real 5 3 0 and padded 8 4 4 on P = 2 ranks:
+    The example of _padded_lengths, real 5 3 0 and padded 8 4 4 on 2 ranks:
         token  0 1 2 3 4 - - - | 5 6 7 - | - - - -
         chunk  0 0 1 1 2 2 3 3 | 0 1 2 3 | 0 1 2 3
         owner  0 0 1 1 1 1 0 0 | 0 1 1 0 | 0 1 1 0
     so rank 0 holds the tokens 0 1 - - 5 - - - and rank 1 holds 2 3 4 - 6 7 - -.
     """
-    within_S = np.arange(padded_D.sum()) - np.repeat(np.cumsum(padded_D) - padded_D, padded_D)
-    token_S = within_S + np.repeat(np.cumsum(lengths_D) - lengths_D, padded_D)
-    token_S[within_S >= np.repeat(lengths_D, padded_D)] = -1
-    chunk_S = within_S // np.repeat(padded_D // (2 * size), padded_D)
-    owner_S = np.minimum(chunk_S, 2 * size - 1 - chunk_S)
-    own = [owner_S == rank for rank in range(size)]
-    return [token_S[mask] for mask in own], [within_S[mask] for mask in own]
+    within_E = np.arange(padded_D.sum()) - np.repeat(np.cumsum(padded_D) - padded_D, padded_D)
+    token_E = within_E + np.repeat(np.cumsum(lengths_D) - lengths_D, padded_D)
+    token_E[within_E >= np.repeat(lengths_D, padded_D)] = -1
+    chunk_E = within_E // np.repeat(padded_D // (2 * size), padded_D)
+    owner_E = np.minimum(chunk_E, 2 * size - 1 - chunk_E)
+    own = [owner_E == rank for rank in range(size)]
+    return [token_E[mask] for mask in own], [within_E[mask] for mask in own]
 
 
 def _describe(lengths_D: np.ndarray, padded_D: np.ndarray, device: torch.device | str) -> PackedSeqParams:

@@ -22,7 +22,7 @@ from megatron_sse.checkpoint.folders import step_folder
 from megatron_sse.checkpoint.load import load_checkpoint
 from megatron_sse.checkpoint.save import Saver
 from megatron_sse.checkpoint.state import held_by
-from megatron_sse.checkpoint.verify import first_whole
+from megatron_sse.checkpoint.verify import first_intact
 from megatron_sse.config import RunConfig
 from megatron_sse.model import build_model
 from megatron_sse.parallel.device import setup_device
@@ -111,7 +111,7 @@ class Bench:
 
     def verify(self) -> Seconds:
         begun = now()
-        assert first_whole([self.checkpoint], hashes=True) == self.checkpoint
+        assert first_intact([self.checkpoint], hashes=True) == self.checkpoint
         return now() - begun
 
     def load(self) -> Seconds:

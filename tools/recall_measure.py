@@ -70,16 +70,16 @@ def look(net: GPTModel, model: ModelConfig, recalls: list[Recall]) -> dict[str, 
             hooks.append(router.register_forward_hook(lambda _, args, out, kept=kept: kept.append(out[0])))
     for first in range(0, len(recalls), BATCH):
         group = recalls[first : first + BATCH]
-        cache, lengths = Cache(net, len(group)), [len(recall.tokens_L) for recall in group]
-        tokens_T = torch.from_numpy(np.concatenate([recall.tokens_L for recall in group]))
+        cache, lengths = Cache(net, len(group)), [len(recall.tokens_E) for recall in group]
+        tokens_T = torch.from_numpy(np.concatenate([recall.tokens_E for recall in group]))
         hidden_T1d = feed(net, cache, tokens_T, range(len(group)), lengths)
-        row_W, answer_W = (torch.from_numpy(x).to(hidden_T1d.device) for x in _questions(group))
-        logits_WV = logits_of(net, hidden_T1d[row_W])[:, : model.vocab_size]
-        losses.append(torch.nn.functional.cross_entropy(logits_WV, answer_W, reduction="none"))
-        right.append(logits_WV.argmax(-1) == answer_W)
+        row_w, answer_w = (torch.from_numpy(x).to(hidden_T1d.device) for x in _questions(group))
+        logits_wv = logits_of(net, hidden_T1d[row_w])[:, : model.vocab_size]
+        losses.append(torch.nn.functional.cross_entropy(logits_wv, answer_w, reduction="none"))
+        right.append(logits_wv.argmax(-1) == answer_w)
         for number, kind in cache.layers.items():
             if isinstance(kind, BankCache):
-                states.setdefault(number, []).append(kind.states_XBHKV)
+                states.setdefault(number, []).append(kind.states_XAHKV)
     for hook in hooks:
         hook.remove()
     # A convolution of width w sees w - 1 tokens back, so w - 1 tokens after the key still see it.
@@ -93,29 +93,29 @@ def look(net: GPTModel, model: ModelConfig, recalls: list[Recall]) -> dict[str, 
 
 def _questions(recalls: list[Recall]) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows of the questions among the tokens of all sequences, and their answers."""
-    length = len(recalls[0].tokens_L)
-    rows = [number * length + recall.place_P for number, recall in enumerate(recalls)]
-    return np.concatenate(rows), np.concatenate([recall.answer_P for recall in recalls])
+    length = len(recalls[0].tokens_E)
+    rows = [number * length + recall.place_p for number, recall in enumerate(recalls)]
+    return np.concatenate(rows), np.concatenate([recall.answer_p for recall in recalls])
 
 
 def _describe(
-    number: int, recalls: list[Recall], routes: list[Routes] | None, states_XBHKV: Tensor, num_behind: int
+    number: int, recalls: list[Recall], routes: list[Routes] | None, states_XAHKV: Tensor, num_behind: int
 ) -> dict[str, Any]:
     """Return the record of an SSE layer; the shared bank comes first in rank_B."""
-    record: dict[str, Any] = {"layer": number, "rank_B": effective_rank(states_XBHKV).tolist()}
+    record: dict[str, Any] = {"layer": number, "rank_B": effective_rank(states_XAHKV).tolist()}
     if routes is not None:
-        write_TW = torch.cat([part.written_TW for part in routes]).cpu().numpy()
-        read_TR = torch.cat([part.read_TR for part in routes]).cpu().numpy()
-        count_N = np.bincount(write_TW.flatten(), minlength=routes[0].num_partitions)
-        record |= {"share_N": (count_N / count_N.sum()).tolist()} | match(write_TW, read_TR, recalls, num_behind)
+        write_TP = torch.cat([part.written_TP for part in routes]).cpu().numpy()
+        read_TP = torch.cat([part.read_TP for part in routes]).cpu().numpy()
+        count_N = np.bincount(write_TP.flatten(), minlength=routes[0].num_partitions)
+        record |= {"share_N": (count_N / count_N.sum()).tolist()} | match(write_TP, read_TP, recalls, num_behind)
     return record
 
 
-def match(write_TW: np.ndarray, read_TR: np.ndarray, recalls: list[Recall], num_behind: int) -> dict[str, Any]:
+def match(write_TP: np.ndarray, read_TP: np.ndarray, recalls: list[Recall], num_behind: int) -> dict[str, Any]:
     """Return the shares of questions that read a partition that their pair was written to.
 
     Args:
-        write_TW, read_TR: partitions that each token writes to and reads, sequence after sequence.
+        write_TP, read_TP: partitions that each token writes to and reads, sequence after sequence.
         num_behind: number of tokens after the key that still see it through the convolution in front of the mixer.
 
     Returns:
@@ -123,22 +123,22 @@ def match(write_TW: np.ndarray, read_TR: np.ndarray, recalls: list[Recall], num_
         of each later token that still sees the key; these can hold the pair. match_chance: share for questions paired
         with random values, which is high where a router sends everything to one partition.
     """
-    row_W, _ = _questions(recalls)
-    # A pair is a key and, right after it, its value; distance_P counts from the value.
-    key_W = row_W - np.concatenate([recall.distance_P for recall in recalls]) - 1
-    read_WR = read_TR[row_W]
+    row_w, _ = _questions(recalls)
+    # A pair is a key and, right after it, its value; distance_p counts from the value.
+    key_w = row_w - np.concatenate([recall.distance_p for recall in recalls]) - 1
+    read_wP = read_TP[row_w]
 
-    def share(wrote_WW: np.ndarray, seen_W: np.ndarray | bool = True) -> float:
-        return float(((wrote_WW[:, :, None] == read_WR[:, None, :]).any((1, 2)) & seen_W).mean())
+    def share(wrote_wP: np.ndarray, seen_w: np.ndarray | bool = True) -> float:
+        return float(((wrote_wP[:, :, None] == read_wP[:, None, :]).any((1, 2)) & seen_w).mean())
 
     # Rolling pairs every question with some other question's value.
-    shifts = np.random.default_rng(SEED).integers(1, len(row_W), size=16)
-    chance = float(np.mean([share(np.roll(write_TW[key_W + 1], shift, 0)) for shift in shifts]))
-    rows = [np.minimum(key_W + behind, row_W) for behind in range(1, num_behind + 1)]
+    shifts = np.random.default_rng(SEED).integers(1, len(row_w), size=16)
+    chance = float(np.mean([share(np.roll(write_TP[key_w + 1], shift, 0)) for shift in shifts]))
+    rows = [np.minimum(key_w + behind, row_w) for behind in range(1, num_behind + 1)]
     return {
-        "match_key": share(write_TW[key_W]),
+        "match_key": share(write_TP[key_w]),
         # A write at the question itself does not hold the pair.
-        "match_behind": [share(write_TW[row], row < row_W) for row in rows],
+        "match_behind": [share(write_TP[row], row < row_w) for row in rows],
         "match_chance": chance,
     }
 

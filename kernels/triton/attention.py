@@ -58,7 +58,7 @@ def attend_banks(
     picks: Picks | None,
     documents: Segments,
     document_T: Tensor,
-    initial_DBHKV: Tensor | None,
+    initial_DAHKV: Tensor | None,
 ) -> BankOutputs:
     """Compute kernels.sse.sse_attention; for the delta rule, q and k have to be normalised already.
 
@@ -77,7 +77,7 @@ def attend_banks(
     chunks_per_piece = choose_chunks_per_piece(num_tokens * (1 + num_picks), programs_per_piece)
     rows = make_rows(segments, num_tokens, num_picks, chunks_per_piece)
 
-    initial = None if initial_DBHKV is None else by_segment(initial_DBHKV)
+    initial = None if initial_DAHKV is None else by_segment(initial_DAHKV)
     operators = OPERATORS[shared.recurrence.name]
     # Products take queries and keys in the values' dtype, so they are cast before the kernels read them.
     shared, sparse = (bank.cast(v_THV.dtype) for bank in (shared, sparse or shared))

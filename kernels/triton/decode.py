@@ -99,7 +99,7 @@ def decode_kernel(
     bank_ptr,
     weight_ptr,
     o_ptr,
-    B: tl.constexpr,
+    A: tl.constexpr,
     H: tl.constexpr,
     HV: tl.constexpr,
     K: tl.constexpr,
@@ -135,7 +135,7 @@ def decode_kernel(
     inside = (channel < K)[:, None] & (column < V)
     b_v = tl.load(v_ptr + own, mask=column < V, other=0.0).to(tl.float32)
     # The first bank's state of this head; the next bank's lies HV states further.
-    state_ptr = states_ptr + (slot * B * HV + head) * K * V
+    state_ptr = states_ptr + (slot * A * HV + head) * K * V
     b_q, b_k, decay, beta = _load_token(q1_ptr, k1_ptr, g1_ptr, beta1_ptr, token, head, H, HV, K, DELTA, BLOCK_K)
     b_o = _write_and_read(state_ptr, cell, inside, b_q, b_k, decay, beta, b_v, 1.0, 1.0, K, DELTA, True, False)
     if P > 0:
@@ -158,9 +158,9 @@ def _blocks(key_dim: int, value_dim: int) -> dict:
     return {"BLOCK_K": block_k, "BLOCK_V": min(triton.next_power_of_2(value_dim), max(16, 4096 // block_k))}
 
 
-@torch.library.custom_op("megatron_sse::decode", mutates_args=("states_XBHKV",))
+@torch.library.custom_op("megatron_sse::decode", mutates_args=("states_XAHKV",))
 def _decode(
-    states_XBHKV: Tensor,
+    states_XAHKV: Tensor,
     slot_T: Tensor,
     shared: list[Tensor],
     sparse: list[Tensor],
@@ -178,14 +178,14 @@ def _decode(
 
     shared, sparse: q, k, g and, for the delta rule, beta; sparse is empty where there are no partitions.
     """
-    _, num_banks, num_value_heads, key_dim, value_dim = states_XBHKV.shape
+    _, num_banks, num_value_heads, key_dim, value_dim = states_XAHKV.shape
     blocks = _blocks(key_dim, value_dim)
     o_THV = torch.empty_like(v_THV)
     delta = len(shared) == 4
     # Triton needs a pointer for every argument; this one takes the place of beta, and is never read.
     unread = [] if delta else [shared[2]]
     decode_kernel[(o_THV.shape[0] * num_value_heads * triton.cdiv(value_dim, blocks["BLOCK_V"]),)](
-        states_XBHKV,
+        states_XAHKV,
         slot_T,
         *shared,
         *unread,
@@ -195,7 +195,7 @@ def _decode(
         slot_T if bank_TP is None else bank_TP,
         shared[2] if weight_TP is None else weight_TP,
         o_THV,
-        B=num_banks,
+        A=num_banks,
         H=shared[0].shape[1],
         HV=num_value_heads,
         K=key_dim,
@@ -215,12 +215,12 @@ def _decode(
 
 
 @_decode.register_fake
-def _(states_XBHKV, slot_T, shared, sparse, v_THV, *unused):
+def _(states_XAHKV, slot_T, shared, sparse, v_THV, *unused):
     return torch.empty_like(v_THV)
 
 
 def decode_step(
-    states_XBHKV: Tensor,
+    states_XAHKV: Tensor,
     slot_T: Tensor,
     shared: BankInputs,
     sparse: BankInputs | None,
@@ -231,7 +231,7 @@ def decode_step(
     weight_reads: bool,
 ) -> Tensor:
     """Compute kernels.decode.decode_step, for states that are fp32 and contiguous."""
-    assert states_XBHKV.is_contiguous()
+    assert states_XAHKV.is_contiguous()
 
     def tensors(bank: BankInputs | None) -> list[Tensor]:
         if bank is None:
@@ -244,7 +244,7 @@ def decode_step(
         counts = routes.num_writers, routes.first_reader, routes.num_readers
     switches = before_norm, weight_writes, weight_reads
     arguments = tensors(shared), tensors(sparse), v_THV.contiguous(), bank_TP, weight_TP, *counts, *switches
-    return _decode(states_XBHKV, slot_T.contiguous(), *arguments)
+    return _decode(states_XAHKV, slot_T.contiguous(), *arguments)
 
 
 def compile_cases(arch: int) -> list[tuple[triton.JITFunction, dict, dict, dict]]:
@@ -258,7 +258,7 @@ def compile_cases(arch: int) -> list[tuple[triton.JITFunction, dict, dict, dict]
         signature |= {"v_ptr": dtype, "bank_ptr": "*i64", "weight_ptr": "*fp32", "o_ptr": dtype}
         for dim in (64, 128, 256):
             for delta in (False, True):
-                constants = {"B": 5, "H": 16, "HV": 16, "K": dim, "V": dim, "P": 2, "WRITERS": 1}
+                constants = {"A": 5, "H": 16, "HV": 16, "K": dim, "V": dim, "P": 2, "WRITERS": 1}
                 constants |= {"FIRST_READER": 0, "READERS": 2}
                 constants |= {"DELTA": delta, "BEFORE_NORM": False, "WEIGHT_WRITES": True, "WEIGHT_READS": True}
                 cases.append((decode_kernel, signature, constants | _blocks(dim, dim), OPTIONS))

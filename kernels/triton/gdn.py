@@ -254,7 +254,7 @@ def gdn_attend_backward(
     tensors |= {"grad_scores_HRC": x.empty_rows(CHUNK_SIZE), "grad_met_HRC": x.empty_rows(CHUNK_SIZE)}
     tensors["grad_gates_2HR"] = gates_4HR.new_empty(2, *gates_4HR.shape[1:])
     plan, _ = _plan(gdn_backward.gdn_gates_backward_kernel, dims, _architecture(x.v_THV.device))
-    tensors["sums_B5HR"] = gates_4HR.new_empty(plan["KEY_BLOCKS"], 5, *gates_4HR.shape[1:])
+    tensors["sums_Z5HR"] = gates_4HR.new_empty(plan["KEY_BLOCKS"], 5, *gates_4HR.shape[1:])
     rows = x.row_R.shape[0]
     gradients = {"grad_q_RHK": x.q1_THK.new_empty(rows, dims.num_value_heads, dims.key_dim)}
     gradients["grad_k_RHK"] = x.k1_THK.new_empty(gradients["grad_q_RHK"].shape)

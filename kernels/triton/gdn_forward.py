@@ -68,26 +68,28 @@ def pair_decay(g, C: tl.constexpr):
 
 
 @triton.jit
-def split_lower(x, B: tl.constexpr, N: tl.constexpr):
-    """Split B lower block triangular [2 N, 2 N] into the diagonal blocks [2 B, N, N] and those below [B, N, N]."""
-    top, bottom = tl.split(tl.permute(tl.reshape(x, (B, 2, N, 2, N)), (0, 2, 4, 3, 1)))
+def split_lower(x, COUNT: tl.constexpr, SIZE: tl.constexpr):
+    """Split COUNT lower block triangular matrices of 2 SIZE rows into the diagonal blocks, 2 COUNT, and those below."""
+    top, bottom = tl.split(tl.permute(tl.reshape(x, (COUNT, 2, SIZE, 2, SIZE)), (0, 2, 4, 3, 1)))
     early, _ = tl.split(top)
     below, late = tl.split(bottom)
-    return tl.reshape(tl.permute(tl.join(early, late), (0, 3, 1, 2)), (2 * B, N, N)), below
+    return tl.reshape(tl.permute(tl.join(early, late), (0, 3, 1, 2)), (2 * COUNT, SIZE, SIZE)), below
 
 
 @triton.jit
-def join_lower(diagonal, below, B: tl.constexpr, N: tl.constexpr):
-    """Return the inverses [B, 2 N, 2 N] of the matrices that split_lower split, given those of the diagonal blocks.
+def join_lower(diagonal, below, COUNT: tl.constexpr, SIZE: tl.constexpr):
+    """Return the inverses of the matrices that split_lower split, given those of the diagonal blocks.
 
-    The inverse of [[A, 0], [C, D]] is [[A^-1, 0], [-D^-1 C A^-1, D^-1]].
+    The inverse of [[early, 0], [below, late]] is [[early^-1, 0], [-late^-1 below early^-1, late^-1]].
     """
-    early, late = tl.split(tl.permute(tl.reshape(diagonal, (B, 2, N, N)), (0, 2, 3, 1)))
-    if B == 1:
-        early, below, late = tl.reshape(early, (N, N)), tl.reshape(below, (N, N)), tl.reshape(late, (N, N))
+    early, late = tl.split(tl.permute(tl.reshape(diagonal, (COUNT, 2, SIZE, SIZE)), (0, 2, 3, 1)))
+    if COUNT == 1:
+        early, below = tl.reshape(early, (SIZE, SIZE)), tl.reshape(below, (SIZE, SIZE))
+        late = tl.reshape(late, (SIZE, SIZE))
     below = -tl.dot(late, tl.dot(below, early, input_precision="ieee"), input_precision="ieee")
     rows = tl.join(tl.join(early, tl.zeros_like(early)), tl.join(below, late))
-    return tl.reshape(tl.permute(tl.reshape(rows, (B, N, N, 2, 2)), (0, 4, 1, 3, 2)), (B, 2 * N, 2 * N))
+    rows = tl.permute(tl.reshape(rows, (COUNT, SIZE, SIZE, 2, 2)), (0, 4, 1, 3, 2))
+    return tl.reshape(rows, (COUNT, 2 * SIZE, 2 * SIZE))
 
 
 @triton.jit

@@ -108,11 +108,11 @@ def gla_intra_kernel(
 
 
 @triton.jit
-def _load_groups(ptr, row_C, valid_C, head, heads, dim_D, DIM: tl.constexpr, GROUPS: tl.constexpr):
+def _load_groups(ptr, row_C, valid_C, head, heads, dim_c, DIM: tl.constexpr, GROUPS: tl.constexpr):
     """Load rows and sum them over the value heads of a key head, in fp32."""
-    b_sum = load_rows(ptr, row_C, valid_C, head * GROUPS, heads * GROUPS, dim_D, DIM).to(tl.float32)
+    b_sum = load_rows(ptr, row_C, valid_C, head * GROUPS, heads * GROUPS, dim_c, DIM).to(tl.float32)
     for group in tl.static_range(1, GROUPS):
-        b_sum += load_rows(ptr, row_C, valid_C, head * GROUPS + group, heads * GROUPS, dim_D, DIM).to(tl.float32)
+        b_sum += load_rows(ptr, row_C, valid_C, head * GROUPS + group, heads * GROUPS, dim_c, DIM).to(tl.float32)
     return b_sum
 
 

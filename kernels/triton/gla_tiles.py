@@ -9,17 +9,17 @@ import triton.language as tl
 
 
 @triton.jit
-def load_rows(ptr, row_C, valid_C, head, heads, dim_D, DIM: tl.constexpr):
-    """Load rows [C, D] of a tensor [..., heads, DIM], with zeros for rows that are not valid."""
-    offset_CD = (row_C.to(tl.int64) * heads + head)[:, None] * DIM + dim_D[None, :]
-    return tl.load(ptr + offset_CD, mask=valid_C[:, None] & (dim_D < DIM)[None, :], other=0.0)
+def load_rows(ptr, row_C, valid_C, head, heads, dim_c, DIM: tl.constexpr):
+    """Load rows [C, c] of a tensor [..., heads, DIM], with zeros for rows that are not valid."""
+    offset_Cc = (row_C.to(tl.int64) * heads + head)[:, None] * DIM + dim_c[None, :]
+    return tl.load(ptr + offset_Cc, mask=valid_C[:, None] & (dim_c < DIM)[None, :], other=0.0)
 
 
 @triton.jit
-def store_rows(ptr, row_C, valid_C, head, heads, dim_D, DIM: tl.constexpr, b_x):
-    """Store rows [C, D] to a tensor [..., heads, DIM], in its dtype."""
-    offset_CD = (row_C.to(tl.int64) * heads + head)[:, None] * DIM + dim_D[None, :]
-    tl.store(ptr + offset_CD, b_x.to(ptr.dtype.element_ty), mask=valid_C[:, None] & (dim_D < DIM)[None, :])
+def store_rows(ptr, row_C, valid_C, head, heads, dim_c, DIM: tl.constexpr, b_x):
+    """Store rows [C, c] to a tensor [..., heads, DIM], in its dtype."""
+    offset_Cc = (row_C.to(tl.int64) * heads + head)[:, None] * DIM + dim_c[None, :]
+    tl.store(ptr + offset_Cc, b_x.to(ptr.dtype.element_ty), mask=valid_C[:, None] & (dim_c < DIM)[None, :])
 
 
 @triton.jit

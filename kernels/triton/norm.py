@@ -153,7 +153,7 @@ def _backward(
     num_programs = triton.cdiv(num_blocks, num_steps)
     grad_o_THV = torch.empty_like(o_THV)
     grad_gate = o_THV.new_empty(0) if gate_THV is None else torch.empty_like(gate_THV)
-    partial_XV = torch.empty(num_programs, value_dim, dtype=torch.float32, device=o_THV.device)
+    partial_ZV = torch.empty(num_programs, value_dim, dtype=torch.float32, device=o_THV.device)
     norm_backward_kernel[(num_programs,)](
         o_THV,
         o_THV if picked is None else picked,
@@ -162,7 +162,7 @@ def _backward(
         grad_out_THV,
         grad_o_THV,
         grad_gate,
-        partial_XV,
+        partial_ZV,
         num_rows,
         num_heads,
         num_steps,
@@ -170,7 +170,7 @@ def _backward(
         **constants,
         **OPTIONS,
     )
-    return grad_o_THV, partial_XV.sum(0).to(weight_V.dtype), grad_gate
+    return grad_o_THV, partial_ZV.sum(0).to(weight_V.dtype), grad_gate
 
 
 @_backward.register_fake

@@ -161,23 +161,23 @@ def sort_by_segment(
     counting = _count_constants(num_partitions)
     num_blocks, bank_blocks = triton.cdiv(num_picks, PICK_BLOCK), triton.cdiv(num_partitions, counting["BLOCK_N"])
 
-    count_NX = torch.empty(num_partitions, num_blocks, dtype=torch.int32, device=device)
-    count_picks_kernel[(num_blocks, bank_blocks)](bank_TP, count_NX, num_picks, num_blocks, **counting, **OPTIONS)
+    count_NZ = torch.empty(num_partitions, num_blocks, dtype=torch.int32, device=device)
+    count_picks_kernel[(num_blocks, bank_blocks)](bank_TP, count_NZ, num_picks, num_blocks, **counting, **OPTIONS)
     # Picks per bank in the blocks before each block; the last column is their total.
-    until_NX = torch.nn.functional.pad(count_NX.cumsum(1, dtype=torch.int32), (1, 0))
+    until_NZ1 = torch.nn.functional.pad(count_NZ.cumsum(1, dtype=torch.int32), (1, 0))
 
     start_D1 = torch.searchsorted(document_T, torch.arange(num_documents + 1, device=device))
-    before_DN = torch.empty(num_documents + 1, num_partitions, dtype=torch.int32, device=device)
+    before_D1N = torch.empty(num_documents + 1, num_partitions, dtype=torch.int32, device=device)
     count_before_documents_kernel[(num_documents + 1, bank_blocks)](
-        bank_TP, start_D1, until_NX, before_DN, num_blocks, P=picks_per_token, **counting, **OPTIONS
+        bank_TP, start_D1, until_NZ1, before_D1N, num_blocks, P=picks_per_token, **counting, **OPTIONS
     )
-    offsets = torch.nn.functional.pad(before_DN.diff(dim=0).flatten().cumsum(0), (1, 0))
-    base_DN = offsets[:-1] - before_DN[:-1].flatten()
+    offsets = torch.nn.functional.pad(before_D1N.diff(dim=0).flatten().cumsum(0), (1, 0))
+    base_DN = offsets[:-1] - before_D1N[:-1].flatten()
 
     order = torch.empty(num_picks, dtype=torch.int64, device=device)
     constants = _place_constants(num_partitions, picks_per_token)
     place_picks_kernel[(num_blocks,)](
-        bank_TP, document_T, until_NX, base_DN, order, num_picks, num_blocks, **constants, **OPTIONS
+        bank_TP, document_T, until_NZ1, base_DN, order, num_picks, num_blocks, **constants, **OPTIONS
     )
     return order, offsets
 

@@ -40,15 +40,15 @@ class Rows:
     def tables(self) -> tuple[Tensor, ...]:
         """The tables that the operators take after their other inputs."""
         chunks, pieces = self.chunks, self.pieces
-        spans = (chunks.start_G, chunks.end_G, pieces.start_G, pieces.end_G)
+        spans = (chunks.start_M, chunks.end_M, pieces.start_M, pieces.end_M)
         return self.row_R, self.token_R, *spans, self.chunk_M
 
 
 def make_rows(segments: Segments, num_tokens: int, num_picks: int, chunks_per_piece: int) -> Rows:
-    """Make the rows of `segments` (where its row_T is None: the shared bank alone, in order)."""
+    """Make the rows of `segments` (where its row_R is None: the shared bank alone, in order)."""
     num_rows = num_tokens * (1 + num_picks)
     device = segments.offsets_S1.device
-    row_R = segments.row_T
+    row_R = segments.row_R
     if row_R is None:
         row_R = torch.arange(num_rows, device=device)
     token_R = row_R
@@ -57,8 +57,8 @@ def make_rows(segments: Segments, num_tokens: int, num_picks: int, chunks_per_pi
     chunks = cut(segments, num_rows, CHUNK_SIZE)
     pieces = cut(segments, num_rows, CHUNK_SIZE * chunks_per_piece)
     # A piece is a whole number of chunks, so its first chunk is its segment's first plus the chunks before it there.
-    step_M = (pieces.start_G - segments.offsets_S1[pieces.segment_G]) // CHUNK_SIZE
-    chunk_M = chunks.first_S[pieces.segment_G] + step_M
+    step_M = (pieces.start_M - segments.offsets_S1[pieces.segment_M]) // CHUNK_SIZE
+    chunk_M = chunks.first_S[pieces.segment_M] + step_M
     return Rows(num_tokens, row_R.int(), token_R.int(), chunks, pieces, chunk_M)
 
 

@@ -176,25 +176,25 @@ def _choose(key_dim: int, value_dim: int, columns: int) -> tuple[triton.JITFunct
 
 @torch.library.custom_op("megatron_sse::scan", mutates_args=())
 def _scan(
-    transition_G: Tensor,
-    increment_G: Tensor,
+    transition_M: Tensor,
+    increment_M: Tensor,
     initial_S: Tensor | None,
     first_S: Tensor,
     last_S: Tensor,
     empty_S: Tensor,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    _, num_heads, key_dim, value_dim = increment_G.shape
+    _, num_heads, key_dim, value_dim = increment_M.shape
     num_segments = first_S.shape[0]
     # Zeros for the unused pieces at the end of the tables, which no program visits.
-    entering_G = torch.zeros_like(increment_G)
-    final_S = increment_G.new_empty(num_segments, num_heads, key_dim, value_dim)
-    kernel, num_blocks, constants, options = _choose(key_dim, value_dim, transition_G.shape[-1])
+    entering_M = torch.zeros_like(increment_M)
+    final_S = increment_M.new_empty(num_segments, num_heads, key_dim, value_dim)
+    kernel, num_blocks, constants, options = _choose(key_dim, value_dim, transition_M.shape[-1])
     kernel[(num_segments * num_heads * num_blocks,)](
-        transition_G,
-        increment_G,
-        increment_G if initial_S is None else initial_S,
-        entering_G,
+        transition_M,
+        increment_M,
+        increment_M if initial_S is None else initial_S,
+        entering_M,
         final_S,
         first_S,
         last_S,
@@ -205,28 +205,28 @@ def _scan(
         **constants,
         **options,
     )
-    return entering_G, final_S
+    return entering_M, final_S
 
 
 @_scan.register_fake
-def _(transition_G, increment_G, initial_S, first_S, last_S, empty_S, reverse):
-    return torch.empty_like(increment_G), increment_G.new_empty(first_S.shape[0], *increment_G.shape[1:])
+def _(transition_M, increment_M, initial_S, first_S, last_S, empty_S, reverse):
+    return torch.empty_like(increment_M), increment_M.new_empty(first_S.shape[0], *increment_M.shape[1:])
 
 
 def run_scan(
-    transition_G: Tensor, increment_G: Tensor, initial_S: Tensor | None, pieces: Pieces, reverse: bool
+    transition_M: Tensor, increment_M: Tensor, initial_S: Tensor | None, pieces: Pieces, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the states that enter the pieces [G, H, K, V], zero at unused ones, and those that leave the segments.
+    """Return the states that enter the pieces [M, H, K, V], zero at unused ones, and those that leave the segments.
 
     Args:
-        transition_G: fp32 [G, H, K, 1] or [G, H, K, K].
-        increment_G: fp32 [G, H, K, V].
+        transition_M: fp32 [M, H, K, 1] or [M, H, K, K].
+        increment_M: fp32 [M, H, K, V].
         initial_S: fp32 [S, H, K, V], None for zeros.
         reverse: scan with the transposed transitions, from the last piece of each segment to the first.
     """
     initial_S = None if initial_S is None else initial_S.contiguous()
     tables = pieces.first_S, pieces.last_S, pieces.empty_S
-    return _scan(transition_G.contiguous(), increment_G.contiguous(), initial_S, *tables, reverse)
+    return _scan(transition_M.contiguous(), increment_M.contiguous(), initial_S, *tables, reverse)
 
 
 def compile_cases(arch: int) -> list[tuple[triton.JITFunction, dict, dict, dict]]:

@@ -24,7 +24,7 @@ def layer_row(number: int) -> str:
 
 @dataclass(frozen=True)
 class Piece:
-    """The place of a part within a tensor over all tokens [samples, G, ...]: its samples [B] and columns [L]."""
+    """The place of a part within a tensor over all tokens [samples, E, ...]: its samples [B] and columns [L]."""
 
     sample_B: Tensor
     column_L: Tensor
@@ -118,7 +118,7 @@ class Probe:
         return keep
 
     def replay_routing(self, picks: dict[int, Tensor]) -> None:
-        """Make the routers use these picks [samples, G, P], by layer number, from now on."""
+        """Make the routers use these picks [samples, E, P], by layer number, from now on."""
         for layer, router in self.routers.items():
             router.replay = self._replay(picks[layer])
 
@@ -131,7 +131,7 @@ class Probe:
 
     @torch.no_grad()
     def route_again(self, layer: int, hidden: Tensor) -> Iterator[tuple[Piece, Tensor]]:
-        """Yield the picks [B, L, P] that a layer's router makes itself from its part of `hidden` [samples, G, d]."""
+        """Yield the picks [B, L, P] that a layer's router makes itself from its part of `hidden` [samples, E, d]."""
         router = self.routers[layer]
         for number, (_, batch) in enumerate(self.batches):
             layout = batch.layout

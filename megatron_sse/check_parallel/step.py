@@ -23,8 +23,8 @@ from megatron_sse.training.step import Trainer, wrap_model
 class Record:
     """Tensors of one process's step, on the CPU.
 
-    outputs: by row, [samples, G, ...]. picks: by layer number, int64 [samples, G, P]. hidden: input of the first
-    router, [samples, G, d]. gradients: by the parameter's name. scalars: losses and the gradient's norm.
+    outputs: by row, [samples, E, ...]. picks: by layer number, int64 [samples, E, P]. hidden: input of the first
+    router, [samples, E, d]. gradients: by the parameter's name. scalars: losses and the gradient's norm.
     """
 
     outputs: dict[str, Tensor] = field(default_factory=dict)
@@ -38,7 +38,7 @@ class Record:
 class RankErrors:
     """Distance of a rank's part from the record: RMS of the difference over RMS of the complete recorded tensor.
 
-    seen: by row of outputs, a mask [samples, G] of the tokens that this rank held. moved: number of tokens whose
+    seen: by row of outputs, a mask [samples, E] of the tokens that this rank held. moved: number of tokens whose
     unpinned picks differ; None where this rank does not have the first router.
     """
 

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 _NEEDED = (INDEX, COMMON, STORAGE_FORMAT)
 
 
-def first_whole(candidates: list[Path], hashes: bool) -> Path | None:
+def first_intact(candidates: list[Path], hashes: bool) -> Path | None:
     """Return the first checkpoint that is intact; None where there are no candidates. Collective over all ranks.
 
     hashes: check those of all files, each read by one rank; otherwise those of small files, and only the sizes of

@@ -45,23 +45,23 @@ def make_batch(
     With `reset_at_documents` the first token of a document is no label, since no token before it is of its document.
     Without, each sequence is one document.
     """
-    tokens_BG1 = np.stack([sample.tokens_G1 for sample in samples])
-    labels_BG1 = np.stack([sample.tokens_G1 if sample.labels_G1 is None else sample.labels_G1 for sample in samples])
-    starts_BG1 = np.stack([sample.starts_G1 for sample in samples])
-    counts_BG1 = np.stack([sample.counts_G1 for sample in samples])
+    tokens_BE1 = np.stack([sample.tokens_E1 for sample in samples])
+    labels_BE1 = np.stack([sample.tokens_E1 if sample.labels_E1 is None else sample.labels_E1 for sample in samples])
+    starts_BE1 = np.stack([sample.starts_E1 for sample in samples])
+    counts_BE1 = np.stack([sample.counts_E1 for sample in samples])
     if not reset_at_documents:
-        starts_BG1 = np.zeros_like(starts_BG1)
+        starts_BE1 = np.zeros_like(starts_BE1)
     # Labels are shifted before the split over ranks: that of a part's last token is the next part's first token.
-    tokens_BG, labels_BG = tokens_BG1[:, :-1], labels_BG1[:, 1:]
-    counts_BG = counts_BG1[:, 1:] & ~starts_BG1[:, 1:]
-    real_BG = np.arange(tokens_BG.shape[1]) < np.array([[sample.length] for sample in samples])
-    answers_BG = counts_BG & np.array([[sample.of_task] for sample in samples])
-    column_L = (shard or ContextShard()).columns(tokens_BG.shape[1])
+    tokens_BE, labels_BE = tokens_BE1[:, :-1], labels_BE1[:, 1:]
+    counts_BE = counts_BE1[:, 1:] & ~starts_BE1[:, 1:]
+    real_BE = np.arange(tokens_BE.shape[1]) < np.array([[sample.length] for sample in samples])
+    answers_BE = counts_BE & np.array([[sample.of_task] for sample in samples])
+    column_L = (shard or ContextShard()).columns(tokens_BE.shape[1])
     return Batch(
-        tokens_BL=to_device(tokens_BG[:, column_L], device),
-        labels_BL=to_device(labels_BG[:, column_L], device),
-        loss_mask_BL=to_device(counts_BG[:, column_L].astype(np.float32), device),
-        layout=TokenLayout.from_starts(starts_BG1[:, :-1], None if real_BG.all() else real_BG, device, shard),
-        loss_tokens=int(counts_BG.sum()),
-        answers_BL=to_device(answers_BG[:, column_L], device) if answers_BG.any() else None,
+        tokens_BL=to_device(tokens_BE[:, column_L], device),
+        labels_BL=to_device(labels_BE[:, column_L], device),
+        loss_mask_BL=to_device(counts_BE[:, column_L].astype(np.float32), device),
+        layout=TokenLayout.from_starts(starts_BE1[:, :-1], None if real_BE.all() else real_BE, device, shard),
+        loss_tokens=int(counts_BE.sum()),
+        answers_BL=to_device(answers_BE[:, column_L], device) if answers_BE.any() else None,
     )

@@ -39,25 +39,25 @@ class Blend:
 
     def __init__(self, datasets: Sequence[Dataset], weights: list[float]) -> None:
         self.datasets = datasets
-        self.weight_N = np.array(weights, dtype=np.float64) / sum(weights)
+        self.weights = np.array(weights, dtype=np.float64) / sum(weights)
         self._grow(1)
 
     def _grow(self, size: int) -> None:
         """Compute for the first `size` positions the dataset, and how many of its samples came before."""
-        self.dataset_S, self.place_S = np.zeros(size, dtype=np.int16), np.zeros(size, dtype=np.int64)
-        helpers.build_blending_indices(self.dataset_S, self.place_S, self.weight_N, len(self.datasets), size, False)
+        self.dataset_n, self.place_n = np.zeros(size, dtype=np.int16), np.zeros(size, dtype=np.int64)
+        helpers.build_blending_indices(self.dataset_n, self.place_n, self.weights, len(self.datasets), size, False)
 
     def place(self, position: int) -> tuple[int, int]:
         """Return the dataset at a position, and how many of its samples came before."""
-        if position >= len(self.dataset_S):
+        if position >= len(self.dataset_n):
             # Growing does not change what is known: each position follows from those before it.
-            self._grow(max(position + 1, 2 * len(self.dataset_S)))
-        return int(self.dataset_S[position]), int(self.place_S[position])
+            self._grow(max(position + 1, 2 * len(self.dataset_n)))
+        return int(self.dataset_n[position]), int(self.place_n[position])
 
     def shares(self, size: int) -> list[int]:
         """Return how many of the first `size` positions each dataset has."""
         self.place(size - 1)
-        return np.bincount(self.dataset_S[:size], minlength=len(self.datasets)).tolist()
+        return np.bincount(self.dataset_n[:size], minlength=len(self.datasets)).tolist()
 
 
 class TrainingOrder:

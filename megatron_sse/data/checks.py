@@ -102,15 +102,15 @@ def read_index(path: Path) -> Index:
     dtype = np.dtype(DType.dtype_from_code(code))
     with path.open("rb") as stream:
         stream.seek(HEADER_BYTES)
-        lengths_S = np.fromfile(stream, np.int32, sequences)
-        pointers_S = np.fromfile(stream, np.int64, sequences)
+        lengths_p = np.fromfile(stream, np.int32, sequences)
+        pointers_p = np.fromfile(stream, np.int64, sequences)
         bounds_D1 = np.fromfile(stream, np.int64, documents)
-    offsets_S1 = np.concatenate([[0], np.cumsum(lengths_S, dtype=np.int64)])
-    if (lengths_S < 0).any() or not np.array_equal(pointers_S, offsets_S1[:-1] * dtype.itemsize):
+    offsets_p1 = np.concatenate([[0], np.cumsum(lengths_p, dtype=np.int64)])
+    if (lengths_p < 0).any() or not np.array_equal(pointers_p, offsets_p1[:-1] * dtype.itemsize):
         raise UserError(f"{path}: sequences do not follow each other in the .bin file; build it again")
     if len(bounds_D1) < 2 or bounds_D1[0] != 0 or bounds_D1[-1] != sequences or (np.diff(bounds_D1) < 0).any():
         raise UserError(f"{path}: document bounds do not cover the {sequences} sequences in order; build it again")
-    return Index(dtype, int(offsets_S1[-1]) * dtype.itemsize, offsets_S1[bounds_D1])
+    return Index(dtype, int(offsets_p1[-1]) * dtype.itemsize, offsets_p1[bounds_D1])
 
 
 def check_token_ids(key: str, path: Path, dtype: np.dtype, vocab_size: int) -> None:

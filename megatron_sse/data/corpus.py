@@ -39,10 +39,10 @@ def prepare_corpus(config: RunConfig) -> None:
     if not missing:
         return
     parts = split_documents(read_documents(Path(sysconfig.get_paths()["stdlib"])))
-    bits_B = byte_bits(parts["training"])
+    bits_v = byte_bits(parts["training"])
     for part, prefix in missing.items():
         try:
-            metadata = write_token_file(prefix, parts[part], bits_B)
+            metadata = write_token_file(prefix, parts[part], bits_v)
         except OSError as error:
             key = "data.train" if part == "training" else "data.validation"
             raise UserError(f"{key}: {prefix} cannot be written ({error}); give a path in a writable folder") from error
@@ -99,7 +99,7 @@ def byte_bits(documents: dict[str, bytes]) -> np.ndarray:
     return math.log2(counts.sum()) - np.log2(counts)
 
 
-def write_token_file(prefix: str, documents: dict[str, bytes], bits_B: np.ndarray) -> Metadata:
+def write_token_file(prefix: str, documents: dict[str, bytes], bits_v: np.ndarray) -> Metadata:
     """Write <prefix>.bin, .json and .idx, and return the metadata. They appear complete or not at all."""
     target = Path(prefix)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,7 @@ def write_token_file(prefix: str, documents: dict[str, bytes], bits_B: np.ndarra
             for document in documents.values():
                 tokens_T = encode_document(document)
                 lengths.append(len(tokens_T))
-                bits += float(bits_B[tokens_T].sum())
+                bits += float(bits_v[tokens_T].sum())
                 file.write(tokens_T.data)
         size = sum(map(len, documents.values()))
         metadata = Metadata("bytes", VOCAB_SIZE, len(documents), sum(lengths), size, bits / size, end=END_OF_DOCUMENT)

@@ -14,23 +14,23 @@ from megatron_sse.data.packing import pack
 
 @dataclass(frozen=True)
 class Sample:
-    """The G tokens of a sequence and one more, the label of the last.
+    """The E tokens of a sequence and one more, the label of the last.
 
     Attributes:
-        tokens_G1: int64, 0 for padding.
-        starts_G1: bool, where documents start; padding counts as a document of its own.
-        counts_G1: bool, whether a token counts as a label: neither padding nor excluded by the loss mask.
+        tokens_E1: int64, 0 for padding.
+        starts_E1: bool, where documents start; padding counts as a document of its own.
+        counts_E1: bool, whether a token counts as a label: neither padding nor excluded by the loss mask.
         length: tokens before the padding.
-        labels_G1: int64, the token to predict at each place where the labels differ from the tokens, or None; the first
+        labels_E1: int64, the token to predict at each place where the labels differ from the tokens, or None; the first
             is never a label.
         of_task: whether its labels are the answers of a task.
     """
 
-    tokens_G1: np.ndarray
-    starts_G1: np.ndarray
-    counts_G1: np.ndarray
+    tokens_E1: np.ndarray
+    starts_E1: np.ndarray
+    counts_E1: np.ndarray
     length: int
-    labels_G1: np.ndarray | None = None
+    labels_E1: np.ndarray | None = None
     of_task: bool = False
 
 
@@ -49,15 +49,15 @@ class TokenDataset:
         return self.packing.account.samples
 
     def __getitem__(self, number: int) -> Sample:
-        tokens_G1 = np.zeros(self.room, dtype=np.int64)
-        starts_G1, counts_G1 = np.zeros((2, self.room), dtype=bool)
+        tokens_E1 = np.zeros(self.room, dtype=np.int64)
+        starts_E1, counts_E1 = np.zeros((2, self.room), dtype=bool)
         place = 0
         for begin, count in self.packing.pieces(number):
             chosen = slice(place, place + count)
-            tokens_G1[chosen] = self.tokens.bin_reader.read(self.dtype, count, begin * self.dtype.itemsize)
-            counts_G1[chosen] = True if self.mask_T is None else self.mask_T[begin : begin + count] != 0
+            tokens_E1[chosen] = self.tokens.bin_reader.read(self.dtype, count, begin * self.dtype.itemsize)
+            counts_E1[chosen] = True if self.mask_T is None else self.mask_T[begin : begin + count] != 0
             # An empty slice, and no error, where the place is behind the end of the sample.
-            starts_G1[place : place + 1] = True
+            starts_E1[place : place + 1] = True
             place += count
-        starts_G1[place : place + 1] = True
-        return Sample(tokens_G1, starts_G1, counts_G1, place)
+        starts_E1[place : place + 1] = True
+        return Sample(tokens_E1, starts_E1, counts_E1, place)

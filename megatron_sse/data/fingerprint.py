@@ -47,8 +47,8 @@ def hash_task(source: Source, data: DataConfig) -> str:
     assert source.task is not None
     sample = TaskDataset(source.task, data, [0])[0]
     digest = hashlib.sha256(source.task.model_dump_json().encode())
-    for array_G1 in (sample.tokens_G1, sample.labels_G1, sample.counts_G1):
-        digest.update(b"" if array_G1 is None else array_G1.tobytes())
+    for array_E1 in (sample.tokens_E1, sample.labels_E1, sample.counts_E1):
+        digest.update(b"" if array_E1 is None else array_E1.tobytes())
     return digest.hexdigest()
 
 

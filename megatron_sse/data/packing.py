@@ -1,7 +1,7 @@
 """Packing: how documents are cut into pieces and samples filled with pieces.
 
-Dims: D documents, P pieces (runs of neighbouring tokens of one document), S samples. A sample has `room` tokens: those
-that the model reads and one more, which is the label of the last. The examples below use room = 5.
+p counts pieces here: runs of neighbouring tokens of one document. A sample has `room` tokens: those that the model
+reads and one more, which is the label of the last. The examples below use room = 5.
 """
 
 from __future__ import annotations
@@ -73,13 +73,13 @@ class Windows:
         self.offsets_D1, self.room = offsets_D1, room
         begin, end = int(offsets_D1[0]), int(offsets_D1[-1])
         samples = max(0, (end - begin - 1) // (room - 1))
-        borders_S = begin + (room - 1) * np.arange(1, samples)
-        document_S = np.searchsorted(offsets_D1, borders_S, side="right") - 1
+        borders_n = begin + (room - 1) * np.arange(1, samples)
+        document_n = np.searchsorted(offsets_D1, borders_n, side="right") - 1
         # The token at a border is in both samples: a document is cut only where the border is neither its first token
         # (then it is complete in the later sample) nor its last (complete in the earlier one).
-        inside_S = (offsets_D1[document_S] < borders_S) & (borders_S < offsets_D1[document_S + 1] - 1)
+        inside_n = (offsets_D1[document_n] < borders_n) & (borders_n < offsets_D1[document_n + 1] - 1)
         used = samples * (room - 1) + 1 if samples else 0
-        split = len(np.unique(document_S[inside_S]))
+        split = len(np.unique(document_n[inside_n]))
         self.account = Account(samples, end - begin, len(offsets_D1) - 1, 0, end - begin - used, split)
 
     def pieces(self, sample: int) -> Pieces:
@@ -91,38 +91,38 @@ class Windows:
 
 @dataclass(frozen=True)
 class PieceTable:
-    """Pieces in the order of their documents, int64 [P] each.
+    """Pieces in the order of their documents, int64 [p] each.
 
-    document_P: number of the document. begin_P: first token in the file. length_P: number of tokens. sample_P: the
+    document_p: number of the document. begin_p: first token in the file. length_p: number of tokens. sample_p: the
     sample that holds the piece, set when it is packed.
     """
 
-    document_P: np.ndarray
-    begin_P: np.ndarray
-    length_P: np.ndarray
-    sample_P: np.ndarray
+    document_p: np.ndarray
+    begin_p: np.ndarray
+    length_p: np.ndarray
+    sample_p: np.ndarray
 
 
 class Packed:
     """Samples made of pieces that know their sample; the rest of each sample is padding."""
 
     def __init__(self, offsets_D1: np.ndarray, table: PieceTable, room: int) -> None:
-        # Pieces sorted by sample, and where each sample's begin: for sample_P 1 0 1, order 1 0 2 and first 0 1 3.
-        order_P = np.argsort(table.sample_P, kind="stable")
-        samples = int(table.sample_P[order_P[-1]]) + 1 if len(order_P) else 0
-        self.begin_P, self.length_P = table.begin_P[order_P], table.length_P[order_P]
-        self.first_S1 = np.searchsorted(table.sample_P[order_P], np.arange(samples + 1))
-        tokens, held = int(offsets_D1[-1] - offsets_D1[0]), int(table.length_P.sum())
+        # Pieces sorted by sample, and where each sample's begin: for sample_p 1 0 1, order 1 0 2 and first 0 1 3.
+        order_p = np.argsort(table.sample_p, kind="stable")
+        samples = int(table.sample_p[order_p[-1]]) + 1 if len(order_p) else 0
+        self.begin_p, self.length_p = table.begin_p[order_p], table.length_p[order_p]
+        self.first_n1 = np.searchsorted(table.sample_p[order_p], np.arange(samples + 1))
+        tokens, held = int(offsets_D1[-1] - offsets_D1[0]), int(table.length_p.sum())
         # A piece that continues a document starts with the last token of the piece before: it is held twice.
-        shared = int((table.begin_P > offsets_D1[table.document_P]).sum())
-        whole = int((table.length_P == np.diff(offsets_D1)[table.document_P]).sum())
+        shared = int((table.begin_p > offsets_D1[table.document_p]).sum())
+        whole = int((table.length_p == np.diff(offsets_D1)[table.document_p]).sum())
         documents = len(offsets_D1) - 1
         padding, dropped = samples * room - held, tokens - (held - shared)
         self.account = Account(samples, tokens, documents, padding, dropped, documents - whole)
 
     def pieces(self, sample: int) -> Pieces:
-        chosen = slice(self.first_S1[sample], self.first_S1[sample + 1])
-        return list(zip(self.begin_P[chosen].tolist(), self.length_P[chosen].tolist(), strict=True))
+        chosen = slice(self.first_n1[sample], self.first_n1[sample + 1])
+        return list(zip(self.begin_p[chosen].tolist(), self.length_p[chosen].tolist(), strict=True))
 
 
 def split_long(offsets_D1: np.ndarray, room: int, keep_rest: bool) -> PieceTable:
@@ -135,12 +135,12 @@ def split_long(offsets_D1: np.ndarray, room: int, keep_rest: bool) -> PieceTable
     size_D = np.diff(offsets_D1)
     # Each piece adds room - 1 tokens to the first token of its document.
     count_D = np.maximum(1, -(-(size_D - 1) // (room - 1))) if keep_rest else np.ones_like(size_D)
-    document_P = np.repeat(np.arange(len(size_D)), count_D)
+    document_p = np.repeat(np.arange(len(size_D)), count_D)
     # A piece's number in its document: for counts 1 3 2, pieces 0 | 0 1 2 | 0 1.
-    number_P = np.arange(len(document_P)) - np.repeat(np.cumsum(count_D) - count_D, count_D)
-    skipped_P = number_P * (room - 1)
-    length_P = np.minimum(room, size_D[document_P] - skipped_P)
-    return PieceTable(document_P, offsets_D1[document_P] + skipped_P, length_P, np.zeros_like(document_P))
+    number_p = np.arange(len(document_p)) - np.repeat(np.cumsum(count_D) - count_D, count_D)
+    skipped_p = number_p * (room - 1)
+    length_p = np.minimum(room, size_D[document_p] - skipped_p)
+    return PieceTable(document_p, offsets_D1[document_p] + skipped_p, length_p, np.zeros_like(document_p))
 
 
 def cut_in_order(offsets_D1: np.ndarray, room: int) -> PieceTable:
@@ -165,14 +165,14 @@ def best_fit(table: PieceTable, room: int) -> PieceTable:
 
     Pieces of 3, 2, 4 and 1 tokens: 4 opens sample 0, 3 opens sample 1, 2 fills sample 1, and 1 fills sample 0.
     """
-    sample_P = np.zeros_like(table.length_P)
+    sample_p = np.zeros_like(table.length_p)
     # Open samples by their free tokens, and the keys of this dictionary as a sorted list: the smallest key that is at
     # least a piece's length is found by bisection.
     samples_by_free: dict[int, list[int]] = {}
     there: list[int] = []
     samples = 0
-    order_P = np.argsort(-table.length_P, kind="stable")
-    for piece, length in zip(order_P.tolist(), table.length_P[order_P].tolist(), strict=True):
+    order_p = np.argsort(-table.length_p, kind="stable")
+    for piece, length in zip(order_p.tolist(), table.length_p[order_p].tolist(), strict=True):
         at = bisect_left(there, length)
         if at < len(there):
             free = there[at]
@@ -182,10 +182,10 @@ def best_fit(table: PieceTable, room: int) -> PieceTable:
         else:
             free, sample = room, samples
             samples += 1
-        sample_P[piece] = sample
+        sample_p[piece] = sample
         if free - length:
             if free - length not in samples_by_free:
                 samples_by_free[free - length] = []
                 insort(there, free - length)
             samples_by_free[free - length].append(sample)
-    return replace(table, sample_P=sample_P)
+    return replace(table, sample_p=sample_p)

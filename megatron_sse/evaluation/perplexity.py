@@ -68,19 +68,19 @@ def measure_losses(reader: Reader, file: TokenFile, length: int, num_tokens: int
     # The last token of a piece is a label only.
     fed = [tokens[:-1] for tokens in pieces]
     labels_T = np.concatenate([tokens[1:] for tokens in pieces]) if pieces else np.zeros(0, dtype=np.int64)
-    # begin_P: where the labels of each piece start in labels_T.
-    begin_P = np.cumsum([0, *map(len, fed)])
-    sums_K, counts_K = np.zeros((2, 64))
-    for sequence_W, place_W, logits_WV in reader.logits(fed, counted):
-        label_W = torch.from_numpy(labels_T[begin_P[sequence_W] + place_W]).to(logits_WV.device)
-        loss_W = cross_entropy(logits_WV, label_W, reduction="none").double().cpu().numpy()
+    # begin_p1: where the labels of each piece start in labels_T.
+    begin_p1 = np.cumsum([0, *map(len, fed)])
+    sums_b, counts_b = np.zeros((2, 64))
+    for sequence_w, place_w, logits_wv in reader.logits(fed, counted):
+        label_w = torch.from_numpy(labels_T[begin_p1[sequence_w] + place_w]).to(logits_wv.device)
+        loss_w = cross_entropy(logits_wv, label_w, reduction="none").double().cpu().numpy()
         # The label at `place` has place + 1 tokens before it; bucket k is for 2^k to 2^(k+1) - 1 of them.
-        power_W = np.floor(np.log2(place_W + 1)).astype(np.int64)
-        sums_K += np.bincount(power_W, loss_W, minlength=64)
-        counts_K += np.bincount(power_W, minlength=64)
-    tokens = int(counts_K.sum())
-    loss = float(sums_K.sum() / tokens) if tokens else math.nan
-    buckets = [Bucket(1 << int(k), int(counts_K[k]), sums_K[k] / counts_K[k]) for k in np.flatnonzero(counts_K)]
+        power_w = np.floor(np.log2(place_w + 1)).astype(np.int64)
+        sums_b += np.bincount(power_w, loss_w, minlength=64)
+        counts_b += np.bincount(power_w, minlength=64)
+    tokens = int(counts_b.sum())
+    loss = float(sums_b.sum() / tokens) if tokens else math.nan
+    buckets = [Bucket(1 << int(k), int(counts_b[k]), sums_b[k] / counts_b[k]) for k in np.flatnonzero(counts_b)]
     metadata = read_metadata(file.prefix)
     bits = None if metadata is None else metadata.bits_per_byte(loss)
     return Losses(file.prefix, length, tokens, loss, bits, buckets)

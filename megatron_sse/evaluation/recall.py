@@ -37,22 +37,22 @@ class Recalled:
 def measure_recall(reader: Reader, task: MQARTask, length: int, samples: int, seed: int) -> Recalled:
     """Return the accuracy on `samples` sequences of a length; seed, length, pairs and sample number determine each."""
     made = [make_recall(sample_generator(seed, length, task.pairs, number), task, length) for number in range(samples)]
-    wanted = [np.isin(np.arange(length), recall.place_P) for recall in made]
-    # Q counts the questions of all sequences, in order.
-    place_Q = np.concatenate([number * length + recall.place_P for number, recall in enumerate(made)])
-    answer_Q = np.concatenate([recall.answer_P for recall in made])
-    distance_Q = np.concatenate([recall.distance_P for recall in made])
-    right_K, asked_K = np.zeros((2, 64))
-    for sequence_W, place_W, logits_WV in reader.logits([recall.tokens_L for recall in made], wanted):
-        # place_Q is sorted, so the search finds the question asked at each of these places.
-        question_W = np.searchsorted(place_Q, sequence_W * length + place_W)
-        right_W = logits_WV.argmax(-1).cpu().numpy() == answer_Q[question_W]
+    wanted = [np.isin(np.arange(length), recall.place_p) for recall in made]
+    # q counts the questions of all sequences, in order.
+    place_q = np.concatenate([number * length + recall.place_p for number, recall in enumerate(made)])
+    answer_q = np.concatenate([recall.answer_p for recall in made])
+    distance_q = np.concatenate([recall.distance_p for recall in made])
+    right_b, asked_b = np.zeros((2, 64))
+    for sequence_w, place_w, logits_wv in reader.logits([recall.tokens_E for recall in made], wanted):
+        # place_q is sorted, so the search finds the question asked at each of these places.
+        question_w = np.searchsorted(place_q, sequence_w * length + place_w)
+        right_w = logits_wv.argmax(-1).cpu().numpy() == answer_q[question_w]
         # Bucket k is for distances from 2^k to 2^(k+1) - 1.
-        power_W = np.floor(np.log2(distance_Q[question_W])).astype(np.int64)
-        right_K += np.bincount(power_W, right_W, minlength=64)
-        asked_K += np.bincount(power_W, minlength=64)
-    distances = [Distance(1 << int(k), int(asked_K[k]), right_K[k] / asked_K[k]) for k in np.flatnonzero(asked_K)]
-    return Recalled(length, task.pairs, float(right_K.sum() / asked_K.sum()), 1 / task.values, distances)
+        power_w = np.floor(np.log2(distance_q[question_w])).astype(np.int64)
+        right_b += np.bincount(power_w, right_w, minlength=64)
+        asked_b += np.bincount(power_w, minlength=64)
+    distances = [Distance(1 << int(k), int(asked_b[k]), right_b[k] / asked_b[k]) for k in np.flatnonzero(asked_b)]
+    return Recalled(length, task.pairs, float(right_b.sum() / asked_b.sum()), 1 / task.values, distances)
 
 
 def sample_generator(seed: int, *place: int) -> np.random.Generator:

@@ -13,7 +13,7 @@ from megatron_sse.errors import UserError
 from megatron_sse.inference.layers import BankCache, CachedLayout, KeyValueCache, Tail
 from megatron_sse.model.attention import SoftmaxAttention
 from megatron_sse.model.mixer import SSEMixer
-from megatron_sse.parallel.sharding import WHOLE, ContextShard
+from megatron_sse.parallel.sharding import ALL_TOKENS, ContextShard
 
 _FORMAT = 1
 
@@ -37,7 +37,7 @@ class Cache:
         self.lengths = [0] * num_sequences
         self.pending: list[list[int]] = [[] for _ in range(num_sequences)]
 
-    def layout(self, slots: Sequence[int], counts: Sequence[int], shard: ContextShard = WHOLE) -> CachedLayout:
+    def layout(self, slots: Sequence[int], counts: Sequence[int], shard: ContextShard = ALL_TOKENS) -> CachedLayout:
         """Of new tokens of some sequences, `counts` (at least 1) of each; on several context ranks of one sequence,
         the tokens of this rank's part."""
         past = [self.lengths[slot] for slot in slots]
@@ -123,6 +123,6 @@ def _make_tails(mixer: SSEMixer | SoftmaxAttention, num_sequences: int) -> dict[
     return {"input": _make_tail(mixer.input_convolution.conv_weight, num_sequences)}
 
 
-def _make_tail(weight_CW: torch.Tensor, num_sequences: int) -> Tail:
-    num_channels, width = weight_CW.shape
-    return Tail(weight_CW.detach().new_zeros(num_sequences, width - 1, num_channels))
+def _make_tail(weight_cW: torch.Tensor, num_sequences: int) -> Tail:
+    num_channels, width = weight_cW.shape
+    return Tail(weight_cW.detach().new_zeros(num_sequences, width - 1, num_channels))

@@ -2,8 +2,8 @@
 
 Context ranks may share the new tokens of one sequence: each computes its part, and all keep the same.
 
-Dims: X slots (one sequence each), D the sequences that continue, in order, T their new tokens one after the other, W
-the tokens that a convolution looks back, R rows of a ring or of a growing cache.
+A slot is one of the X places of the pool here, for one sequence. D counts the sequences that continue, in order, T
+their new tokens one after the other, W the tokens before a token that its convolution looks at.
 """
 
 from collections.abc import Mapping, Sequence
@@ -83,14 +83,14 @@ class CachedLayout(TokenLayout):
         self,
         layer_number: int,
         name: str,
-        x_LBC: Tensor,
-        weight_CW: Tensor,
+        x_LBc: Tensor,
+        weight_cW: Tensor,
         group: ProcessGroup,
         tensor_group: ProcessGroup | None = None,
     ) -> Tensor:
         """Convolve the new tokens behind those that the layer keeps."""
         assert tensor_group is None
-        return self.layers[layer_number].tails[name].convolve(x_LBC[:, 0], weight_CW, self, group)[:, None]
+        return self.layers[layer_number].tails[name].convolve(x_LBc[:, 0], weight_cW, self, group)[:, None]
 
     def attend(
         self,
@@ -112,31 +112,31 @@ class CachedLayout(TokenLayout):
 
 
 class Tail:
-    """The last tokens of each sequence, which a convolution looks back at. rows_XWC: zeros before the sequence."""
+    """The last tokens of each sequence, which a convolution looks back at. rows_XWc: zeros before the sequence."""
 
-    def __init__(self, rows_XWC: Tensor):
-        self.rows_XWC = rows_XWC
+    def __init__(self, rows_XWc: Tensor):
+        self.rows_XWc = rows_XWc
 
-    def convolve(self, x_TC: Tensor, weight_CW: Tensor, layout: CachedLayout, group: ProcessGroup) -> Tensor:
+    def convolve(self, x_Tc: Tensor, weight_cW: Tensor, layout: CachedLayout, group: ProcessGroup) -> Tensor:
         """Apply kernels.short_convolution behind the tokens kept. group: the context ranks."""
-        width, num_sequences = self.rows_XWC.shape[1], layout.num_documents
-        tail_DWC, last_WC = self.rows_XWC[layout.slot_D], None
+        width, num_sequences = self.rows_XWc.shape[1], layout.num_documents
+        tail_DWc, last_Wc = self.rows_XWc[layout.slot_D], None
         if layout.shard.size > 1:
-            before_WC, last_WC = tails(x_TC, tail_DWC[0], group)
-            tail_DWC = before_WC[None]
+            before_Wc, last_Wc = tails(x_Tc, tail_DWc[0], group)
+            tail_DWc = before_Wc[None]
         # Each sequence's new tokens stand behind its tail.
-        before_D = torch.arange(num_sequences, device=x_TC.device) * width
-        back_W = torch.arange(width, device=x_TC.device)
-        row_T = torch.arange(len(x_TC), device=x_TC.device) + before_D[layout.document_T] + width
-        x = x_TC.new_empty(len(x_TC) + num_sequences * width, x_TC.shape[1])
-        x[row_T] = x_TC
-        x[(layout.offsets_D1[:-1] + before_D)[:, None] + back_W] = tail_DWC
+        before_D = torch.arange(num_sequences, device=x_Tc.device) * width
+        back_W = torch.arange(width, device=x_Tc.device)
+        row_T = torch.arange(len(x_Tc), device=x_Tc.device) + before_D[layout.document_T] + width
+        x = x_Tc.new_empty(len(x_Tc) + num_sequences * width, x_Tc.shape[1])
+        x[row_T] = x_Tc
+        x[(layout.offsets_D1[:-1] + before_D)[:, None] + back_W] = tail_DWc
         position = row_T.new_zeros(len(x))
         position[row_T] = layout.position_BL.flatten()
-        out_TC = short_convolution(x, weight_CW, position)[row_T]
-        last_DWC = x[(layout.offsets_D1[1:] + before_D)[:, None] + back_W] if last_WC is None else last_WC[None]
-        self.rows_XWC[layout.slot_D] = last_DWC
-        return out_TC
+        out_Tc = short_convolution(x, weight_cW, position)[row_T]
+        last_DWc = x[(layout.offsets_D1[1:] + before_D)[:, None] + back_W] if last_Wc is None else last_Wc[None]
+        self.rows_XWc[layout.slot_D] = last_DWc
+        return out_Tc
 
 
 class LayerCache:
@@ -147,20 +147,20 @@ class LayerCache:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what is kept, by name."""
-        return {name: tail.rows_XWC for name, tail in self.tails.items()}
+        return {name: tail.rows_XWc for name, tail in self.tails.items()}
 
     def set_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore what tensors() returned."""
         for name, tail in self.tails.items():
-            tail.rows_XWC = tensors[name]
+            tail.rows_XWc = tensors[name]
 
 
 class BankCache(LayerCache):
-    """The states of an SSE layer's banks. states_XBHKV: fp32, fp64 for fp64 models."""
+    """The states of an SSE layer's banks. states_XAHKV: fp32, fp64 for fp64 models."""
 
-    def __init__(self, states_XBHKV: Tensor, tails: Mapping[str, Tail]):
+    def __init__(self, states_XAHKV: Tensor, tails: Mapping[str, Tail]):
         super().__init__(tails)
-        self.states_XBHKV = states_XBHKV
+        self.states_XAHKV = states_XAHKV
 
     def attend(
         self,
@@ -180,11 +180,11 @@ class BankCache(LayerCache):
         exchange: hands states on between context ranks. group: these ranks.
         """
         if layout.one_each:
-            o_THV = decode_step(self.states_XBHKV, layout.slot_D, shared, sparse, v_THV, routes, **options)
+            o_THV = decode_step(self.states_XAHKV, layout.slot_D, shared, sparse, v_THV, routes, **options)
             return BankOutputs(o_THV, None, None)
-        initial_DBHKV, edges = self.states_XBHKV[layout.slot_D], None
+        initial_DAHKV, edges = self.states_XAHKV[layout.slot_D], None
         if layout.shard.size > 1:
-            edges = edges_behind(initial_DBHKV[0].flatten(0, 1), exchange, layout.shard.rank)
+            edges = edges_behind(initial_DAHKV[0].flatten(0, 1), exchange, layout.shard.rank)
         banks = sse_attention(
             shared,
             sparse,
@@ -193,21 +193,21 @@ class BankCache(LayerCache):
             layout.offsets_D1,
             layout.document_T,
             form=form,
-            initial_DBHKV=initial_DBHKV if edges is None else None,
+            initial_DAHKV=initial_DAHKV if edges is None else None,
             edges=edges,
             **options,
         )
-        assert banks.final_DBHKV is not None
-        final_DBHKV = banks.final_DBHKV if edges is None else of_last_rank(banks.final_DBHKV, group)
-        self.states_XBHKV[layout.slot_D] = final_DBHKV
+        assert banks.final_DAHKV is not None
+        final_DAHKV = banks.final_DAHKV if edges is None else of_last_rank(banks.final_DAHKV, group)
+        self.states_XAHKV[layout.slot_D] = final_DAHKV
         return banks
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"states": self.states_XBHKV, **super().tensors()}
+        return {"states": self.states_XAHKV, **super().tensors()}
 
     def set_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         super().set_tensors(tensors)
-        self.states_XBHKV = tensors["states"]
+        self.states_XAHKV = tensors["states"]
 
 
 class KeyValueCache(LayerCache):
@@ -266,8 +266,8 @@ class KeyValueCache(LayerCache):
     def _attend_one(
         self,
         q_LHK: Tensor,
-        k_GHK: Tensor,
-        v_GHK: Tensor,
+        k_EHK: Tensor,
+        v_EHK: Tensor,
         slot: int,
         past: int,
         position: int,
@@ -278,27 +278,27 @@ class KeyValueCache(LayerCache):
         past: position of the first key and value. position: that of the first query.
         """
         keys_RHK, values_RHK = self.key_XRHK[slot], self.value_XRHK[slot]
-        length, num_rows = len(k_GHK), len(keys_RHK)
+        length, num_rows = len(k_EHK), len(keys_RHK)
         position_L = torch.arange(position, position + len(q_LHK), device=q_LHK.device)
         if self.window is None:
             first = 0
-            keys_RHK[past : past + length], values_RHK[past : past + length] = k_GHK, v_GHK
+            keys_RHK[past : past + length], values_RHK[past : past + length] = k_EHK, v_EHK
             keys, values = keys_RHK[: past + length], values_RHK[: past + length]
         else:
             first = max(0, past - self.window + 1)
             kept = torch.arange(first, past, device=q_LHK.device) % num_rows
-            keys, values = torch.cat((keys_RHK[kept], k_GHK)), torch.cat((values_RHK[kept], v_GHK))
+            keys, values = torch.cat((keys_RHK[kept], k_EHK)), torch.cat((values_RHK[kept], v_EHK))
             last = torch.arange(past, past + length, device=q_LHK.device)[-num_rows:] % num_rows
-            keys_RHK[last], values_RHK[last] = k_GHK[-num_rows:], v_GHK[-num_rows:]
+            keys_RHK[last], values_RHK[last] = k_EHK[-num_rows:], v_EHK[-num_rows:]
         position_R = torch.arange(first, past + length, device=q_LHK.device)
         outputs = []
         block = max(1, _MASK_ELEMENTS // len(keys))
         for q, position_Q in zip(q_LHK.split(block), position_L.split(block), strict=True):
-            distance_LR = position_Q[:, None] - position_R
-            seen_LR = distance_LR >= 0
+            distance_QR = position_Q[:, None] - position_R
+            seen_QR = distance_QR >= 0
             if self.window is not None:
-                seen_LR &= distance_LR < self.window
-            outputs.append(_attend(q[None], keys[None], values[None], seen_LR[None], scale)[0])
+                seen_QR &= distance_QR < self.window
+            outputs.append(_attend(q[None], keys[None], values[None], seen_QR[None], scale)[0])
         return torch.cat(outputs)
 
     def _reserve(self, num_rows: int) -> None:

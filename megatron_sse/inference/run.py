@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_sse.inference.cache import Cache
 from megatron_sse.inference.request import ModelRequest
 from megatron_sse.inference.sampling import Sampler
-from megatron_sse.parallel.sharding import WHOLE, ContextShard
+from megatron_sse.parallel.sharding import ALL_TOKENS, ContextShard
 
 # Tokens of prompts at once, where code gives no other number.
 DEFAULT_CHUNK = ModelRequest.chunk
@@ -22,7 +22,7 @@ def feed(
     tokens_T: Tensor,
     slots: Sequence[int],
     counts: Sequence[int],
-    shard: ContextShard = WHOLE,
+    shard: ContextShard = ALL_TOKENS,
 ) -> Tensor:
     """Run new tokens through the model; return the input of its output layer, [T, 1, d].
 
@@ -39,7 +39,7 @@ def feed(
 
 @torch.no_grad()
 def logits_of(model: GPTModel, hidden_T1d: Tensor) -> Tensor:
-    """Return fp32 logits [T, V] over the vocabulary of all tensor ranks, padding included."""
+    """Return fp32 logits [T, v] over the vocabulary of all tensor ranks, padding included."""
     weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
     return model.output_layer(hidden_T1d, weight=weight, runtime_gather_output=True)[0][:, 0].float()
 
@@ -49,9 +49,9 @@ def prefill(
     cache: Cache,
     prompts: Sequence[Sequence[int]],
     chunk: int = DEFAULT_CHUNK,
-    shard: ContextShard = WHOLE,
+    shard: ContextShard = ALL_TOKENS,
 ) -> Tensor:
-    """Feed every sequence its prompt, at most `chunk` tokens at a time; return logits after the last token, [X, V].
+    """Feed every sequence its prompt, at most `chunk` tokens at a time; return logits after the last token, [D, v].
 
     prompts: token ids of each sequence of the cache, at least one. shard: of this rank among the context ranks, which
         share all but the last tokens of each prompt; they compute those all alike, as they do what is generated.
@@ -110,7 +110,7 @@ def generate(
     sampler: Sampler,
     end: int | None = None,
     chunk: int = DEFAULT_CHUNK,
-    shard: ContextShard = WHOLE,
+    shard: ContextShard = ALL_TOKENS,
 ) -> Iterator[list[int | None]]:
     """Continue every sequence of the cache; yield the tokens of each step, None for sequences that have ended.
 
@@ -123,10 +123,10 @@ def generate(
     """
     fed = [[*pending, *prompt] for pending, prompt in zip(cache.pending, prompts, strict=True)]
     cache.pending = [[] for _ in prompts]
-    logits_XV = prefill(model, cache, fed, chunk, shard)
+    logits_Dv = prefill(model, cache, fed, chunk, shard)
     slots = list(range(len(prompts)))
     for step in range(num_tokens):
-        picked = sampler.pick(logits_XV, slots)
+        picked = sampler.pick(logits_Dv, slots)
         tokens: list[int | None] = [None] * len(prompts)
         for slot, token in zip(slots, picked, strict=True):
             tokens[slot], cache.pending[slot] = token, [token]
@@ -135,4 +135,4 @@ def generate(
         if not slots or step + 1 == num_tokens:
             return
         fed_T = torch.tensor([tokens[slot] for slot in slots])
-        logits_XV = logits_of(model, feed(model, cache, fed_T, slots, [1] * len(slots)))
+        logits_Dv = logits_of(model, feed(model, cache, fed_T, slots, [1] * len(slots)))

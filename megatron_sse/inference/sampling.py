@@ -23,19 +23,19 @@ class Sampler:
         self.vocab_size, self.temperature, self.top_p, self.seed = vocab_size, temperature, top_p, seed
         self._generators: dict[int, torch.Generator] = {}
 
-    def pick(self, logits_DV: Tensor, slots: Sequence[int]) -> list[int]:
+    def pick(self, logits_Dv: Tensor, slots: Sequence[int]) -> list[int]:
         """Return the next token of each of the sequences in `slots`."""
-        logits_DV = logits_DV[:, : self.vocab_size].cpu().double()
+        logits_Dv = logits_Dv[:, : self.vocab_size].cpu().double()
         if self.temperature == 0:
-            return logits_DV.argmax(-1).tolist()
-        prob_DV, token_DV = (logits_DV / self.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
-        sum_DV = prob_DV.cumsum(-1)
+            return logits_Dv.argmax(-1).tolist()
+        prob_Dv, token_Dv = (logits_Dv / self.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+        sum_Dv = prob_Dv.cumsum(-1)
         # Kept are the tokens whose predecessors sum to less than top_p.
-        prob_DV = prob_DV.masked_fill(sum_DV - prob_DV >= self.top_p, 0)
-        sum_DV = prob_DV.cumsum(-1)
-        drawn_D1 = torch.tensor([[self._draw(slot)] for slot in slots], dtype=torch.float64) * sum_DV[:, -1:]
-        place_D1 = torch.searchsorted(sum_DV, drawn_D1, right=True).clamp(max=(prob_DV > 0).sum(-1, keepdim=True) - 1)
-        return token_DV.gather(-1, place_D1)[:, 0].tolist()
+        prob_Dv = prob_Dv.masked_fill(sum_Dv - prob_Dv >= self.top_p, 0)
+        sum_Dv = prob_Dv.cumsum(-1)
+        drawn_D1 = torch.tensor([[self._draw(slot)] for slot in slots], dtype=torch.float64) * sum_Dv[:, -1:]
+        place_D1 = torch.searchsorted(sum_Dv, drawn_D1, right=True).clamp(max=(prob_Dv > 0).sum(-1, keepdim=True) - 1)
+        return token_Dv.gather(-1, place_D1)[:, 0].tolist()
 
     def _draw(self, slot: int) -> float:
         if slot not in self._generators:

@@ -28,36 +28,36 @@ class Spread:
 
 
 class HalfLives:
-    """Counts of half-lives by bank. counts_NB: int64, bank by bin; the last bin is for no decay."""
+    """Counts of half-lives by bank. counts_Nb: int64, bank by bin (b); the last bin is for no decay."""
 
     def __init__(self, num_banks: int, device: torch.device):
-        self.counts_NB = torch.zeros(num_banks, _BINS + 1, dtype=torch.int64, device=device)
+        self.counts_Nb = torch.zeros(num_banks, _BINS + 1, dtype=torch.int64, device=device)
 
     def add(self, g: Tensor, bank_TP: Tensor) -> None:
         """Count the half-lives of tokens. g: log decays [T, ...]. bank_TP: the banks that each token writes to."""
-        # C: channels and heads of a token; each has a half-life of its own.
+        # c: channels and heads of a token; each has a half-life of its own.
         half_life = math.log(2) / g.flatten(1).double().abs()
-        bin_TC = ((half_life.log2() - _LOWEST) * _PER_OCTAVE).floor().clamp(0, _BINS - 1).long()
-        bin_TC[half_life.isinf()] = _BINS
+        bin_Tc = ((half_life.log2() - _LOWEST) * _PER_OCTAVE).floor().clamp(0, _BINS - 1).long()
+        bin_Tc[half_life.isinf()] = _BINS
         for bank_T in bank_TP.unbind(1):
             # One bincount for all banks: bin b of bank n is number n * (_BINS + 1) + b.
-            place_TC = bank_T[:, None] * (_BINS + 1) + bin_TC
-            self.counts_NB += place_TC.flatten().bincount(minlength=self.counts_NB.numel()).view_as(self.counts_NB)
+            place_Tc = bank_T[:, None] * (_BINS + 1) + bin_Tc
+            self.counts_Nb += place_Tc.flatten().bincount(minlength=self.counts_Nb.numel()).view_as(self.counts_Nb)
 
 
-def spread(counts_NB: np.ndarray, writes_per_token_N: np.ndarray) -> Spread | None:
+def spread(counts_Nb: np.ndarray, writes_per_token_N: np.ndarray) -> Spread | None:
     """Return percentiles over all banks of half-lives in tokens; None without any write.
 
     A half-life in tokens is the one in writes divided by the writes that the bank gets per token.
     """
     # The middle of each bin, on the logarithmic scale.
-    half_life_B = np.append(2.0 ** (_LOWEST + (np.arange(_BINS) + 0.5) / _PER_OCTAVE), np.inf)
-    row, column = np.nonzero(counts_NB)
+    half_life_b = np.append(2.0 ** (_LOWEST + (np.arange(_BINS) + 0.5) / _PER_OCTAVE), np.inf)
+    row, column = np.nonzero(counts_Nb)
     if not len(row):
         return None
-    value_C, count_C = half_life_B[column] / writes_per_token_N[row], counts_NB[row, column]
+    value, count = half_life_b[column] / writes_per_token_N[row], counts_Nb[row, column]
     # Weighted percentiles: sort by half-life and look up shares of the cumulative count.
-    order = np.argsort(value_C, kind="stable")
-    sum_C = count_C[order].cumsum()
-    places = np.searchsorted(sum_C, np.array([0.1, 0.5, 0.9]) * sum_C[-1])
-    return Spread(*value_C[order][places].tolist())
+    order = np.argsort(value, kind="stable")
+    sums = count[order].cumsum()
+    places = np.searchsorted(sums, np.array([0.1, 0.5, 0.9]) * sums[-1])
+    return Spread(*value[order][places].tolist())

@@ -110,25 +110,25 @@ class LayerSums:
             return
         _check_finite(sparse.g)
         self.num_tokens += len(routes.bank_TP)
-        self.sparse.add(sparse.g, routes.written_TW)
-        self.writes_N += routes.written_TW.flatten().bincount(minlength=self.num_partitions)
-        self.reads_N += routes.read_TR.flatten().bincount(minlength=self.num_partitions)
+        self.sparse.add(sparse.g, routes.written_TP)
+        self.writes_N += routes.written_TP.flatten().bincount(minlength=self.num_partitions)
+        self.reads_N += routes.read_TP.flatten().bincount(minlength=self.num_partitions)
         self.top += routes.prob_TN.amax(-1).double().sum()
 
-    def note_rank(self, states_XBHKV: Tensor, tokens: int, is_mark: bool, is_end: bool) -> None:
+    def note_rank(self, states_XAHKV: Tensor, tokens: int, is_mark: bool, is_end: bool) -> None:
         """Record the rank of the states after some tokens of a text: for `growth` if is_mark, for `end` if is_end."""
-        _check_finite(states_XBHKV)
-        rank_B = effective_rank(states_XBHKV)
+        _check_finite(states_XAHKV)
+        rank_A = effective_rank(states_XAHKV)
         if is_mark:
-            self.marks.setdefault(tokens, []).append(rank_B)
+            self.marks.setdefault(tokens, []).append(rank_A)
         if is_end:
-            self.ends.append((tokens, rank_B))
+            self.ends.append((tokens, rank_A))
 
     def layer(self, kind: str, group: dist.ProcessGroup) -> Layer:
         """Return the measures over the heads of all tensor ranks."""
         ranks = []
         for tokens, states in self.marks.items():
-            ranks.append(self._rank([(tokens, state_B) for state_B in states], group))
+            ranks.append(self._rank([(tokens, rank_A) for rank_A in states], group))
         return Layer(
             layer=self.number,
             kind=kind,
@@ -148,24 +148,24 @@ class LayerSums:
     def _rank(self, found: Sequence[tuple[int, Tensor]], group: dist.ProcessGroup) -> Rank:
         tokens = round(float(np.mean([tokens for tokens, _ in found])))
         # Every tensor rank has the same number of heads.
-        mean_B = sum_value(torch.stack([rank_B for _, rank_B in found]).mean(0), group) / group.size()
-        rank_B = mean_B.tolist()
+        mean_A = sum_value(torch.stack([rank_A for _, rank_A in found]).mean(0), group) / group.size()
+        rank_A = mean_A.tolist()
         # The shared bank, where there is one, comes before the partitions.
-        first = len(rank_B) - self.num_partitions
-        return Rank(tokens, len(found), rank_B[0] if self.has_shared else None, rank_B[first:])
+        first = len(rank_A) - self.num_partitions
+        return Rank(tokens, len(found), rank_A[0] if self.has_shared else None, rank_A[first:])
 
     def _memory(self, group: dist.ProcessGroup) -> Memory:
-        shared_1B, sparse_NB = (sum_value(x.counts_NB, group).cpu().numpy() for x in (self.shared, self.sparse))
+        shared_1b, sparse_Nb = (sum_value(x.counts_Nb, group).cpu().numpy() for x in (self.shared, self.sparse))
         # Writes per token of each partition turn half-lives in writes into half-lives in tokens.
         per_token_N = self.writes_N.cpu().numpy() / max(self.num_tokens, 1)
         one_N = np.ones(self.num_partitions)
         banks = [slice(number, number + 1) for number in range(self.num_partitions)]
         return Memory(
-            shared=spread(shared_1B, np.ones(1)),
-            sparse_writes=spread(sparse_NB, one_N),
-            sparse_tokens=spread(sparse_NB, per_token_N),
-            partition_writes_N=[spread(sparse_NB[bank], one_N[bank]) for bank in banks],
-            partition_tokens_N=[spread(sparse_NB[bank], per_token_N[bank]) for bank in banks],
+            shared=spread(shared_1b, np.ones(1)),
+            sparse_writes=spread(sparse_Nb, one_N),
+            sparse_tokens=spread(sparse_Nb, per_token_N),
+            partition_writes_N=[spread(sparse_Nb[bank], one_N[bank]) for bank in banks],
+            partition_tokens_N=[spread(sparse_Nb[bank], per_token_N[bank]) for bank in banks],
         )
 
 
@@ -193,7 +193,7 @@ def measure_layers(
             feed(net, cache, torch.tensor(tokens[start:end]), [0], [end - start])
             if end in marks or end == len(tokens):
                 for layer, sum_ in sums.items():
-                    sum_.note_rank(cache.banks(layer).states_XBHKV, end, end in marks, end == len(tokens))
+                    sum_.note_rank(cache.banks(layer).states_XAHKV, end, end in marks, end == len(tokens))
             if end in marks and end > chunk:
                 logger.info("text %d of %d: %d of %d tokens", number, len(texts), end, len(tokens))
     return [

@@ -36,15 +36,15 @@ def _draw_partitions(path: Path, layers: Sequence[Layer]) -> None:
     titles = ["share of the writes", "share of the reads"] if reads_elsewhere(layers) else ["share of writes and reads"]
     figure = _figure(layers, len(titles), num_partitions)
     for axes, title in zip(figure.subplots(1, len(titles), squeeze=False)[0], titles, strict=True):
-        share_LN = np.full((len(layers), num_partitions), np.nan)
+        share_lN = np.full((len(layers), num_partitions), np.nan)
         for row, layer in enumerate(layers):
             if layer.use is not None:
                 of_reads = title == titles[-1] and len(titles) > 1
                 share_N = layer.use.read_share_N if of_reads else layer.use.write_share_N
-                share_LN[row, : len(share_N)] = share_N
+                share_lN[row, : len(share_N)] = share_N
         # Scaled by the number of partitions, so that an even share is 1, the middle of the colours.
-        picture = axes.imshow(share_LN * num_partitions, cmap="RdBu_r", norm=SHARE_NORM, aspect="auto")
-        _write_numbers(axes, share_LN, dark_LN=np.abs(share_LN * num_partitions - 1) > 0.6)
+        picture = axes.imshow(share_lN * num_partitions, cmap="RdBu_r", norm=SHARE_NORM, aspect="auto")
+        _write_numbers(axes, share_lN, dark_lN=np.abs(share_lN * num_partitions - 1) > 0.6)
         _label_rows(axes, layers)
         axes.set(title=title, xlabel="partition")
         step = -(-num_partitions // _MOST_NUMBERS)
@@ -58,15 +58,15 @@ def _draw_ranks(path: Path, layers: Sequence[Layer]) -> None:
     num_banks = 1 + partitions_of(layers)
     figure = _figure(layers, 2, num_banks)
     left, right = figure.subplots(1, 2)
-    rank_LB = np.full((len(layers), num_banks), np.nan)
+    rank_lA = np.full((len(layers), num_banks), np.nan)
     for row, layer in enumerate(layers):
         if layer.end is not None:
-            rank_LB[row, 0] = math.nan if layer.end.shared is None else layer.end.shared
-            rank_LB[row, 1 : 1 + len(layer.end.partition_N)] = layer.end.partition_N
+            rank_lA[row, 0] = math.nan if layer.end.shared is None else layer.end.shared
+            rank_lA[row, 1 : 1 + len(layer.end.partition_N)] = layer.end.partition_N
     most = max(layer.most or 0 for layer in layers)
-    largest = np.nanmax(rank_LB)
-    picture = left.imshow(rank_LB, vmin=0, vmax=largest or 1, cmap="viridis", aspect="auto")
-    _write_numbers(left, rank_LB, dark_LN=rank_LB < 0.6 * largest, digits=1)
+    largest = np.nanmax(rank_lA)
+    picture = left.imshow(rank_lA, vmin=0, vmax=largest or 1, cmap="viridis", aspect="auto")
+    _write_numbers(left, rank_lA, dark_lN=rank_lA < 0.6 * largest, digits=1)
     _label_rows(left, layers)
     step = -(-num_banks // _MOST_NUMBERS)
     names = ["shared", *(str(number) for number in range(1, num_banks))]
@@ -164,11 +164,11 @@ def _name(layer: Layer) -> str:
     return f"{layer.layer} {layer.kind}"
 
 
-def _write_numbers(axes: Axes, value_LN: np.ndarray, dark_LN: np.ndarray, digits: int = 2) -> None:
+def _write_numbers(axes: Axes, value_lN: np.ndarray, dark_lN: np.ndarray, digits: int = 2) -> None:
     """Write the cells' values, in white where the cell is dark."""
-    if value_LN.shape[1] > _MOST_NUMBERS + 1:
+    if value_lN.shape[1] > _MOST_NUMBERS + 1:
         return
-    for (row, column), value in np.ndenumerate(value_LN):
+    for (row, column), value in np.ndenumerate(value_lN):
         if not math.isnan(value):
-            colour = "white" if dark_LN[row, column] else "black"
+            colour = "white" if dark_lN[row, column] else "black"
             axes.text(column, row, f"{value:.{digits}f}", ha="center", va="center", color=colour, fontsize=8)

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_sse.inference.cache import Cache
 from megatron_sse.inference.layers import BankCache, CachedLayout
 from megatron_sse.kernels import BankInputs, BankOutputs, Routes
-from megatron_sse.parallel.sharding import WHOLE, ContextShard
+from megatron_sse.parallel.sharding import ALL_TOKENS, ContextShard
 
 
 class Watcher(Protocol):
@@ -38,7 +38,7 @@ class WatchedCache(Cache):
         assert isinstance(kept, BankCache)
         return kept
 
-    def layout(self, slots: Sequence[int], counts: Sequence[int], shard: ContextShard = WHOLE) -> CachedLayout:
+    def layout(self, slots: Sequence[int], counts: Sequence[int], shard: ContextShard = ALL_TOKENS) -> CachedLayout:
         return replace(super().layout(slots, counts, shard), layers=self.watched)
 
 

@@ -59,9 +59,9 @@ class SoftmaxAttention(SelfAttention):
             group, zigzag = groups.tp_cp, layout.to_zigzag(groups.tp.rank(), groups.tp.size())
         else:
             group, zigzag = groups.cp, layout.to_zigzag()
-        x_RC = reroute(hidden_states.flatten(0, 1), zigzag.route, group)
+        x_Rc = reroute(hidden_states.flatten(0, 1), zigzag.route, group)
         batch_size = len(zigzag.position_BL)
-        out, bias = self._attend(x_RC.unflatten(0, (-1, batch_size)), attention_mask, zigzag)
+        out, bias = self._attend(x_Rc.unflatten(0, (-1, batch_size)), attention_mask, zigzag)
         return reroute(out.flatten(0, 1), zigzag.route.back, group).view_as(hidden_states), bias
 
     def _attend(

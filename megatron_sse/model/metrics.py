@@ -15,11 +15,11 @@ class LayerMetrics:
         self._sums: dict[str, Tensor] = {}
         self._count = 0
 
-    def add(self, g: Tensor, routes: Routes | None, balance_loss: Tensor | None, final_DBHKV: Tensor) -> None:
+    def add(self, g: Tensor, routes: Routes | None, balance_loss: Tensor | None, final_DAHKV: Tensor) -> None:
         """Count one micro-batch: log decays of the shared bank, picks, balance loss, states after the documents."""
         values = {
             "decay": g.detach().float().exp().mean(),
-            "state_norm": final_DBHKV.detach().float().norm(dim=(-2, -1)).mean(),
+            "state_norm": final_DAHKV.detach().float().norm(dim=(-2, -1)).mean(),
         }
         if routes is not None and balance_loss is not None:
             prob_TN = routes.prob_TN.detach()

@@ -146,8 +146,8 @@ class SSEMixer(MegatronModule):
             out = AttachLoss.apply(out, balance_loss, scale)
         # Recomputed layers run forward twice: once without gradients, which is not counted.
         if self.training and torch.is_grad_enabled():
-            assert banks.final_DBHKV is not None
-            self.metrics.add(shared.g, routes, balance_loss, banks.final_DBHKV)
+            assert banks.final_DAHKV is not None
+            self.metrics.add(shared.g, routes, balance_loss, banks.final_DAHKV)
         return out, None
 
     def _weigh(self, sparse: BankInputs | None, routes: Routes | None) -> tuple[BankInputs | None, dict[str, Any]]:
@@ -222,9 +222,9 @@ class SSEMixer(MegatronModule):
 
     def _convolve(self, q_THK: Tensor, k_THK: Tensor | None, layout: TokenLayout) -> tuple[Tensor, Tensor | None]:
         stacked = torch.stack((q_THK,) if k_THK is None else (q_THK, k_THK), dim=2)
-        x_LBC = stacked.flatten(1).unflatten(0, (layout.batch_size, layout.length)).transpose(0, 1)
-        out_LBC = layout.convolve(self.layer_number, "banks", x_LBC, self.conv_weight.flatten(0, 2), self.cp_group)
-        out = _flatten(out_LBC).view_as(stacked)
+        x_LBc = stacked.flatten(1).unflatten(0, (layout.batch_size, layout.length)).transpose(0, 1)
+        out_LBc = layout.convolve(self.layer_number, "banks", x_LBc, self.conv_weight.flatten(0, 2), self.cp_group)
+        out = _flatten(out_LBc).view_as(stacked)
         return out[:, :, 0], None if k_THK is None else out[:, :, 1]
 
     def _project_out(self, banks: BankOutputs, hidden_LBd: Tensor, layout: TokenLayout) -> Tensor:
@@ -236,12 +236,12 @@ class SSEMixer(MegatronModule):
             gate_THV = _flatten(self.output_gate(hidden_LBd)).view_as(banks.shared_THV)
         eps = self.config.layernorm_epsilon
         o_THV = gated_norm(banks.shared_THV, banks.picked_TPHV, weight_V, gate_THV, eps)
-        o_LBV = o_THV.flatten(1).unflatten(0, (layout.batch_size, layout.length)).transpose(0, 1)
-        return self.out_proj(o_LBV.to(hidden_LBd.dtype))[0]
+        o_LBc = o_THV.flatten(1).unflatten(0, (layout.batch_size, layout.length)).transpose(0, 1)
+        return self.out_proj(o_LBc.to(hidden_LBd.dtype))[0]
 
-    def _heads(self, x_LBF: Tensor) -> Tensor:
+    def _heads(self, x_LBc: Tensor) -> Tensor:
         """Split the channels of flat tokens into key heads."""
-        return _flatten(x_LBF).unflatten(-1, (self.num_heads, -1))
+        return _flatten(x_LBc).unflatten(-1, (self.num_heads, -1))
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -272,6 +272,6 @@ class SSEMixer(MegatronModule):
         return sharded_state_dict_default(module, prefix, sharded_offsets, metadata, self.tp_group)
 
 
-def _flatten(x_LBF: Tensor) -> Tensor:
-    """Turn [L, B, F] into flat tokens [B * L, F]."""
-    return x_LBF.transpose(0, 1).flatten(0, 1)
+def _flatten(x_LBc: Tensor) -> Tensor:
+    """Turn [L, B, c] into flat tokens [B * L, c]."""
+    return x_LBc.transpose(0, 1).flatten(0, 1)

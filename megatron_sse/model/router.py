@@ -37,35 +37,35 @@ class Router(torch.nn.Module):
     def forward(self, hidden_LBd: Tensor, layout: TokenLayout) -> tuple[Routes, Tensor | None]:
         """Return the picks of all B * L tokens, and the balance loss of the micro-batch (None where text is generated).
 
-        hidden_LBd: [L, B, d], under sequence parallelism this rank's part of L. R routers in what follows.
+        hidden_LBd: [L, B, d], under sequence parallelism this rank's part of L.
         """
-        own_LBRN = softmax_fp32(self.proj(hidden_LBd).unflatten(-1, (self.num_routers, -1)))
+        own_LBrN = softmax_fp32(self.proj(hidden_LBd).unflatten(-1, (self.num_routers, -1)))
         # Each tensor rank knows its own heads' part of the task's gradient: both forms sum it over the group.
         if self.sequence_parallel:
-            prob_LBRN = gather_from_sequence_parallel_region(own_LBRN, group=self.tp_group)
+            prob_LBrN = gather_from_sequence_parallel_region(own_LBrN, group=self.tp_group)
         else:
-            prob_LBRN = sum_gradient(own_LBRN, self.tp_group)
+            prob_LBrN = sum_gradient(own_LBrN, self.tp_group)
         picks_TP = None if self.replay is None else self.replay(layout)
-        routes = self._route(prob_LBRN.transpose(0, 1).flatten(0, 1).unbind(1), picks_TP)
-        loss = self._balance_loss(own_LBRN[:, :, 0], routes, layout) if layout.has_layer_losses else None
+        routes = self._route(prob_LBrN.transpose(0, 1).flatten(0, 1).unbind(1), picks_TP)
+        loss = self._balance_loss(own_LBrN[:, :, 0], routes, layout) if layout.has_layer_losses else None
         return routes, loss
 
-    def _route(self, prob_RTN: Sequence[Tensor], picks_TP: Tensor | None) -> Routes:
+    def _route(self, prob_rTN: Sequence[Tensor], picks_TP: Tensor | None) -> Routes:
         if self.num_routers == 1:
-            routes = route(prob_RTN[0], self.num_writers, self.num_readers, picks_TP)
+            routes = route(prob_rTN[0], self.num_writers, self.num_readers, picks_TP)
         else:
             counts = self.num_writers, self.num_readers
             picks = (None, None) if picks_TP is None else picks_TP.split(counts, 1)
-            parts = zip(prob_RTN, counts, picks, strict=True)
+            parts = zip(prob_rTN, counts, picks, strict=True)
             routes = join_routes(*(route(prob_TN, count, count, pick) for prob_TN, count, pick in parts))
         return replace(routes, weight_TP=self.weight_scale * routes.weight_TP)
 
     def _balance_loss(self, own_LBN: Tensor, routes: Routes, layout: TokenLayout) -> Tensor:
-        """Return (N / K) sum_i f_i p_i over real tokens: f the share of tokens that write to i, p the mean probability.
+        """Return (N / num_writers) sum_i f_i p_i over real tokens.
 
-        Both are means over all context ranks: the product of means is not the mean of products. Computed from the
-        probabilities before they enter the heads' region, so that its gradient, complete on every tensor rank, is not
-        summed there.
+        f is the share of tokens that write to i, p the mean probability. Both are means over all context ranks: the
+        product of means is not the mean of products. Computed from the probabilities before they enter the heads'
+        region, so that its gradient, complete on every tensor rank, is not summed there.
         """
         real_BL = torch.ones_like(layout.position_BL) if layout.real_BL is None else layout.real_BL
         real_BL = real_BL.to(own_LBN.dtype)

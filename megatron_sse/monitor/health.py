@@ -26,22 +26,22 @@ def collect_health(
     names = [*RECURRENT, *ROUTED]
     # One row per layer: 1 (the count of this rank's means) and then the means. Rows of layers on other ranks are zero,
     # so that a sum over the ranks gives each layer the sum of its means and their number.
-    rows_LM = torch.zeros(model.num_layers, 1 + len(names) + model.sse.num_partitions, device=device)
+    rows_lc = torch.zeros(model.num_layers, 1 + len(names) + model.sse.num_partitions, device=device)
     for mixer in find_mixers(model_chunks):
         means = mixer.metrics.means()
         if not means:
             continue
-        row_M = rows_LM[mixer.layer_number - 1]
-        row_M[0] = 1
+        row_c = rows_lc[mixer.layer_number - 1]
+        row_c[0] = 1
         for column, name in enumerate(names, start=1):
             if name in means:
-                row_M[column] = means[name]
+                row_c[column] = means[name]
         if "share_N" in means:
-            row_M[1 + len(names) :] = means["share_N"]
+            row_c[1 + len(names) :] = means["share_N"]
     for group in (groups.tp, groups.pp, groups.dp_cp):
         if group.size() > 1:
-            dist.all_reduce(rows_LM, group=group)
-    return name_means(model, rows_LM.cpu())
+            dist.all_reduce(rows_lc, group=group)
+    return name_means(model, rows_lc.cpu())
 
 
 def find_mixers(model_chunks: list[torch.nn.Module]) -> list[SSEMixer]:
@@ -49,11 +49,11 @@ def find_mixers(model_chunks: list[torch.nn.Module]) -> list[SSEMixer]:
     return [module for chunk in model_chunks for module in chunk.modules() if isinstance(module, SSEMixer)]
 
 
-def name_means(model: ModelConfig, rows_LM: Tensor) -> dict[str, float]:
+def name_means(model: ModelConfig, rows_lc: Tensor) -> dict[str, float]:
     """Divide summed rows (count, scalars, shares) by their counts; return the means by TensorBoard name."""
     health: dict[str, float] = {}
     for layer, kind in enumerate(model.layer_kinds()):
-        count, *values = rows_LM[layer].tolist()
+        count, *values = rows_lc[layer].tolist()
         if kind == "softmax" or count == 0:
             continue
         means = [value / count for value in values]

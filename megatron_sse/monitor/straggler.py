@@ -96,8 +96,8 @@ class Stragglers:
         self.seconds = 0.0
         gathered = mine_2.new_empty(2 * len(self.hosts))
         dist.all_gather_into_tensor(gathered, mine_2)
-        seconds_R, stage_R = gathered.view(-1, 2).T.tolist()
-        ratios = compare(seconds_R, stage_R)
+        seconds, stages = gathered.view(-1, 2).T.tolist()
+        ratios = compare(seconds, stages)
         if not ratios:
             return {}, None
         slowest = max(ratios, key=lambda rank: ratios[rank])
@@ -111,11 +111,11 @@ class Stragglers:
         return {"straggler/slowest_rank": slowest, "straggler/slowest_over_median": ratio}, warning
 
 
-def compare(seconds_R: list[float], stage_R: list[float]) -> dict[int, float]:
+def compare(seconds: list[float], stages: list[float]) -> dict[int, float]:
     """Return each rank's time over the median of the others on its stage, without ranks that are alone on theirs."""
     ratios = {}
-    for rank, (mine, stage) in enumerate(zip(seconds_R, stage_R, strict=True)):
-        others = [seconds_R[r] for r in range(len(seconds_R)) if r != rank and stage_R[r] == stage]
+    for rank, (mine, stage) in enumerate(zip(seconds, stages, strict=True)):
+        others = [seconds[r] for r in range(len(seconds)) if r != rank and stages[r] == stage]
         if others and (median := statistics.median(others)) > 0:
             ratios[rank] = mine / median
     return ratios

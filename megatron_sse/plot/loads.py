@@ -25,12 +25,12 @@ def draw_loads(axes: Axes, run: RunLog) -> None:
         return
     rows = [(layer, partition) for layer in shares for partition in shares[layer]]
     steps = sorted({step for layer in shares.values() for curve in layer.values() for step, _ in curve})
-    load_RS = np.full((len(rows), len(steps)), np.nan)
+    load = np.full((len(rows), len(steps)), np.nan)
     column = {step: number for number, step in enumerate(steps)}
     for number, (layer, partition) in enumerate(rows):
         for step, share in shares[layer][partition]:
-            load_RS[number, column[step]] = share * len(shares[layer])
-    mesh = axes.pcolormesh(_edges(steps), np.arange(len(rows) + 1), load_RS, cmap="RdBu_r", norm=SHARE_NORM)
+            load[number, column[step]] = share * len(shares[layer])
+    mesh = axes.pcolormesh(_edges(steps), np.arange(len(rows) + 1), load, cmap="RdBu_r", norm=SHARE_NORM)
     axes.figure.colorbar(mesh, ax=axes, label="load", ticks=[0, 0.5, 1, 1.5, 2], extend="max")
     _label_layers(axes, {layer: len(partitions) for layer, partitions in shares.items()})
     axes.set_ylabel("layer, its partitions")

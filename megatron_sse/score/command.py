@@ -25,12 +25,12 @@ def run(request: Request) -> int:
     model = open_model("--checkpoint", request.checkpoint)
     check_can_compute(model)
     tokens_BL = _read_tokens(request.input, model.config.model.vocab_size)
-    logits_BLV = compute_logits(model, tokens_BL)
+    logits_BLv = compute_logits(model, tokens_BL)
     try:
-        save_file({LOGITS: logits_BLV.contiguous()}, request.output)
+        save_file({LOGITS: logits_BLv.contiguous()}, request.output)
     except Exception as error:
         raise UserError(f"--output: {request.output} cannot be written ({' '.join(str(error).split())})") from None
-    shape = " x ".join(map(str, logits_BLV.shape))
+    shape = " x ".join(map(str, logits_BLv.shape))
     logger.info("logits of %s (%s): %s, %s", model.folder, model.kind, shape, request.output)
     return 0
 

@@ -19,7 +19,7 @@ from megatron_sse.checkpoint.data import check_same_data
 from megatron_sse.checkpoint.folders import check_writable, checkpoint_folder, find_checkpoints, find_weights
 from megatron_sse.checkpoint.load import load_checkpoint, load_weights
 from megatron_sse.checkpoint.save import SaveError, Saver
-from megatron_sse.checkpoint.verify import first_whole
+from megatron_sse.checkpoint.verify import first_intact
 from megatron_sse.config import RunConfig, StageRun, plan_stages, stage_of_step
 from megatron_sse.data.batch import Batch
 from megatron_sse.data.fingerprint import describe_data
@@ -90,9 +90,9 @@ def train(config: RunConfig) -> int:
         sizes = (parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, parallel.context)
         groups = init_groups(*sizes, timeout_minutes=parallel.timeout_minutes)
         hashes = config.checkpoint.verify == "hashes"
-        resume = first_whole(candidates, hashes)
+        resume = first_intact(candidates, hashes)
         if resume is None:
-            weights = first_whole([] if weights is None else [weights], hashes)
+            weights = first_intact([] if weights is None else [weights], hashes)
         run = Run(config, groups, device, resume, weights)
         run.run(signals)
     except (NonFiniteError, SaveError) as error:

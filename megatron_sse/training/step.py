@@ -185,18 +185,18 @@ def forward_and_score(batches: Iterator[Batch], model: Any, vocab_size: int) -> 
     return output, partial(score, model.module, batch, vocab_size)
 
 
-def score(network: GPTModel, batch: Batch, vocab_size: int, logits_BLV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def score(network: GPTModel, batch: Batch, vocab_size: int, logits_BLv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return what sum_losses does, with the numbers of right answers and of answers appended to what is reported.
 
-    logits_BLV: for this tensor rank's part of the vocabulary.
+    logits_BLv: for this tensor rank's part of the vocabulary.
     """
     answers_BL = batch.answers_BL
     assert answers_BL is not None
-    token_A = likeliest_tokens(logits_BLV[answers_BL], vocab_size, network.pg_collection.tp)
-    right = (token_A == batch.labels_BL[answers_BL]).sum()
-    # Last, since it overwrites the logits. It expects labels [B, L] with logits [L, B, V]: B and L are swapped here in
+    token_w = likeliest_tokens(logits_BLv[answers_BL], vocab_size, network.pg_collection.tp)
+    right = (token_w == batch.labels_BL[answers_BL]).sum()
+    # Last, since it overwrites the logits. It expects labels [B, L] with logits [L, B, v]: B and L are swapped here in
     # both, and in the loss that it returns.
-    loss_LB = network.compute_language_model_loss(batch.labels_BL.T, logits_BLV)
+    loss_LB = network.compute_language_model_loss(batch.labels_BL.T, logits_BLv)
     loss, tokens, sums_2 = sum_losses(batch.loss_mask_BL, loss_LB.T)
     return loss, tokens, torch.cat([sums_2, torch.stack([right, answers_BL.sum()])])
 

@@ -1,6 +1,6 @@
 """Algorithms that compute the state which enters each slot of a chain over several ranks.
 
-All have the same signature. transition [F, R, ...] and state [F, R, ...] are those of this rank's slots, in rows
+All have the same signature. transition [F, U, ...] and state [F, U, ...] are those of this rank's slots, in rows
 (fold.py). Forward: `kept` is None; the result is what enters the slots, and the transitions to keep for backward.
 Backward is the same recurrence along the reversed chain: `state` is the gradient of what entered, `kept` is those
 transitions, transposed, and `transition` is None, since transitions are not sent again.

@@ -1,6 +1,6 @@
 """The recurrence itself, S -> transition S + increment, from slot to slot in a given order.
 
-Rows: transition [..., R, 1] with increment [..., R, V] (a decay per row), or [..., R, K, K] with [..., R, K, V].
+Rows: transition [..., U, 1] with increment [..., U, V] (a decay per row), or [..., U, K, K] with [..., U, K, V].
 Tensors are indexed by the entries of the order: (rank, slot), or (node, run).
 
 For three slots a, b, c with transitions A and increments u: zeros enter a, u_a enters b, A_b u_a + u_b enters c, and

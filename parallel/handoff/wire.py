@@ -13,8 +13,8 @@ def send_to_owners(
 ) -> tuple[Tensor | None, Tensor]:
     """Send the p-th part of the rows of this rank's slots to rank p, with one all-to-all.
 
-    transition (None: not sent) and state [F, R, ...] become [P, F, R / P rounded up, ...], this rank's part of the rows
-    of every rank's slots. Rows that pad R to a multiple of P are 0.
+    transition (None: not sent) and state [F, U, ...] become [ranks, F, U / ranks rounded up, ...], this rank's part
+    of the rows of every rank's slots. Rows that pad U to a multiple of the ranks are 0.
     """
     parts = group.size()
     state = _split_rows(state, parts)
@@ -27,9 +27,10 @@ def send_to_owners(
 
 
 def return_to_ranks(state: Tensor, shape: Size, group: ProcessGroup, wire: torch.dtype) -> Tensor:
-    """Undo send_to_owners for a state, with one all-to-all: [P, F, R / P rounded up, ...] becomes `shape`, [F, R, ...].
+    """Undo send_to_owners for a state, with one all-to-all.
 
-    What was this rank's part of the rows of every slot becomes all rows of this rank's slots, without the padding.
+    [ranks, F, U / ranks rounded up, ...] becomes `shape`, [F, U, ...]. What was this rank's part of the rows of every
+    slot becomes all rows of this rank's slots, without the padding.
     """
     sent = state.to(wire)
     received = torch.empty_like(sent)
@@ -41,7 +42,7 @@ def return_to_ranks(state: Tensor, shape: Size, group: ProcessGroup, wire: torch
 def gather(
     transition: Tensor | None, state: Tensor, group: ProcessGroup, wire: torch.dtype
 ) -> tuple[Tensor | None, Tensor]:
-    """Return the transition (None: not sent) and state [N, ...] of every rank, [P, N, ...], with one all-gather."""
+    """Return the transition (None: not sent) and state [...] of every rank, [ranks, ...], with one all-gather."""
     sent = _pack(transition, state, 1, wire)
     received = sent.new_empty(group.size(), *sent.shape)
     dist.all_gather_into_tensor(received.flatten(0, 1), sent, group=group)
@@ -49,7 +50,7 @@ def gather(
 
 
 def _split_rows(x: Tensor, parts: int) -> Tensor:
-    """Return [F, R, ...] as [parts, F, R / parts rounded up, ...], a view where parts divides R.
+    """Return [F, U, ...] as [parts, F, U / parts rounded up, ...], a view where parts divides U.
 
     For example, 5 rows in 2 parts become rows 0 1 2 and rows 3 4 and one of zeros.
     """

@@ -85,7 +85,7 @@ def test_layouts_that_the_gpus_are_too_few_for() -> None:
 
 def test_documents_of_every_sort() -> None:
     config = load_config(FULL_SIZE, ["data.sequence_length=64", "training.global_batch_size=4"])
-    starts = [np.flatnonzero(sample.starts_G1) for sample in make_samples(config)]
+    starts = [np.flatnonzero(sample.starts_E1) for sample in make_samples(config)]
     assert starts[0].tolist() == [0]
     assert 1 in np.diff(starts[1])
     assert len(starts[2]) > 1 and not (starts[2] % 8).any()

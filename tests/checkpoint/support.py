@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-from megatron_sse.checkpoint.verify import first_whole
+from megatron_sse.checkpoint.verify import first_intact
 from megatron_sse.data.iterators import build_data_iterators
 from megatron_sse.training.loop import Run
 from megatron_sse.training.optimizer import set_learning_rate
@@ -51,7 +51,7 @@ def train_and_save(
     folder: Path, sections: dict[str, Any], resume: Path | None, last_step: int, saves: bool
 ) -> tuple[Trace, dict[str, torch.Tensor]]:
     """Train up to `last_step` on every rank, optionally from a checkpoint and with a checkpoint at the end."""
-    resume = first_whole([] if resume is None else [resume], hashes=True)
+    resume = first_intact([] if resume is None else [resume], hashes=True)
     run = start(small_run(folder, **sections), resume)
     trace = take_steps(run, last_step)
     if saves:

@@ -15,7 +15,7 @@ import torch
 
 from megatron_sse.checkpoint import manifest
 from megatron_sse.checkpoint.folders import find_all_damage, find_checkpoints
-from megatron_sse.checkpoint.verify import first_whole
+from megatron_sse.checkpoint.verify import first_intact
 from megatron_sse.durable import sha256_of
 from megatron_sse.errors import UserError
 from megatron_sse.training.loop import Signals
@@ -47,7 +47,7 @@ def go_on(folder: Path, sections: dict[str, Any]) -> tuple[int | str, list[str]]
     logger.addHandler(handler)
     try:
         config = small_run(folder, **{"parallel": PARALLEL, "training": TRAINING} | sections)
-        run = start(config, first_whole(find_checkpoints(config), config.checkpoint.verify == "hashes"))
+        run = start(config, first_intact(find_checkpoints(config), config.checkpoint.verify == "hashes"))
         first_step = run.first_step
         run.run(Signals())
         return first_step, log

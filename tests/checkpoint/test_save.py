@@ -13,7 +13,7 @@ import torch
 from megatron_sse.checkpoint.full_weights import read_weights, write_weights
 from megatron_sse.checkpoint.shards import ShardWriter
 from megatron_sse.checkpoint.state import held_by
-from megatron_sse.checkpoint.verify import first_whole
+from megatron_sse.checkpoint.verify import first_intact
 from megatron_sse.data.iterators import build_data_iterators
 from megatron_sse.parallel.groups import destroy_groups
 from megatron_sse.training.loop import Run
@@ -57,7 +57,7 @@ def test_what_is_saved_is_the_state_at_the_start_of_the_save(tmp_path: Path, par
 
 def start_from_weights(folder: Path, weights: Path, sections: dict[str, Any]) -> tuple[int, dict[str, torch.Tensor]]:
     config = small_run(folder, **sections)
-    run = Run(config, start(config).groups, cpu(), None, first_whole([weights], hashes=True))
+    run = Run(config, start(config).groups, cpu(), None, first_intact([weights], hashes=True))
     # This creates the moments, as happens before a save.
     list(held_by(run.trainer.optimizer))
     return run.first_step, whole_state(run)

@@ -68,8 +68,8 @@ def sample_ids(config: RunConfig, data_size: int, context_size: int, first_step:
             samples = []
             for _ in range(rounds):
                 for parts in ranks:
-                    tokens_L = torch.cat([next(part).tokens_BL[0] for part in parts])
-                    samples.append(tuple(tokens_L.tolist()))
+                    tokens_E = torch.cat([next(part).tokens_BL[0] for part in parts])
+                    samples.append(tuple(tokens_E.tolist()))
             found.append(tuple(samples))
         step = stage.end + 1
     return found
@@ -93,14 +93,14 @@ def test_a_blend_keeps_its_weights_from_the_start_and_repeats_the_smaller_file(p
     config = run_config("x", data={"train": [source.model_dump() for source in blend]}, model={"vocab_size": 20_000})
     stage = plan_stages(config)[0]
     order = TrainingOrder(open_training(stage), [1, 0])
-    from_first = np.array([order[position].tokens_G1[0] < 8_000 for position in range(2_000)])
+    from_first = np.array([order[position].tokens_E1[0] < 8_000 for position in range(2_000)])
     counts = np.cumsum(from_first)
     assert np.abs(counts - 0.75 * np.arange(1, 2_001)).max() <= 1
     # 1,500 samples from a file of 499: each occurs three times, once before any occurs again.
-    firsts = [order[position].tokens_G1[0] for position in np.flatnonzero(from_first)[:499]]
+    firsts = [order[position].tokens_E1[0] for position in np.flatnonzero(from_first)[:499]]
     assert len(set(firsts)) == 499
     longer = TrainingOrder(open_training(stage), [1, 0])
-    assert np.array_equal(longer[1_999].tokens_G1, order[1_999].tokens_G1)
+    assert np.array_equal(longer[1_999].tokens_E1, order[1_999].tokens_E1)
 
 
 def test_the_loss_mask_and_padding_leave_labels_out(tmp_path):

@@ -82,15 +82,15 @@ def test_best_fit_is_the_textbook_algorithm(seed):
     offsets_D1 = file_offsets(seed, longest=40, documents=60)
     table = split_long(offsets_D1, ROOM, keep_rest=True)
     free: list[int] = []
-    order = sorted(range(len(table.length_P)), key=lambda piece: (-table.length_P[piece], piece))
+    order = sorted(range(len(table.length_p)), key=lambda piece: (-table.length_p[piece], piece))
     for piece in order:
-        length = int(table.length_P[piece])
+        length = int(table.length_p[piece])
         fitting = [room for room in free if room >= length and room > 0]
         if fitting:
             free[free.index(min(fitting))] -= length
         else:
             free.append(ROOM - length)
-    held = np.bincount(best_fit(table, ROOM).sample_P, weights=table.length_P)
+    held = np.bincount(best_fit(table, ROOM).sample_p, weights=table.length_p)
     assert sorted(ROOM - held) == sorted(free)
 
 

@@ -36,28 +36,28 @@ def test_every_key_is_asked_for_once_and_its_value_is_the_answer(length: int) ->
     pairs, gap = TASK.pairs, TASK.keys + TASK.values
     for number in range(100):
         recall = draw(number, length)
-        tokens = recall.tokens_L.tolist()
+        tokens = recall.tokens_E.tolist()
         assert len(tokens) == length and tokens.count(gap) == length - 3 * pairs
         keys = [(place, token) for place, token in enumerate(tokens) if token < TASK.keys]
         # Pairs come first, then the questions.
         given = {token: place for place, token in keys[:pairs]}
         asked = {token: place for place, token in keys[pairs:]}
         assert len(given) == pairs and given.keys() == asked.keys()
-        assert recall.place_P.tolist() == list(asked.values())
+        assert recall.place_p.tolist() == list(asked.values())
         values = [tokens[given[token] + 1] for token in asked]
-        assert recall.answer_P.tolist() == values and all(TASK.keys <= value < gap for value in values)
+        assert recall.answer_p.tolist() == values and all(TASK.keys <= value < gap for value in values)
         distances = [place - given[token] - 1 for token, place in asked.items()]
-        assert recall.distance_P.tolist() == distances and min(distances) >= 1
+        assert recall.distance_p.tolist() == distances and min(distances) >= 1
 
 
 def test_samples_follow_from_the_seed() -> None:
-    assert np.array_equal(draw(3).tokens_L, draw(3).tokens_L)
-    assert len({draw(number).tokens_L.tobytes() for number in range(50)}) == 50
+    assert np.array_equal(draw(3).tokens_E, draw(3).tokens_E)
+    assert len({draw(number).tokens_E.tobytes() for number in range(50)}) == 50
     # Keys, orders and gaps are distributed evenly.
-    tokens_SL = np.stack([draw(number).tokens_L for number in range(400)])
-    assert np.bincount(tokens_SL[tokens_SL < TASK.keys]).min() > 0.8 * 400 * 2 * TASK.pairs / TASK.keys
-    gaps_L = (tokens_SL == TASK.keys + TASK.values).mean(0)
-    assert 0.4 < gaps_L.min() and gaps_L.max() < 0.9
+    tokens_nE = np.stack([draw(number).tokens_E for number in range(400)])
+    assert np.bincount(tokens_nE[tokens_nE < TASK.keys]).min() > 0.8 * 400 * 2 * TASK.pairs / TASK.keys
+    gaps_E = (tokens_nE == TASK.keys + TASK.values).mean(0)
+    assert 0.4 < gaps_E.min() and gaps_E.max() < 0.9
 
 
 def solve(needle: Needle) -> list[str]:
@@ -108,12 +108,12 @@ def test_only_answers_are_labels() -> None:
     batch = next(build_data_iterators(plan_stages(config)[0], data_parallel_groups(), 0)[0])
     assert batch.loss_tokens == 2 * 4 == int(batch.loss_mask_BL.sum())
     assert torch.equal(batch.answers_BL, batch.loss_mask_BL > 0)
-    for tokens_L, labels_L, mask_L in zip(batch.tokens_BL, batch.labels_BL, batch.loss_mask_BL, strict=True):
-        asked = mask_L.nonzero()[:, 0].tolist()
-        tokens = tokens_L.tolist()
+    for tokens_E, labels_E, mask_E in zip(batch.tokens_BL, batch.labels_BL, batch.loss_mask_BL, strict=True):
+        asked = mask_E.nonzero()[:, 0].tolist()
+        tokens = tokens_E.tolist()
         for place in asked:
             first = tokens.index(tokens[place])
-            assert first < place and labels_L[place] == tokens[first + 1]
+            assert first < place and labels_E[place] == tokens[first + 1]
     assert batch.layout.num_documents == 2
     assert batch.layout.real_BL is None or bool(batch.layout.real_BL.all())
 
@@ -124,12 +124,12 @@ def test_needle_samples_are_texts_with_an_end() -> None:
     blend = open_training(plan_stages(config)[0])
     for number in range(20):
         sample = blend.datasets[0][number]
-        tokens_G, label_G = sample.tokens_G1[: sample.length], sample.counts_G1[: sample.length]
-        assert tokens_G[-1] == END_OF_DOCUMENT and not sample.counts_G1[sample.length :].any()
-        answer = decode(tokens_G[label_G])
-        prompt = decode(tokens_G[~label_G])
+        tokens_E, counts_E = sample.tokens_E1[: sample.length], sample.counts_E1[: sample.length]
+        assert tokens_E[-1] == END_OF_DOCUMENT and not sample.counts_E1[sample.length :].any()
+        answer = decode(tokens_E[counts_E])
+        prompt = decode(tokens_E[~counts_E])
         assert solve(Needle(prompt, answer, ())) == [answer.strip(" .")]
-        assert np.flatnonzero(sample.starts_G1).tolist() == [0, *[sample.length] * (sample.length < 301)]
+        assert np.flatnonzero(sample.starts_E1).tolist() == [0, *[sample.length] * (sample.length < 301)]
         assert 240 < sample.length <= 301 and sample.of_task
 
 
@@ -153,7 +153,7 @@ def test_the_same_order_at_any_layout_and_after_a_resume(tmp_path: Path) -> None
     expected = samples_of(config, 1, 0, 64)
     assert samples_of(config, 2, 0, 64) == expected == [*expected[:32], *samples_of(config, 2, 32, 32)]
     order = TrainingOrder(open_training(plan_stages(config)[0]), [5, 0])
-    made = [position for position in range(64) if order[position].labels_G1 is not None]
+    made = [position for position in range(64) if order[position].labels_E1 is not None]
     assert len(made) == 48 and len({expected[position] for position in made}) == 48
     other = run_config("x", data={"train": blend}, training={"seed": 6})
     assert not {expected[position] for position in made} & set(samples_of(other, 1, 0, 64))
@@ -162,10 +162,10 @@ def test_the_same_order_at_any_layout_and_after_a_resume(tmp_path: Path) -> None
 def test_validation_has_samples_of_its_own() -> None:
     config = run_config("x", data={"train": MQAR, "validation": MQAR})
     held_out = open_validation(config)
-    tokens = {tuple(held_out[position].tokens_G1[:-1].tolist()) for position in range(64)}
+    tokens = {tuple(held_out[position].tokens_E1[:-1].tolist()) for position in range(64)}
     assert len(tokens) == 64 and not tokens & set(samples_of(config, 1, 0, 64))
     other = open_validation(run_config("x", data={"train": MQAR, "validation": MQAR}, training={"seed": 6}))
-    assert tokens == {tuple(other[position].tokens_G1[:-1].tolist()) for position in range(64)}
+    assert tokens == {tuple(other[position].tokens_E1[:-1].tolist()) for position in range(64)}
 
 
 def test_stages_of_a_task_and_a_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -179,9 +179,9 @@ def test_stages_of_a_task_and_a_file(tmp_path: Path, caplog: pytest.LogCaptureFi
         check_data(config)
     assert "stage 2: stages.1.train: mqar: 16 samples" in caplog.text
     first, second = plan_stages(config)
-    assert open_training(first).datasets[0][0].labels_G1 is None
+    assert open_training(first).datasets[0][0].labels_E1 is None
     sample = open_training(second).datasets[0][0]
-    assert sample.length == 33 and sample.counts_G1.sum() == 4
+    assert sample.length == 33 and sample.counts_E1.sum() == 4
     assert describe_data(first)["files"][0]["prefix"] == prefix
 
 

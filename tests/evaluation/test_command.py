@@ -54,8 +54,8 @@ def expected_losses(folder: Path, prefix: str, length: int) -> dict[int, list[fl
     for begin, end in ((0, 50), (50, 71)):
         for first in range(begin, end - 1, length):
             piece = torch.from_numpy(tokens_T[first : min(first + length + 1, end)])
-            loss_L = cross_entropy(compute_logits(opened, piece[None, :-1])[0], piece[1:], reduction="none")
-            for place, loss in enumerate(loss_L.tolist()):
+            loss_E = cross_entropy(compute_logits(opened, piece[None, :-1])[0], piece[1:], reduction="none")
+            for place, loss in enumerate(loss_E.tolist()):
                 if mask_T[first + place + 1]:
                     found.setdefault(1 << (place + 1).bit_length() - 1, []).append(loss)
     return found
@@ -96,8 +96,8 @@ def test_recall_like_a_direct_forward_pass(pure: Path, tmp_path: Path) -> None:
     task, right = MQARTask(pairs=12, keys=200, values=56), 0
     for number in range(5):
         recall = make_recall(sample_generator(4, 48, 12, number), task, 48)
-        logits_LV = compute_logits(open_model("", pure), torch.from_numpy(recall.tokens_L)[None])[0]
-        right += int((logits_LV.argmax(-1).numpy()[recall.place_P] == recall.answer_P).sum())
+        logits_Ev = compute_logits(open_model("", pure), torch.from_numpy(recall.tokens_E)[None])[0]
+        right += int((logits_Ev.argmax(-1).numpy()[recall.place_p] == recall.answer_p).sum())
     assert results["mqar"][2]["accuracy"] == right / 60
     assert results["settings"]["mqar"][0] == {"pairs": 6, "keys": 200, "values": 56}
     assert (tmp_path / "mqar.png").read_bytes().startswith(PNG)

@@ -29,14 +29,14 @@ class Oracle(Reader):
     def logits(
         self, sequences: Sequence[np.ndarray], wanted: Sequence[np.ndarray]
     ) -> Iterator[tuple[np.ndarray, np.ndarray, Tensor]]:
-        for number, (tokens_L, wanted_L) in enumerate(zip(sequences, wanted, strict=True)):
-            place_W = np.flatnonzero(wanted_L)
-            logits_WV = torch.zeros(len(place_W), self.vocab_size)
-            for row, place in enumerate(place_W):
-                [given] = np.flatnonzero(tokens_L[:place] == tokens_L[place])
+        for number, (tokens_E, wanted_E) in enumerate(zip(sequences, wanted, strict=True)):
+            place_w = np.flatnonzero(wanted_E)
+            logits_wv = torch.zeros(len(place_w), self.vocab_size)
+            for row, place in enumerate(place_w):
+                [given] = np.flatnonzero(tokens_E[:place] == tokens_E[place])
                 if place - given - 1 < self.memory:
-                    logits_WV[row, tokens_L[given + 1]] = 1
-            yield np.full(len(place_W), number), place_W, logits_WV
+                    logits_wv[row, tokens_E[given + 1]] = 1
+            yield np.full(len(place_w), number), place_w, logits_wv
 
 
 def test_recall_of_a_model_that_knows_and_one_that_does_not() -> None:

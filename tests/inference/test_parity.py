@@ -150,7 +150,7 @@ def test_blocks_of_queries(name: str, folders: list[Path]) -> None:
 def forget_states(patch: pytest.MonkeyPatch) -> None:
     original = cache_module.sse_attention
     patch.setattr(
-        cache_module, "sse_attention", lambda *args, **options: original(*args, **options | {"initial_DBHKV": None})
+        cache_module, "sse_attention", lambda *args, **options: original(*args, **options | {"initial_DAHKV": None})
     )
 
 
@@ -158,7 +158,7 @@ def forget_tail(patch: pytest.MonkeyPatch) -> None:
     original = cache_module.Tail.convolve
 
     def wrong(self, *args):
-        self.rows_XWC = torch.zeros_like(self.rows_XWC)
+        self.rows_XWc = torch.zeros_like(self.rows_XWc)
         return original(self, *args)
 
     patch.setattr(cache_module.Tail, "convolve", wrong)
@@ -169,7 +169,7 @@ def forget_position(patch: pytest.MonkeyPatch) -> None:
 
     def wrong(cls, *args):
         layout = original(cls, *args)
-        layout.position_BL = TokenLayout.from_starts(layout.starts_BG).position_BL
+        layout.position_BL = TokenLayout.from_starts(layout.starts_BE).position_BL
         return layout
 
     patch.setattr(cache_module.CachedLayout, "of", classmethod(wrong))

@@ -55,16 +55,16 @@ def look_at(folder: Path, texts: list[list[int]]) -> list[list[Handed]]:
 
 
 def ranks(handed: Handed) -> np.ndarray:
-    """Return the effective rank of each bank's state [B], a mean over heads."""
+    """Return the effective rank of each bank's state [A], a mean over heads."""
     double = [bank and bank.map(lambda x: x.double()) for bank in (handed.shared, handed.sparse)]
     offsets_D1 = torch.tensor([0, len(handed.v_THV)])
     _, final = reference_sse(*double, handed.v_THV.double(), handed.routes, offsets_D1, **handed.options)
     found = []
     for state_HKV in final[0].numpy():
-        value_HS = np.linalg.svd(state_HKV, compute_uv=False)
-        share_HS = value_HS / np.maximum(value_HS.sum(-1, keepdims=True), 1e-300)
-        log_HS = np.log(np.where(share_HS > 0, share_HS, 1))
-        found.append(np.where(value_HS.sum(-1) > 0, np.exp(-(share_HS * log_HS).sum(-1)), 0).mean())
+        value_Hs = np.linalg.svd(state_HKV, compute_uv=False)
+        share_Hs = value_Hs / np.maximum(value_Hs.sum(-1, keepdims=True), 1e-300)
+        log_Hs = np.log(np.where(share_Hs > 0, share_Hs, 1))
+        found.append(np.where(value_Hs.sum(-1) > 0, np.exp(-(share_Hs * log_Hs).sum(-1)), 0).mean())
     return np.array(found)
 
 

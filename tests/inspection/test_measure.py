@@ -209,8 +209,8 @@ def test_memory_does_not_grow(folders: dict[str, Path], monkeypatch: pytest.Monk
     original = LayerSums.layer
 
     def layer(self, *args):
-        tensors = [self.shared.counts_NB, self.sparse.counts_NB, self.writes_N, self.reads_N, self.top]
-        tensors += [rank_B for ranks_of in self.marks.values() for rank_B in ranks_of]
+        tensors = [self.shared.counts_Nb, self.sparse.counts_Nb, self.writes_N, self.reads_N, self.top]
+        tensors += [rank_A for ranks_of in self.marks.values() for rank_A in ranks_of]
         sizes.append(sum(tensor.numel() for tensor in tensors))
         return original(self, *args)
 

@@ -47,12 +47,12 @@ class Inputs:
     sparse: BankInputs | None
     v_THV: Tensor
     prob_TN: Tensor | None
-    initial_DBHKV: Tensor | None
+    initial_DAHKV: Tensor | None
     offsets_D1: Tensor
     document_T: Tensor
 
     def leaves(self) -> dict[str, Tensor]:
-        named = {"v": self.v_THV, "prob": self.prob_TN, "initial": self.initial_DBHKV}
+        named = {"v": self.v_THV, "prob": self.prob_TN, "initial": self.initial_DAHKV}
         for name, bank in (("shared", self.shared), ("sparse", self.sparse)):
             if bank is not None:
                 named |= {f"{name}.{f.name[0]}": getattr(bank, f.name) for f in fields(bank)}
@@ -65,8 +65,8 @@ class Inputs:
             return None if x is None else function(x.detach()).requires_grad_()
 
         banks = [b and BankInputs(*(leaf(getattr(b, f.name)) for f in fields(b))) for b in (self.shared, self.sparse)]
-        v, prob, initial = leaf(self.v_THV), leaf(self.prob_TN), leaf(self.initial_DBHKV)
-        return replace(self, shared=banks[0], sparse=banks[1], v_THV=v, prob_TN=prob, initial_DBHKV=initial)
+        v, prob, initial = leaf(self.v_THV), leaf(self.prob_TN), leaf(self.initial_DAHKV)
+        return replace(self, shared=banks[0], sparse=banks[1], v_THV=v, prob_TN=prob, initial_DAHKV=initial)
 
     def to(self, device: str) -> "Inputs":
         moved = self.map(lambda x: x.to(device))
@@ -101,7 +101,7 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
         sparse=bank() if case.num_partitions else None,
         v_THV=normal(num_tokens, case.num_value_heads, case.value_dim),
         prob_TN=_probabilities(case, normal(num_tokens, case.num_partitions)) if case.num_partitions else None,
-        initial_DBHKV=initial,
+        initial_DAHKV=initial,
         offsets_D1=torch.nn.functional.pad(sizes.cumsum(0), (1, 0)),
         document_T=torch.repeat_interleave(torch.arange(len(sizes)), sizes),
     )
@@ -143,7 +143,7 @@ def routes_of(case: Case, inputs: Inputs, tokens: Tensor | slice = slice(None)) 
 def run(function: Callable, case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Return output and final states of `sse_attention` (given a form) or `reference_sse`."""
     options = {name: getattr(case, name) for name in ("gate", "weight_writes", "weight_reads")}
-    return function(inputs, routes_of(case, inputs), initial_DBHKV=inputs.initial_DBHKV, **options)
+    return function(inputs, routes_of(case, inputs), initial_DAHKV=inputs.initial_DAHKV, **options)
 
 
 def outputs_and_gradients(function: Callable, case: Case, inputs: Inputs) -> dict[str, Tensor]:

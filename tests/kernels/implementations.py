@@ -15,7 +15,7 @@ def attention(form: str) -> Callable[..., tuple[Tensor, Tensor]]:
     def function(inputs: Inputs, routes: Routes | None, **options) -> tuple[Tensor, Tensor]:
         packing = (inputs.offsets_D1, inputs.document_T)
         out = sse_attention(inputs.shared, inputs.sparse, inputs.v_THV, routes, *packing, form=form, **options)
-        return out.o_THV, out.final_DBHKV
+        return out.o_THV, out.final_DAHKV
 
     return function
 

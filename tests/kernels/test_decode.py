@@ -36,8 +36,8 @@ def generate(step: Callable[..., Tensor], case: Case, inputs: Inputs) -> dict[st
     dtype = inputs.v_THV.dtype
     num_sequences, offsets = len(case.lengths), inputs.offsets_D1
     slots = torch.arange(num_sequences).flip(0) + 1
-    states = torch.full((num_sequences + 2, *inputs.initial_DBHKV.shape[1:]), 7.0, dtype=dtype)
-    states[slots] = inputs.initial_DBHKV
+    states = torch.full((num_sequences + 2, *inputs.initial_DAHKV.shape[1:]), 7.0, dtype=dtype)
+    states[slots] = inputs.initial_DAHKV
     options = {name: getattr(case, name) for name in ("gate", "weight_writes", "weight_reads")}
     o_THV = torch.empty_like(inputs.v_THV)
     for position in range(max(case.lengths)):
@@ -64,8 +64,8 @@ def test_decode_step(case: Case) -> None:
 def test_only_padding() -> None:
     case = Case(**SPREAD)
     inputs = make_inputs(case)
-    states, slot = inputs.initial_DBHKV.detach().clone(), torch.full((sum(LENGTHS),), -1)
+    states, slot = inputs.initial_DAHKV.detach().clone(), torch.full((sum(LENGTHS),), -1)
     routes = route(inputs.prob_TN, 1, 1)
     with torch.no_grad():
         o_THV = decode_step(states, slot, inputs.shared, inputs.sparse, inputs.v_THV, routes)
-    assert o_THV.count_nonzero() == 0 and torch.equal(states, inputs.initial_DBHKV)
+    assert o_THV.count_nonzero() == 0 and torch.equal(states, inputs.initial_DAHKV)

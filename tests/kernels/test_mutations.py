@@ -17,7 +17,7 @@ def drop_the_reset(patch: Patch) -> None:
 
     def without_reset(*args):
         grid = make_grid(*args)
-        return replace(grid, chunks=replace(grid.chunks, segment_G=torch.zeros_like(grid.chunks.segment_G)))
+        return replace(grid, chunks=replace(grid.chunks, segment_M=torch.zeros_like(grid.chunks.segment_M)))
 
     patch.setattr(chunks, "make_grid", without_reset)
 

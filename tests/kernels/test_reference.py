@@ -22,7 +22,7 @@ def dense_recurrence(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
     outputs, finals = [], []
     for document, (start, end) in enumerate(zip(inputs.offsets_D1[:-1], inputs.offsets_D1[1:], strict=True)):
         zeros = torch.zeros(num_banks, case.num_heads, case.key_dim, case.value_dim, dtype=torch.float64)
-        state = zeros if inputs.initial_DBHKV is None else inputs.initial_DBHKV[document]
+        state = zeros if inputs.initial_DAHKV is None else inputs.initial_DAHKV[document]
         for t in range(start, end):
             value = einsum("n,hv->nhv", share[t], inputs.v_THV[t])
             if case.recurrence == "gla":

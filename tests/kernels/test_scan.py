@@ -28,7 +28,7 @@ def test_scan_states(columns: int, with_initial: bool) -> None:
     offsets = torch.nn.functional.pad(torch.tensor(SIZES).cumsum(0), (1, 0))
     pieces = cut(Segments(offsets), sum(SIZES), CHUNK_SIZE)
     generator = torch.Generator().manual_seed(0)
-    shapes = [(len(pieces.segment_G), H, K, columns), (len(pieces.segment_G), H, K, V), (len(SIZES), H, K, V)]
+    shapes = [(len(pieces.segment_M), H, K, columns), (len(pieces.segment_M), H, K, V), (len(SIZES), H, K, V)]
     leaves = [torch.randn(s, dtype=torch.float64, generator=generator).requires_grad_() for s in shapes]
     initial = leaves[2] if with_initial else None
     leaves = leaves if with_initial else leaves[:2]

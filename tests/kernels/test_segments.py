@@ -22,7 +22,7 @@ def test_grid(sizes: tuple[int, ...], chunk_size: int) -> None:
         rows = order[start : start + size].tolist()
         chunks = [rows[i : i + chunk_size] for i in range(0, size, chunk_size)]
         for i in range(len(chunks)):
-            assert (grid.chunks.segment_G[used + i], grid.chunks.step_G[used + i]) == (segment, i)
+            assert (grid.chunks.segment_M[used + i], grid.chunks.step_M[used + i]) == (segment, i)
         expected += [chunk + [None] * (chunk_size - len(chunk)) for chunk in chunks]
         start, used = start + size, used + len(chunks)
         assert grid.chunks.empty_S[segment] == (size == 0)

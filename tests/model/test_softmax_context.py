@@ -91,8 +91,8 @@ def keep_padding(patch: pytest.MonkeyPatch) -> None:
     """Leave ones in padding rows, in the forward and the backward exchange."""
     original = routes._exchange
 
-    def wrong(x_RC, route, group):
-        out = original(x_RC, route, group)
+    def wrong(x_Rc, route, group):
+        out = original(x_Rc, route, group)
         padding = torch.ones(len(out), dtype=torch.bool).index_fill_(0, route.receive_rows, False)
         return out.masked_fill_(padding[:, None], 1.0)
 

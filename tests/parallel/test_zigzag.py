@@ -52,13 +52,13 @@ def check_documents(lengths: list[list[int]], zigzag: ZigzagLayout, rows: list[i
     assert all(place % (2 * size) == 0 for place in places)
     assert all(number <= place < number + 2 * size for number, place in zip(whole, places, strict=False))
     assert zigzag.documents.max_seqlen_q == zigzag.documents.max_seqlen_kv == max(places)
-    token_S, position_S = [PADDING] * padded[-1], [0] * padded[-1]
+    token_E, position_E = [PADDING] * padded[-1], [0] * padded[-1]
     for first, start, number, place in zip(real, padded, sizes, places, strict=False):
-        token_S[start : start + number] = range(first, first + number)
-        position_S[start : start + place] = range(place)
+        token_E[start : start + number] = range(first, first + number)
+        position_E[start : start + place] = range(place)
     indices = partitioned_indices(padded, padded[-1], size, rank)
-    assert [token_S[index] for index in indices] == rows
-    assert [position_S[index] for index in indices] == zigzag.position_BL[0].tolist()
+    assert [token_E[index] for index in indices] == rows
+    assert [position_E[index] for index in indices] == zigzag.position_BL[0].tolist()
 
 
 def test_what_is_not_padded_says_so() -> None:

@@ -26,7 +26,7 @@ BATCHES = {
 
 
 def starts_of(lengths: list[list[int]]) -> np.ndarray:
-    """Return document starts, bool [B, G]."""
+    """Return document starts, bool [B, E]."""
     starts = np.zeros((len(lengths), sum(lengths[0])), dtype=bool)
     for row, documents in zip(starts, lengths, strict=True):
         row[np.cumsum([0, *documents[:-1]])] = True
@@ -76,7 +76,7 @@ def cut(rows: list[int], pieces: int) -> list[list[int]]:
 
 
 def values_of(numbers: list[int], channels: int = CHANNELS) -> Tensor:
-    """Return rows [R, C] that identify tokens; zeros for padding."""
+    """Return rows [R, c] that identify tokens; zeros for padding."""
     row = torch.tensor(numbers, dtype=torch.float64) + 1
     return row[:, None] * 10.0 ** torch.arange(channels)
 
@@ -92,12 +92,12 @@ def run_routes(batches: list[list[list[int]]], context: int, zigzag: bool) -> li
     for lengths in batches:
         layout = TokenLayout.from_starts(starts_of(lengths), shard=ContextShard(groups.cp.rank(), context, zigzag))
         route = layout.to_zigzag(groups.tp.rank(), groups.tp.size()).route
-        x_RC = values_of(rows_before(lengths, context, groups.tp.size(), zigzag)[rank]).requires_grad_()
+        x_Rc = values_of(rows_before(lengths, context, groups.tp.size(), zigzag)[rank]).requires_grad_()
         with Traffic() as forward:
-            there = reroute(x_RC, route, group)
+            there = reroute(x_Rc, route, group)
         back = reroute(there, route.back, group)
         weight = torch.randn(there.shape, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
         with Traffic() as backward:
             (there * weight).sum().backward()
-        results.append((there.detach(), back.detach(), x_RC.grad, weight, forward, backward))
+        results.append((there.detach(), back.detach(), x_Rc.grad, weight, forward, backward))
     return results

@@ -22,8 +22,8 @@ def test_loads_are_shares_against_the_even_one(tmp_path: Path) -> None:
     axes = Figure().add_subplot()
     draw_loads(axes, read(write_run(tmp_path)))
     # Two layers of four partitions have shares of 1, 2, 3 and 4 tenths at steps 10, 20, ..., 60.
-    load_RS = axes.collections[0].get_array()
-    assert np.allclose(load_RS, np.tile([[0.4], [0.8], [1.2], [1.6]], (2, 6)))
+    load = axes.collections[0].get_array()
+    assert np.allclose(load, np.tile([[0.4], [0.8], [1.2], [1.6]], (2, 6)))
     assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "3"]
     corners = axes.collections[0].get_coordinates()
     assert corners[0, :, 0].tolist() == [0, 10, 20, 30, 40, 50, 60]

@@ -71,11 +71,11 @@ def test_state_elements(configs: dict[str, RunConfig]) -> None:
 
 def by_key(recall: Recall, first: int) -> np.ndarray:
     """Return partitions: key mod 8 for keys and their values, shifted by `first` for the key before each value."""
-    bank_L = recall.tokens_L % 8
-    value_P = recall.place_P - recall.distance_P
-    bank_L[value_P] = bank_L[recall.place_P]
-    bank_L[value_P - 1] = (bank_L[recall.place_P] + first) % 8
-    return bank_L
+    bank_E = recall.tokens_E % 8
+    value_p = recall.place_p - recall.distance_p
+    bank_E[value_p] = bank_E[recall.place_p]
+    bank_E[value_p - 1] = (bank_E[recall.place_p] + first) % 8
+    return bank_E
 
 
 @pytest.mark.parametrize(

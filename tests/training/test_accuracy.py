@@ -48,12 +48,12 @@ def count_one_by_one(run: Run) -> dict[str, float]:
     [net] = [chunk.module for chunk in run.trainer.chunks]
     for position in range(TRAINING["global_batch_size"] * TRAINING["validation_batches"]):
         batch = make_batch([sample := samples[position]], reset_at_documents=True)
-        place_A = batch.loss_mask_BL[0] > 0
-        losses += net(batch.tokens_BL, None, None, labels=batch.labels_BL, packed_seq_params=batch.layout)[0, place_A]
+        counts_L = batch.loss_mask_BL[0] > 0
+        losses += net(batch.tokens_BL, None, None, labels=batch.labels_BL, packed_seq_params=batch.layout)[0, counts_L]
         # The labels of a text are its own tokens.
-        if sample.labels_G1 is not None:
-            logits_LV = net(batch.tokens_BL, None, None, packed_seq_params=batch.layout)[0, :, :VOCAB]
-            found += (logits_LV.argmax(-1).numpy()[place_A] == sample.labels_G1[1:][place_A]).tolist()
+        if sample.labels_E1 is not None:
+            logits_Lv = net(batch.tokens_BL, None, None, packed_seq_params=batch.layout)[0, :, :VOCAB]
+            found += (logits_Lv.argmax(-1).numpy()[counts_L] == sample.labels_E1[1:][counts_L]).tolist()
     return {"loss": float(torch.stack(losses).mean()), "accuracy": sum(found) / len(found)}
 
 

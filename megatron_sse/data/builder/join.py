@@ -50,8 +50,8 @@ def join_parts(
 ) -> None:
     """Write .bin, .mask, .json and .idx into `joined`. report: is called with the bytes written. Raises OSError."""
     parts = [part_folder(building, number) for number in range(num_parts)]
-    frequencies_V = sum(np.load(part / f"{FREQUENCIES}.npy") for part in parts)
-    vocab_size = len(frequencies_V)
+    frequencies_v = sum(np.load(part / f"{FREQUENCIES}.npy") for part in parts)
+    vocab_size = len(frequencies_v)
     for name, suffix in [(TOKENS, ".bin")] + [(MASK, ".mask")] * has_mask:
         with (joined / suffix).open("wb") as target:
             for part in parts:
@@ -65,7 +65,7 @@ def join_parts(
         documents=counts.documents,
         tokens=counts.tokens,
         bytes=counts.bytes,
-        unigram_bits_per_byte=unigram_bits(frequencies_V) / num_bytes,
+        unigram_bits_per_byte=unigram_bits(frequencies_v) / num_bytes,
         loss_mask=has_mask,
         label_tokens=counts.label_tokens if has_mask else None,
         label_bytes=counts.label_bytes if has_mask else None,
@@ -74,7 +74,7 @@ def join_parts(
     write_index(joined / ".idx", token_type(vocab_size), counts.documents, _Lengths(parts))
 
 
-def unigram_bits(frequencies_V: np.ndarray) -> float:
+def unigram_bits(frequencies_v: np.ndarray) -> float:
     """Return the bits of a text whose tokens are coded by their frequencies in it."""
-    counted = frequencies_V[frequencies_V > 0].astype(np.float64)
+    counted = frequencies_v[frequencies_v > 0].astype(np.float64)
     return float((counted * (np.log2(counted.sum()) - np.log2(counted))).sum())

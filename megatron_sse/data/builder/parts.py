@@ -109,7 +109,7 @@ class PartWriter:
         self.folder = part_folder(building, number)
         # The process id keeps apart a worker that outlived its build and still writes the same part.
         self.partial = building / f"partial-{number:06d}-{os.getpid()}"
-        self.frequencies_V = np.zeros(vocab_size, dtype=np.int64)
+        self.frequencies_v = np.zeros(vocab_size, dtype=np.int64)
         self.counts = Counts()
         self.pending: list[Document] = []
         self.num_pending = 0
@@ -147,14 +147,14 @@ class PartWriter:
         # In pieces, since bincount converts its input to 64-bit numbers.
         for first in range(0, len(tokens_T), _FLUSH_TOKENS):
             piece_T = tokens_T[first : first + _FLUSH_TOKENS]
-            self.frequencies_V += np.bincount(piece_T, minlength=len(self.frequencies_V))
+            self.frequencies_v += np.bincount(piece_T, minlength=len(self.frequencies_v))
         self.pending, self.num_pending = [], 0
 
     def finish(self, tally: Tally) -> None:
         """Write what is pending, and rename the folder to its final name."""
         self._flush()
         self.counts.left_out = tally.counts
-        np.save(self.partial / f"{FREQUENCIES}.npy", self.frequencies_V)
+        np.save(self.partial / f"{FREQUENCIES}.npy", self.frequencies_v)
         (self.partial / COUNTS).write_text(json.dumps(self.counts.to_json()))
         for file in self.files.values():
             file.close()

@@ -36,10 +36,10 @@ def _recall_sample(generator: np.random.Generator, task: MQARTask, length: int) 
     The token after such a key is not the value (it is a gap or the next key), so labels differ from tokens.
     """
     recall = make_recall(generator, task, length)
-    tokens_G1 = np.append(recall.tokens_L, 0)
-    labels_G1, counts_G1 = tokens_G1.copy(), np.zeros(length + 1, dtype=bool)
-    labels_G1[recall.place_P + 1], counts_G1[recall.place_P + 1] = recall.answer_P, True
-    return Sample(tokens_G1, _starts(length + 1, length + 1), counts_G1, length + 1, labels_G1, of_task=True)
+    tokens_E1 = np.append(recall.tokens_E, 0)
+    labels_E1, counts_E1 = tokens_E1.copy(), np.zeros(length + 1, dtype=bool)
+    labels_E1[recall.place_p + 1], counts_E1[recall.place_p + 1] = recall.answer_p, True
+    return Sample(tokens_E1, _starts(length + 1, length + 1), counts_E1, length + 1, labels_E1, of_task=True)
 
 
 def _needle_sample(generator: np.random.Generator, task: NeedleTask, length: int) -> Sample:
@@ -48,13 +48,13 @@ def _needle_sample(generator: np.random.Generator, task: NeedleTask, length: int
     needle = make_needle(generator, task, length, None, len)
     prompt, answer = needle.prompt.encode(), needle.answer.encode()
     tokens = [*prompt, *answer, END_OF_DOCUMENT]
-    tokens_G1, counts_G1 = np.zeros(length + 1, dtype=np.int64), np.zeros(length + 1, dtype=bool)
-    tokens_G1[: len(tokens)], counts_G1[len(prompt) : len(tokens)] = tokens, True
-    return Sample(tokens_G1, _starts(length + 1, len(tokens)), counts_G1, len(tokens), of_task=True)
+    tokens_E1, counts_E1 = np.zeros(length + 1, dtype=np.int64), np.zeros(length + 1, dtype=bool)
+    tokens_E1[: len(tokens)], counts_E1[len(prompt) : len(tokens)] = tokens, True
+    return Sample(tokens_E1, _starts(length + 1, len(tokens)), counts_E1, len(tokens), of_task=True)
 
 
 def _starts(room: int, length: int) -> np.ndarray:
     """Return the starts of one document and, where it does not fill the room, of the padding."""
-    starts_G1 = np.zeros(room, dtype=bool)
-    starts_G1[[0, *range(length, min(length + 1, room))]] = True
-    return starts_G1
+    starts_E1 = np.zeros(room, dtype=bool)
+    starts_E1[[0, *range(length, min(length + 1, room))]] = True
+    return starts_E1

@@ -14,19 +14,19 @@ from megatron_sse.config import MQARTask
 
 @dataclass(frozen=True)
 class Recall:
-    """A sequence of L tokens with P pairs; the arrays below are in the order of the questions.
+    """A sequence of E tokens with p pairs; the arrays below are in the order of the questions.
 
     Attributes:
-        tokens_L: int64.
-        place_P: position of the key's second appearance, where its value has to be predicted.
-        answer_P: the value's token.
-        distance_P: tokens from the value to the question.
+        tokens_E: int64.
+        place_p: position of the key's second appearance, where its value has to be predicted.
+        answer_p: the value's token.
+        distance_p: tokens from the value to the question.
     """
 
-    tokens_L: np.ndarray
-    place_P: np.ndarray
-    answer_P: np.ndarray
-    distance_P: np.ndarray
+    tokens_E: np.ndarray
+    place_p: np.ndarray
+    answer_p: np.ndarray
+    distance_p: np.ndarray
 
 
 def vocabulary_of(task: MQARTask) -> int:
@@ -43,13 +43,13 @@ def make_recall(generator: np.random.Generator, task: MQARTask, length: int) -> 
     pairs = task.pairs
     gaps = length - 3 * pairs
     assert gaps >= 0 and pairs <= task.keys
-    key_P = generator.permutation(task.keys)[:pairs]
-    value_P = task.keys + generator.integers(task.values, size=pairs)
-    asked_P = generator.permutation(pairs)
+    key_p = generator.permutation(task.keys)[:pairs]
+    value_p = task.keys + generator.integers(task.values, size=pairs)
+    asked_p = generator.permutation(pairs)
     # Choose which of the items in a row (pairs, questions, gaps) are pairs and which are questions; pairs come first.
-    # A pair takes two tokens, so it starts one token later for each pair before it, and all questions come P later.
-    item_2P = np.sort(generator.permutation(2 * pairs + gaps)[: 2 * pairs])
-    begin_P, place_P = item_2P[:pairs] + np.arange(pairs), item_2P[pairs:] + pairs
-    tokens_L = np.full(length, task.keys + task.values, dtype=np.int64)
-    tokens_L[begin_P], tokens_L[begin_P + 1], tokens_L[place_P] = key_P, value_P, key_P[asked_P]
-    return Recall(tokens_L, place_P, value_P[asked_P], place_P - begin_P[asked_P] - 1)
+    # A pair takes two tokens, so it starts one token later for each pair before it, and all questions come p later.
+    item_2p = np.sort(generator.permutation(2 * pairs + gaps)[: 2 * pairs])
+    begin_p, place_p = item_2p[:pairs] + np.arange(pairs), item_2p[pairs:] + pairs
+    tokens_E = np.full(length, task.keys + task.values, dtype=np.int64)
+    tokens_E[begin_p], tokens_E[begin_p + 1], tokens_E[place_p] = key_p, value_p, key_p[asked_p]
+    return Recall(tokens_E, place_p, value_p[asked_p], place_p - begin_p[asked_p] - 1)

@@ -53,19 +53,19 @@ def make_needle(
     """
     names, each, asked = VARIANTS[task.variant]
     chosen = generator.permutation(len(_NAMES))[:names]
-    name_N = [_NAMES[number] for number in chosen]
+    hidden_names = [_NAMES[number] for number in chosen]
     numbers = _draw_numbers(generator, names * each, task.digits)
-    facts = _state(name_N, numbers)
-    depth_K = [generator.random() for _ in facts]
+    facts = _state(hidden_names, numbers)
+    depths = [generator.random() for _ in facts]
     if depth is not None:
-        depth_K[0] = depth
+        depths[0] = depth
     # The question follows the order of the facts in the text, so that there is only one right answer.
-    order = sorted(range(asked * each), key=lambda k: (depth_K[k], k))
+    order = sorted(range(asked * each), key=lambda k: (depths[k], k))
     found = [numbers[k] for k in order]
-    question, answer = _ask([name_N[name] for name in dict.fromkeys(k // each for k in order)], found)
+    question, answer = _ask([hidden_names[name] for name in dict.fromkeys(k // each for k in order)], found)
     filler = _draw_filler(generator, room - sum(map(count, facts)) - count(question) - count(answer), count)
     while True:
-        prompt = _hide(filler, facts, depth_K) + question
+        prompt = _hide(filler, facts, depths) + question
         over = count(prompt) + count(answer) - room
         if over <= 0 or not filler:
             return Needle(prompt, answer, tuple(found))
@@ -89,8 +89,8 @@ def _draw_numbers(generator: np.random.Generator, size: int, digits: int) -> lis
     """Draw different numbers that do not start with zero."""
     found: dict[str, None] = {}
     while len(found) < size:
-        digit_D = generator.integers([1, *[0] * (digits - 1)], 10)
-        found["".join(map(str, digit_D))] = None
+        drawn = generator.integers([1, *[0] * (digits - 1)], 10)
+        found["".join(map(str, drawn))] = None
     return list(found)
 
 
@@ -107,9 +107,9 @@ def _draw_filler(generator: np.random.Generator, room: int, count: Callable[[str
         found.append(sentence)
 
 
-def _hide(filler: list[str], facts: list[str], depth_K: list[float]) -> str:
+def _hide(filler: list[str], facts: list[str], depths: list[float]) -> str:
     """Return the sentences in order, with each fact inserted after its share of them."""
-    place = [(round(depth * len(filler)), depth, k) for k, depth in enumerate(depth_K)]
+    place = [(round(depth * len(filler)), depth, k) for k, depth in enumerate(depths)]
     parts: list[str] = []
     done = 0
     for upto, _, k in sorted(place):

@@ -1,7 +1,7 @@
 """The layers of a megatron-sse model in plain torch, for inference: SSE mixers (arXiv 2507.16577), softmax attention.
 
-Dims: B batch, L tokens of this call, T tokens so far, d hidden, H heads, K and V channels of keys and values, N
-partitions, M = (1 + N) H (the shared bank and the partitions, by head), C tokens of a chunk.
+Dims: B batch, L tokens of this call, R tokens so far, d hidden, H heads, K and V channels of keys and values, N
+partitions, U = (1 + N) H (the shared bank and the partitions, by head), C tokens of a chunk, c other channels.
 """
 
 import math
@@ -75,7 +75,7 @@ class SoftmaxMixer(nn.Module):
             self.q_norm = RMSNorm(self.head_dim, epsilon)
             self.k_norm = RMSNorm(self.head_dim, epsilon)
 
-    def forward(self, x_BLd: Tensor, state: tuple, real_BT: Tensor | None, position_BL: Tensor) -> tuple:
+    def forward(self, x_BLd: Tensor, state: tuple, real_BR: Tensor | None, position_BL: Tensor) -> tuple:
         parts = (self.q_proj(x_BLd), self.k_proj(x_BLd), self.v_proj(x_BLd))
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         if self.settings["qk_norm"]:
@@ -86,21 +86,21 @@ class SoftmaxMixer(nn.Module):
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         if state:
             k, v = torch.cat((state[0], k), dim=2), torch.cat((state[1], v), dim=2)
-        mask = self._mask(q.shape[2], k.shape[2], real_BT, x_BLd.device)
+        mask = self._mask(q.shape[2], k.shape[2], real_BR, x_BLd.device)
         o = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return self.o_proj(o.transpose(1, 2).flatten(2)), (k, v)
 
-    def _mask(self, num_queries: int, num_keys: int, real_BT: Tensor | None, device: torch.device) -> Tensor | None:
-        """Which keys a query sees, bool [B or 1, 1, L, T]; None for plain causal attention."""
+    def _mask(self, num_queries: int, num_keys: int, real_BR: Tensor | None, device: torch.device) -> Tensor | None:
+        """Which keys a query sees, bool [B or 1, 1, L, R]; None for plain causal attention."""
         window = self.settings["window"]
-        if num_queries == num_keys and real_BT is None and window is None:
+        if num_queries == num_keys and real_BR is None and window is None:
             return None
         distance = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
         distance = distance - torch.arange(num_keys, device=device)
         seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
         seen = seen[None, None]
         # Padding sees itself: a row without keys would give NaN.
-        return seen if real_BT is None else seen & (real_BT[:, None, None] | (distance == 0))
+        return seen if real_BR is None else seen & (real_BR[:, None, None] | (distance == 0))
 
     def _frequencies(self, device: torch.device) -> Tensor:
         exponent = torch.arange(0, self.head_dim, 2, device=device, dtype=torch.float32) / self.head_dim
@@ -166,8 +166,8 @@ class SSEMixer(nn.Module):
             gates = (low_rank(hidden, rank, size, bias=not self.delta_rule) for _ in range(self.num_kinds))
             self.gk_proj = nn.ModuleList(gates)
 
-    def forward(self, x_BLd: Tensor, state: tuple, real_BT: Tensor | None, position_BL: Tensor) -> tuple:
-        real_BL = None if real_BT is None else real_BT[:, -x_BLd.shape[1] :]
+    def forward(self, x_BLd: Tensor, state: tuple, real_BR: Tensor | None, position_BL: Tensor) -> tuple:
+        real_BL = None if real_BR is None else real_BR[:, -x_BLd.shape[1] :]
         recurrent, *tails = state or (None, None, None)
         qs, ks, tails = self._queries_and_keys(x_BLd, real_BL, tails)
         v = silu(self.v_proj(x_BLd)).unflatten(-1, (self.num_value_heads, -1)).float()
@@ -243,7 +243,7 @@ class SSEMixer(nn.Module):
         return k.masked_fill(~picked, float("-inf")).softmax(-1), g.masked_fill(~picked, 0)
 
     def _recur(self, x_BLd: Tensor, banks: list, state: Tensor | None, real_BL: Tensor | None) -> tuple:
-        """Outputs [B, L, H, V] and new states [B, M, K, V], all banks side by side and masked."""
+        """Outputs [B, L, H, V] and new states [B, U, K, V], all banks side by side and masked."""
         real = torch.ones(x_BLd.shape[:2], device=x_BLd.device) if real_BL is None else real_BL.float()
         writes = write_scale = read_scale = real[:, :, None]
         if self.num_partitions:
@@ -287,14 +287,14 @@ class SSEMixer(nn.Module):
         return writes, write_scale, read_scale
 
 
-def convolve(weight: Tensor, x_BLC: Tensor, real_BL: Tensor | None, tail: Tensor | None) -> tuple[Tensor, Tensor]:
+def convolve(weight: Tensor, x_BLc: Tensor, real_BL: Tensor | None, tail: Tensor | None) -> tuple[Tensor, Tensor]:
     """Behind the last tokens before, the tail; and the new tail."""
     width = weight.shape[-1] - 1
     if real_BL is not None:
-        x_BLC = x_BLC * real_BL[..., None]
-    x_BLC = pad(x_BLC, (0, 0, width, 0)) if tail is None else torch.cat((tail, x_BLC), dim=1)
-    out = conv1d(x_BLC.transpose(1, 2), weight, groups=weight.shape[0]).transpose(1, 2)
-    return out, x_BLC[:, x_BLC.shape[1] - width :]
+        x_BLc = x_BLc * real_BL[..., None]
+    x_BLc = pad(x_BLc, (0, 0, width, 0)) if tail is None else torch.cat((tail, x_BLc), dim=1)
+    out = conv1d(x_BLc.transpose(1, 2), weight, groups=weight.shape[0]).transpose(1, 2)
+    return out, x_BLc[:, x_BLc.shape[1] - width :]
 
 
 def normalize(x: Tensor) -> Tensor:
@@ -375,13 +375,13 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(hidden, epsilon)
         self.mlp = MLP(hidden, model["ffn_hidden_size"])
 
-    def forward(self, x_BLd: Tensor, state: tuple, real_BT: Tensor | None, position_BL: Tensor) -> tuple:
+    def forward(self, x_BLd: Tensor, state: tuple, real_BR: Tensor | None, position_BL: Tensor) -> tuple:
         tail, *kept = state or (None,)
         seen_BLd = self.attn_norm(x_BLd)
         if self.attn_conv1d is not None:
-            real_BL = None if real_BT is None else real_BT[:, -x_BLd.shape[1] :]
+            real_BL = None if real_BR is None else real_BR[:, -x_BLd.shape[1] :]
             seen_BLd, tail = convolve(self.attn_conv1d.weight, seen_BLd, real_BL, tail)
-        mixed, kept = self.attn(seen_BLd, tuple(kept), real_BT, position_BL)
+        mixed, kept = self.attn(seen_BLd, tuple(kept), real_BR, position_BL)
         x_BLd = x_BLd + mixed
         return x_BLd + self.mlp(self.mlp_norm(x_BLd)), (tail, *kept)
 
@@ -395,22 +395,22 @@ class Network(nn.Module):
         self.layers = nn.ModuleList(Block(model, kind) for kind in model["layers"])
         self.norm = RMSNorm(model["hidden_size"], model["norm_epsilon"])
 
-    def forward(self, x_BLd: Tensor, real_BT: Tensor | None = None, state: State | None = None) -> Tensor:
+    def forward(self, x_BLd: Tensor, real_BR: Tensor | None = None, state: State | None = None) -> Tensor:
         """Hidden states [B, L, d] of embeddings of the same shape.
 
-        real_BT: bool, False for padding, which may stand on the left only; of the tokens so far and these.
+        real_BR: bool, False for padding, which may stand on the left only; of the tokens so far and these.
         state: of the tokens so far; changed to that after these.
         """
         num_before = 0 if state is None else state.num_tokens
         length = x_BLd.shape[1]
-        if real_BT is not None and bool(real_BT.all()):
-            real_BT = None
-        if real_BT is None:
+        if real_BR is not None and bool(real_BR.all()):
+            real_BR = None
+        if real_BR is None:
             position_BL = torch.arange(num_before, num_before + length, device=x_BLd.device)[None]
         else:
-            position_BL = (real_BT.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+            position_BL = (real_BR.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
         for number, layer in enumerate(self.layers):
-            x_BLd, new = layer(x_BLd, () if state is None else state.layers[number], real_BT, position_BL)
+            x_BLd, new = layer(x_BLd, () if state is None else state.layers[number], real_BR, position_BL)
             if state is not None:
                 state.layers[number] = new
         if state is not None:

@@ -64,7 +64,7 @@ class Spans:
         self.inputs = replace(inputs, offsets_D1=torch.nn.functional.pad(offsets, (1, 0)), document_T=document)
         self.span_F1 = torch.arange(len(sizes))[:, None]
 
-    def attend(self, inputs: Inputs, routes: routing.Routes | None, initial_DBHKV: None, **options):
+    def attend(self, inputs: Inputs, routes: routing.Routes | None, initial_DAHKV: None, **options):
         goes_on = self.span_F1 > 0
         edges = Edges(self.span_F1, goes_on, self.span_F1, goes_on, self.exchange)
         out = attention("varlen")(self.inputs, routes, edges=edges, **options)

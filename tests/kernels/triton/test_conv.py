@@ -15,19 +15,19 @@ LENGTHS = (1, 37, 3, 1, 29)
 
 def make_inputs(num_channels: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    x_TC = torch.randn(sum(LENGTHS), num_channels, dtype=torch.float64, generator=generator)
-    weight_CW = torch.randn(num_channels, width, dtype=torch.float64, generator=generator)
+    x_Tc = torch.randn(sum(LENGTHS), num_channels, dtype=torch.float64, generator=generator)
+    weight_cW = torch.randn(num_channels, width, dtype=torch.float64, generator=generator)
     # The first document starts before these tokens.
     position_T = torch.cat([torch.arange(length) for length in LENGTHS])
     position_T[0] = 5
-    return x_TC, weight_CW, position_T
+    return x_Tc, weight_cW, position_T
 
 
 def output_and_gradients(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], dtype) -> list[Tensor]:
-    x_TC, weight_CW = (x.to(dtype).requires_grad_() for x in inputs[:2])
-    y_TC = function(x_TC, weight_CW, inputs[2])
-    grad_TC = torch.randn(y_TC.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    return [y_TC, *torch.autograd.grad(y_TC, (x_TC, weight_CW), grad_TC.to(dtype))]
+    x_Tc, weight_cW = (x.to(dtype).requires_grad_() for x in inputs[:2])
+    y_Tc = function(x_Tc, weight_cW, inputs[2])
+    grad_Tc = torch.randn(y_Tc.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return [y_Tc, *torch.autograd.grad(y_Tc, (x_Tc, weight_cW), grad_Tc.to(dtype))]
 
 
 def error(inputs: tuple[Tensor, ...], dtype: torch.dtype = torch.float32) -> float:
@@ -46,8 +46,8 @@ def test_short_convolution(num_channels: int, width: int, monkeypatch: pytest.Mo
 
 
 def test_low_precision() -> None:
-    x_TC, weight_CW, position_T = make_inputs(6, 4)
-    assert error((x_TC.bfloat16().double(), weight_CW.bfloat16().double(), position_T), torch.bfloat16) < 4e-3
+    x_Tc, weight_cW, position_T = make_inputs(6, 4)
+    assert error((x_Tc.bfloat16().double(), weight_cW.bfloat16().double(), position_T), torch.bfloat16) < 4e-3
 
 
 def test_looking_past_a_documents_start_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,8 +25,8 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows: Rows, writes_R, initial, write_R, read_R, *tensors):
-        tables = (rows.row_R, rows.token_R, rows.chunks.start_G, rows.chunks.end_G)
-        tables += (rows.pieces.start_G, rows.pieces.end_G, rows.chunk_M)
+        tables = (rows.row_R, rows.token_R, rows.chunks.start_M, rows.chunks.end_M)
+        tables += (rows.pieces.start_M, rows.pieces.end_M, rows.chunk_M)
         inputs = [*tensors, writes_R, write_R, read_R, *tables]
         prepared = gdn.gdn_prepare(inputs, rows.num_tokens)
         transition, increment = gdn.gdn_summarize(inputs, rows.num_tokens, prepared)
@@ -50,7 +50,7 @@ class _Attend(torch.autograd.Function):
         return None, None, grad_initial, grad_write, grad_read, *grads
 
 
-def kernels(inputs: Inputs, routes: Routes | None, weight_writes, weight_reads, gate, initial_DBHKV):
+def kernels(inputs: Inputs, routes: Routes | None, weight_writes, weight_reads, gate, initial_DAHKV):
     """Compute attention through the kernels, with the signature of tests.kernels.implementations.attention."""
     num_tokens, num_heads, value_dim = inputs.v_THV.shape
     num_documents = len(inputs.offsets_D1) - 1
@@ -70,8 +70,8 @@ def kernels(inputs: Inputs, routes: Routes | None, weight_writes, weight_reads, 
     rows = make_rows(segments, num_tokens, num_picks, CHUNKS_PER_PIECE)
     shape = (segments.num_segments, num_heads, shared.q_THK.shape[-1], value_dim)
     initial = torch.zeros(shape)
-    if initial_DBHKV is not None:
-        initial = torch.cat((initial_DBHKV[:, 0], initial_DBHKV[:, 1:].flatten(0, 1)))
+    if initial_DAHKV is not None:
+        initial = torch.cat((initial_DAHKV[:, 0], initial_DAHKV[:, 1:].flatten(0, 1)))
     banks = [x for bank in (shared, sparse) for x in (bank.q_THK, bank.k_THK, bank.g, bank.beta_TH)]
     banks = [x.to(inputs.v_THV.dtype) if x.dim() == 3 else x for x in banks]
     o_R, final = _Attend.apply(rows, writes_R, initial, write_R, read_R, *banks, inputs.v_THV)

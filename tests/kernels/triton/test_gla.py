@@ -23,7 +23,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Rows, q1, k1, g1, q2, k2, g2, v, writes, write, read, initial_S):
         chunks, pieces = rows.chunks, rows.pieces
-        tables = (rows.row_R, rows.token_R, chunks.start_G, chunks.end_G, pieces.start_G, pieces.end_G, rows.chunk_M)
+        tables = (rows.row_R, rows.token_R, chunks.start_M, chunks.end_M, pieces.start_M, pieces.end_M, rows.chunk_M)
         inputs = (q1, k1, g1, q2, k2, g2, v, writes, write, read, *tables, rows.num_tokens)
         with torch.enable_grad():
             leaves = [x.requires_grad_() for x in gla.gla_summarize(*inputs)]
@@ -56,12 +56,12 @@ def _sum_picks(x_R: Tensor, num_tokens: int) -> Tensor:
 def triton_attention(chunks_per_piece: int, form: str = "varlen") -> Callable[..., tuple[Tensor, Tensor]]:
     """Return an implementation on the kernels; its mask form has a row for every partition of every token."""
 
-    def function(inputs: Inputs, routes: Routes | None, *, weight_writes, weight_reads, initial_DBHKV, gate):
+    def function(inputs: Inputs, routes: Routes | None, *, weight_writes, weight_reads, initial_DAHKV, gate):
         num_tokens, num_documents = len(inputs.document_T), len(inputs.offsets_D1) - 1
         ones_T = torch.ones(num_tokens)
         writes_R = write_R = read_R = ones_T
         segments, num_picks = Segments(inputs.offsets_D1), 0
-        initial_S = None if initial_DBHKV is None else initial_DBHKV[:, 0]
+        initial_S = None if initial_DAHKV is None else initial_DAHKV[:, 0]
         if routes is not None:
             scales = [routes.write_weight_TP(False), routes.write_weight_TP(weight_writes)]
             scales.append(routes.read_weight_TP(weight_reads))
@@ -74,8 +74,8 @@ def triton_attention(chunks_per_piece: int, form: str = "varlen") -> Callable[..
             order, offsets = sort_by_segment(bank_TP, inputs.document_T, num_documents, routes.num_partitions)
             offsets = torch.cat((inputs.offsets_D1, num_tokens + offsets[1:]))
             segments = Segments(offsets, torch.cat((torch.arange(num_tokens), num_tokens + order)))
-            if initial_DBHKV is not None:
-                initial_S = torch.cat((initial_DBHKV[:, 0], initial_DBHKV[:, 1:].flatten(0, 1)))
+            if initial_DAHKV is not None:
+                initial_S = torch.cat((initial_DAHKV[:, 0], initial_DAHKV[:, 1:].flatten(0, 1)))
         rows = make_rows(segments, num_tokens, num_picks, chunks_per_piece)
         shared, sparse = inputs.shared, inputs.sparse or inputs.shared
         banks = (shared.q_THK, shared.k_THK, shared.g, sparse.q_THK, sparse.k_THK, sparse.g)
@@ -214,9 +214,9 @@ def test_operators_are_registered() -> None:
     rows = make_rows(Segments(torch.tensor([0, 3])), 3, 0, 1)
     key, value, ones = torch.randn(3, 1, 16), torch.randn(3, 1, 20), torch.ones(3)
     chunks, pieces = rows.chunks, rows.pieces
-    tables = (rows.row_R, rows.token_R, chunks.start_G, chunks.end_G, pieces.start_G, pieces.end_G, rows.chunk_M, 3)
+    tables = (rows.row_R, rows.token_R, chunks.start_M, chunks.end_M, pieces.start_M, pieces.end_M, rows.chunk_M, 3)
     inputs = (*(key, key, -key.abs()) * 2, value, ones, ones, ones, *tables)
-    states = torch.randn(len(pieces.start_G), 1, 16, 20)
+    states = torch.randn(len(pieces.start_M), 1, 16, 20)
     for operator, rest in (
         (gla.gla_summarize, ()),
         (gla.gla_attend, (states,)),

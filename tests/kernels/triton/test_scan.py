@@ -21,7 +21,7 @@ def make_pieces() -> Pieces:
 
 def make_leaves(pieces: Pieces, key_dim: int, columns: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    num_pieces, num_segments = len(pieces.segment_G), len(SIZES)
+    num_pieces, num_segments = len(pieces.segment_M), len(SIZES)
     shapes = [(num_pieces, H, key_dim, columns), (num_pieces, H, key_dim, V), (num_segments, H, key_dim, V)]
     return [
         torch.randn(shape, dtype=torch.float64, generator=generator) / max(1, columns / 8) ** 0.5 for shape in shapes
