@@ -36,9 +36,8 @@ def decode_step(
     """
     before_norm = gate == "reference"
     if states_XAHKV.is_cuda and KERNELS[shared.recurrence.name].has_triton:
-        from megatron_sse.kernels.triton.decode import decode_step as run
-
-        return run(states_XAHKV, slot_T, shared, sparse, v_THV, routes, before_norm, weight_writes, weight_reads)
+        switches = before_norm, weight_writes, weight_reads
+        return decode_on_triton(states_XAHKV, slot_T, shared, sparse, v_THV, routes, *switches)
     active_T = slot_T >= 0
     slot_T, v = slot_T[active_T], v_THV[active_T].to(states_XAHKV.dtype)
 
@@ -65,6 +64,31 @@ def decode_step(
     o_THV = torch.zeros_like(v_THV)
     o_THV[active_T] = o.to(v_THV.dtype)
     return o_THV
+
+
+def decode_on_triton(
+    states_XAHKV: Tensor,
+    slot_T: Tensor,
+    shared: BankInputs,
+    sparse: BankInputs | None,
+    v_THV: Tensor,
+    routes: Routes | None,
+    before_norm: bool,
+    weight_writes: bool,
+    weight_reads: bool,
+) -> Tensor:
+    """Do what decode_step does with the Triton kernel; the states are fp32 and contiguous."""
+    # Imported late: Triton is not installed on machines without a GPU.
+    from megatron_sse.kernels.triton.decode import decode
+
+    assert states_XAHKV.is_contiguous()
+    banks = [[] if bank is None else [x.contiguous() for x in bank.tensors] for bank in (shared, sparse)]
+    bank_TP, weight_TP, counts = None, None, (0, 0, 0)
+    if routes is not None:
+        bank_TP, weight_TP = routes.bank_TP.contiguous(), routes.weight_TP.contiguous()
+        counts = routes.num_writers, routes.first_reader, routes.num_readers
+    switches = before_norm, weight_writes, weight_reads
+    return decode(states_XAHKV, slot_T.contiguous(), *banks, v_THV.contiguous(), bank_TP, weight_TP, *counts, *switches)
 
 
 def _write_and_read(

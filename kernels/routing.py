@@ -47,11 +47,11 @@ class Routes:
         return torch.zeros_like(self.prob_TN, dtype=x_TP.dtype).scatter_add(-1, self.bank_TP, x_TP)
 
     def write_weight_TP(self, weighted: bool) -> Tensor:
-        """What each pick's write is scaled by: its probability or 1 (`weighted`), 0 where the token does not write."""
+        """Return the scale of each pick's write: its probability or 1 (`weighted`), 0 where it is not written."""
         return self._weight(0, self.num_writers, weighted)
 
     def read_weight_TP(self, weighted: bool) -> Tensor:
-        """What each pick's output is scaled by: its probability or 1 (`weighted`), 0 where the token does not read."""
+        """Return the scale of each pick's output: its probability or 1 (`weighted`), 0 where it is not read."""
         return self._weight(self.first_reader, self.num_readers, weighted)
 
     def _weight(self, first: int, count: int, weighted: bool) -> Tensor:
@@ -80,7 +80,7 @@ def route(prob_TN: Tensor, num_writers: int, num_readers: int, bank_TP: Tensor |
 
 
 def join_routes(writes: Routes, reads: Routes) -> Routes:
-    """Writes as one router says, reads as another."""
+    """Join the picks of two routers: writes from the first, reads from the second."""
     assert writes.num_writers == writes.bank_TP.shape[-1] and reads.num_readers == reads.bank_TP.shape[-1]
     bank_TP, weight_TP = (
         torch.cat(x, dim=-1) for x in ((writes.bank_TP, reads.bank_TP), (writes.weight_TP, reads.weight_TP))
@@ -89,7 +89,7 @@ def join_routes(writes: Routes, reads: Routes) -> Routes:
 
 
 def join_segments(bank_TP: Tensor, document_T: Tensor, documents: Segments, num_partitions: int) -> Segments:
-    """Segments of all banks: the documents' shared banks, then their partitions.
+    """Return the segments of all banks: the documents' shared banks, then their partitions.
 
     Rows 0 .. T - 1 are the tokens as the shared bank sees them, row T + t * P + p is token t's pick p.
     """

@@ -108,7 +108,11 @@ def scan_spans(transition_M: Tensor, increment_M: Tensor, pieces: Pieces, edges:
     """
     key_dim, value_dim = increment_M.shape[-2:]
     columns = transition_M.shape[-1]
-    identity = increment_M.new_ones(key_dim, 1) if columns == 1 else torch.eye(key_dim).to(increment_M)
+    identity = (
+        increment_M.new_ones(key_dim, 1)
+        if columns == 1
+        else torch.eye(key_dim, dtype=increment_M.dtype, device=increment_M.device)
+    )
     shape = (pieces.last_S.shape[0], *increment_M.shape[1:])
     zeros = increment_M.new_zeros(shape)
     start = torch.cat((zeros, identity.expand(*shape[:-1], columns)), dim=-1)

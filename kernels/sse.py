@@ -56,7 +56,7 @@ def sse_attention(
             sparse = sparse.normalize()
     if use_triton(v_THV) and KERNELS[recurrence.name].has_triton and not before_norm:
         # Imported late: Triton is not there on machines without a GPU.
-        from megatron_sse.kernels.triton.attention import attend_banks
+        from megatron_sse.kernels.triton_attention import attend_banks
 
         picks = picks.spread() if picks is not None and form == "mask" else picks
         return attend_banks(shared, sparse, v_THV, picks, documents, document_T, initial_DAHKV)

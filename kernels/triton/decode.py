@@ -5,9 +5,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_sse.kernels.banks import BankInputs
-from megatron_sse.kernels.routing import Routes
-
 OPTIONS = {"num_warps": 4}
 
 
@@ -159,7 +156,7 @@ def _blocks(key_dim: int, value_dim: int) -> dict:
 
 
 @torch.library.custom_op("megatron_sse::decode", mutates_args=("states_XAHKV",))
-def _decode(
+def decode(
     states_XAHKV: Tensor,
     slot_T: Tensor,
     shared: list[Tensor],
@@ -214,37 +211,9 @@ def _decode(
     return o_THV
 
 
-@_decode.register_fake
+@decode.register_fake
 def _(states_XAHKV, slot_T, shared, sparse, v_THV, *unused):
     return torch.empty_like(v_THV)
-
-
-def decode_step(
-    states_XAHKV: Tensor,
-    slot_T: Tensor,
-    shared: BankInputs,
-    sparse: BankInputs | None,
-    v_THV: Tensor,
-    routes: Routes | None,
-    before_norm: bool,
-    weight_writes: bool,
-    weight_reads: bool,
-) -> Tensor:
-    """Compute kernels.decode.decode_step, for states that are fp32 and contiguous."""
-    assert states_XAHKV.is_contiguous()
-
-    def tensors(bank: BankInputs | None) -> list[Tensor]:
-        if bank is None:
-            return []
-        return [x.contiguous() for x in (bank.q_THK, bank.k_THK, bank.g, bank.beta_TH) if x is not None]
-
-    bank_TP, weight_TP, counts = None, None, (0, 0, 0)
-    if routes is not None:
-        bank_TP, weight_TP = routes.bank_TP.contiguous(), routes.weight_TP.contiguous()
-        counts = routes.num_writers, routes.first_reader, routes.num_readers
-    switches = before_norm, weight_writes, weight_reads
-    arguments = tensors(shared), tensors(sparse), v_THV.contiguous(), bank_TP, weight_TP, *counts, *switches
-    return _decode(states_XAHKV, slot_T.contiguous(), *arguments)
 
 
 def compile_cases(arch: int) -> list[tuple[triton.JITFunction, dict, dict, dict]]:

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sse.kernels import Edges, decode, norm, routing, scan, sse
+from megatron_sse.kernels import Edges, decode, norm, routing, scan, sse, triton_attention
 from megatron_sse.kernels.scan import apply_transition
-from megatron_sse.kernels.triton import attention as triton_attention
 from tests.kernels.cases import Case, Inputs, errors, make_inputs, outputs_and_gradients
 from tests.kernels.implementations import attention, oracle
 from tests.kernels.triton.rounding import errors_of_bf16

@@ -9,13 +9,12 @@ from torch import Tensor
 
 from megatron_sse.kernels import decode
 from megatron_sse.kernels.registry import KERNELS
-from megatron_sse.kernels.triton import decode as triton_decode
 from tests.kernels.cases import Case, errors, make_inputs
 from tests.kernels.test_decode import CASES, generate
 
 
 def run_triton(states: Tensor, *args, gate: str, weight_writes: bool, weight_reads: bool) -> Tensor:
-    return triton_decode.decode_step(states, *args, gate == "reference", weight_writes, weight_reads)
+    return decode.decode_on_triton(states, *args, gate == "reference", weight_writes, weight_reads)
 
 
 @torch.no_grad()
