@@ -95,6 +95,6 @@ def _block_size(chunks: Tensor) -> int:
 
 
 def join_lower(early: Tensor, below: Tensor, late: Tensor) -> Tensor:
-    """The block matrix [[early, 0], [below, late]] of squares of one size."""
+    """Return the block matrix [[early, 0], [below, late]] of squares of one size."""
     zeros = torch.zeros_like(early)
     return torch.cat((torch.cat((early, zeros), dim=-1), torch.cat((below, late), dim=-1)), dim=-2)

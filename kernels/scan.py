@@ -43,7 +43,7 @@ class _Scan(torch.autograd.Function):
 def scan_pieces(
     transition_M: Tensor, increment_M: Tensor, initial_S: Tensor | None, pieces: Pieces, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """The states that enter the pieces and those that leave the segments, as scan_states but without gradients.
+    """Return the states that enter the pieces and those that leave the segments, without gradients.
 
     Args:
         reverse: the transposed transitions, from the last piece of each segment to the first: given the gradients of
@@ -86,7 +86,7 @@ def _transposed(transition: Tensor) -> Tensor:
 def scan_states(
     transition_M: Tensor, increment_M: Tensor, pieces: Pieces, initial_S: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """States at the chunks' entries and after each segment.
+    """Return the states that enter the chunks and those after each segment.
 
     Args:
         transition_M: [M, H, K, 1] or [M, H, K, K], what each chunk does to the state that enters it.
@@ -101,18 +101,17 @@ def scan_states(
 
 
 def scan_spans(transition_M: Tensor, increment_M: Tensor, pieces: Pieces, edges: Edges) -> tuple[Tensor, Tensor]:
-    """As scan_states, with the states that enter the spans from elsewhere.
+    """Do what scan_states does, with states that enter the spans from other ranks.
 
     The scan runs once, from zero, with extra columns that start as the identity: they become what a segment does to the
     state that enters it. What enters is added when it has arrived.
     """
     key_dim, value_dim = increment_M.shape[-2:]
     columns = transition_M.shape[-1]
-    identity = (
-        increment_M.new_ones(key_dim, 1)
-        if columns == 1
-        else torch.eye(key_dim, dtype=increment_M.dtype, device=increment_M.device)
-    )
+    # What a segment of no rows does: a decay of 1 in every channel, or the identity matrix.
+    identity = increment_M.new_ones(key_dim, 1)
+    if columns > 1:
+        identity = torch.eye(key_dim, dtype=increment_M.dtype, device=increment_M.device)
     shape = (pieces.last_S.shape[0], *increment_M.shape[1:])
     zeros = increment_M.new_zeros(shape)
     start = torch.cat((zeros, identity.expand(*shape[:-1], columns)), dim=-1)

@@ -12,7 +12,7 @@ import pytest
 from megatron_sse.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SMALL = ["model.num_layers=2", "model.layers=sse, softmax", "model.hidden_size=32", "model.sse.num_heads=2"]
 SMALL += ["model.sse.head_dim=8", "model.softmax.num_heads=2", "data.validation=null"]
 RUNS = {

@@ -53,7 +53,10 @@ _FIXED: Values = {
 
 
 def model_from_sse(config: Values, where: str) -> Values:
-    """The model section of a config.json of the authors' code. Raises UserError for what cannot be represented."""
+    """Return the model section of a config.json of the authors' code.
+
+    Raises UserError for what cannot be represented.
+    """
     given = _DEFAULTS | config
     if given["hidden_act"] != "swish":
         raise UserError(f"{where}: hidden_act: got {given['hidden_act']!r}, allowed 'swish'")
@@ -156,7 +159,7 @@ def model_to_sse(model: ModelConfig) -> Values:
 
 
 def _differences(model: ModelConfig) -> list[tuple[str, Any, str]]:
-    """Settings that the authors' code does not have: key, what is given, what it allows."""
+    """Return the settings that the authors' code does not have: key, what is given, what it allows."""
     sse: SSEConfig = model.sse
     kinds = set(model.layer_kinds())
     found: list[tuple[str, Any, str]] = []

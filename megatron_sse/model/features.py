@@ -46,6 +46,6 @@ def constant_decay(num_heads: int) -> Tensor:
 
 
 def delta_decay(logit: Tensor, log_rate: Tensor, bias: Tensor) -> Tensor:
-    """The gated delta rule's log decay, -exp(A_log) softplus(logit + dt_bias), in fp32 at least."""
+    """Return the delta rule's log decay, -exp(A_log) softplus(logit + dt_bias), in fp32 at least."""
     logit = logit.to(torch.promote_types(logit.dtype, torch.float32))
     return -log_rate.exp() * softplus(logit + bias)

@@ -25,7 +25,7 @@ class Chunk:
 
 
 def stage_chunks(config: RunConfig, stage: int) -> list[Chunk]:
-    """The chunks of a pipeline stage, one for each virtual stage."""
+    """Return the chunks of a pipeline stage, one for each virtual stage."""
     parallel, kinds = config.parallel, config.model.layer_kinds()
     number = parallel.pipeline * parallel.virtual_pipeline
     length = len(kinds) // number

@@ -87,7 +87,7 @@ class MegatronSSEForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = True,
         **unused: Any,
     ) -> dict[str, Any]:
-        """The tokens that the state has not seen."""
+        """Return the tokens that the state has not seen."""
         inputs: dict[str, Any] = {"past_key_values": past_key_values, "use_cache": use_cache}
         if inputs_embeds is not None and past_key_values is None:
             inputs["inputs_embeds"] = inputs_embeds

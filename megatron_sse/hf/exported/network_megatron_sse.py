@@ -243,7 +243,7 @@ class SSEMixer(nn.Module):
         return k.masked_fill(~picked, float("-inf")).softmax(-1), g.masked_fill(~picked, 0)
 
     def _recur(self, x_BLd: Tensor, banks: list, state: Tensor | None, real_BL: Tensor | None) -> tuple:
-        """Outputs [B, L, H, V] and new states [B, U, K, V], all banks side by side and masked."""
+        """Return outputs [B, L, H, V] and new states [B, U, K, V], all banks side by side and masked."""
         real = torch.ones(x_BLd.shape[:2], device=x_BLd.device) if real_BL is None else real_BL.float()
         writes = write_scale = read_scale = real[:, :, None]
         if self.num_partitions:
@@ -267,7 +267,7 @@ class SSEMixer(nn.Module):
         return (o * read_scale).sum(2), state
 
     def _side_by_side(self, parts: tuple) -> Any:
-        """The shared bank's tensor, then the sparse banks' one for each partition: a new dim after L."""
+        """Stack the shared bank's tensor, then the sparse banks' one for each partition: a new dim after L."""
         if parts[0] is None:
             return None
         sparse = [parts[1]] * self.num_partitions if self.num_partitions else []
