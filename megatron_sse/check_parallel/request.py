@@ -26,8 +26,10 @@ class Request(ConfigRequest):
         super().check()
         if self.tolerance is not None and not self.tolerance >= 0:
             raise UserError(f"--tolerance: got {self.tolerance}, allowed a number from 0")
-        if self.json is not None and (self.json.is_dir() or not self.json.parent.is_dir()):
-            raise UserError(f"--json: got {self.json}, allowed a file in a folder that exists")
+        if self.json is not None and self.json.is_dir():
+            raise UserError(f"--json: {self.json} is a folder; give the path of a file")
+        if self.json is not None and not self.json.parent.is_dir():
+            raise UserError(f"--json: folder {self.json.parent} not found; create it first")
 
     def layout_names(self) -> list[str] | None:
         """Return the names of the layouts to compare, None for all."""

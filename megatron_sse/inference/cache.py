@@ -81,7 +81,7 @@ class Cache:
 def read_cache(path: str, settings: dict) -> dict[str, Any]:
     """Return the content of a file that Cache.save wrote for a model of the same settings. Raises UserError."""
     if not Path(path).is_file():
-        raise UserError(f"--load-cache: {path}: no such file")
+        raise UserError(f"--load-cache: {path} not found")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     # What torch.load raises for a file that is none depends on its first bytes.
