@@ -104,7 +104,7 @@ WRONG = {
     "context": (["{model}", "--prompt", "a", "--context", "2"], "--context: got 2, allowed a divisor of the number of"),
     "chunk": (["{model}", "--prompt", "a", "--chunk", "0"], "--chunk: got 0"),
     "too long": (["{model}", "--prompt", "a", "--max-tokens", "64"], "allowed 64, the length (data.sequence_length)"),
-    "no cache": (["{model}", "--prompt", "a", "--load-cache", "{tmp}/none"], "--load-cache: .* no such file"),
+    "no cache": (["{model}", "--prompt", "a", "--load-cache", "{tmp}/none"], "--load-cache: .* not found"),
     "no cache file": (["{model}", "--prompt", "a", "--load-cache", "{tmp}/words"], "--load-cache: .* cannot be read"),
 }
 
