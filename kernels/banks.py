@@ -8,6 +8,9 @@ from torch import Tensor
 from megatron_sse.kernels.routing import Routes
 from megatron_sse.recurrence import Recurrence, find_recurrence
 
+# By gate: whether the picks' weights scale keys and queries before the delta rule's normalisation.
+BEFORE_NORM = {"post_norm": False, "reference": True}
+
 
 def l2_normalize(x: Tensor) -> Tensor:
     """Return x / sqrt(sum x^2 + 1e-6) over the last dim, as in the authors' kernels; at least in fp32."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from megatron_sse.kernels.banks import BankInputs, l2_normalize
+from megatron_sse.kernels.banks import BEFORE_NORM, BankInputs, l2_normalize
 from megatron_sse.kernels.routing import Routes
 
 
@@ -58,7 +58,7 @@ def _token(token: BankInputs, state_HKV, v_HV, gate, write=1.0, read=1.0, writes
     q_HK, k_HK = (x.repeat_interleave(groups, dim=0) for x in (token.q_THK, token.k_THK))
     recurrence, decay = token.recurrence, token.g.exp()
     if recurrence.delta_rule:
-        if gate == "reference":
+        if BEFORE_NORM[gate]:
             q_HK, k_HK, read, write = q_HK * read, k_HK * write, 1.0, 1.0
         q_HK, k_HK = l2_normalize(q_HK), l2_normalize(k_HK)
     if writes:

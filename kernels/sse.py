@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_sse.kernels.backend import use_triton
-from megatron_sse.kernels.banks import BankInputs, BankOutputs, Picks, by_document, by_segment
+from megatron_sse.kernels.banks import BEFORE_NORM, BankInputs, BankOutputs, Picks, by_document, by_segment
 from megatron_sse.kernels.registry import KERNELS, run_recurrence
 from megatron_sse.kernels.routing import Routes, join_segments
 from megatron_sse.kernels.segments import Edges, Segments
@@ -43,10 +43,13 @@ def sse_attention(
             (delta rule only): they scale k and q before the normalisation, which cancels them, as the authors do.
         weight_writes, weight_reads: whether the picks' probabilities scale writes and reads.
         initial_DAHKV: states [D, A, H, K, V] that enter the documents; None for zeros.
-        edges: documents that go on in tokens held elsewhere; excludes initial_DAHKV.
+        edges: documents that continue in tokens held elsewhere; excludes initial_DAHKV.
+
+    Raises KeyError for a form or gate that does not exist.
     """
+    is_mask, before_norm = {"varlen": False, "mask": True}[form], BEFORE_NORM[gate]
     documents = Segments(offsets_D1, edges=edges)
-    recurrence, before_norm = shared.recurrence, gate == "reference"
+    recurrence = shared.recurrence
     if recurrence.delta_rule:
         shared = shared.normalize()
     picks = None
@@ -58,7 +61,7 @@ def sse_attention(
         # Imported late: Triton is not there on machines without a GPU.
         from megatron_sse.kernels.triton_attention import attend_banks
 
-        picks = picks.spread() if picks is not None and form == "mask" else picks
+        picks = picks.spread() if picks is not None and is_mask else picks
         return attend_banks(shared, sparse, v_THV, picks, documents, document_T, initial_DAHKV)
     shared = shared.expand_heads(v_THV.shape[1])
     if sparse is None or picks is None:
@@ -66,7 +69,7 @@ def sse_attention(
         o_THV, final = run_recurrence(shared, v_THV, documents, initial)
         return BankOutputs(o_THV, None, final[:, None])
     sparse = sparse.expand_heads(v_THV.shape[1])
-    if form == "mask":
+    if is_mask:
         return _run_mask(shared, sparse, v_THV, picks.spread(), documents, initial_DAHKV)
     return _run_varlen(shared, sparse, v_THV, picks, documents, document_T, initial_DAHKV)
 

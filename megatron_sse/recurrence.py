@@ -54,7 +54,10 @@ RECURRENCES: Final[dict[str, Recurrence]] = {
 if RECURRENCES.keys() != set(get_args(RecurrenceName)):
     raise ImportError(f"RecurrenceName and the table of recurrences differ: {sorted(RECURRENCES)}")
 
+# Tensors tell which recurrence they are for (kernels/banks.py), so no two rows may have the same facts.
 _BY_FORM = {(row.delta_rule, row.channel_decay): row for row in RECURRENCES.values()}
+if len(_BY_FORM) < len(RECURRENCES):
+    raise ImportError(f"two recurrences have the same delta_rule and channel_decay: {sorted(RECURRENCES)}")
 
 
 def find_recurrence(delta_rule: bool, channel_decay: bool) -> Recurrence:

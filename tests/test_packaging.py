@@ -92,6 +92,23 @@ def test_folders_have_no_other_name(tmp_path: Path) -> None:
     assert run_python("import megatron_sse.megatron_sse", ROOT).returncode == 1
 
 
+@pytest.mark.parametrize("line", ["import kernels", "from parallel import layout", "from tests import workers"])
+def test_ruff_refuses_other_names(line: str) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "ruff",
+        "check",
+        "--select",
+        "TID251",
+        "--stdin-filename",
+        "megatron_sse/x.py",
+        "-",
+    ]
+    done = subprocess.run(command, cwd=ROOT, input=f"{line}\n", capture_output=True, text=True)
+    assert done.returncode == 1 and "TID251" in done.stdout, done.stderr
+
+
 def test_kernels_are_not_taken_for_another_package() -> None:
     done = run_python("from transformers.utils import is_kernels_available; print(is_kernels_available())", ROOT)
     assert done.stdout.strip() == "False", done.stderr

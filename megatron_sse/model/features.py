@@ -1,6 +1,7 @@
 """Activations of queries, keys and decays (arXiv 2507.16577, section 3.1 and appendix)."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -8,17 +9,21 @@ from torch.nn.functional import logsigmoid, silu, softplus
 
 
 def softmax_fp32(x: Tensor) -> Tensor:
-    """Softmax over the last dim in fp32 at least."""
+    """Return the softmax over the last dim, in fp32 at least."""
     return x.softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
+# By the settings query_map and key_map.
+_MAPS: dict[str, Callable[[Tensor], Tensor]] = {"silu": silu, "softmax": softmax_fp32}
+
+
 def map_query(q_THK: Tensor, kind: str) -> Tensor:
-    """kind: silu or softmax."""
-    return softmax_fp32(q_THK) if kind == "softmax" else silu(q_THK)
+    """Return the queries after the query map, silu or softmax."""
+    return _MAPS[kind](q_THK)
 
 
 def map_key(k_THK: Tensor | None, g_THK: Tensor, kind: str, topk: int | None) -> tuple[Tensor, Tensor]:
-    """Keys and log decays after the key map.
+    """Return keys and log decays after the key map.
 
     kind: softmax; silu; topk_softmax (row-sparse: softmax over the `topk` largest, other rows 0 and not decayed; equal
     values go to the lower index); one_minus_decay (HGRN2, k_THK is None).
@@ -26,10 +31,8 @@ def map_key(k_THK: Tensor | None, g_THK: Tensor, kind: str, topk: int | None) ->
     if kind == "one_minus_decay":
         return -torch.expm1(g_THK), g_THK
     assert k_THK is not None
-    if kind == "silu":
-        return silu(k_THK), g_THK
-    if kind == "softmax":
-        return softmax_fp32(k_THK), g_THK
+    if kind != "topk_softmax":
+        return _MAPS[kind](k_THK), g_THK
     rows = k_THK.detach().sort(dim=-1, descending=True, stable=True).indices[..., :topk]
     picked = torch.zeros_like(k_THK, dtype=torch.bool).scatter(-1, rows, True)
     return softmax_fp32(k_THK.masked_fill(~picked, float("-inf"))), g_THK.masked_fill(~picked, 0)

@@ -28,6 +28,7 @@ def bind_weights(chunk: GPTModel, weights: Mapping[str, Weight], groups: Process
 
     Raises UserError for a parameter that is not declared, which only a field of model.transformer can add.
     """
+    bound = set()
     for name, parameter in chunk.named_parameters():
         name = global_name(name, chunk)
         if name not in weights:
@@ -35,6 +36,11 @@ def bind_weights(chunk: GPTModel, weights: Mapping[str, Weight], groups: Process
         weight = weights[name]
         assert tuple(parameter.shape) == weight.local_shape(groups.tp.size()), (name, parameter.shape, weight)
         parameter.weight = weight
+        bound.add(name)
+    # A pipeline stage has the weights of its own layers alone.
+    layers = tuple(f"decoder.layers.{layer.layer_number - 1}." for layer in chunk.decoder.layers)
+    missing = {name for name in weights if name.startswith(layers)} - bound
+    assert not missing, f"declared in config/weights.py but not built: {sorted(missing)}"
 
 
 def initialize_weights(chunk: GPTModel, groups: ProcessGroupCollection, model: ModelConfig, seed: int) -> None:

@@ -202,7 +202,11 @@ class SSEMixer(MegatronModule):
             logits = [self._heads(gate(hidden_LBd)) for gate in self.decay_gates]
             return [gate_decay(logit, self.settings.decay_normalizer) for logit in logits], no_beta
         num_tokens = scalars.shape[0]
-        decay_H = self.constant_decay if self.settings.decay == "constant" else scalars.new_zeros(self.num_heads)
+        if self.settings.decay == "constant":
+            decay_H = self.constant_decay
+        else:
+            assert self.settings.decay == "none"
+            decay_H = scalars.new_zeros(self.num_heads)
         return [decay_H[:, None].expand(num_tokens, -1, self.key_dim)] * kinds, no_beta
 
     def _delta_rule_decays(self, hidden_LBd: Tensor, scalars: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:

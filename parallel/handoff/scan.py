@@ -6,7 +6,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_sse.parallel.handoff import algorithms
 from megatron_sse.parallel.handoff.fold import transposed
-from megatron_sse.parallel.handoff.settings import HandOff
+from megatron_sse.parallel.handoff.settings import ALGORITHMS, HandOff
 
 _FUNCTIONS = {
     "exscan": algorithms.exscan,
@@ -14,6 +14,8 @@ _FUNCTIONS = {
     "p2p": algorithms.serial,
     "two_level": algorithms.two_level,
 }
+if _FUNCTIONS.keys() != set(ALGORITHMS):
+    raise ImportError(f"algorithms {sorted(ALGORITHMS)}, functions {sorted(_FUNCTIONS)}")
 
 
 def exclusive_scan(transition: Tensor, state: Tensor, hand_off: HandOff) -> Tensor:

@@ -115,6 +115,14 @@ def test_a_host_sync_is_seen(sync) -> None:
         sync(torch.ones(3))
 
 
+@pytest.mark.parametrize(("form", "options"), [("masks", {}), ("varlen", {"gate": "beta"})])
+def test_unknown_forms_and_gates_are_refused(form: str, options: dict[str, str]) -> None:
+    case = Case(lengths=(4,))
+    inputs = make_inputs(case)
+    with pytest.raises(KeyError):
+        attention(form)(inputs, None, **options)
+
+
 @every_form
 def test_the_task_trains_the_router(form: str) -> None:
     """The delta rule's key normalisation cancels earlier weights, so only `post_norm` gives the router a gradient."""

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from itertools import product
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from megatron_sse.config.schema import ParallelConfig
 from megatron_sse.kernels.scan import apply_transition
 from megatron_sse.parallel.handoff import ALGORITHMS, HandOff, exclusive_scan
 from megatron_sse.parallel.sharding import ContextShard
@@ -49,6 +50,10 @@ ODD_SHAPES = {
 def test_equals_a_serial_fold(case: Case) -> None:
     expected = serial_fold(whole_chain(case))
     assert worst_error(scan_over_ranks(case), expected) < 1e-12
+
+
+def test_settings_allow_every_algorithm() -> None:
+    assert get_args(ParallelConfig.model_fields["hand_off"].annotation) == ALGORITHMS
 
 
 @pytest.mark.parametrize("name", ODD_SHAPES)
