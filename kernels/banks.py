@@ -49,10 +49,12 @@ class BankInputs:
 
     def expand_heads(self, num_heads: int) -> "BankInputs":
         """Repeat each key head for its group of value heads."""
+        # Value heads 0 .. n - 1 belong to key head 0, the next n to key head 1, as in the input projection.
         repeats = num_heads // self.q_THK.shape[1]
         if repeats == 1:
             return self
         q, k = (x.repeat_interleave(repeats, dim=1) for x in (self.q_THK, self.k_THK))
+        # The delta rule has decays per value head already; GLA has those of a key head.
         g = self.g if self.recurrence.delta_rule else self.g.repeat_interleave(repeats, dim=1)
         return BankInputs(q, k, g, self.beta_TH)
 
@@ -137,6 +139,7 @@ class Picks:
 
     def apply(self, bank: BankInputs, v_TPHV: Tensor) -> tuple[BankInputs, Tensor]:
         """Scale and mask inputs [T, P, H, ...] of the picks, before the recurrence."""
+        # Where a token does not write, a log decay of 0 and a write strength or value of 0 leave the state as it is.
         beta = None if bank.beta_TH is None else _scale(bank.beta_TH, self.writes)
         bank = replace(bank, g=_scale(bank.g, self.writes), beta_TH=beta)
         if not self.before_norm:

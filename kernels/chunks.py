@@ -49,6 +49,7 @@ def run_chunks(
     """
     num_rows, num_heads = rows[0].shape[:2]
     grid = make_grid(segments, num_rows, num_heads, choose_chunk_size(num_rows, segments.num_segments))
+    # Heads are folded into the chunks here: every product below is a batch of small matrices.
     within, query, transition, increment = _InBlocks.apply(act, *(to_chunks(x, grid) for x in rows))
     transition, increment = (x.unflatten(0, (-1, grid.num_heads)) for x in (transition, increment))
     if segments.edges is None:

@@ -21,6 +21,7 @@ def short_convolution(x_Tc: Tensor, weight_cW: Tensor, position_T: Tensor) -> Te
     width = weight_cW.shape[-1]
     y_Tc = x_Tc * weight_cW[:, -1]
     for back in range(1, width):
+        # Row t is token t - back; where that is a token of another document, it does not count.
         earlier_Tc = pad(x_Tc, (0, 0, back, 0))[: x_Tc.shape[0]]
         y_Tc = y_Tc + (earlier_Tc * weight_cW[:, -1 - back]).masked_fill((position_T < back)[:, None], 0)
     return y_Tc

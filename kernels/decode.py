@@ -12,7 +12,7 @@ from megatron_sse.kernels.routing import Routes
 
 def decode_step(
     states_XAHKV: Tensor,
-    slot_T: Tensor,
+    place_T: Tensor,
     shared: BankInputs,
     sparse: BankInputs | None,
     v_THV: Tensor,
@@ -26,7 +26,7 @@ def decode_step(
 
     Args:
         states_XAHKV: X places with the states of all A banks, bank 0 shared; fp32 (fp64), changed in place.
-        slot_T: int64, the place of each token's sequence, each at most once; below 0: the token is padding, no state
+        place_T: int64, the place of each token's sequence, each at most once; below 0: the token is padding, no state
             changes and its output is zero.
         shared, sparse, v_THV, routes: T tokens, as for sse_attention; sparse and routes are None where N = 0.
         gate, weight_writes, weight_reads: as for sse_attention.
@@ -37,16 +37,17 @@ def decode_step(
     before_norm = BEFORE_NORM[gate]
     if states_XAHKV.is_cuda and KERNELS[shared.recurrence.name].has_triton:
         switches = before_norm, weight_writes, weight_reads
-        return decode_on_triton(states_XAHKV, slot_T, shared, sparse, v_THV, routes, *switches)
-    active_T = slot_T >= 0
-    slot_T, v = slot_T[active_T], v_THV[active_T].to(states_XAHKV.dtype)
+        return decode_on_triton(states_XAHKV, place_T, shared, sparse, v_THV, routes, *switches)
+    # Waits for the device: on a GPU, only recurrences without a Triton kernel come here.
+    active_T = place_T >= 0
+    place_T, v = place_T[active_T], v_THV[active_T].to(states_XAHKV.dtype)
 
     def active(bank: BankInputs) -> BankInputs:
         return bank.map(lambda x: x[active_T].to(v.dtype)).expand_heads(v.shape[1])
 
     one = v.new_ones(len(v), 1, 1)
-    state, o = _write_and_read(active(shared), v, states_XAHKV[slot_T, 0], one, one, True, False)
-    states_XAHKV[slot_T, 0] = state
+    state, o = _write_and_read(active(shared), v, states_XAHKV[place_T, 0], one, one, True, False)
+    states_XAHKV[place_T, 0] = state
     if sparse is not None and routes is not None:
         sparse = active(sparse)
         for pick in range(routes.bank_TP.shape[1]):
@@ -55,10 +56,11 @@ def decode_step(
                 routes.weight_TP[active_T, pick].to(v.dtype)[:, None, None],
             )
             write, read = weight if weight_writes else one, weight if weight_reads else one
-            state, writes = states_XAHKV[slot_T, bank], pick < routes.num_writers
+            state, writes = states_XAHKV[place_T, bank], pick < routes.num_writers
             state, o_pick = _write_and_read(sparse, v, state, write, read, writes, before_norm)
             if writes:
-                states_XAHKV[slot_T, bank] = state
+                states_XAHKV[place_T, bank] = state
+            # With a router of its own for reads, the first picks are written to and not read.
             if 0 <= pick - routes.first_reader < routes.num_readers:
                 o = o + o_pick
     o_THV = torch.zeros_like(v_THV)
@@ -68,7 +70,7 @@ def decode_step(
 
 def decode_on_triton(
     states_XAHKV: Tensor,
-    slot_T: Tensor,
+    place_T: Tensor,
     shared: BankInputs,
     sparse: BankInputs | None,
     v_THV: Tensor,
@@ -88,7 +90,9 @@ def decode_on_triton(
         bank_TP, weight_TP = routes.bank_TP.contiguous(), routes.weight_TP.contiguous()
         counts = routes.num_writers, routes.first_reader, routes.num_readers
     switches = before_norm, weight_writes, weight_reads
-    return decode(states_XAHKV, slot_T.contiguous(), *banks, v_THV.contiguous(), bank_TP, weight_TP, *counts, *switches)
+    return decode(
+        states_XAHKV, place_T.contiguous(), *banks, v_THV.contiguous(), bank_TP, weight_TP, *counts, *switches
+    )
 
 
 def _write_and_read(
@@ -104,6 +108,7 @@ def _write_and_read(
     q, k = token.q_THK, token.k_THK
     if writes:
         decay_THK = token.g.exp() if recurrence.channel_decay else token.g.exp()[..., None]
+        # The state decays first, so that the delta rule compares the value with what is recalled after the decay.
         state = state * decay_THK[..., None]
         change = v * write
         if token.beta_TH is not None:

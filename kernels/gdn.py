@@ -22,10 +22,12 @@ def act(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> ChunkAction
     from_start, to_end = pair_decay[:, :, :1] * g[:, :1].exp(), pair_decay[:, -1:].transpose(-1, -2)
 
     # WY form: what a token writes is u - w S, with S the state entering the chunk.
+    # How much of what row s wrote row t > s takes back: beta_t (k_t . k_s), decayed from s to t.
     keys_met = (beta * (k @ k.transpose(-1, -2)) * pair_decay).tril(-1)
     written = solve_unit_lower(keys_met, torch.cat((beta * v, beta * from_start * k), dim=-1))
     u, w = written.split((v.shape[-1], key_dim), dim=-1)
 
+    # What the rows write enters the leaving state through their keys, decayed to the chunk's end.
     k_kept = (k * to_end).transpose(-1, -2)
     identity = torch.eye(key_dim, dtype=q.dtype, device=q.device)
     scores = (q @ k.transpose(-1, -2)) * pair_decay
@@ -42,6 +44,7 @@ def _pair_decay(g: Tensor) -> Tensor:
 
     Each sum is taken on its own: a difference of two running sums would lose digits.
     """
+    # For g = a b c: up_to_t is a 0 0 | a b 0 | a b c, and its product with after_s has the last row b + c, c, 0.
     up_to_t = g.transpose(-1, -2).expand(-1, g.shape[1], -1).tril()
     after_s = g.new_ones(g.shape[1], g.shape[1]).tril(-1)
     return (up_to_t @ after_s).exp().tril()
@@ -80,4 +83,5 @@ class _SolveUnitLower(torch.autograd.Function):
     def backward(ctx, grad_x):
         inverse, x = ctx.saved_tensors
         grad_b = inverse.transpose(-1, -2) @ grad_x
+        # x = A^-1 b with A = 1 + lower: the gradient of b is A^-T grad_x, that of lower -grad_b x^T below the diagonal.
         return -(grad_b @ x.transpose(-1, -2)).tril(-1), grad_b

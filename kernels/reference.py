@@ -32,6 +32,7 @@ def reference_sse(
     for d, (start, end) in enumerate(zip(offsets_D1[:-1].tolist(), offsets_D1[1:].tolist(), strict=True)):
         states = list((v_THV.new_zeros(shape) if initial_DAHKV is None else initial_DAHKV[d]).unbind())
         for t in range(start, end):
+            # Every token writes to the shared bank and reads it, with weight 1.
             states[0], o = _token(shared_T[t], states[0], v[t], gate="post_norm")
             for p in range(0 if routes is None else routes.bank_TP.shape[-1]):
                 assert routes is not None

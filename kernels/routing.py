@@ -94,6 +94,8 @@ def join_segments(bank_TP: Tensor, document_T: Tensor, documents: Segments, num_
     Rows 0 .. T - 1 are the tokens as the shared bank sees them, row T + t * P + p is token t's pick p.
     """
     num_tokens, num_documents = bank_TP.shape[0], documents.num_segments
+    # For 3 tokens of one document with one pick each, in the partitions 1 0 1: order 1 0 2 and offsets 0 1 3, so
+    # row_R is 0 1 2 | 4 | 3 5 and the segments' offsets are 0 3 4 6: shared bank, partition 0, partition 1.
     order, offsets = sort_by_segment(bank_TP, document_T, num_documents, num_partitions)
     row_R = torch.cat((torch.arange(num_tokens, device=order.device), num_tokens + order))
     edges = documents.edges and documents.edges.of_banks(num_documents, num_partitions)
@@ -118,5 +120,6 @@ def sort_by_segment(
         return sort(bank_TP, document_T, num_documents, num_partitions)
     segment = (document_T[:, None] * num_partitions + bank_TP).flatten()
     sorted_segment, order = segment.sort(stable=True)
+    # offsets[s] is the first sorted position whose segment is s or later, also where segment s has no pick.
     edges = torch.arange(num_documents * num_partitions + 1, device=segment.device)
     return order, torch.searchsorted(sorted_segment, edges)

@@ -63,6 +63,7 @@ def _run_torch(a: Tensor, u: Tensor, initial_S: Tensor | None, pieces: Pieces, r
     waves = _waves(pieces)
     for m in reversed(waves) if reverse else waves:
         segment = pieces.segment_M[m]
+        # Pieces of a wave belong to different segments, so no two of them write the same state.
         y[m] = state_S[segment]
         state_S[segment] = apply_transition(a[m], y[m]) + u[m]
     return y, state_S
@@ -119,11 +120,14 @@ def scan_spans(transition_M: Tensor, increment_M: Tensor, pieces: Pieces, edges:
     entering, final = scan_states(transition_M, padded, pieces, start)
     (entering, before), (final, whole) = (x.split((value_dim, columns), dim=-1) for x in (entering, final))
 
+    # A span in which a document starts passes on nothing of what entered it: its transition is zero.
     leaving = whole[edges.exit_FU] * edges.carries_FU[..., None, None, None]
     arriving = edges.exchange(leaving.flatten(1, 2), final[edges.exit_FU].flatten(1, 2))
     arriving = arriving.view(*edges.entry_FU.shape, *shape[1:]).masked_fill(
         ~edges.continues_FU[..., None, None, None], 0
     )
+    # States enter the first segment of each span and bank; all other segments start from zero.
     initial = zeros.index_copy(0, edges.entry_FU.flatten(), arriving.flatten(0, 1))
+    # Linear in what enters: the state that enters a piece is the local one plus the product of the pieces before it.
     entering = entering + apply_transition(before, initial[pieces.segment_M])
     return entering, final + apply_transition(whole, initial)

@@ -31,6 +31,7 @@ class Edges:
     def of_banks(self, num_documents: int, num_partitions: int) -> "Edges":
         """From documents to segments: document d's shared bank is segment d, the sparse ones start at D + d * N."""
 
+        # With D = 2 and N = 3, document 0 is segment 0 and segments 2 3 4, document 1 is segment 1 and segments 5 6 7.
         def segments(document_FU: Tensor) -> Tensor:
             sparse = num_documents + document_FU[..., None] * num_partitions
             sparse = sparse + torch.arange(num_partitions, device=document_FU.device)
@@ -86,6 +87,8 @@ def cut(segments: Segments, num_rows: int, size: int) -> Pieces:
     """Cut segments over `num_rows` rows into pieces of `size` rows, the last one of a segment shorter."""
     offsets_S1 = segments.offsets_S1
     num_segments = segments.num_segments
+    # Segments of 3 and 2 rows in pieces of 2 rows: pieces_S 2 1, so pieces 0 1 | 2 have segment_M 0 0 1,
+    # step_M 0 1 0 and start_M 0 2 3. M is 5 // 2 + 2 = 4: piece 3 is not used, and empty at the last segment's end.
     pieces_S = (offsets_S1.diff() + size - 1) // size
     piece_offsets_S1 = torch.nn.functional.pad(pieces_S.cumsum(0), (1, 0))
     piece_M = torch.arange(num_rows // size + num_segments, device=offsets_S1.device)
@@ -123,13 +126,18 @@ def make_grid(segments: Segments, num_rows: int, num_heads: int, chunk_size: int
     """Lay chunks of `chunk_size` rows over `num_rows` rows of `num_heads` heads."""
     chunks = cut(segments, num_rows, chunk_size)
     device = segments.offsets_S1.device
+    # The example of cut, with one head: positions 0 1 | 2 3 | 3 4 | 5 6, of which the chunks own 0 1 | 2 - | 3 4 | - -.
+    # So row is 0 1 2 5 3 4 5 5 (5 is the zero row that _take appends), and place, its inverse, is 0 1 2 4 5.
     position_GC = chunks.start_M[:, None] + torch.arange(chunk_size, device=device)
     valid_GC = position_GC < chunks.end_M[:, None]
+    # Padding must still read a valid entry of row_R; its result is replaced below.
     position_GC = position_GC.clamp(max=max(num_rows - 1, 0))
     row_GC = position_GC if segments.row_R is None else segments.row_R[position_GC]
+    # Heads are batch entries of the products: row r of head h is entry r * H + h of the flat input.
     row_GHC = row_GC[:, None] * num_heads + torch.arange(num_heads, device=device)[:, None]
     row = torch.where(valid_GC[:, None], row_GHC, num_rows * num_heads).flatten()
 
+    # All padding writes to the last entry, which is dropped: which of the writes wins does not matter.
     place = torch.empty(num_rows * num_heads + 1, dtype=torch.int64, device=device)
     place.scatter_(0, row, torch.arange(row.shape[0], device=device))
     return ChunkGrid(num_heads, chunks, row, place[:-1])

@@ -91,6 +91,7 @@ def _run_varlen(shared, sparse, v_THV, picks, documents, document_T, initial_DAH
     segments = join_segments(picks.bank_TP, document_T, documents, picks.num_partitions)
     picked = sparse.map(lambda x: x[:, None].expand(-1, num_picks, *x.shape[1:]))
     picked, v_picked = picks.apply(picked, v_THV[:, None].expand(-1, num_picks, *v_THV.shape[1:]))
+    # Token t's pick p lands in row T + t * P + p, as join_segments expects.
     joined, v = _join(shared, picked.map(lambda x: x.flatten(0, 1)), v_THV, v_picked.flatten(0, 1), dim=0)
 
     o, final = run_recurrence(joined, v, segments, None if initial_DAHKV is None else by_segment(initial_DAHKV))

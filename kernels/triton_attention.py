@@ -73,6 +73,7 @@ def attend_banks(
         segments = join_segments(picks.bank_TP, document_T, documents, picks.num_partitions)
         of_picks = (picks.writes, picks.write_scale, picks.read_scale)
         scales = [torch.cat((ones, x.flatten())) for ones, x in zip(scales, of_picks, strict=True)]
+    # About as many programs as share a piece: one for each head and 64 value channels.
     programs_per_piece = num_heads * -(-v_THV.shape[-1] // 64)
     chunks_per_piece = choose_chunks_per_piece(num_tokens * (1 + num_picks), programs_per_piece)
     rows = make_rows(segments, num_tokens, num_picks, chunks_per_piece)
@@ -124,6 +125,7 @@ class _Recurrence(torch.autograd.Function):
             (grad_leaving,), grad_initial = torch.autograd.grad(graph, increment, (grad_entering, grad_final)), None
         *grads, grad_write, grad_read = operators.attend_backward(*arguments, entering, grad_o_RHV, grad_leaving)
         shared, sparse = zip(*(_by_token(grad, num_tokens) for grad in grads), strict=True)
+        # All banks see the same values, so the gradients of both kinds of rows add up.
         grad_v = shared[-1] if sparse[-1] is None else shared[-1] + sparse[-1]
         banks = (*shared[:-1], *sparse[:-1])
         return None, None, None, grad_initial if ctx.has_initial else None, *banks, grad_v, None, grad_write, grad_read

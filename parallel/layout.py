@@ -190,6 +190,7 @@ class TokenLayout(PackedSeqParams):
             tensor_group: given where tensor ranks hold parts of L (sequence parallelism).
         """
         chain, position_BL, num_slots = self.shard.chain, self.position_BL, self.shard.num_slots
+        # Each tensor rank's part counts as a slot, and the ranks are those of the tensor and context groups together.
         if tensor_group is not None:
             chain, num_slots = self.shard.chain_of_parts(tensor_group.size()), 1
             position_BL = position_BL.chunk(tensor_group.size(), dim=1)[tensor_group.rank()]
@@ -237,6 +238,7 @@ class TokenLayout(PackedSeqParams):
         """Return which keys a query sees, bool [B, 1, L, E]; None where plain causal attention is meant."""
         if self.shard.size == 1 and self.num_documents == self.batch_size and window is None:
             return None
+        # Columns, not indices: neighbouring tokens of a rank may be far apart in the sequence (zigzag).
         distance = self.column_L[:, None] - self.key_column_E
         seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
         return (seen & (self.document_id_BL[:, :, None] == self.key_document_id_BE[:, None]))[:, None]

@@ -58,6 +58,7 @@ def make_route(
     after_rank_T, _ = _places(after)
     assert len(before_rank_T) == len(after_rank_T)
     own, wanted = (np.flatnonzero(rows[rank] >= 0) for rows in (before, after))
+    # In the example, for rank 0: receivers 0 1; arriving 0 3, of which senders are 0 1.
     receivers = after_rank_T[before[rank][own]]
     arriving = after[rank][wanted]
     senders = before_rank_T[arriving]
@@ -94,6 +95,7 @@ class _Reroute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_Rc):
+        # A rearrangement is a permutation, so its transpose is the way back.
         return _exchange(grad_Rc, ctx.route.back, ctx.group), None, None
 
 
@@ -103,6 +105,7 @@ def _exchange(x_Rc: Tensor, route: Route, group: dist.ProcessGroup) -> Tensor:
     received = sent.new_empty(len(route.receive_rows), *x_Rc.shape[1:])
     dist.all_to_all_single(received, sent, route.receive_sizes, route.send_sizes, group=group)
     out = x_Rc.new_zeros(route.num_rows_after, *x_Rc.shape[1:])
+    # Every row is written at most once; those that nobody writes are padding and stay 0.
     return out.index_copy_(0, route.receive_rows, received)
 
 

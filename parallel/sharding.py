@@ -59,6 +59,7 @@ class ContextShard:
 
     def _columns_of(self, rank: int, length: int) -> np.ndarray:
         assert length % (self.size * self.num_slots) == 0
+        # Two ranks and 8 tokens in zigzag: chunks 0 1 | 2 3 | 4 5 | 6 7, of which rank 0 owns the first and the last.
         chunks = np.arange(length).reshape(self.size * self.num_slots, -1)
         own = [rank, 2 * self.size - 1 - rank] if self.zigzag else [rank]
         return chunks[own].reshape(-1)

@@ -15,6 +15,7 @@ def likeliest_tokens(logits_wv: Tensor, vocab_size: int, group: dist.ProcessGrou
     first = group.rank() * part
     token_v = torch.arange(first, first + part, device=logits_wv.device)
     best_w, place_w = logits_wv.float().masked_fill(token_v >= vocab_size, -torch.inf).max(-1)
+    # all_reduce works in place, and best_w is still needed to see whose logit it was.
     most_w = best_w.clone()
     dist.all_reduce(most_w, op=dist.ReduceOp.MAX, group=group)
     # A rank without the best logit proposes vocab_size, which is above every token and so never the minimum.

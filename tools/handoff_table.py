@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--kv-heads", type=int, default=4)
     args = parser.parse_args()
-    print(f"| MiB forward + backward | tokens | {' | '.join(f'P = {size}' for size in SIZES)} |")
+    print(f"| MiB forward + backward | tokens | {' | '.join(f'{size} ranks' for size in SIZES)} |")
     print(f"|---|---|{'---|' * len(SIZES)}")
     for matrix in (False, True):
         for num_partitions in (4, 16, 64):

@@ -82,6 +82,7 @@ def conv_backward_kernel(
             b_grad_x += b_grad * b_weight
             b_partial += tl.where(tap[:, None] == W - 1 - ahead, tl.sum(b_grad * b_x, axis=0)[None, :], 0.0)
         tl.store(grad_x_ptr + token[:, None] * DIM + channel, b_grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+    # Partial sums [programs, channels, taps], read back as the weight's own layout.
     place = (program * DIM + channel[None, :]) * W + tap[:, None]
     tl.store(partial_ptr + place, b_partial, mask=(tap < W)[:, None] & (channel < DIM))
 

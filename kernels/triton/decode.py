@@ -83,7 +83,7 @@ def _write_and_read(
 @triton.jit
 def decode_kernel(
     states_ptr,
-    slot_ptr,
+    place_ptr,
     q1_ptr,
     k1_ptr,
     g1_ptr,
@@ -114,7 +114,7 @@ def decode_kernel(
 ):
     """Compute the token's outputs and update its states; program (token, value head, block of V).
 
-    A token in a negative slot belongs to no sequence: its output is zero and no state changes.
+    A token in a negative place belongs to no sequence: its output is zero and no state changes.
     """
     num_blocks: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     program = tl.program_id(0)
@@ -122,22 +122,24 @@ def decode_kernel(
     token = (program // (num_blocks * HV)).to(tl.int64)
     column = program % num_blocks * BLOCK_V + tl.arange(0, BLOCK_V)
     own = (token * HV + head) * V + column
-    slot = tl.load(slot_ptr + token)
-    if slot < 0:
+    place = tl.load(place_ptr + token)
+    if place < 0:
         tl.store(o_ptr + own, tl.zeros([BLOCK_V], o_ptr.dtype.element_ty), mask=column < V)
         return
 
     channel = tl.arange(0, BLOCK_K)
+    # A program holds all K rows of its columns: what a key recalls is a sum over K.
     cell = channel[:, None] * V + column
     inside = (channel < K)[:, None] & (column < V)
     b_v = tl.load(v_ptr + own, mask=column < V, other=0.0).to(tl.float32)
     # The first bank's state of this head; the next bank's lies HV states further.
-    state_ptr = states_ptr + (slot * A * HV + head) * K * V
+    state_ptr = states_ptr + (place * A * HV + head) * K * V
     b_q, b_k, decay, beta = _load_token(q1_ptr, k1_ptr, g1_ptr, beta1_ptr, token, head, H, HV, K, DELTA, BLOCK_K)
     b_o = _write_and_read(state_ptr, cell, inside, b_q, b_k, decay, beta, b_v, 1.0, 1.0, K, DELTA, True, False)
     if P > 0:
         b_q, b_k, decay, beta = _load_token(q2_ptr, k2_ptr, g2_ptr, beta2_ptr, token, head, H, HV, K, DELTA, BLOCK_K)
     for pick in tl.static_range(P):
+        # bank_ptr and place_ptr hold int64: a pool may have more than 2^31 elements.
         picked_ptr = state_ptr + (1 + tl.load(bank_ptr + token * P + pick)) * HV * K * V
         weight = tl.load(weight_ptr + token * P + pick).to(tl.float32)
         write = weight if WEIGHT_WRITES else 1.0
@@ -158,7 +160,7 @@ def _blocks(key_dim: int, value_dim: int) -> dict:
 @torch.library.custom_op("megatron_sse::decode", mutates_args=("states_XAHKV",))
 def decode(
     states_XAHKV: Tensor,
-    slot_T: Tensor,
+    place_T: Tensor,
     shared: list[Tensor],
     sparse: list[Tensor],
     v_THV: Tensor,
@@ -183,13 +185,13 @@ def decode(
     unread = [] if delta else [shared[2]]
     decode_kernel[(o_THV.shape[0] * num_value_heads * triton.cdiv(value_dim, blocks["BLOCK_V"]),)](
         states_XAHKV,
-        slot_T,
+        place_T,
         *shared,
         *unread,
         *(sparse or shared),
         *unread,
         v_THV,
-        slot_T if bank_TP is None else bank_TP,
+        place_T if bank_TP is None else bank_TP,
         shared[2] if weight_TP is None else weight_TP,
         o_THV,
         A=num_banks,
@@ -212,7 +214,7 @@ def decode(
 
 
 @decode.register_fake
-def _(states_XAHKV, slot_T, shared, sparse, v_THV, *unused):
+def _(states_XAHKV, place_T, shared, sparse, v_THV, *unused):
     return torch.empty_like(v_THV)
 
 
@@ -220,7 +222,7 @@ def compile_cases(arch: int) -> list[tuple[triton.JITFunction, dict, dict, dict]
     """Return (kernel, signature, constants, options) of everything that is launched at common sizes."""
     cases = []
     for dtype in ("*bf16", "*fp32"):
-        signature = {"states_ptr": "*fp32", "slot_ptr": "*i64"}
+        signature = {"states_ptr": "*fp32", "place_ptr": "*i64"}
         for kind in (1, 2):
             signature |= {f"q{kind}_ptr": dtype, f"k{kind}_ptr": dtype, f"g{kind}_ptr": "*fp32"}
             signature |= {f"beta{kind}_ptr": "*fp32"}

@@ -183,6 +183,7 @@ def gdn_scores_backward_kernel(
     decay = pair_decay(load_gate(gates_ptr, 0, head, start, within, valid, num_rows, HV), C)
     scores = load_tile(scores_ptr + sorted_row * C, within, valid, within, C).to(tl.float32)
     read = tl.load(read_ptr + row, mask=valid, other=0.0)
+    # scores holds its decay already, so its product with its gradient is the gradient of the pair's summed log decay.
     through_decay = tl.where(t > s, read[:, None] * grad_scores * scores, 0.0)
     store_tile(grad_scores_ptr + sorted_row * C, within, valid, within, SCALE * grad_scores * decay, C)
     grad_met = tl.where(t > s, -grad_met * decay, 0.0)
@@ -301,6 +302,7 @@ def gdn_keys_backward_kernel(
     grad_scores = load_tile(grad_scores_ptr + sorted_row * C, within, valid, within, C)
     grad_k = tl.dot(tl.trans(grad_scores), (read[:, None] * q).to(dtype), grad_k, input_precision="ieee")
     grad_met = load_tile(grad_met_ptr + sorted_row * C, within, valid, within, C)
+    # k k^T has k on both sides, so its gradient enters as it is and transposed.
     grad_k = tl.dot(grad_met, k, grad_k, input_precision="ieee")
     grad_k = tl.dot(tl.trans(grad_met), k, grad_k, input_precision="ieee")
     store_tile(grad_k_ptr, row * HV + head, valid, key, grad_k, K)

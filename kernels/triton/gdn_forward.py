@@ -70,6 +70,7 @@ def pair_decay(g, C: tl.constexpr):
 @triton.jit
 def split_lower(x, COUNT: tl.constexpr, SIZE: tl.constexpr):
     """Split COUNT lower block triangular matrices of 2 SIZE rows into the diagonal blocks, 2 COUNT, and those below."""
+    # Only the last dim of size 2 can be split, so the halves of rows and of columns are moved there in turn.
     top, bottom = tl.split(tl.permute(tl.reshape(x, (COUNT, 2, SIZE, 2, SIZE)), (0, 2, 4, 3, 1)))
     early, _ = tl.split(top)
     below, late = tl.split(bottom)
@@ -102,8 +103,10 @@ def invert_64(lower):
     halves, below_32 = split_lower(tl.reshape(lower, (1, 64, 64)), 1, 32)
     quarters, below_16 = split_lower(halves, 2, 16)
     t, s = tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
+    # Blocks of 2 rows: the inverse of [[1, 0], [x, 1]] is [[1, 0], [-x, 1]].
     inverse = tl.where(t == s, 1.0, tl.where(t // 2 == s // 2, -quarters, 0.0))
     for half in tl.static_range(1, 4):
+        # What pairs neighbouring blocks of 2^half rows: for half 1, the rows 2 3 with the columns 0 1.
         below = tl.where((t >> half != s >> half) & (t >> (half + 1) == s >> (half + 1)), quarters, 0.0)
         inverse -= tl.dot(inverse, tl.dot(below, inverse, input_precision="ieee"), input_precision="ieee")
     inverse = join_lower(join_lower(inverse, below_16, 2, 16), below_32, 1, 32)
@@ -146,6 +149,7 @@ def gdn_gates_kernel(
     later_g = load_tile(g1_ptr, token, place + 1 < end, head, HV) * writes
     from_start, to_end = tl.exp(tl.cumsum(g, axis=0)), tl.exp(tl.cumsum(later_g, axis=0, reverse=True))
 
+    # `gates` is [4, HV, R]: for one head, neighbouring positions are neighbours in memory.
     matrix = num_rows.to(tl.int64) * HV
     offset = head.to(tl.int64)[None, :] * num_rows + place[:, None]
     mask = (place < end)[:, None] & (head < HV)[None, :]
@@ -201,6 +205,7 @@ def gdn_prepare_kernel(
     tile = (head.to(tl.int64) * num_rows + start) * C
     store_tile(scores_ptr + tile, within, valid, within, scores * decay * SCALE, C)
     beta = load_gate(gates_ptr, 1, head, start, within, valid, num_rows, HV)
+    # Rows that are not valid were loaded as zeros, so they do not enter the inverse of the others.
     lower = tl.where(within[:, None] > within[None, :], beta[:, None] * met * decay, 0.0)
     store_tile(inverse_ptr + tile, within, valid, within, invert_64(lower), C)
 
@@ -260,6 +265,7 @@ def gdn_summarize_kernel(
     is_increment = block < value_blocks
     within, key, matrix = tl.arange(0, C), tl.arange(0, BK), (piece * HV + head).to(tl.int64)
     column = (block if is_increment else block - value_blocks) * BV + tl.arange(0, BV)
+    # Blocks from value_blocks on are columns of the transition: their state starts as columns of the identity.
     state = tl.where((key[:, None] == column[None, :]) & (block >= value_blocks), 1.0, 0.0)
     for first in range(start, end, C):
         place = first + within

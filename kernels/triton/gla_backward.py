@@ -115,6 +115,7 @@ def gla_inter_kernel(
         return
     chunk = tl.load(chunk_ptr + piece)
     offset_KV, mask_KV = state_offsets(piece, head, num_value_heads, dim_K, dim_V, K, V)
+    # Transposed by its addresses: the tensor in memory is [K, V].
     b_grad_state = tl.load(grad_leaving_ptr + tl.trans(offset_KV), mask=tl.trans(mask_KV), other=0.0)
     dtype = v_ptr.dtype.element_ty
     num_chunks = ((end - start + CHUNK - 1) // CHUNK).to(tl.int32)
@@ -141,6 +142,7 @@ def gla_inter_kernel(
         b_grad_key = tl.dot(b_v, b_grad_state.to(dtype), input_precision=PRECISION) * write_C[:, None]
         store_rows(grad_key_ptr, position_C, valid_C, head, num_value_heads, dim_K, K, b_grad_key)
         b_grad_query = tl.dot(b_grad_o, b_state, input_precision=PRECISION)
+        # Before it is scaled by read: o is linear in read, so read's gradient is the product with the unscaled output.
         read_partial_C = tl.sum(b_query.to(tl.float32) * b_grad_query, 1)
         b_grad_query *= read_C[:, None]
         store_rows(grad_query_ptr, position_C, valid_C, head, num_value_heads, dim_K, K, b_grad_query)
@@ -219,6 +221,7 @@ def gla_values_kernel(
         b_decay = tl.load(decay_ptr + offset_K, mask=dim_K < K, other=0.0)
 
         b_grad_o = (b_grad_o.to(tl.float32) * read_C[:, None]).to(dtype)
+        # Values reach the loss through the leaving state and through later rows of the chunk.
         b_grad_v = tl.dot(b_key, b_grad_state.to(dtype), input_precision=PRECISION)
         b_grad_v = tl.dot(tl.trans(b_scores), b_grad_o, b_grad_v, input_precision=PRECISION)
         offset_C = (row_C.to(tl.int64) * num_value_heads + head) * blocks + block

@@ -60,6 +60,7 @@ def gla_summarize_kernel(
     # Neighbouring value heads share a key head.
     key_head = head // (num_value_heads // num_heads)
     dim_K = block // blocks_v * BLOCK_K + tl.arange(0, BLOCK_K)
+    # Programs of one piece are neighbours, so that the rows they all read are likely to be in the cache.
     dim_V = block % blocks_v * BLOCK_V + tl.arange(0, BLOCK_V)
     start, end = tl.load(piece_start_ptr + piece), tl.load(piece_end_ptr + piece)
     x_ptr, g_ptr = x1_ptr, g1_ptr
@@ -102,6 +103,7 @@ def gla_summarize_kernel(
     offset_KV, mask_KV = state_offsets(piece, head, num_value_heads, dim_K, dim_V, K, V)
     tl.store(state_ptr + offset_KV, b_state, mask=mask_KV)
     if not REVERSE:
+        # All blocks of V have the same transition, so only the first stores it.
         offset_K = (piece.to(tl.int64) * num_value_heads + head) * K + dim_K
         tl.store(transition_ptr + offset_K, tl.exp(total_K), mask=(dim_K < K) & (block % blocks_v == 0))
 
@@ -236,5 +238,6 @@ def gla_output_kernel(
         b_v = (b_v.to(tl.float32) * write_C[:, None]).to(dtype)
         b_o = tl.dot(b_query, b_state.to(dtype), input_precision=PRECISION)
         b_o = tl.dot(b_scores, b_v, b_o, input_precision=PRECISION)
+        # Outputs go to the row's own place, not to its sorted position.
         store_rows(o_ptr, row_C, valid_C, head, num_value_heads, dim_V, V, b_o * read_C[:, None])
         b_state = tl.dot(tl.trans(b_key), b_v, b_state * b_decay[:, None], input_precision=PRECISION)

@@ -89,6 +89,7 @@ def gla_intra_kernel(
 
     b_inter = _load_groups(grad_query_ptr, position_C, valid_C, head, num_heads, dim_K, K, GROUPS) * tl.exp(b_sum)
     b_crossing += b_q * b_inter
+    # Stored are gradients of the plain q and k: SCALE is part of q here.
     b_grad_q += own_C[:, None] * b_k + b_inter
     store_rows(grad_q_ptr, row_C, valid_C, head, num_heads, dim_K, K, b_grad_q * SCALE)
     b_inter = _load_groups(grad_key_ptr, position_C, valid_C, head, num_heads, dim_K, K, GROUPS)

@@ -75,6 +75,7 @@ def gla_steep_scores_kernel(
         else:
             for level in tl.static_range(4):
                 b_scores += _scores_across(b_q, b_k, b_g, b_next, dtype, CHUNK, 8 >> level, PRECISION)
+            # A row meets itself without decay.
             b_scores += tl.where(pairs_inside(CHUNK, 1), tl.sum(b_q * b_k, 1)[:, None], 0.0)
     store_rows(scores_ptr, position_C, valid_C, head, num_heads, tl.arange(0, CHUNK), CHUNK, b_scores)
 

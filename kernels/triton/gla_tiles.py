@@ -11,6 +11,7 @@ import triton.language as tl
 @triton.jit
 def load_rows(ptr, row_C, valid_C, head, heads, dim_c, DIM: tl.constexpr):
     """Load rows [C, c] of a tensor [..., heads, DIM], with zeros for rows that are not valid."""
+    # int64: rows x heads x channels passes 2^31 elements at long lengths.
     offset_Cc = (row_C.to(tl.int64) * heads + head)[:, None] * DIM + dim_c[None, :]
     return tl.load(ptr + offset_Cc, mask=valid_C[:, None] & (dim_c < DIM)[None, :], other=0.0)
 
@@ -37,6 +38,7 @@ def load_log_decays(g_ptr, writes_ptr, row_ptr, token_ptr, position_C, end, head
     """
     valid_C = position_C < end
     token_C = tl.load(token_ptr + position_C, mask=valid_C, other=0)
+    # Whether a row writes is known by row, its log decay by token: the picks of a token share it.
     writes_C = tl.load(writes_ptr + tl.load(row_ptr + position_C, mask=valid_C, other=0), mask=valid_C, other=0.0)
     return load_rows(g_ptr, token_C, valid_C, head, heads, dim_K, K) * writes_C[:, None]
 

@@ -14,6 +14,7 @@ def _load_sum(o_ptr, picked_ptr, row, column, inside, num_heads, V: tl.constexpr
     cell = row[:, None] * V + column
     b_x = tl.load(o_ptr + cell, mask=inside, other=0.0).to(tl.float32)
     token, head = row // num_heads, row % num_heads
+    # Picks are [T, P, H, V]: row (token, head) has its picks H rows apart.
     for pick in range(P):
         picked_row = (token * P + pick) * num_heads + head
         b_x += tl.load(picked_ptr + picked_row[:, None] * V + column, mask=inside, other=0.0).to(tl.float32)
@@ -94,6 +95,7 @@ def norm_backward_kernel(
             b_grad *= b_gate * b_sigmoid
         b_partial += b_grad * b_normed
         b_grad *= b_weight
+        # The part of the gradient along n itself changes only the length, which the norm takes out again.
         b_along = tl.sum(b_grad * b_normed, axis=1)[:, None] / V
         b_grad_o = b_scale * (b_grad - b_normed * b_along)
         tl.store(grad_o_ptr + cell, b_grad_o.to(grad_o_ptr.dtype.element_ty), mask=inside)

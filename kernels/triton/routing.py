@@ -30,6 +30,7 @@ def top_banks_kernel(
     b_prob = tl.load(prob_ptr + place, mask=inside[:, None] & (bank < N), other=float("-inf"))
     # NaN counts as the largest, as in torch, so that every pick stays a valid index.
     b_prob = tl.where(b_prob != b_prob, float("inf"), b_prob)
+    # P is small: picking the largest P times is cheaper than sorting all N.
     for pick in tl.static_range(P):
         b_best = tl.argmax(b_prob, axis=1, tie_break_left=True)
         tl.store(bank_ptr + token * P + pick, b_best.to(tl.int64), mask=inside)
@@ -113,6 +114,7 @@ def place_picks_kernel(
     for first in range(0, BLOCK, TILE):
         other = first + tl.arange(0, TILE)
         b_other = tl.load(bank_ptr + block * BLOCK + other, mask=block * BLOCK + other < num_picks, other=-1)
+        # Compared in tiles: all pairs of a block at once would not fit into registers.
         earlier = (b_bank[:, None] == b_other.to(tl.int32)) & (other < own[:, None])
         b_rank += tl.sum(earlier.to(tl.int32), axis=1)
     b_document = tl.load(document_ptr + pick // P, mask=inside, other=0)
@@ -172,6 +174,7 @@ def sort_by_segment(
         bank_TP, start_D1, until_NZ1, before_D1N, num_blocks, P=picks_per_token, **counting, **OPTIONS
     )
     offsets = torch.nn.functional.pad(before_D1N.diff(dim=0).flatten().cumsum(0), (1, 0))
+    # What a pick's `until` counts of earlier documents lies in their segments, so it is taken off here.
     base_DN = offsets[:-1] - before_D1N[:-1].flatten()
 
     order = torch.empty(num_picks, dtype=torch.int64, device=device)

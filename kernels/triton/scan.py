@@ -55,6 +55,7 @@ def scan_decay_kernel(
     segment = (program // (num_blocks * num_heads)).to(tl.int64)
     start, step, count = _walk(first_ptr, last_ptr, empty_ptr, segment, REVERSE)
 
+    # With K = 2, V = 3 and blocks of 4: block 0 has row 0 and the first cell of row 1, block 1 the other two cells.
     cell = program % num_blocks * BLOCK + tl.arange(0, BLOCK)
     inside = cell < size
     channel = cell // VALUE_DIM
@@ -151,6 +152,7 @@ def scan_matrix_kernel(
             b_state = tl.load(increment_ptr + place * size + cell, mask=inside, other=0.0)
             for k_start in range(0, KEY_DIM, BLOCK_K):
                 k = k_start + key
+                # The transposed matrix is read, not made: entry (row, k) of it is entry (k, row) in memory.
                 if REVERSE:
                     entry = k[None, :] * KEY_DIM + row[:, None]
                 else:
@@ -170,6 +172,7 @@ def _choose(key_dim: int, value_dim: int, columns: int) -> tuple[triton.JITFunct
     if columns == 1:
         num_blocks = triton.cdiv(key_dim * value_dim, STATE_BLOCK)
         return scan_decay_kernel, num_blocks, dims | {"BLOCK": STATE_BLOCK}, {"num_warps": 4, "num_stages": 2}
+    # tl.dot takes no blocks below 16.
     blocks = {"BLOCK_K": min(64, max(16, triton.next_power_of_2(key_dim))), "BLOCK_V": COLUMN_BLOCK}
     return scan_matrix_kernel, triton.cdiv(value_dim, COLUMN_BLOCK), dims | blocks, {"num_warps": 4, "num_stages": 2}
 

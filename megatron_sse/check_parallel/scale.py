@@ -8,6 +8,7 @@ from typing import Any
 from megatron_sse.check_parallel.layouts import MAX_RANKS, num_ranks
 from megatron_sse.config import ParallelConfig, RunConfig
 from megatron_sse.config.pattern import expand_pattern
+from megatron_sse.config.schema import Source
 
 Values = dict[str, Any]
 Layouts = list[ParallelConfig]
@@ -46,6 +47,9 @@ def _changes(before: Values, after: Values, prefix: str) -> Iterator[str]:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        # A blend, which is printed as its files and tasks.
+        return " + ".join(str(Source(**entry)) for entry in value)
     return "null" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 

@@ -93,6 +93,7 @@ def _softmax_layers(config: Settings) -> Found:
         )
     if softmax.num_heads % tensor:
         yield "model.softmax.num_heads", softmax.num_heads, f"a multiple of parallel.tensor {tensor}"
+    # In Megatron each tensor rank has complete key heads, or several ranks share one.
     if softmax.num_kv_heads % tensor and tensor % softmax.num_kv_heads:
         yield "model.softmax.num_kv_heads", softmax.num_kv_heads, f"a multiple or divisor of parallel.tensor {tensor}"
     if softmax.rotary_base and softmax.head_dim % 2:
@@ -117,6 +118,7 @@ def _sizes(config: Settings) -> Found:
         factors = [f"parallel.context {parallel.context}"] if parallel.context > 1 else []
         factors += [f"parallel.tensor {parallel.tensor} (parallel.sequence)"] if split > 1 else []
         yield "data.sequence_length", length, f"a multiple of {parallel.context * split}: {' x '.join(factors)}"
+    # Two slots a rank, and under sequence parallelism each slot divides among the tensor ranks.
     if parallel.layout == "zigzag" and length % (2 * parallel.context * split):
         allowed = f"a multiple of {2 * parallel.context * split} with parallel.layout zigzag"
         yield "data.sequence_length", length, allowed

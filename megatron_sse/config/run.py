@@ -129,6 +129,7 @@ def _find_stage_problem(config: Settings) -> Problem | None:
 
 def _stage_config(config: Settings, stage: Stage, layout: str) -> RunConfig:
     """Return the run's settings during a stage. Raises ValidationError where they do not fit together."""
+    # Validated again as a run of its own, so that a stage is checked like any other run.
     values: dict[str, Any] = config.model_dump()
     given = {name: value for name, value in stage.model_dump().items() if value is not None}
     for section, names in (("data", _DATA), ("training", _TRAINING), ("optimizer", _OPTIMIZER)):

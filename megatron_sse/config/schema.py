@@ -34,6 +34,7 @@ class Section(BaseModel):
     def _drop_null(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
+        # A null in YAML means the default, wherever the default is null.
         nullable = {name for name, field in cls.model_fields.items() if field.default is None}
         return {key: value for key, value in values.items() if value is not None or key not in nullable}
 
@@ -149,6 +150,7 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _derive(self) -> "ModelConfig":
         if self.ffn_hidden_size is None:
+            # SwiGLU has three matrices: 8/3 of the hidden size costs what two of 4 times would; rounded up to 64.
             self.ffn_hidden_size = -(-8 * self.hidden_size // (3 * 64)) * 64
         if self.softmax.head_dim is None and self.softmax.num_heads and self.hidden_size % self.softmax.num_heads == 0:
             self.softmax.head_dim = self.hidden_size // self.softmax.num_heads
@@ -232,7 +234,7 @@ class Source(Section):
         return self.mqar or self.needle
 
     def __str__(self) -> str:
-        return self.prefix or ("mqar" if self.mqar else "needle")
+        return self.prefix or next(name for name in SOURCES if getattr(self, name) is not None)
 
 
 SOURCES = ("prefix", "mqar", "needle")

@@ -128,6 +128,7 @@ def mixer_weights(mixer: MixerSpec, hidden: int) -> Iterator[Weight]:
 
     yield Weight("in_proj.weight", kind, (heads * sum(mixer.head_rows.values()), hidden), split=0)
     if mixer.num_partitions:
+        # Keys that are made of the decay have no projection, so no low-rank pair either.
         for name in ("query_lora", "key_lora")[: len(mixer.maps)]:
             yield from _low_rank(name, kind, hidden, rank, mixer.key_size)
         rows = sse.num_routers * mixer.num_partitions
@@ -143,6 +144,7 @@ def mixer_weights(mixer: MixerSpec, hidden: int) -> Iterator[Weight]:
     if mixer.has_decay_gates:
         for number in range(kinds):
             yield from _low_rank(f"decay_gates.{number}", kind, hidden, sse.decay_low_rank, mixer.decay_size)
+            # The delta rule has dt_bias in its place.
             if not mixer.recurrence.delta_rule:
                 yield _bias(f"decay_gates.{number}.up.bias", kind, mixer.decay_size)
     if sse.short_convolution:

@@ -82,6 +82,7 @@ def read_part(source: Model, part: Part) -> Tensor:
     repeats = part.shape[0] // tensor.shape[0]
     if repeats == 1:
         return tensor
+    # Two key heads for four query heads: rows of heads a b become a a b b, the order of the query heads.
     heads = tensor.unflatten(0, (-1, source.config.model.softmax.head_dim))
     return heads.repeat_interleave(repeats, dim=0).flatten(0, 1)
 

@@ -66,12 +66,12 @@ def least_length(tokenizer: Tokenizer, task: NeedleTask) -> int:
 
 def _num_before(tokenizer: Tokenizer) -> int:
     """Return the number of tokens that a tokenizer puts before a text."""
-    return len(tokenizer.encode("a")) - len(tokenizer.encode("a", goes_on=True))
+    return len(tokenizer.encode("a")) - len(tokenizer.encode("a", continues=True))
 
 
 def count(tokenizer: Tokenizer, text: str) -> int:
     """Return the number of tokens of a text that continues another."""
-    return len(tokenizer.encode(text, goes_on=True))
+    return len(tokenizer.encode(text, continues=True))
 
 
 def answer(reader: Reader, tokenizer: Tokenizer, needles: list[Needle]) -> list[str]:
@@ -82,8 +82,8 @@ def answer(reader: Reader, tokenizer: Tokenizer, needles: list[Needle]) -> list[
     decoders, texts = [tokenizer.stream() for _ in needles], [""] * len(needles)
     sampler = Sampler(reader.vocab_size)
     for tokens in generate(net, Cache(net, len(needles)), prompts, num_tokens, sampler, tokenizer.end, reader.chunk):
-        for slot, token in enumerate(tokens):
+        for place, token in enumerate(tokens):
             # None: this sequence has ended while others continue.
             if token is not None and token != tokenizer.end:
-                texts[slot] += decoders[slot](token)
+                texts[place] += decoders[place](token)
     return texts

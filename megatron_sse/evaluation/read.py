@@ -26,7 +26,7 @@ class Reader:
     def logits(
         self, sequences: Sequence[np.ndarray], wanted: Sequence[np.ndarray]
     ) -> Iterator[tuple[np.ndarray, np.ndarray, Tensor]]:
-        """Yield, for the w wanted tokens of each chunk: sequence [w], place in it [w], logits [w, vocab_size] in fp32.
+        """Yield, for the w wanted tokens of each chunk: sequence [w], position in it [w], fp32 logits [w, vocab_size].
 
         Args:
             sequences: tokens, int64, at least one in each.
@@ -36,17 +36,17 @@ class Reader:
             group = sequences[first : first + self.batch]
             cache = Cache(self.net, len(group))
             for pieces in cut([len(tokens) for tokens in group], self.chunk):
-                slots, begins, counts = (np.array(column) for column in zip(*pieces, strict=True))
-                chosen = [(slot, slice(begin, begin + count)) for slot, begin, count in pieces]
-                tokens_T = torch.from_numpy(np.concatenate([group[slot][part] for slot, part in chosen]))
+                places, begins, counts = (np.array(column) for column in zip(*pieces, strict=True))
+                chosen = [(place, slice(begin, begin + count)) for place, begin, count in pieces]
+                tokens_T = torch.from_numpy(np.concatenate([group[place][part] for place, part in chosen]))
                 # T counts the tokens of this chunk, sequence after sequence; w those of them that are wanted.
-                wanted_T = np.concatenate([wanted[first + slot][part] for slot, part in chosen])
-                hidden_T1d = feed(self.net, cache, tokens_T, slots.tolist(), counts.tolist())
+                wanted_T = np.concatenate([wanted[first + place][part] for place, part in chosen])
+                hidden_T1d = feed(self.net, cache, tokens_T, places.tolist(), counts.tolist())
                 # The chunk still had to be read: it changes the cache.
                 if not wanted_T.any():
                     continue
-                sequence_T = first + np.repeat(slots, counts)
-                place_T = np.concatenate([np.arange(part.start, part.stop) for _, part in chosen])
+                sequence_T = first + np.repeat(places, counts)
+                position_T = np.concatenate([np.arange(part.start, part.stop) for _, part in chosen])
                 row_w = torch.from_numpy(np.flatnonzero(wanted_T)).to(hidden_T1d.device)
                 logits_wv = logits_of(self.net, hidden_T1d[row_w])[:, : self.vocab_size]
-                yield sequence_T[wanted_T], place_T[wanted_T], logits_wv
+                yield sequence_T[wanted_T], position_T[wanted_T], logits_wv

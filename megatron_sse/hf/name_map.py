@@ -144,6 +144,7 @@ def _in_proj(mixer: MixerSpec, weight: Weight, ours: str, theirs: str) -> Link:
 
     def join(*tensors: Tensor) -> Tensor:
         by_kind = torch.stack(tensors[-num_scalars:]).unflatten(1, (kinds, num_heads, group))
+        # From [scalars, kinds, heads, group, hidden] to the order of our rows: head, value head, scalar, kind.
         own = by_kind.permute(2, 3, 0, 1, 4).flatten(1, 3)
         projections = heads.join(*tensors[:-num_scalars]).unflatten(0, (num_heads, -1))
         return torch.cat((projections, own), dim=1).flatten(0, 1)
@@ -159,6 +160,7 @@ def _in_proj(mixer: MixerSpec, weight: Weight, ours: str, theirs: str) -> Link:
 def _by_kind(weight: Weight, ours: str, theirs: str) -> Link:
     """Link numbers per value head and kind of bank; theirs has all shared ones first."""
     heads, kinds, *channels = weight.shape
+    # With 2 heads, theirs has the rows shared 0 1, sparse 0 1, and ours shared 0, sparse 0 | shared 1, sparse 1.
     return Link(
         f"{ours}{weight.name}",
         (Part(f"{theirs}{weight.name}", (kinds * heads, *channels)),),

@@ -37,16 +37,16 @@ class Cache:
         self.lengths = [0] * num_sequences
         self.pending: list[list[int]] = [[] for _ in range(num_sequences)]
 
-    def layout(self, slots: Sequence[int], counts: Sequence[int], shard: ContextShard = ALL_TOKENS) -> CachedLayout:
+    def layout(self, places: Sequence[int], counts: Sequence[int], shard: ContextShard = ALL_TOKENS) -> CachedLayout:
         """Of new tokens of some sequences, `counts` (at least 1) of each; on several context ranks of one sequence,
         the tokens of this rank's part."""
-        past = [self.lengths[slot] for slot in slots]
-        return CachedLayout.of(slots, past, counts, self.layers, self.device, shard)
+        past = [self.lengths[place] for place in places]
+        return CachedLayout.of(places, past, counts, self.layers, self.device, shard)
 
     def advance(self, layout: CachedLayout) -> None:
         """Count the new tokens, of all context ranks, as seen."""
-        for slot, count in zip(layout.slots, layout.counts, strict=True):
-            self.lengths[slot] += count * layout.shard.size
+        for place, count in zip(layout.places, layout.counts, strict=True):
+            self.lengths[place] += count * layout.shard.size
 
     @property
     def num_bytes(self) -> int:

@@ -65,14 +65,14 @@ def _prepare(request: Request) -> _Job:
     request.check()
     model = open_model("CHECKPOINT", request.checkpoint)
     config = inference_config(model, request.precision, request.world_size // request.context)
-    vocab_size, goes_on = config.model.vocab_size, request.load_cache is not None
+    vocab_size, continues = config.model.vocab_size, request.load_cache is not None
     instead = ", or give token ids with --tokens"
     tokenizer = None if request.tokens is not None else open_tokenizer(model, instead)
     if request.tokens is not None:
-        prompts = read_tokens(request.tokens, vocab_size, goes_on)
+        prompts = read_tokens(request.tokens, vocab_size, continues)
     else:
         assert tokenizer is not None
-        prompts = read_prompts(request.prompts, request.prompt_files, tokenizer, goes_on)
+        prompts = read_prompts(request.prompts, request.prompt_files, tokenizer, continues)
         for number, prompt in enumerate(prompts, 1):
             check_tokens(f"prompt {number}", prompt, vocab_size)
     kept = None if request.load_cache is None else read_cache(request.load_cache, _settings(config))
@@ -117,11 +117,11 @@ class _Session:
         ):
             if not num_tokens:
                 first = time.perf_counter()
-            for slot, token in enumerate(tokens):
+            for place, token in enumerate(tokens):
                 if token is None or token == self.end:
                     continue
-                text = decoders[slot](token)
-                texts[slot] += text
+                text = decoders[place](token)
+                texts[place] += text
                 if len(prompts) == 1:
                     _show(text)
             num_tokens += sum(token is not None for token in tokens)
@@ -146,7 +146,7 @@ class _Session:
             if cache.pending[0] and cache.pending[0][-1] == self.end:
                 cache = Cache(self.net, 1)
             text = line.rstrip("\n")
-            prompt = self.tokenizer.encode(text, goes_on=bool(cache.lengths[0])) if text else []
+            prompt = self.tokenizer.encode(text, continues=bool(cache.lengths[0])) if text else []
             if not prompt and not cache.pending[0]:
                 print("empty prompt: give at least one character", file=sys.stderr)
                 continue

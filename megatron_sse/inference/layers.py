@@ -2,7 +2,7 @@
 
 Context ranks may share the new tokens of one sequence: each computes its part, and all keep the same.
 
-A slot is one of the X places of the pool here, for one sequence. D counts the sequences that continue, in order, T
+A place is one row of the pool of X sequences. D counts the sequences that continue, in order, T
 their new tokens one after the other, W the tokens before a token that its convolution looks at.
 """
 
@@ -33,23 +33,23 @@ class CachedLayout(TokenLayout):
     """New tokens of some sequences in one row, each sequence a document; positions count its earlier tokens too.
 
     Attributes:
-        slots, past, counts: of each sequence, on the host: its slot, its tokens before, its new tokens; on context
+        places, past, counts: of each sequence, on the host: its place, its tokens before, its new tokens; on context
             ranks there is one sequence, and these are its tokens before all parts and those of this rank's part.
-        slot_D: int64, the slots.
+        place_D: int64, the places.
         layers: what each layer keeps, by layer number.
     """
 
-    slots: Sequence[int] = ()
+    places: Sequence[int] = ()
     past: Sequence[int] = ()
     counts: Sequence[int] = ()
-    slot_D: Tensor = field(default_factory=torch.Tensor)
+    place_D: Tensor = field(default_factory=torch.Tensor)
     layers: Mapping[int, Any] = field(default_factory=dict)
     has_layer_losses: ClassVar[bool] = False
 
     @classmethod
     def of(
         cls,
-        slots: Sequence[int],
+        places: Sequence[int],
         past: Sequence[int],
         counts: Sequence[int],
         layers: Mapping[int, Any],
@@ -60,15 +60,16 @@ class CachedLayout(TokenLayout):
 
         shard: this rank's part of the new tokens; with several ranks there is one sequence.
         """
-        assert shard.size == 1 or len(slots) == 1
+        assert shard.size == 1 or len(places) == 1
         starts_1T = np.zeros((1, sum(counts)), dtype=bool)
         starts_1T[0, np.cumsum([0, *counts[:-1]])] = True
         plain = TokenLayout.from_starts(starts_1T, device=device)
         values = {entry.name: getattr(plain, entry.name) for entry in fields(plain)}
+        # Parts have equal lengths and follow each other in rank order.
         before = np.add(past, shard.rank * counts[0]) if shard.size > 1 else past
         values |= {"position_BL": plain.position_BL + to_device(np.repeat(before, counts), device), "shard": shard}
-        slot_D = to_device(np.asarray(slots, dtype=np.int64), device)
-        return cls(**values, slots=slots, past=past, counts=counts, slot_D=slot_D, layers=layers)
+        place_D = to_device(np.asarray(places, dtype=np.int64), device)
+        return cls(**values, places=places, past=past, counts=counts, place_D=place_D, layers=layers)
 
     @property
     def one_each(self) -> bool:
@@ -120,13 +121,14 @@ class Tail:
     def convolve(self, x_Tc: Tensor, weight_cW: Tensor, layout: CachedLayout, group: ProcessGroup) -> Tensor:
         """Apply kernels.short_convolution behind the tokens kept. group: the context ranks."""
         width, num_sequences = self.rows_XWc.shape[1], layout.num_documents
-        tail_DWc, last_Wc = self.rows_XWc[layout.slot_D], None
+        tail_DWc, last_Wc = self.rows_XWc[layout.place_D], None
         if layout.shard.size > 1:
             before_Wc, last_Wc = tails(x_Tc, tail_DWc[0], group)
             tail_DWc = before_Wc[None]
         # Each sequence's new tokens stand behind its tail.
         before_D = torch.arange(num_sequences, device=x_Tc.device) * width
         back_W = torch.arange(width, device=x_Tc.device)
+        # For two sequences with tails of 2 and the new tokens a b | c, x is - - a b - - c and row_T is 2 3 6.
         row_T = torch.arange(len(x_Tc), device=x_Tc.device) + before_D[layout.document_T] + width
         x = x_Tc.new_empty(len(x_Tc) + num_sequences * width, x_Tc.shape[1])
         x[row_T] = x_Tc
@@ -135,7 +137,7 @@ class Tail:
         position[row_T] = layout.position_BL.flatten()
         out_Tc = short_convolution(x, weight_cW, position)[row_T]
         last_DWc = x[(layout.offsets_D1[1:] + before_D)[:, None] + back_W] if last_Wc is None else last_Wc[None]
-        self.rows_XWc[layout.slot_D] = last_DWc
+        self.rows_XWc[layout.place_D] = last_DWc
         return out_Tc
 
 
@@ -180,9 +182,10 @@ class BankCache(LayerCache):
         exchange: hands states on between context ranks. group: these ranks.
         """
         if layout.one_each:
-            o_THV = decode_step(self.states_XAHKV, layout.slot_D, shared, sparse, v_THV, routes, **options)
+            o_THV = decode_step(self.states_XAHKV, layout.place_D, shared, sparse, v_THV, routes, **options)
             return BankOutputs(o_THV, None, None)
-        initial_DAHKV, edges = self.states_XAHKV[layout.slot_D], None
+        # More than one token: the chunked form, from the states kept.
+        initial_DAHKV, edges = self.states_XAHKV[layout.place_D], None
         if layout.shard.size > 1:
             edges = edges_behind(initial_DAHKV[0].flatten(0, 1), exchange, layout.shard.rank)
         banks = sse_attention(
@@ -199,7 +202,7 @@ class BankCache(LayerCache):
         )
         assert banks.final_DAHKV is not None
         final_DAHKV = banks.final_DAHKV if edges is None else of_last_rank(banks.final_DAHKV, group)
-        self.states_XAHKV[layout.slot_D] = final_DAHKV
+        self.states_XAHKV[layout.place_D] = final_DAHKV
         return banks
 
     def tensors(self) -> dict[str, Tensor]:
@@ -239,14 +242,14 @@ class KeyValueCache(LayerCache):
             assert group is not None
             k_THK, v_THK = (of_all_ranks(x, group) for x in (k_THK, v_THK))
             first = layout.past[0] + layout.shard.rank * len(q_THK)
-            return self._attend_one(q_THK, k_THK, v_THK, layout.slots[0], layout.past[0], first, scale)
-        if layout.one_each and list(layout.slots) == list(range(len(self.key_XRHK))):
+            return self._attend_one(q_THK, k_THK, v_THK, layout.places[0], layout.past[0], first, scale)
+        if layout.one_each and list(layout.places) == list(range(len(self.key_XRHK))):
             return self._attend_step(q_THK, k_THK, v_THK, layout, scale)
         parts = [x.split(list(layout.counts)) for x in (q_THK, k_THK, v_THK)]
         return torch.cat(
             [
-                self._attend_one(q, k, v, slot, past, past, scale)
-                for q, k, v, slot, past in zip(*parts, layout.slots, layout.past, strict=True)
+                self._attend_one(q, k, v, place, past, past, scale)
+                for q, k, v, place, past in zip(*parts, layout.places, layout.past, strict=True)
             ]
         )
 
@@ -256,7 +259,8 @@ class KeyValueCache(LayerCache):
         """Attend from one token of every sequence."""
         position_X, num_rows = layout.position_BL[0], self.key_XRHK.shape[1]
         row_X = position_X % num_rows
-        self.key_XRHK[layout.slot_D, row_X], self.value_XRHK[layout.slot_D, row_X] = k_XHK, v_XHK
+        self.key_XRHK[layout.place_D, row_X], self.value_XRHK[layout.place_D, row_X] = k_XHK, v_XHK
+        # A full ring is seen completely, whatever its order: softmax attention does not depend on the order of rows.
         used = min(max(layout.past) + 1, num_rows)
         seen_XR = None
         if min(layout.past) + 1 < used:
@@ -268,7 +272,7 @@ class KeyValueCache(LayerCache):
         q_LHK: Tensor,
         k_EHK: Tensor,
         v_EHK: Tensor,
-        slot: int,
+        place: int,
         past: int,
         position: int,
         scale: float | None,
@@ -277,7 +281,7 @@ class KeyValueCache(LayerCache):
 
         past: position of the first key and value. position: that of the first query.
         """
-        keys_RHK, values_RHK = self.key_XRHK[slot], self.value_XRHK[slot]
+        keys_RHK, values_RHK = self.key_XRHK[place], self.value_XRHK[place]
         length, num_rows = len(k_EHK), len(keys_RHK)
         position_L = torch.arange(position, position + len(q_LHK), device=q_LHK.device)
         if self.window is None:
@@ -286,12 +290,14 @@ class KeyValueCache(LayerCache):
             keys, values = keys_RHK[: past + length], values_RHK[: past + length]
         else:
             first = max(0, past - self.window + 1)
+            # Position p is in row p mod R, so the window before `past` may wrap around the end of the ring.
             kept = torch.arange(first, past, device=q_LHK.device) % num_rows
             keys, values = torch.cat((keys_RHK[kept], k_EHK)), torch.cat((values_RHK[kept], v_EHK))
             last = torch.arange(past, past + length, device=q_LHK.device)[-num_rows:] % num_rows
             keys_RHK[last], values_RHK[last] = k_EHK[-num_rows:], v_EHK[-num_rows:]
         position_R = torch.arange(first, past + length, device=q_LHK.device)
         outputs = []
+        # The mask is new tokens x kept tokens; queries are taken in blocks that bound it.
         block = max(1, _MASK_ELEMENTS // len(keys))
         for q, position_Q in zip(q_LHK.split(block), position_L.split(block), strict=True):
             distance_QR = position_Q[:, None] - position_R

@@ -8,10 +8,10 @@ from megatron_sse.errors import UserError
 from megatron_sse.pretrained.text import Tokenizer
 
 
-def read_prompts(texts: Sequence[str], files: Sequence[str], tokenizer: Tokenizer, goes_on: bool) -> list[list[int]]:
+def read_prompts(texts: Sequence[str], files: Sequence[str], tokenizer: Tokenizer, continues: bool) -> list[list[int]]:
     """Return the tokens of the given texts and of text files, one prompt each.
 
-    goes_on: whether they continue what a cache holds; then they may be empty. Raises UserError.
+    continues: whether they continue what a cache holds; then they may be empty. Raises UserError.
     """
     named = [(f"--prompt {number}", text) for number, text in enumerate(texts, 1)]
     for file in files:
@@ -19,13 +19,13 @@ def read_prompts(texts: Sequence[str], files: Sequence[str], tokenizer: Tokenize
             named.append((f"--prompt-file {file}", Path(file).read_text(encoding="utf-8")))
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompt-file: {file} cannot be read ({' '.join(str(error).split())})") from None
-    prompts = [tokenizer.encode(text, goes_on) for _, text in named]
+    prompts = [tokenizer.encode(text, continues) for _, text in named]
     for (name, _), prompt in zip(named, prompts, strict=True):
-        _check_not_empty(name, prompt, goes_on)
+        _check_not_empty(name, prompt, continues)
     return prompts
 
 
-def read_tokens(file: str, vocab_size: int, goes_on: bool) -> list[list[int]]:
+def read_tokens(file: str, vocab_size: int, continues: bool) -> list[list[int]]:
     """Return the prompts of a file of token ids, one per line; otherwise like read_prompts."""
     try:
         lines = Path(file).read_text(encoding="ascii").splitlines()
@@ -36,7 +36,7 @@ def read_tokens(file: str, vocab_size: int, goes_on: bool) -> list[list[int]]:
     if not prompts:
         raise UserError(f"--tokens: got {file}, which is empty, allowed a line of token ids for each prompt")
     for number, prompt in enumerate(prompts, 1):
-        _check_not_empty(f"--tokens: {file}:{number}", prompt, goes_on)
+        _check_not_empty(f"--tokens: {file}:{number}", prompt, continues)
         check_tokens(f"--tokens: {file}:{number}", prompt, vocab_size)
     return prompts
 
@@ -63,6 +63,6 @@ def check_length(model: ModelConfig, trained_length: int, num_tokens: int, given
         )
 
 
-def _check_not_empty(name: str, prompt: Sequence[int], goes_on: bool) -> None:
-    if not prompt and not goes_on:
+def _check_not_empty(name: str, prompt: Sequence[int], continues: bool) -> None:
+    if not prompt and not continues:
         raise UserError(f"{name}: got an empty prompt, allowed at least one token")

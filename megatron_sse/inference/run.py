@@ -20,16 +20,17 @@ def feed(
     model: GPTModel,
     cache: Cache,
     tokens_T: Tensor,
-    slots: Sequence[int],
+    places: Sequence[int],
     counts: Sequence[int],
     shard: ContextShard = ALL_TOKENS,
 ) -> Tensor:
     """Run new tokens through the model; return the input of its output layer, [T, 1, d].
 
-    tokens_T: int64, `counts` of each sequence in `slots`, one after the other. shard: where context ranks share the new
-        tokens of one sequence, this rank's part; all parts are as long, and every rank's cache then holds all.
+    tokens_T: int64, `counts` of each sequence in `places`, one after the other.
+    shard: where context ranks share the new tokens of one sequence, this rank's part. All parts have the same length,
+        and afterwards every rank's cache holds all of them.
     """
-    layout = cache.layout(slots, counts, shard)
+    layout = cache.layout(places, counts, shard)
     tokens_1T = tokens_T[None].to(cache.device)
     # Positions are those of the layout: the embedding has none of its own.
     hidden_T1d = model.decoder(model.embedding(tokens_1T, None), None, packed_seq_params=layout)
@@ -58,30 +59,32 @@ def prefill(
     """
     assert all(map(len, prompts))
     if shard.size > 1:
-        prompts = [_prefill_shared(model, cache, slot, prompt, chunk, shard) for slot, prompt in enumerate(prompts)]
+        prompts = [_prefill_shared(model, cache, place, prompt, chunk, shard) for place, prompt in enumerate(prompts)]
     last = [torch.empty(0)] * len(prompts)
     for pieces in cut([len(prompt) for prompt in prompts], chunk):
-        slots, starts, counts = zip(*pieces, strict=True)
-        tokens = [torch.as_tensor(prompts[slot][start : start + count]) for slot, start, count in pieces]
-        hidden_T1d = feed(model, cache, torch.cat(tokens), slots, counts)
-        ended = [start + count == len(prompts[slot]) for slot, start, count in pieces]
+        places, starts, counts = zip(*pieces, strict=True)
+        tokens = [torch.as_tensor(prompts[place][start : start + count]) for place, start, count in pieces]
+        hidden_T1d = feed(model, cache, torch.cat(tokens), places, counts)
+        ended = [start + count == len(prompts[place]) for place, start, count in pieces]
+        # The row of each prompt's last token, where the prompt ends in this chunk.
         rows = torch.tensor(counts).cumsum(0)[torch.tensor(ended)] - 1
         if len(rows):
             logits = logits_of(model, hidden_T1d[rows.to(hidden_T1d.device)])
-            for slot, row in zip((s for s, e in zip(slots, ended, strict=True) if e), logits, strict=True):
-                last[slot] = row
+            for place, row in zip((s for s, e in zip(places, ended, strict=True) if e), logits, strict=True):
+                last[place] = row
     return torch.stack(last)
 
 
 def _prefill_shared(
-    model: GPTModel, cache: Cache, slot: int, prompt: Sequence[int], chunk: int, shard: ContextShard
+    model: GPTModel, cache: Cache, place: int, prompt: Sequence[int], chunk: int, shard: ContextShard
 ) -> Sequence[int]:
     """Feed the context ranks equal parts of a prompt; return the rest of it, 1 to `shard.size` tokens."""
+    # At least one token is left over, since its logits are wanted on every rank.
     shared = (len(prompt) - 1) // shard.size
     for first in range(0, shared, chunk):
         count = min(chunk, shared - first)
         start = first * shard.size + shard.rank * count
-        feed(model, cache, torch.as_tensor(prompt[start : start + count]), [slot], [count], shard)
+        feed(model, cache, torch.as_tensor(prompt[start : start + count]), [place], [count], shard)
     return prompt[shared * shard.size :]
 
 
@@ -124,15 +127,15 @@ def generate(
     fed = [[*pending, *prompt] for pending, prompt in zip(cache.pending, prompts, strict=True)]
     cache.pending = [[] for _ in prompts]
     logits_Dv = prefill(model, cache, fed, chunk, shard)
-    slots = list(range(len(prompts)))
+    places = list(range(len(prompts)))
     for step in range(num_tokens):
-        picked = sampler.pick(logits_Dv, slots)
+        picked = sampler.pick(logits_Dv, places)
         tokens: list[int | None] = [None] * len(prompts)
-        for slot, token in zip(slots, picked, strict=True):
-            tokens[slot], cache.pending[slot] = token, [token]
-        slots = [slot for slot in slots if tokens[slot] != end]
+        for place, token in zip(places, picked, strict=True):
+            tokens[place], cache.pending[place] = token, [token]
+        places = [place for place in places if tokens[place] != end]
         yield tokens
-        if not slots or step + 1 == num_tokens:
+        if not places or step + 1 == num_tokens:
             return
-        fed_T = torch.tensor([tokens[slot] for slot in slots])
-        logits_Dv = logits_of(model, feed(model, cache, fed_T, slots, [1] * len(slots)))
+        fed_T = torch.tensor([tokens[place] for place in places])
+        logits_Dv = logits_of(model, feed(model, cache, fed_T, places, [1] * len(places)))

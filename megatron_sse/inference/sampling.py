@@ -23,8 +23,8 @@ class Sampler:
         self.vocab_size, self.temperature, self.top_p, self.seed = vocab_size, temperature, top_p, seed
         self._generators: dict[int, torch.Generator] = {}
 
-    def pick(self, logits_Dv: Tensor, slots: Sequence[int]) -> list[int]:
-        """Return the next token of each of the sequences in `slots`."""
+    def pick(self, logits_Dv: Tensor, places: Sequence[int]) -> list[int]:
+        """Return the next token of each of the sequences in `places`."""
         logits_Dv = logits_Dv[:, : self.vocab_size].cpu().double()
         if self.temperature == 0:
             return logits_Dv.argmax(-1).tolist()
@@ -33,11 +33,12 @@ class Sampler:
         # Kept are the tokens whose predecessors sum to less than top_p.
         prob_Dv = prob_Dv.masked_fill(sum_Dv - prob_Dv >= self.top_p, 0)
         sum_Dv = prob_Dv.cumsum(-1)
-        drawn_D1 = torch.tensor([[self._draw(slot)] for slot in slots], dtype=torch.float64) * sum_Dv[:, -1:]
-        place_D1 = torch.searchsorted(sum_Dv, drawn_D1, right=True).clamp(max=(prob_Dv > 0).sum(-1, keepdim=True) - 1)
-        return token_Dv.gather(-1, place_D1)[:, 0].tolist()
+        drawn_D1 = torch.tensor([[self._draw(place)] for place in places], dtype=torch.float64) * sum_Dv[:, -1:]
+        rank_D1 = torch.searchsorted(sum_Dv, drawn_D1, right=True).clamp(max=(prob_Dv > 0).sum(-1, keepdim=True) - 1)
+        return token_Dv.gather(-1, rank_D1)[:, 0].tolist()
 
-    def _draw(self, slot: int) -> float:
-        if slot not in self._generators:
-            self._generators[slot] = torch.Generator("cpu").manual_seed((self.seed << 20) + slot)
-        return torch.rand((), generator=self._generators[slot], dtype=torch.float64, device="cpu").item()
+    def _draw(self, place: int) -> float:
+        if place not in self._generators:
+            # Seeds of different sequences never meet: there are fewer than 2^20 of them.
+            self._generators[place] = torch.Generator("cpu").manual_seed((self.seed << 20) + place)
+        return torch.rand((), generator=self._generators[place], dtype=torch.float64, device="cpu").item()

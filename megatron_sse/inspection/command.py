@@ -76,9 +76,9 @@ def _prepare(request: Request) -> _Job:
 def _read_texts(request: Request, model: Model, config: RunConfig) -> list[list[int]]:
     vocab_size = config.model.vocab_size
     if request.tokens is not None:
-        return read_tokens(request.tokens, vocab_size, goes_on=False)
+        return read_tokens(request.tokens, vocab_size, continues=False)
     tokenizer = open_tokenizer(model, ", or give token ids with --tokens")
-    texts = read_prompts(request.prompts, request.prompt_files, tokenizer, goes_on=False)
+    texts = read_prompts(request.prompts, request.prompt_files, tokenizer, continues=False)
     for number, text in enumerate(texts, 1):
         check_tokens(f"text {number}", text, vocab_size)
     return texts

@@ -38,8 +38,8 @@ class WatchedCache(Cache):
         assert isinstance(kept, BankCache)
         return kept
 
-    def layout(self, slots: Sequence[int], counts: Sequence[int], shard: ContextShard = ALL_TOKENS) -> CachedLayout:
-        return replace(super().layout(slots, counts, shard), layers=self.watched)
+    def layout(self, places: Sequence[int], counts: Sequence[int], shard: ContextShard = ALL_TOKENS) -> CachedLayout:
+        return replace(super().layout(places, counts, shard), layers=self.watched)
 
 
 class _WatchedBanks:

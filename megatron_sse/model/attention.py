@@ -37,7 +37,9 @@ class SoftmaxAttention(SelfAttention):
         pg_collection: ProcessGroupCollection | None = None,
         rotary_scaling: RotaryScaling | None = None,
     ):
+        # The configuration is shared by all layers; Transformer Engine reads the window from it.
         config = copy.copy(config)
+        # Megatron counts the tokens before the token itself.
         config.window_size = None if window is None else (window - 1, 0)
         super().__init__(config, submodules, layer_number, AttnMaskType.causal, cp_comm_type, pg_collection)
         self.input_convolution = None
@@ -75,6 +77,7 @@ class SoftmaxAttention(SelfAttention):
         frequencies = rotary_frequencies(
             self.hidden_size_per_attention_head, self.rotary_base, self.rotary_scaling, position_BL.device
         )
+        # Megatron expects both halves of a head's channels: channel c turns with channel c + head_dim / 2.
         angles = position_BL.t()[:, :, None, None] * frequencies
         return torch.cat((angles, angles), dim=-1)
 
@@ -88,6 +91,8 @@ def rotary_frequencies(
         return frequencies
     if scaling.original_length is None:
         return frequencies / scaling.factor
+    # Llama 3: channels that turn more than high_turns times in the original length keep their frequency, those below
+    # low_turns are slowed by the factor, and those between are interpolated.
     turns = scaling.original_length / (2 * math.pi) * frequencies
     kept = ((turns - scaling.low_turns) / (scaling.high_turns - scaling.low_turns)).clamp(0, 1)
     return frequencies * (kept + (1 - kept) / scaling.factor)
@@ -113,6 +118,7 @@ class TorchAttention(torch.nn.Module):
     ):
         super().__init__()
         self.layer_number = layer_number
+        # Back from Megatron's count: ours includes the token itself.
         self.window = None if config.window_size is None else config.window_size[0] + 1
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout
@@ -164,6 +170,7 @@ class DocumentArguments(torch.nn.Module):
         documents = packed_seq_params.documents
         if documents is None:
             return super().forward(query, key, value, None, attn_mask_type=AttnMaskType.causal, packed_seq_params=None)
+        # Packed form: all sequences one after the other, [B * L, heads, head dim], cut by the documents' offsets.
         q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
         out = super().forward(q, k, v, None, attn_mask_type=AttnMaskType.padding_causal, packed_seq_params=documents)
         length, batch_size = query.shape[:2]

@@ -115,6 +115,7 @@ def _build_chunk(
 ) -> GPTModel:
     pp_rank, pp_size = groups.pp.rank(), groups.pp.size()
     is_first = pp_rank == 0 and vp_stage in (None, 0)
+    # With virtual stages, the model's last layers are in the last chunk of the last rank.
     num_chunks = transformer.virtual_pipeline_model_parallel_size or 1
     is_last = pp_rank == pp_size - 1 and vp_stage in (None, num_chunks - 1)
     first = get_transformer_layer_offset(transformer, vp_stage, pp_rank)

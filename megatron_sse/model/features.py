@@ -29,6 +29,7 @@ def map_key(k_THK: Tensor | None, g_THK: Tensor, kind: str, topk: int | None) ->
     values go to the lower index); one_minus_decay (HGRN2, k_THK is None).
     """
     if kind == "one_minus_decay":
+        # 1 - exp(g): what the state forgets is what the key may write. expm1 keeps the digits of decays near 1.
         return -torch.expm1(g_THK), g_THK
     assert k_THK is not None
     if kind != "topk_softmax":

@@ -53,6 +53,7 @@ def initialize_weights(chunk: GPTModel, groups: ProcessGroupCollection, model: M
 
 def draw_full(weight: Weight, model: ModelConfig, seed: int, device: torch.device | str = "cpu") -> Tensor:
     """Return the full initial tensor of a weight, fp32."""
+    # Names that differ in one character give seeds that have nothing in common.
     digest = hashlib.sha256(f"{seed}/{weight.name}".encode()).digest()
     generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
     full = torch.empty(weight.shape, dtype=torch.float32, device=device)

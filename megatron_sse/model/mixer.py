@@ -212,11 +212,13 @@ class SSEMixer(MegatronModule):
     def _delta_rule_decays(self, hidden_LBd: Tensor, scalars: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
         recurrence, kinds = self.spec.recurrence, self.spec.num_bank_kinds
         # [T, value heads, kinds] by scalar.
+        # Of a key head, the columns are value head by value head, each scalar by scalar, each shared | sparse.
         by_scalar = scalars.unflatten(-1, (self.spec.group_size, -1, kinds)).flatten(1, 2).unbind(2)
         named = dict(zip(recurrence.scalars, by_scalar, strict=True))
         rates, biases = self.A_log.unbind(1), self.dt_bias.unbind(1)
         if recurrence.channel_decay:
             logits = [_flatten(gate(hidden_LBd)).unflatten(-1, (-1, self.key_dim)) for gate in self.decay_gates]
+            # One rate for each head, one bias for each channel.
             rates = tuple(rate[:, None] for rate in rates)
         else:
             logits = list(named["decay"].unbind(-1))
@@ -225,6 +227,7 @@ class SSEMixer(MegatronModule):
         return decays, list(beta.unbind(-1))
 
     def _convolve(self, q_THK: Tensor, k_THK: Tensor | None, layout: TokenLayout) -> tuple[Tensor, Tensor | None]:
+        # One convolution for both: channels are (head, q or k, channel), the order of conv_weight.
         stacked = torch.stack((q_THK,) if k_THK is None else (q_THK, k_THK), dim=2)
         x_LBc = stacked.flatten(1).unflatten(0, (layout.batch_size, layout.length)).transpose(0, 1)
         out_LBc = layout.convolve(self.layer_number, "banks", x_LBc, self.conv_weight.flatten(0, 2), self.cp_group)
@@ -251,6 +254,7 @@ class SSEMixer(MegatronModule):
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
         """Megatron-Core's checkpoint description: its own parameters of heads are split over the tensor group."""
+        # Only the mixer's own parameters: the children describe theirs.
         own: dict[str, Tensor] = {}
         self._save_to_state_dict(own, "", keep_vars=True)
         split = {name: dim for name in own if (dim := self.weights[name].split) is not None}

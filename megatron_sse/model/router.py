@@ -77,6 +77,7 @@ class Router(torch.nn.Module):
         prob_N = (own_LBN * real_LB[..., None]).sum((0, 1))
         if self.sequence_parallel:
             prob_N = sum_value(prob_N, self.tp_group)
+        # Counts have no gradient. One sum for all three, since each all-reduce costs a start-up.
         sums = sum_value(torch.cat((writes_N.detach(), prob_N, real_BL.sum()[None])), self.cp_group)
         writes_N, prob_N, num_real = sums.split((len(writes_N), len(prob_N), 1))
         num_real = num_real.clamp(min=1)

@@ -76,6 +76,7 @@ def passes_under_way(sizes: Sizes, stage: int) -> int:
     """Return the most forward passes that wait for their backward pass at one time, in Megatron's schedules."""
     pipeline, chunks = sizes.config.parallel.pipeline, sizes.config.parallel.virtual_pipeline
     if chunks == 1:
+        # One-forward-one-backward: the last stage holds one pass, each stage before it one more.
         return min(pipeline - stage, sizes.num_micro_batches)
     # Warm-up of the interleaved schedule; then one forward pass alternates with one backward pass.
     warm_up = 2 * (pipeline - stage - 1) + (chunks - 1) * pipeline

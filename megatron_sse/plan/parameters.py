@@ -29,6 +29,7 @@ def stage_chunks(config: RunConfig, stage: int) -> list[Chunk]:
     parallel, kinds = config.parallel, config.model.layer_kinds()
     number = parallel.pipeline * parallel.virtual_pipeline
     length = len(kinds) // number
+    # Two stages with two chunks each: stage 0 has the chunks 0 and 2 of the model, stage 1 the chunks 1 and 3.
     places = [virtual * parallel.pipeline + stage for virtual in range(parallel.virtual_pipeline)]
     return [Chunk(kinds[place * length :][:length], place == 0, place == number - 1) for place in places]
 

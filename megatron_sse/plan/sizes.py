@@ -44,6 +44,7 @@ class Sizes:
     @property
     def gradient_ranks(self) -> int:
         """Ranks that hold the same weights and add up their gradients."""
+        # Context ranks see different tokens of the same sequences: for gradients they are data-parallel ranks.
         return self.data_size * self.config.parallel.context
 
     @property

@@ -19,8 +19,8 @@ class Tokenizer(Protocol):
 
     end: int | None
 
-    def encode(self, text: str, goes_on: bool = False) -> list[int]:
-        """Return the tokens of a text. goes_on: it continues another text, so that no start is marked."""
+    def encode(self, text: str, continues: bool = False) -> list[int]:
+        """Return the tokens of a text. continues: it continues another text, so that no start is marked."""
         ...
 
     def stream(self) -> Callable[[int], str]:
@@ -33,7 +33,7 @@ class ByteTokenizer:
 
     end: int | None = END_OF_DOCUMENT
 
-    def encode(self, text: str, goes_on: bool = False) -> list[int]:
+    def encode(self, text: str, continues: bool = False) -> list[int]:
         return list(text.encode())
 
     def stream(self) -> Callable[[int], str]:
@@ -48,8 +48,8 @@ class FolderTokenizer:
         self.tokenizer = tokenizer
         self.end: int | None = tokenizer.eos_token_id
 
-    def encode(self, text: str, goes_on: bool = False) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=not goes_on)
+    def encode(self, text: str, continues: bool = False) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=not continues)
 
     def stream(self) -> Callable[[int], str]:
         tokens: list[int] = []

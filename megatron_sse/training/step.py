@@ -58,6 +58,7 @@ class Trainer:
         self.start_stage(config)
         self.mixers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, SSEMixer)]
         settings = chunks[0].config
+        # Megatron-Core's schedules take these functions from the model's configuration.
         settings.finalize_model_grads_func = finalize_model_grads
         settings.grad_scale_func = optimizer.scale_loss
         settings.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
@@ -87,6 +88,8 @@ class Trainer:
         micro_batches = list(islice(batches, self.num_micro_batches))
         loss_scale = self.optimizer.get_loss_scale().squeeze()
         for batch in micro_batches:
+            # Megatron-Core divides all gradients by the number of counted tokens: weighted by its tokens, a layer's own
+            # loss becomes a mean over tokens as well.
             batch.layout.layer_loss_scale = loss_scale * batch.loss_tokens
         loss_sums = self._run_schedule(micro_batches, forward_only=False)
 

@@ -71,6 +71,7 @@ def serial(hand_off: HandOff, transition: Tensor | None, state: Tensor, kept: Ke
             dist.recv(arriving, group=hand_off.group, group_src=before)
             carried = arriving.to(state.dtype)
         entering[slot] = carried
+        # In backward the same line passes the gradient on: `kept` is transposed, and the order reversed.
         carried = apply_transition(kept[0][slot], carried) + state[slot]
         if after != rank:
             dist.send(carried.to(wire), group=hand_off.group, group_dst=after)

@@ -51,6 +51,7 @@ class HandOff:
         if self.group is None or self.node_group is None or self.cross_group is None:
             raise ValueError("two_level needs group, node_group and cross_group")
         ranks, node, cross = map(dist.get_process_group_ranks, (self.group, self.node_group, self.cross_group))
+        # Ranks 4 5 of 0 .. 7 with 2 per node: node 4 5, and rank 4 has the peers 0 2 4 6.
         first = self.rank // len(node) * len(node)
         if node != ranks[first : first + len(node)] or cross != ranks[self.rank % len(node) :: len(node)]:
             raise ValueError(f"node_group {node} and cross_group {cross} do not divide group {ranks} into nodes")

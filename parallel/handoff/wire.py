@@ -35,6 +35,7 @@ def return_to_ranks(state: Tensor, shape: Size, group: ProcessGroup, wire: torch
     sent = state.to(wire)
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
+    # [ranks, F, rows] to [F, ranks x rows]: the parts of a slot's rows follow each other again.
     rows = received.transpose(0, 1).flatten(1, 2)[:, : shape[1]]
     return rows.to(state.dtype).contiguous()
 

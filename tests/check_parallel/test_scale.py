@@ -51,6 +51,12 @@ def test_small_model_allows_the_same_layouts(overrides: list[str]) -> None:
     assert any(layout.config is not None for layout in small.values())
 
 
+def test_a_blend_is_printed_as_its_sources() -> None:
+    config = load_config(FULL_SIZE, ["data.train=[{prefix: some/file}, {needle: {}, weight: 2.0}]"])
+    _, lines = scale(config, list(choose_layouts(config, None).values()), False)
+    assert "data.train some/file + needle -> random packed documents" in lines[-1]
+
+
 def test_full_size_becomes_small_and_keeps_the_rest() -> None:
     config = load_config(FULL_SIZE, ["model.sse.num_partitions=6", "model.softmax.window=4096"])
     small = make_config(

@@ -52,12 +52,12 @@ MODELS = {
     ),
 }
 
-# Schedules by which sequences of LENGTHS are fed: for each step, pairs of slot and number of tokens.
+# Schedules by which sequences of LENGTHS are fed: for each step, pairs of place and number of tokens.
 Steps = list[list[tuple[int, int]]]
 
 
 def one_by_one() -> Steps:
-    return [[(slot, 1) for slot, length in enumerate(LENGTHS) if step < length] for step in range(max(LENGTHS))]
+    return [[(place, 1) for place, length in enumerate(LENGTHS) if step < length] for step in range(max(LENGTHS))]
 
 
 SCHEDULES: dict[str, Steps] = {
@@ -95,11 +95,11 @@ def by_steps(net, tokens_T: Tensor, steps: Steps) -> Tensor:
     cache, sequences = Cache(net, len(LENGTHS)), tokens_T.split(LENGTHS)
     logits: list[list[Tensor]] = [[] for _ in LENGTHS]
     for step in steps:
-        slots, counts = zip(*step, strict=True)
-        new = [sequences[slot][cache.lengths[slot] :][:count] for slot, count in step]
-        fed = logits_of(net, feed(net, cache, torch.cat(new), slots, counts))
-        for slot, part in zip(slots, fed.split(counts), strict=True):
-            logits[slot].append(part)
+        places, counts = zip(*step, strict=True)
+        new = [sequences[place][cache.lengths[place] :][:count] for place, count in step]
+        fed = logits_of(net, feed(net, cache, torch.cat(new), places, counts))
+        for place, part in zip(places, fed.split(counts), strict=True):
+            logits[place].append(part)
     return torch.cat([part for parts in logits for part in parts])
 
 
@@ -175,13 +175,13 @@ def forget_position(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(cache_module.CachedLayout, "of", classmethod(wrong))
 
 
-def swap_slots(patch: pytest.MonkeyPatch) -> None:
+def swap_places(patch: pytest.MonkeyPatch) -> None:
     original = cache_module.CachedLayout.of.__func__
 
     def wrong(cls, *args):
         layout = original(cls, *args)
         if layout.num_documents == 1:
-            layout.slot_D = (layout.slot_D + 1) % len(LENGTHS)
+            layout.place_D = (layout.place_D + 1) % len(LENGTHS)
         return layout
 
     patch.setattr(cache_module.CachedLayout, "of", classmethod(wrong))
@@ -199,7 +199,7 @@ def short_ring(patch: pytest.MonkeyPatch) -> None:
         (forget_tail, "short convolution"),
         (forget_tail, "hybrid, input convolution"),
         (forget_position, "softmax"),
-        (swap_slots, "sse gdn"),
+        (swap_places, "sse gdn"),
         (short_ring, "softmax, window"),
     ],
 )

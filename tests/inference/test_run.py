@@ -41,9 +41,9 @@ def test_chunks_are_bounded(nets: list[GPTModel], monkeypatch: pytest.MonkeyPatc
     sizes = []
     original = run_module.feed
 
-    def feed(model, cache, tokens_T, slots, counts):
+    def feed(model, cache, tokens_T, places, counts):
         sizes.append(len(tokens_T))
-        return original(model, cache, tokens_T, slots, counts)
+        return original(model, cache, tokens_T, places, counts)
 
     monkeypatch.setattr(run_module, "feed", feed)
     cache = Cache(nets[0], 2)

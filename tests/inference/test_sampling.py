@@ -32,9 +32,9 @@ def test_top_p_keeps_the_fewest_tokens() -> None:
 
 
 def test_a_sequence_has_its_own_random_numbers() -> None:
-    def draws(slots: list[int], seed: int = 3) -> list[list[int]]:
+    def draws(places: list[int], seed: int = 3) -> list[list[int]]:
         sampler = Sampler(4, 1.0, seed=seed)
-        picked = [sampler.pick(LOGITS.expand(len(slots), -1), slots) for _ in range(50)]
+        picked = [sampler.pick(LOGITS.expand(len(places), -1), places) for _ in range(50)]
         return [list(column) for column in zip(*picked, strict=True)]
 
     first, second = draws([0, 1])

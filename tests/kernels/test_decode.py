@@ -32,12 +32,12 @@ CASES = [
 
 
 def generate(step: Callable[..., Tensor], case: Case, inputs: Inputs) -> dict[str, Tensor]:
-    """Run a step function on a batch with one sequence per document, padded at its end, slots in reverse order."""
+    """Run a step function on a batch with one sequence per document, padded at its end, places in reverse order."""
     dtype = inputs.v_THV.dtype
     num_sequences, offsets = len(case.lengths), inputs.offsets_D1
-    slots = torch.arange(num_sequences).flip(0) + 1
+    places = torch.arange(num_sequences).flip(0) + 1
     states = torch.full((num_sequences + 2, *inputs.initial_DAHKV.shape[1:]), 7.0, dtype=dtype)
-    states[slots] = inputs.initial_DAHKV
+    states[places] = inputs.initial_DAHKV
     options = {name: getattr(case, name) for name in ("gate", "weight_writes", "weight_reads")}
     o_THV = torch.empty_like(inputs.v_THV)
     for position in range(max(case.lengths)):
@@ -45,12 +45,12 @@ def generate(step: Callable[..., Tensor], case: Case, inputs: Inputs) -> dict[st
         token = torch.where(ended, 0, offsets[:-1] + position)
         banks = [b and b.map(lambda x, token=token: x[token]) for b in (inputs.shared, inputs.sparse)]
         routes = routes_of(case, inputs, token)
-        slot = torch.where(ended, -1, slots)
-        o = step(states, slot, *banks, inputs.v_THV[token], routes, **options)
+        place = torch.where(ended, -1, places)
+        o = step(states, place, *banks, inputs.v_THV[token], routes, **options)
         assert o[ended].count_nonzero() == 0
         o_THV[token[~ended]] = o[~ended]
     assert (states[[0, -1]] == 7).all()
-    return {"o": o_THV, "final": states[slots]}
+    return {"o": o_THV, "final": states[places]}
 
 
 @torch.no_grad()
@@ -64,8 +64,8 @@ def test_decode_step(case: Case) -> None:
 def test_only_padding() -> None:
     case = Case(**SPREAD)
     inputs = make_inputs(case)
-    states, slot = inputs.initial_DAHKV.detach().clone(), torch.full((sum(LENGTHS),), -1)
+    states, place = inputs.initial_DAHKV.detach().clone(), torch.full((sum(LENGTHS),), -1)
     routes = route(inputs.prob_TN, 1, 1)
     with torch.no_grad():
-        o_THV = decode_step(states, slot, inputs.shared, inputs.sparse, inputs.v_THV, routes)
+        o_THV = decode_step(states, place, inputs.shared, inputs.sparse, inputs.v_THV, routes)
     assert o_THV.count_nonzero() == 0 and torch.equal(states, inputs.initial_DAHKV)

@@ -18,7 +18,7 @@ from tests.parallel.zigzag_cases import PADDING, rows_after, rows_before
 from tests.workers import run_workers
 
 TOLERANCE = 1e-12
-# 48 tokens in parts of 24 to 12; some documents are shorter than the 2P chunks into which they are cut.
+# 48 tokens in parts of 24 to 12; some documents are shorter than the number of chunks they are cut into.
 DOCUMENTS = {
     "one": ((48,), (48,)),
     "over three ranks": ((13, 22, 13), (48,)),
@@ -129,7 +129,7 @@ def test_seeded_bugs_are_seen(mutation, case: str, one_rank: dict[str, Results])
 def test_packed_documents_as_transformer_engine_takes_them(world_size: int, sequence: bool, zigzag: bool) -> None:
     case = Case(((5, 11), (16,)))
     for [call] in run_workers(world_size, calls_of, case, DocumentedTEAttention, 2, sequence, zigzag):
-        # 2P = 4 pads lengths 5, 11 and 16 to 8, 12 and 16; since there is padding, an empty document follows.
+        # On 2 ranks lengths 5, 11 and 16 are padded to multiples of 4; due to the padding an empty document follows.
         assert call["shape"] == (20, NUM_HEADS * 2 // world_size, case.head_dim)
         assert call["mask"] is AttnMaskType.padding_causal and call["kind"] == "a2a"
         documents = call["documents"]

@@ -100,7 +100,7 @@ def test_one_rank_sends_nothing() -> None:
 
 @pytest.mark.parametrize("matrix", [False, True])
 def test_bytes_of_exscan_do_not_grow_with_the_ranks(matrix: bool) -> None:
-    """exscan sends (P - 1) / P of twice the states and once the transitions; the P-th part stays on its rank."""
+    """On n ranks, exscan sends (n - 1) / n of twice the states and once the transitions."""
     units, key_dim, value_dim = 5 * 1024, 128, 128
     states = 4 * units * key_dim * value_dim
     transitions = states * (key_dim if matrix else 1) // value_dim

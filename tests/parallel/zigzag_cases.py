@@ -13,7 +13,7 @@ from megatron_sse.parallel.traffic import Traffic
 
 CHANNELS = 3
 PADDING = -1
-# Document lengths of each sequence of 48 tokens: shorter and longer than 2P, cut at edges of ranks and elsewhere.
+# Document lengths of each sequence of 48 tokens: shorter and longer than two tokens a rank, cut at edges and elsewhere.
 BATCHES = {
     "one": [[48]],
     "two sequences": [[48], [48]],
@@ -34,7 +34,7 @@ def starts_of(lengths: list[list[int]]) -> np.ndarray:
 
 
 def is_packed(lengths: list[list[int]], size: int) -> bool:
-    """Check whether sequences must be packed: documents start inside, or 2P chunks do not divide them."""
+    """Check whether sequences must be packed: documents start inside, or two chunks a rank do not divide them."""
     return any(len(documents) > 1 for documents in lengths) or sum(lengths[0]) % (2 * size) > 0
 
 

@@ -39,7 +39,7 @@ class Workspace:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock()
-            if not plan.exists() or not self._goes_on(json.loads(plan.read_text())):
+            if not plan.exists() or not self._continues(json.loads(plan.read_text())):
                 self._clear(everything=True)
                 write_durably(plan, json.dumps(self.plan).encode())
         except OSError as error:
@@ -57,7 +57,7 @@ class Workspace:
         except BlockingIOError:
             raise UserError(f"--output: another build is writing {self.prefix}; wait until it ends") from None
 
-    def _goes_on(self, before: dict[str, Any]) -> bool:
+    def _continues(self, before: dict[str, Any]) -> bool:
         """Check whether this build continues the one in the folder. Raises UserError where the plan differs.
 
         One with another plan but without a finished part is abandoned.

@@ -277,6 +277,7 @@ class SSEMixer(nn.Module):
         """Which partitions a token writes to, and the weights of writes and reads, [B, L, N]."""
         logits = nn.functional.linear(x_BLd.float(), self.e_proj.weight.float())
         prob = logits.unflatten(-1, (self.num_routers, -1)).softmax(-1)
+        # argsort twice: the rank of each partition among the probabilities, 0 for the largest.
         rank = prob.sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
         weight = prob * self.settings["weight_scale"]
         # The last router is the reads'.
@@ -309,6 +310,7 @@ def gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor | None) -> tup
     outputs = []
     for q_c, k_c, v_c, g_c in zip(*(x.split(GLA_CHUNK, dim=2) for x in (q, k, v, g)), strict=True):
         total = g_c.cumsum(2)
+        # The decay between two rows; -inf for rows that come later, whose exponential may overflow.
         later = torch.ones(q_c.shape[2], q_c.shape[2], dtype=torch.bool, device=q.device).triu(1)[..., None]
         between = (total[:, :, :, None] - total[:, :, None]).masked_fill(later, float("-inf")).exp()
         scores = torch.einsum("bmtk,bmsk,bmtsk->bmts", q_c, k_c, between)

@@ -64,8 +64,8 @@ class Spans:
         self.span_F1 = torch.arange(len(sizes))[:, None]
 
     def attend(self, inputs: Inputs, routes: routing.Routes | None, initial_DAHKV: None, **options):
-        goes_on = self.span_F1 > 0
-        edges = Edges(self.span_F1, goes_on, self.span_F1, goes_on, self.exchange)
+        continues = self.span_F1 > 0
+        edges = Edges(self.span_F1, continues, self.span_F1, continues, self.exchange)
         out = attention("varlen")(self.inputs, routes, edges=edges, **options)
         return out[0], out[1][-1:]
 

@@ -35,18 +35,18 @@ def test_several_blocks(recurrence: str) -> None:
     assert error(Case(recurrence=recurrence, lengths=(2, 1), key_dim=100, value_dim=70, initial=True)) < 1e-6
 
 
-def forget_the_writers(states, slot, shared, sparse, v, routes, **options) -> Tensor:
-    return run_triton(states, slot, shared, sparse, v, replace(routes, num_writers=3), **options)
+def forget_the_writers(states, place, shared, sparse, v, routes, **options) -> Tensor:
+    return run_triton(states, place, shared, sparse, v, replace(routes, num_writers=3), **options)
 
 
-def decay_twice(states, slot, shared, sparse, v, routes, **options) -> Tensor:
-    return run_triton(states, slot, shared, replace(sparse, g=2 * sparse.g), v, routes, **options)
+def decay_twice(states, place, shared, sparse, v, routes, **options) -> Tensor:
+    return run_triton(states, place, shared, replace(sparse, g=2 * sparse.g), v, routes, **options)
 
 
-def mistake_the_slot(states, slot, *args, **options) -> Tensor:
-    return run_triton(states, torch.where(slot < 0, slot, slot % 3 + 1), *args, **options)
+def mistake_the_place(states, place, *args, **options) -> Tensor:
+    return run_triton(states, torch.where(place < 0, place, place % 3 + 1), *args, **options)
 
 
-@pytest.mark.parametrize("step", [forget_the_writers, decay_twice, mistake_the_slot])
+@pytest.mark.parametrize("step", [forget_the_writers, decay_twice, mistake_the_place])
 def test_a_seeded_bug_is_seen(step: Callable[..., Tensor]) -> None:
     assert error(CASES[1], step) > 1e-3
