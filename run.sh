@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains the model of a YAML file, or runs the tests. The first call makes .venv and installs the pinned packages.
+# Train the model of a YAML file, or run the tests. The first call creates .venv and installs the pinned packages.
 #   ./run.sh CONFIG [section.key=value ...]
 #   ./run.sh test [pytest's arguments]
 # On several machines run it on each, with NNODES, NODE_RANK, MASTER_ADDR (and MASTER_PORT), or under srun.

@@ -5,5 +5,5 @@ from torch import Tensor
 
 
 def use_triton(x: Tensor) -> bool:
-    """Whether the Triton kernels take it: on GPUs all but fp64, in which only tests compute."""
+    """Check whether the Triton kernels take a tensor: on GPUs all but fp64, in which only tests compute."""
     return x.is_cuda and x.dtype != torch.float64

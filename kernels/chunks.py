@@ -1,7 +1,7 @@
 """What the recurrences share: inside a chunk all is matrix products, between chunks a scan.
 
-A chunk acts on the state S that enters it: it outputs within + query S and hands on transition S + increment. Both are
-affine in S, so a recurrence is defined by these four tensors and their function of the chunk's rows.
+A chunk acts on the state S that enters it: it outputs within + query S and leaves the state transition S + increment.
+Both are affine in S, so a recurrence is defined by these four tensors and their function of the chunk's rows.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ class ChunkAction(NamedTuple):
 
 
 def choose_chunk_size(num_rows: int, num_segments: int) -> int:
-    """Rows per chunk, a power of two: fewer where segments are short, as each fills whole chunks."""
+    """Return the rows per chunk, a power of two: fewer where segments are short, since each fills complete chunks."""
     size = LARGEST
     while size > SMALLEST and 2 * size * num_segments > num_rows:
         size //= 2
@@ -40,7 +40,7 @@ def run_chunks(
     segments: Segments,
     initial_SHKV: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Output [R, H, V] and final states [S, H, K, V] of the recurrence whose chunks act as `act(*rows)` says.
+    """Return output [R, H, V] and final states [S, H, K, V] of the recurrence whose chunks act as `act(*rows)` says.
 
     Args:
         act: from chunks [G, C, c] of each of `rows` to what they do.
@@ -90,7 +90,7 @@ class _InBlocks(torch.autograd.Function):
 
 
 def _block_size(chunks: Tensor) -> int:
-    """Chunks per block: few enough for a CPU's cache, or to bound a GPU's memory."""
+    """Return the chunks per block: few enough for a CPU's cache, or to bound a GPU's memory."""
     elements = 2**18 if chunks.device.type == "cpu" else 2**26
     return max(1, elements // chunks[0].numel())
 

@@ -7,7 +7,7 @@ from megatron_sse.kernels.backend import use_triton
 
 
 def short_convolution(x_Tc: Tensor, weight_cW: Tensor, position_T: Tensor) -> Tensor:
-    """y[t] = sum_w weight[:, W - 1 - w] x[t - w] over the W last tokens of t's own document.
+    """Return y[t] = sum_w weight[:, W - 1 - w] x[t - w] over the W last tokens of t's own document.
 
     Args:
         x_Tc: T tokens, c channels.

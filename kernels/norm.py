@@ -10,7 +10,7 @@ from megatron_sse.kernels.backend import use_triton
 def gated_norm(
     o_THV: Tensor, picked_TPHV: Tensor | None, weight_V: Tensor, gate_THV: Tensor | None, eps: float
 ) -> Tensor:
-    """rms_norm(o + sum over P of picked) weight silu(gate), computed at least in fp32.
+    """Return rms_norm(o + sum over P of picked) weight silu(gate), computed at least in fp32.
 
     Args:
         o_THV: the shared bank's output.

@@ -14,7 +14,7 @@ class Routes:
     """A token's picks: it writes to the first num_writers, and reads num_readers from number first_reader on.
 
     With one router that is 0, the picks are the best P = max(writers, readers), best first. With a router of its own
-    for reads it is num_writers; a partition may then stand among both.
+    for reads it is num_writers; a partition may then be among both.
 
     prob_TN: softmax over the N partitions (not renormalised over the picks), of writes where reads have their own.
     bank_TP: int64, the picked partitions, 0 .. N - 1; equal probabilities go to the lower index.
@@ -43,7 +43,7 @@ class Routes:
         return self.prob_TN.shape[-1]
 
     def scatter(self, x_TP: Tensor) -> Tensor:
-        """Values of the picks [T, P] summed over the partitions [T, N]."""
+        """Return values of the picks [T, P], summed by partition [T, N]."""
         return torch.zeros_like(self.prob_TN, dtype=x_TP.dtype).scatter_add(-1, self.bank_TP, x_TP)
 
     def write_weight_TP(self, weighted: bool) -> Tensor:

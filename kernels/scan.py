@@ -15,7 +15,7 @@ from megatron_sse.kernels.segments import Edges, Pieces
 
 
 def apply_transition(transition: Tensor, state: Tensor) -> Tensor:
-    """transition [..., K, 1] (decay per channel) or [..., K, K] (matrix), state [..., K, V]."""
+    """Return transition S; transition [..., K, 1] (a decay per channel) or [..., K, K] (a matrix), S [..., K, V]."""
     return transition * state if transition.shape[-1] == 1 else transition @ state
 
 
@@ -70,7 +70,7 @@ def _run_torch(a: Tensor, u: Tensor, initial_S: Tensor | None, pieces: Pieces, r
 
 
 def _waves(pieces: Pieces) -> Sequence[Tensor | slice]:
-    """Which pieces are computed at once, in order: the first ones of all segments, the second ones, and so on."""
+    """Return which pieces are computed at once, in order: the first ones of all segments, the second ones, ..."""
     if pieces.start_M.device.type != "cpu":
         # One by one: their number in each wave is not known on the host. What is not used changes nothing.
         return [slice(m, m + 1) for m in range(len(pieces.start_M))]

@@ -1,4 +1,4 @@
-"""Where each segment's rows stand, and the grid of chunks laid over them.
+"""Which rows each segment has, and the grid of chunks laid over them.
 
 A segment is the tokens of one (document, bank). The table of offsets has a fixed size, empty segments included, and
 every shape here follows from sizes known on the host, so nothing waits for the device.
@@ -13,11 +13,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Edges:
-    """Segments that go on in tokens which are not at hand, for each of F spans (runs of consecutive tokens) here.
+    """Segments that continue in tokens held elsewhere, for each of F spans (runs of consecutive tokens) here.
 
     entry_FU, exit_FU: int64, the segments that come first and last in each span, U of them side by side.
-    continues_FU: bool, the first one began before the span.
-    carries_FU: bool, it is also the last one: what enters the span leaves it.
+    continues_FU: bool, whether the first one began before the span.
+    carries_FU: bool, whether it is also the last one, so that what enters the span also leaves it.
     exchange: given what each span does to the state that enters it, S -> transition S + state, with transition
         [F, U * H, K, 1 or K] and state [F, U * H, K, V], returns the states that enter the spans [F, U * H, K, V].
     """
@@ -29,7 +29,7 @@ class Edges:
     exchange: Callable[[Tensor, Tensor], Tensor]
 
     def of_banks(self, num_documents: int, num_partitions: int) -> "Edges":
-        """From documents to segments: document d's shared bank is segment d, the sparse ones start at D + d * N."""
+        """Return the edges of segments: document d's shared bank is segment d, its sparse ones start at D + d * N."""
 
         # With D = 2 and N = 3, document 0 is segment 0 and segments 2 3 4, document 1 is segment 1 and segments 5 6 7.
         def segments(document_FU: Tensor) -> Tensor:
@@ -46,8 +46,8 @@ class Segments:
     """Segments over the rows of a recurrence's inputs.
 
     offsets_S1: int64 [S + 1], segment s holds the sorted positions offsets[s] .. offsets[s + 1] - 1.
-    row_R: int64 [R], the input row that stands at each sorted position; None where the rows are already sorted.
-    edges: segments that go on elsewhere; None where all are whole.
+    row_R: int64 [R], the input row at each sorted position; None where the rows are already sorted.
+    edges: segments that continue elsewhere; None where all are complete.
     """
 
     offsets_S1: Tensor
@@ -63,7 +63,7 @@ class Segments:
 class Pieces:
     """Segments cut into M pieces of at most `size` rows each; pieces of one segment follow each other.
 
-    M = R // size + S bounds their number on the host. What is not used lies behind the last segment's end: empty.
+    M = R // size + S bounds their number on the host. Those that are not used are empty, behind the last segment's end.
 
     size: rows per piece.
     start_M, end_M: int64, sorted positions start .. end - 1; end <= start for an empty piece.
@@ -162,10 +162,10 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
 
 
 def to_chunks(x: Tensor, grid: ChunkGrid) -> Tensor:
-    """Rows [R, H, c] into chunks [G * H, C, c], padding zero."""
+    """Return rows [R, H, c] as chunks [G * H, C, c], with zeros for padding."""
     return _TakeRows.apply(x.flatten(0, 1), grid.row, grid.place).unflatten(0, (-1, grid.chunks.size))
 
 
 def from_chunks(x: Tensor, grid: ChunkGrid) -> Tensor:
-    """Chunks [G * H, C, c] back into rows [R, H, c]."""
+    """Return chunks [G * H, C, c] as rows [R, H, c]."""
     return _TakeRows.apply(x.flatten(0, 1), grid.place, grid.row).unflatten(0, (-1, grid.num_heads))

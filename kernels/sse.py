@@ -58,7 +58,7 @@ def sse_attention(
         if recurrence.delta_rule and not before_norm:
             sparse = sparse.normalize()
     if use_triton(v_THV) and KERNELS[recurrence.name].has_triton and not before_norm:
-        # Imported late: Triton is not there on machines without a GPU.
+        # Imported late: Triton is not installed on machines without a GPU.
         from megatron_sse.kernels.triton_attention import attend_banks
 
         picks = picks.spread() if picks is not None and is_mask else picks
@@ -86,7 +86,7 @@ def _join(shared: BankInputs, sparse: BankInputs, v: Tensor, v_sparse: Tensor, d
 
 
 def _run_varlen(shared, sparse, v_THV, picks, documents, document_T, initial_DAHKV):
-    """Rows 0 .. T - 1 are the shared bank's tokens, rows T + t * P + p the picks; all are gathered into chunks once."""
+    """Run one recurrence over the rows of all banks: row t < T is the shared bank's, row T + t * P + p a pick."""
     num_tokens, num_picks = picks.bank_TP.shape
     segments = join_segments(picks.bank_TP, document_T, documents, picks.num_partitions)
     picked = sparse.map(lambda x: x[:, None].expand(-1, num_picks, *x.shape[1:]))
@@ -100,7 +100,7 @@ def _run_varlen(shared, sparse, v_THV, picks, documents, document_T, initial_DAH
 
 
 def _run_mask(shared, sparse, v_THV, picks, documents, initial_DAHKV):
-    """Banks become heads: [T, A * H, ...], one segment per document."""
+    """Run all banks as heads, [T, A * H, ...], with one segment per document."""
     num_partitions, num_heads = picks.num_partitions, v_THV.shape[1]
     picked = sparse.map(lambda x: x[:, None].expand(-1, num_partitions, *x.shape[1:]))
     picked, v_picked = picks.apply(picked, v_THV[:, None].expand(-1, num_partitions, *v_THV.shape[1:]))

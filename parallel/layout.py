@@ -30,7 +30,7 @@ class SlotEdges:
     """Which documents cross the edges of this rank's slots, per slot and sequence, [F, B].
 
     entry: int64, the first fragment of the slot. continues: bool, its document began in an earlier slot.
-    exit: int64, the last fragment of the slot. carries: bool, one document that began earlier fills the whole slot, so
+    exit: int64, the last fragment of the slot. carries: bool, one document that began earlier fills the slot, so
     that the state which enters the slot also leaves it.
     """
 
@@ -235,7 +235,7 @@ class TokenLayout(PackedSeqParams):
         return out.permute(2, 0, 1, 3).flatten(-2)
 
     def _mask(self, window: int | None) -> Tensor | None:
-        """Return which keys a query sees, bool [B, 1, L, E]; None where plain causal attention is meant."""
+        """Return which keys a query sees, bool [B, 1, L, E]; None for plain causal attention."""
         if self.shard.size == 1 and self.num_documents == self.batch_size and window is None:
             return None
         # Columns, not indices: neighbouring tokens of a rank may be far apart in the sequence (zigzag).

@@ -90,7 +90,7 @@ def test_two_machines_of_one_number(tmp_path: Path) -> None:
         assert "NODE_RANK: got 0, 1, 1 on 3 nodes, allowed each number from 0 to 2 once" in node.output
 
 
-def test_places_that_are_none(tmp_path: Path) -> None:
+def test_wrong_places(tmp_path: Path) -> None:
     port = free_port()
     message = "MASTER_ADDR, MASTER_PORT: got {}:{}, allowed a free port and an address under which this node, the "
     message += "first one, can be reached ("

@@ -1,4 +1,4 @@
-"""A whole run: sections that fit together, and its length stages, each of which is a run with settings of its own.
+"""A complete run: sections that fit together, and its length stages, each of which is a run with settings of its own.
 
 The two are one module because they need each other: a run is valid if all its stages are, and a stage's settings are
 those of a run.

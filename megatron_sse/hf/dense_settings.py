@@ -42,7 +42,7 @@ FAMILIES = {
     ),
 }
 _REQUIRED = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads")
-# Settings that must have these values, since no layer of ours has anything else.
+# Settings that must have these values: our layers support no others.
 _ABSENT: Values = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "quantization_config": None}
 
 
@@ -55,7 +55,7 @@ def model_from_dense(config: Values, where: str) -> Values:
             raise UserError(f"{where}: {key}: got {given.get(key)!r}, allowed a number")
     for key, allowed in _ABSENT.items():
         if given.get(key, allowed) != allowed:
-            raise UserError(f"{where}: {key}: got {given[key]!r}, allowed {allowed!r}: no layer of ours has it")
+            raise UserError(f"{where}: {key}: got {given[key]!r}, allowed {allowed!r}: our layers do not support it")
     head_dim = given["head_dim"] or given["hidden_size"] // given["num_attention_heads"]
     base, scaling = _rotary(given, where)
     dropout = given.get("attention_dropout") or 0.0
@@ -119,7 +119,7 @@ def _rotary(given: Values, where: str) -> tuple[float, Values | None]:
 
 
 def model_to_dense(model: ModelConfig, model_type: str, length: int) -> Values:
-    """Return a family's config.json for a model. Raises UserError, with the key, for what the family does not have.
+    """Return a family's config.json for a model. Raises UserError, with the key, for settings that it does not have.
 
     length: tokens of a sequence.
     """

@@ -39,7 +39,7 @@ class HFWeights:
                 self._files[name], self._headers[name] = path, (shape, dtype)
         for name, path in listed.items():
             if name and self._files.get(name) != path:
-                raise UserError(f"{folder / INDEX}: lists {name} in {path.name}, which does not hold it")
+                raise UserError(f"{folder / INDEX}: lists {name} in {path.name}, which does not contain it")
 
     def _listed(self) -> dict[str, Path]:
         """Return the file of every tensor by the index; without an index the only file, under an empty name."""
@@ -130,7 +130,7 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
 
 
 class _File:
-    """A safetensors file, its tensors written one after the other and its header, which comes first, at the end."""
+    """A safetensors file: tensors are written one after the other, then the header at its beginning."""
 
     def __init__(self, path: Path):
         self.path, self.size = path, 0
@@ -150,7 +150,7 @@ class _File:
 
     def close(self) -> None:
         text = json.dumps({"__metadata__": {"format": "pt"}, **self.header}, separators=(",", ":")).encode()
-        # Blanks at the end are part of the format.
+        # The format allows blanks at the end of the header.
         text = text.ljust(_HEADER_BYTES - 8)
         assert len(text) == _HEADER_BYTES - 8
         self._file.seek(0)

@@ -1,7 +1,7 @@
-"""The layouts of Hugging Face folders: every tensor of a model of ours and what it is made of there.
+"""Which tensors of a Hugging Face folder each tensor of our models corresponds to.
 
-Two sets of names: that of the SSE authors' code (pull request 882 of fla-org/flash-linear-attention), and that of
-Llama, Qwen2, Qwen3 and Mistral.
+There are two sets of names: that of the SSE authors' code (pull request 882 of fla-org/flash-linear-attention), and
+that of Llama, Qwen2, Qwen3 and Mistral.
 """
 
 from dataclasses import dataclass, replace
@@ -36,7 +36,7 @@ SSE_NAMES = Names("model.embeddings.weight", "attn", "attn_norm", "mlp_norm")
 DENSE_NAMES = Names("model.embed_tokens.weight", "self_attn", "input_layernorm", "post_attention_layernorm")
 
 
-# By our names in an SSE mixer. Of a low-rank pair, the first half is 0 there and the second 1.
+# By our names in an SSE mixer. The halves of a low-rank pair are numbered 0 and 1 there.
 _MIXER_NAMES = {"out_proj.weight": "o_proj.weight", "router.proj.weight": "e_proj.weight"}
 _MIXER_NAMES |= {"norm_weight": "o_norm.weight"}
 _LOW_RANK_NAMES = {"output_gate": "g_proj", "query_lora": "lora_q_proj", "key_lora": "lora_k_proj"}
@@ -158,7 +158,7 @@ def _in_proj(mixer: MixerSpec, weight: Weight, ours: str, theirs: str) -> Link:
 
 
 def _by_kind(weight: Weight, ours: str, theirs: str) -> Link:
-    """Link numbers per value head and kind of bank; theirs has all shared ones first."""
+    """Link numbers per value head and kind of bank; theirs lists all shared ones first."""
     heads, kinds, *channels = weight.shape
     # With 2 heads, theirs has the rows shared 0 1, sparse 0 1, and ours shared 0, sparse 0 | shared 1, sparse 1.
     return Link(

@@ -1,4 +1,4 @@
-"""config.json of the SSE authors' code, and the settings of a model of ours that it means."""
+"""config.json of the SSE authors' code, from and to the settings of our models."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from megatron_sse.recurrence import RECURRENCES
 MODEL_TYPE = "sse"
 Values = dict[str, Any]
 
-# Settings that the authors' configuration class fills in.
+# Defaults of the authors' configuration class.
 _DEFAULTS: Values = {
     "hidden_size": 2048,
     "expand_v": 1.0,
@@ -39,7 +39,7 @@ _DEFAULTS: Values = {
 }
 # Recurrences that the authors' code has.
 _RECURRENCES = ("gla", "gdn")
-# What the authors' code does and has no settings for; ours that differ cannot be written in their layout.
+# Settings of ours that the authors' code does not have, and what it does instead: other values cannot be exported.
 _FIXED: Values = {
     "weight_writes": True,
     "weight_reads": True,
@@ -113,7 +113,7 @@ def _layers(given: Values) -> str:
 
 
 def model_to_sse(model: ModelConfig) -> Values:
-    """config.json of the authors' code for a model. Raises UserError, by name, for what their code does not have."""
+    """Return config.json of the authors' code for a model. Raises UserError for what their code does not have."""
     refuse(_differences(model), "the layout of the SSE authors' code", "--to hf")
     sse, kinds = model.sse, model.layer_kinds()
     config = {

@@ -38,8 +38,10 @@ class Cache:
         self.pending: list[list[int]] = [[] for _ in range(num_sequences)]
 
     def layout(self, places: Sequence[int], counts: Sequence[int], shard: ContextShard = ALL_TOKENS) -> CachedLayout:
-        """Of new tokens of some sequences, `counts` (at least 1) of each; on several context ranks of one sequence,
-        the tokens of this rank's part."""
+        """Return the layout of new tokens: `counts` (at least 1) for each of the sequences in `places`.
+
+        With several context ranks there is one sequence, and these are the tokens of this rank's part.
+        """
         past = [self.lengths[place] for place in places]
         return CachedLayout.of(places, past, counts, self.layers, self.device, shard)
 

@@ -216,7 +216,7 @@ class BankCache(LayerCache):
 class KeyValueCache(LayerCache):
     """Keys (rotated) and values of a softmax layer: all of them, or with a window a ring of its last ones.
 
-    key_XRHK, value_XRHK: the token at position p stands in row p, in a ring in row p mod R.
+    key_XRHK, value_XRHK: the token at position p is in row p, with a window in row p mod R.
     """
 
     def __init__(self, key_XRHK: Tensor, window: int | None, tails: Mapping[str, Tail]):

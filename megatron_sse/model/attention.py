@@ -166,7 +166,10 @@ class DocumentArguments(torch.nn.Module):
         attention_bias,
         packed_seq_params,
     ) -> Tensor:
-        """Shapes as in TorchAttention; packed_seq_params is a TokenLayout or, on context ranks, a ZigzagLayout."""
+        """Attend within documents, with shapes as in TorchAttention.
+
+        packed_seq_params: a TokenLayout or, on context ranks, a ZigzagLayout.
+        """
         documents = packed_seq_params.documents
         if documents is None:
             return super().forward(query, key, value, None, attn_mask_type=AttnMaskType.causal, packed_seq_params=None)

@@ -40,12 +40,12 @@ def map_key(k_THK: Tensor | None, g_THK: Tensor, kind: str, topk: int | None) ->
 
 
 def gate_decay(logit: Tensor, normalizer: float) -> Tensor:
-    """GLA's log decay, logsigmoid(logit) / normalizer, in fp32 at least."""
+    """Return GLA's log decay, logsigmoid(logit) / normalizer, in fp32 at least."""
     return logsigmoid(logit.to(torch.promote_types(logit.dtype, torch.float32))) / normalizer
 
 
 def constant_decay(num_heads: int) -> Tensor:
-    """RetNet's and Lightning Attention's log decay per head, log(1 - 2^(-5 - h)), fp32 [H]."""
+    """Return RetNet's and Lightning Attention's log decay per head, log(1 - 2^(-5 - h)), fp32 [H]."""
     return torch.tensor([math.log1p(-(2.0 ** (-5 - head))) for head in range(num_heads)])
 
 

@@ -31,5 +31,8 @@ class LayerMetrics:
         self._count += 1
 
     def means(self) -> dict[str, Tensor]:
-        """balance_loss, entropy (nats), share_N (of the writes, per partition), decay, state_norm; empty before any."""
+        """Return balance_loss, entropy (nats), share_N (of the writes, per partition), decay and state_norm.
+
+        Empty before the first micro-batch.
+        """
         return {name: value / self._count for name, value in self._sums.items()}

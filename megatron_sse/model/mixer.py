@@ -253,7 +253,7 @@ class SSEMixer(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """Megatron-Core's checkpoint description: its own parameters of heads are split over the tensor group."""
+        """Describe the parameters to Megatron-Core's checkpoints; the mixer's own are split by heads."""
         # Only the mixer's own parameters: the children describe theirs.
         own: dict[str, Tensor] = {}
         self._save_to_state_dict(own, "", keep_vars=True)

@@ -8,7 +8,7 @@ from torch.nn.functional import linear
 
 
 class ReplicatedLinear(torch.nn.Module):
-    """x W^T with the whole of W on every tensor rank.
+    """x W^T with all of W on every tensor rank.
 
     Under sequence parallelism each rank applies it to its part of the sequence, and Megatron-Core sums the gradients.
     """
@@ -49,5 +49,5 @@ class LowRank(torch.nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [L, B, d] (a part of L under sequence parallelism) to [L, B, this rank's outputs]."""
+        """Project x [L, B, d] (a part of L under sequence parallelism) to [L, B, this rank's outputs]."""
         return self.up(self.down(x))[0]

@@ -35,7 +35,7 @@ def stage_chunks(config: RunConfig, stage: int) -> list[Chunk]:
 
 
 def chunk_weights(config: RunConfig, chunk: Chunk) -> list[Weight]:
-    """Every parameter of a chunk."""
+    """Return all parameters of a chunk."""
     model = config.model
     weights = [embedding_weight(model)] if chunk.is_first else []
     weights += [weight for kind in chunk.kinds for weight in layer_weights(model, kind)]
@@ -61,7 +61,7 @@ class Buffer:
 
 
 def chunk_buffers(sizes: Sizes, chunk: Chunk) -> list[Buffer]:
-    """DDP's buffers of a chunk on one rank, one for each type."""
+    """Return DDP's buffers of a chunk on one rank, one for each type."""
     buffers, config = [], sizes.config
     weights = chunk_weights(config, chunk)
     for is_fp32 in (False, True):

@@ -1,4 +1,4 @@
-"""How states are handed on: between which ranks, in which order, by which algorithm."""
+"""How states are handed off: between which ranks, in which order, by which algorithm."""
 
 from dataclasses import dataclass
 from itertools import product

@@ -177,7 +177,7 @@ def test_a_run_falls_back_and_says_so(fault: str, folder: Path) -> None:
     assert not (folder / "run/checkpoints/partial_iter_0000006").exists()
 
 
-def test_a_damaged_path_is_an_error_and_so_is_no_whole_checkpoint(folder: Path) -> None:
+def test_a_damaged_path_is_an_error_and_so_is_no_intact_checkpoint(folder: Path) -> None:
     checkpoints = folder / "run/checkpoints"
     truncate(checkpoints / "iter_0000004")
     named = {"checkpoint": {"resume": str(checkpoints / "iter_0000004")}}

@@ -111,7 +111,7 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep_last", [1, 2])
-def test_the_newest_whole_checkpoint_is_never_deleted(tmp_path: Path, keep_last: int) -> None:
+def test_the_newest_intact_checkpoint_is_never_deleted(tmp_path: Path, keep_last: int) -> None:
     """The newest intact checkpoint is kept when all newer ones are damaged, one of them during its save (F35)."""
     for step in (2, 4, 6, 8):
         saved = make_whole(tmp_path, step)
@@ -126,9 +126,7 @@ def test_the_newest_whole_checkpoint_is_never_deleted(tmp_path: Path, keep_last:
     assert names(tmp_path) == [*kept, "latest"]
 
 
-def test_a_save_that_is_broken_off_between_two_renames_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_save_interrupted_between_two_renames_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = small_run(tmp_path)
     folder = folders.checkpoint_folder(config)
     make_whole(folder, 2)

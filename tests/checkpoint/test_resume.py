@@ -24,7 +24,7 @@ RESUMED = [
 
 
 @pytest.mark.parametrize(("world_size", "half", "sections"), RESUMED, ids=str)
-def test_two_halves_are_bitwise_the_whole(tmp_path: Path, world_size: int, half: int, sections: dict[str, Any]) -> None:
+def test_two_halves_equal_one_run_bitwise(tmp_path: Path, world_size: int, half: int, sections: dict[str, Any]) -> None:
     sections = {"training": SHORT, **sections}
     small_run(tmp_path)
     straight = run_workers(world_size, train_and_save, tmp_path, sections, None, 2 * half, False)

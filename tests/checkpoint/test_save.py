@@ -108,7 +108,7 @@ def samples_of(folder: Path, sections: dict[str, Any], resume: Path | None, last
 
 @pytest.mark.parametrize("after", [{"context": 2}, {}], ids=str)
 @pytest.mark.parametrize("last_step", [2, 3])
-def test_the_order_of_samples_goes_on(tmp_path: Path, after: dict[str, Any], last_step: int) -> None:
+def test_the_order_of_samples_continues(tmp_path: Path, after: dict[str, Any], last_step: int) -> None:
     """The order continues at another data-parallel or context size, within and at the end of an epoch (F33, F34)."""
     length, num_samples = 16, 12
     # Each sample begins with a unique token.

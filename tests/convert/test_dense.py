@@ -91,7 +91,7 @@ def test_what_our_layers_lack_is_refused_by_name(tmp_path: Path, name: str) -> N
     assert not (tmp_path / "ours").exists()
 
 
-def test_families_that_are_not_known_are_refused(tmp_path: Path) -> None:
+def test_unknown_families_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(UserError, match="config.json: model_type: got 'gpt2', allowed megatron_sse, sse, llama, qwen2"):
         convert(str(tmp_path), str(tmp_path / "ours"))

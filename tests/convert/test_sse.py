@@ -208,7 +208,7 @@ def test_an_export_in_half_precision(tmp_path: Path) -> None:
         ("scaled rotary", "model.softmax.rotary_scaling: got a section, allowed"),
     ],
 )
-def test_what_the_authors_code_lacks_is_refused_by_name(tmp_path: Path, name: str, message: str) -> None:
+def test_settings_that_the_authors_code_lacks_are_refused_by_name(tmp_path: Path, name: str, message: str) -> None:
     ours = make_ours(tmp_path / "ours", OURS[name])
     with pytest.raises(UserError) as error:
         convert(str(ours), str(tmp_path / "sse"), to="sse")

@@ -49,7 +49,7 @@ def test_the_standard_library_becomes_two_files_that_pass_the_checks(built):
     ]
 
 
-def test_documents_are_whole_and_in_one_part_only(built):
+def test_documents_are_complete_and_in_one_part_only(built):
     parts = {name: IndexedDataset(str(built / name)) for name in ("train", "validation")}
     texts = {name: [decode(file[i]) for i in range(len(file))] for name, file in parts.items()}
     assert not set(texts["train"]) & set(texts["validation"])

@@ -29,7 +29,7 @@ def test_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert printed.endswith(f"--- document 2: 601 tokens\n{'x' * 20}\n... (581 more)\n")
 
 
-def test_labels_stand_in_brackets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_labels_are_in_brackets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_tokenizer(tmp_path / "tiny")
     rows = [{"prompt": "two and ", "completion": "words"}, {"prompt": "a", "completion": "ü🐈"}]
     path = write_lines(tmp_path / "a.jsonl", rows)

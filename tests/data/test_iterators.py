@@ -49,7 +49,7 @@ def test_order_is_the_same_at_any_data_parallel_size_and_micro_batch(prefix):
 
 @pytest.mark.parametrize("steps_before", [1, 2, 3, 5])
 @pytest.mark.parametrize("size", [1, 4])
-def test_a_resumed_run_goes_on_as_the_first_one_would(prefix, steps_before, size):
+def test_a_resumed_run_sees_the_samples_that_an_uninterrupted_one_sees(prefix, steps_before, size):
     config = run_config(prefix)
     whole = global_batches(config, 2, 8)
     resumed = global_batches(config, size, 8 - steps_before, consumed=steps_before * GLOBAL_BATCH)

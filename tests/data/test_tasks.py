@@ -88,7 +88,7 @@ def test_needles_can_be_found(variant) -> None:
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.3, 1.0])
-def test_the_first_number_stands_at_its_depth(depth: float) -> None:
+def test_the_first_number_is_at_its_depth(depth: float) -> None:
     for variant in VARIANTS:
         needle = make_needle(np.random.default_rng(7), NeedleTask(variant=variant), 4000, depth, len)
         text = needle.prompt.rsplit("\n", 1)[0]

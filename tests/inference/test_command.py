@@ -78,7 +78,7 @@ def test_interactive(
     assert said.out == steps
 
 
-def test_a_text_that_has_ended_is_not_gone_on_with(
+def test_a_text_that_has_ended_is_not_continued(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, pure: Path
 ) -> None:
     prompt = list(b"(")

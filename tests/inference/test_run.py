@@ -64,7 +64,7 @@ def test_sequences_end(nets: list[GPTModel], number: int) -> None:
 
 
 @pytest.mark.parametrize("number", [0, 1], ids=["pure", "hybrid"])
-def test_a_saved_cache_goes_on(nets: list[GPTModel], number: int, tmp_path: Path) -> None:
+def test_a_saved_cache_continues(nets: list[GPTModel], number: int, tmp_path: Path) -> None:
     net, path = nets[number], str(tmp_path / "cache")
     cache = Cache(net, 3)
     first = sample(net, PROMPTS, 3, cache)

@@ -97,7 +97,7 @@ def logged_losses(folder: Path) -> dict[int, set[float]]:
     return found
 
 
-def test_a_run_goes_on_without_a_trace(tmp_path: Path) -> None:
+def test_a_run_without_a_trace_continues(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(small_run(tmp_path, **SECTIONS).to_yaml())
     port, logs = free_port(), tmp_path / "run/logs"
     first, second = machines = [Machine(tmp_path, number, port).start() for number in (0, 1)]

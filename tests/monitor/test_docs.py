@@ -56,7 +56,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_profile_lies_where_the_page_says(workplace: Path) -> None:
+def test_the_profile_is_where_the_page_says(workplace: Path) -> None:
     folder = workplace / "runs/quickstart"
     for name in re.findall(r"^- `(.*?)`", PAGE, re.MULTILINE):
         [path] = folder.glob(name)

@@ -48,7 +48,7 @@ def test_the_window_is_recorded_and_written_once(tmp_path: Path) -> None:
     assert calls == ["step 4"]
 
 
-def test_no_room_is_told_from_other_errors() -> None:
+def test_a_full_disk_is_distinguished_from_other_errors() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60)
     assert is_out_of_memory(caught.value)

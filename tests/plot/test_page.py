@@ -34,7 +34,7 @@ def test_pictures_are_there_and_not_empty(drawn: Path) -> None:
         assert len(colours) > 50, path
 
 
-def test_the_page_holds_the_pictures_and_asks_for_nothing_else(drawn: Path) -> None:
+def test_the_page_holds_the_pictures_and_loads_nothing_else(drawn: Path) -> None:
     page = (drawn / "index.html").read_text()
     images = re.findall(r'<img alt="[^"]*" src="data:image/png;base64,([^"]*)">', page)
     assert [base64.b64decode(image) for image in images] == [

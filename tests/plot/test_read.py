@@ -57,7 +57,7 @@ def test_a_tag_that_the_resumed_run_has_not_written_yet(tmp_path: Path) -> None:
     assert read_scalars(tmp_path)["validation/loss"] == [(3, 1.0)]
 
 
-def test_a_file_that_was_cut_off_gives_what_is_whole(tmp_path: Path) -> None:
+def test_a_truncated_file_gives_its_complete_records(tmp_path: Path) -> None:
     write_events(tmp_path, losses(*range(1, 101)))
     [path] = (tmp_path / "tensorboard").iterdir()
     path.write_bytes(path.read_bytes()[:-10])

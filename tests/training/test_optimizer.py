@@ -78,7 +78,7 @@ def test_adam_steps_like_torchs_adamw() -> None:
         assert torch.equal(our, their)
 
 
-def test_adam_goes_on_from_its_saved_state() -> None:
+def test_adam_resumes_from_its_saved_state() -> None:
     straight = [torch.nn.Parameter(torch.ones(3))]
     settings: dict[str, Any] = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
     first = Adam(straight, **settings)

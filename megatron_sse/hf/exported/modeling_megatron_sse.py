@@ -49,7 +49,7 @@ class MegatronSSEForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        # Layers keep states that are no keys and values.
+        # What layers keep are states, not keys and values.
         return False
 
     def forward(
@@ -63,8 +63,11 @@ class MegatronSSEForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         **unused: Any,
     ) -> CausalLMOutputWithPast:
-        """attention_mask: 0 for padding, on the left where generation goes on from it. labels: as input_ids, -100 for
-        tokens that do not count; the loss is the mean over the others of the next token."""
+        """Return logits and, given labels, the loss.
+
+        attention_mask: 0 for padding, which has to be on the left where generation continues.
+        labels: as input_ids, -100 for tokens that do not count; the loss is the mean over the next tokens that do.
+        """
         if inputs_embeds is None:
             inputs_embeds = self.model.embeddings(input_ids)
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache

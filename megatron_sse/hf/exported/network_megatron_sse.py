@@ -91,7 +91,7 @@ class SoftmaxMixer(nn.Module):
         return self.o_proj(o.transpose(1, 2).flatten(2)), (k, v)
 
     def _mask(self, num_queries: int, num_keys: int, real_BR: Tensor | None, device: torch.device) -> Tensor | None:
-        """Which keys a query sees, bool [B or 1, 1, L, R]; None for plain causal attention."""
+        """Return which keys a query sees, bool [B or 1, 1, L, R]; None for plain causal attention."""
         window = self.settings["window"]
         if num_queries == num_keys and real_BR is None and window is None:
             return None
@@ -117,7 +117,7 @@ class SoftmaxMixer(nn.Module):
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """x [..., head dim], first and second half rotated against each other by angles [..., head dim / 2]."""
+    """Rotate x [..., head dim] by angles [..., head dim / 2]; channel c turns with channel c + head dim / 2."""
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -151,7 +151,7 @@ class SSEMixer(nn.Module):
         if settings["output_gate"]:
             self.g_proj = low_rank(hidden, self.value_dim, values)
         if num_partitions:
-            # With a router of its own for reads, its rows stand behind those for writes.
+            # Where reads have a router of their own, its rows come after those for writes.
             self.num_routers = 1 + settings["own_read_router"]
             self.e_proj = nn.Linear(hidden, self.num_routers * num_partitions, bias=False)
         if self.delta_rule:
@@ -191,7 +191,7 @@ class SSEMixer(nn.Module):
         return self.o_proj(o.flatten(2).to(x_BLd.dtype)), (recurrent, *tails)
 
     def _queries_and_keys(self, x_BLd: Tensor, real_BL: Tensor | None, tails: list) -> tuple[list, list, list]:
-        """Of the shared and of the sparse banks, [B, L, H, K] each; and the convolutions' new tails."""
+        """Return queries and keys [B, L, H, K] by kind of bank, and the convolutions' new tails."""
         shared, sparse = {}, {}
         kept: list[Tensor | None] = [None, None]
         for number, name in enumerate(self.maps):
@@ -274,7 +274,7 @@ class SSEMixer(nn.Module):
         return torch.stack([parts[0], *sparse], dim=2)
 
     def _picks(self, x_BLd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Which partitions a token writes to, and the weights of writes and reads, [B, L, N]."""
+        """Return which partitions a token writes to, and the weights of writes and reads, [B, L, N]."""
         logits = nn.functional.linear(x_BLd.float(), self.e_proj.weight.float())
         prob = logits.unflatten(-1, (self.num_routers, -1)).softmax(-1)
         # argsort twice: the rank of each partition among the probabilities, 0 for the largest.
@@ -289,7 +289,7 @@ class SSEMixer(nn.Module):
 
 
 def convolve(weight: Tensor, x_BLc: Tensor, real_BL: Tensor | None, tail: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Behind the last tokens before, the tail; and the new tail."""
+    """Convolve after the tail, the last tokens of earlier calls; return the result and the new tail."""
     width = weight.shape[-1] - 1
     if real_BL is not None:
         x_BLc = x_BLc * real_BL[..., None]
@@ -303,7 +303,7 @@ def normalize(x: Tensor) -> Tensor:
 
 
 def gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """S <- diag(exp(g)) S + k^T v, o = q S / sqrt(K), chunk by chunk. Inputs [B, L, banks, H, K or V], fp32."""
+    """Run S <- diag(exp(g)) S + k^T v, o = q S / sqrt(K), chunk by chunk. Inputs [B, L, banks, H, K or V], fp32."""
     shape = v.shape
     q, k, v, g = (x.flatten(2, 3).transpose(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v, g))
     state = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1]) if state is None else state
@@ -321,7 +321,7 @@ def gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor | None) -> tup
 
 
 def gdn(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """S <- exp(g) (I - beta k^T k) S + beta k^T v, o = q S / sqrt(K). As gla(), with g and beta [B, L, banks, H]."""
+    """Run S <- exp(g) (I - beta k^T k) S + beta k^T v, o = q S / sqrt(K). As gla(), g and beta [B, L, banks, H]."""
     shape = v.shape
     q, k, v, g, beta = (
         x.flatten(2, 3).transpose(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v, g[..., None], beta[..., None])
@@ -342,7 +342,7 @@ def gdn(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor 
 
 
 def kda(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """S <- (I - beta k^T k) diag(exp(g)) S + beta k^T v, o = q S / sqrt(K). As gdn(), with g [B, L, banks, H, K]."""
+    """Run S <- (I - beta k^T k) diag(exp(g)) S + beta k^T v, o = q S / sqrt(K). As gdn(), g [B, L, banks, H, K]."""
     shape = v.shape
     q, k, v, g, beta = (x.flatten(2, 3).transpose(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v, g, beta[..., None]))
     state = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1]) if state is None else state
@@ -398,10 +398,10 @@ class Network(nn.Module):
         self.norm = RMSNorm(model["hidden_size"], model["norm_epsilon"])
 
     def forward(self, x_BLd: Tensor, real_BR: Tensor | None = None, state: State | None = None) -> Tensor:
-        """Hidden states [B, L, d] of embeddings of the same shape.
+        """Return hidden states [B, L, d], given embeddings of the same shape.
 
-        real_BR: bool, False for padding, which may stand on the left only; of the tokens so far and these.
-        state: of the tokens so far; changed to that after these.
+        real_BR: bool, for the tokens so far and these: False for padding, which may only be on the left.
+        state: of the tokens so far; updated to include these.
         """
         num_before = 0 if state is None else state.num_tokens
         length = x_BLd.shape[1]

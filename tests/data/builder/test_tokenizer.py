@@ -80,7 +80,7 @@ def test_an_end_that_the_tokenizer_sets_is_not_set_twice_and_another_can_be_name
     assert json.loads((tmp_path / "other.tokenizer_config.json").read_text())["eos_token"] == "<|user|>"
 
 
-def test_the_tokenizer_stands_beside_the_file(tmp_path: Path) -> None:
+def test_the_tokenizer_is_saved_beside_the_file(tmp_path: Path) -> None:
     make_tokenizer(tmp_path / "tiny", auto_map={"AutoTokenizer": "code.py"}, chat_template="{{ messages }}")
     run(tmp_path / "out", write_lines(tmp_path / "a.jsonl", records()), tokenizer=str(tmp_path / "tiny"))
     assert (tmp_path / "out.tokenizer.json").read_bytes() == (tmp_path / "tiny/tokenizer.json").read_bytes()
