@@ -82,3 +82,14 @@ def test_links(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
+
+
+def test_files_that_contributing_names_exist() -> None:
+    """A name may leave out the folders before it: `config/run.py`."""
+    folders = ("megatron_sse", "kernels", "parallel", "tools", "configs", "tests")
+    files = [f"/{path.relative_to(ROOT)}" for folder in folders for path in (ROOT / folder).rglob("*.*")]
+    named = re.findall(r"`([\w/]+\.(?:py|yaml))`", (ROOT / "CONTRIBUTING.md").read_text())
+    # A placeholder of a new recurrence.
+    named.remove("kernels/NAME.py")
+    assert len(named) > 30
+    assert not [name for name in named if not any(file.endswith(f"/{name}") for file in files)]

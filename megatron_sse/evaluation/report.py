@@ -10,8 +10,7 @@ from typing import Any
 from megatron_sse.evaluation.needles import Found
 from megatron_sse.evaluation.perplexity import Losses
 from megatron_sse.evaluation.recall import Recalled
-from megatron_sse.reports.results import write_json
-from megatron_sse.reports.tables import table
+from megatron_sse.reports.results import table, write_json
 
 RESULTS = "results.json"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_sse.inspection.half_life import Spread
 from megatron_sse.inspection.measure import Layer, Rank
-from megatron_sse.reports.tables import table
+from megatron_sse.reports.results import table
 
 # Tables with more partitions would be wider than a terminal.
 _MOST_COLUMNS = 16

@@ -98,7 +98,7 @@ def make_hand_off(config: RunConfig, groups: ProcessGroupCollection) -> HandOff:
     """Return how this run's context ranks pass states along."""
     parallel = config.parallel
     shard = ContextShard(groups.cp.rank(), groups.cp.size(), choose_layout(config)[0])
-    wire = torch.bfloat16 if parallel.hand_off_wire == "bf16" else None
+    wire = {"fp32": None, "bf16": torch.bfloat16}[parallel.hand_off_wire]
     if parallel.hand_off != "two_level":
         return HandOff(shard.chain, groups.cp, parallel.hand_off, wire)
     node_group, cross_group = split_by_node(groups.cp, parallel.context_per_node)

@@ -1,4 +1,4 @@
-"""Results as JSON files, in the folder that --output names."""
+"""Results as tables of text, and as JSON files in the folder that --output names."""
 
 from __future__ import annotations
 
@@ -9,6 +9,14 @@ from typing import Any
 
 from megatron_sse.errors import UserError
 from megatron_sse.installed import versions
+
+
+def table(title: str, header: list[str], rows: list[list[str]]) -> str:
+    """Return a title and right-aligned columns, each as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    cells = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in (header, *rows)]
+    lines = ["  ".join(row).rstrip() for row in cells]
+    return "\n".join([title, *lines, ""])
 
 
 def make_folder(path: str) -> None:

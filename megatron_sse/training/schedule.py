@@ -17,7 +17,10 @@ def learning_rate(settings: OptimizerConfig, step: int, num_steps: int) -> float
     if settings.schedule == "cosine":
         progress = min(1.0, (step - warmup) / (num_steps - warmup))
         return lowest + (highest - lowest) * (1 + math.cos(math.pi * progress)) / 2
-    if settings.schedule == "wsd" and step > num_steps - settings.decay_steps:
+    if settings.schedule == "wsd":
+        if step <= num_steps - settings.decay_steps:
+            return highest
         progress = min(1.0, (step - num_steps + settings.decay_steps) / settings.decay_steps)
         return highest + (lowest - highest) * progress
+    assert settings.schedule == "constant"
     return highest
