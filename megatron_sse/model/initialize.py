@@ -32,7 +32,10 @@ def bind_weights(chunk: GPTModel, weights: Mapping[str, Weight], groups: Process
     for name, parameter in chunk.named_parameters():
         name = global_name(name, chunk)
         if name not in weights:
-            raise UserError(f"model.transformer: a field adds the parameter {name}, which this model does not support")
+            raise UserError(
+                f"model.transformer: a field adds the parameter {name}, which this model does not support "
+                "(config/weights.py declares those that it has)"
+            )
         weight = weights[name]
         assert tuple(parameter.shape) == weight.local_shape(groups.tp.size()), (name, parameter.shape, weight)
         parameter.weight = weight
