@@ -39,7 +39,7 @@ class HFWeights:
                 self._files[name], self._headers[name] = path, (shape, dtype)
         for name, path in listed.items():
             if name and self._files.get(name) != path:
-                raise UserError(f"{folder / INDEX}: lists {name} in {path.name}, which does not contain it")
+                raise UserError(f"{folder / INDEX}: lists {name} in {path.name}, which does not hold it")
 
     def _listed(self) -> dict[str, Path]:
         """Return the file of every tensor by the index; without an index the only file, under an empty name."""
