@@ -40,6 +40,7 @@ A 1 is a dim of size 1 or, behind a letter, one entry more than its dim has (off
 formulas S is a state.
 """
 
+import logging
 import warnings
 
 __version__ = "0.1.0"
@@ -50,9 +51,35 @@ for _message in (
     "(Transformer Engine and )?Apex (is|are) not installed",
     # Its own default, whatever the configuration says.
     "full scope is deprecated",
+    # Each rank reads its part of a checkpoint by itself.
+    "The argument order of load has been changed",
+    "torch.distributed is disabled, unavailable or uninitialized, assuming the intent is to load in a single process",
+    # Said on import, before any process group exists.
+    "Could not determine rank from torch.distributed",
+    # An import of its optimizers, which no run uses.
+    "MimoModelConfig is experimental",
     # Names that Megatron-Core has to keep for older releases of torch.
     "`(torch.distributed.(reduce_scatter_tensor|all_gather_into_tensor)|load_state_dict)` is deprecated",
     # The distributed optimizer's fp32 shards are views of the parameters.
     "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed",
 ):
     warnings.filterwarnings("ignore", message=_message)
+
+
+class _NotStartingWith(logging.Filter):
+    """Let all records through but those whose message starts with `start`."""
+
+    def __init__(self, start: str):
+        super().__init__()
+        self.start = start
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(self.start)
+
+
+# Deprecations of Megatron-Core 0.19 that docs/megatron_core.md answers, by the module that logs them.
+for _module, _message in (
+    ("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
+    ("megatron.core.dist_checkpointing.strategies.common", "load_common is deprecated"),
+):
+    logging.getLogger(_module).addFilter(_NotStartingWith(_message))

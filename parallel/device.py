@@ -68,6 +68,7 @@ def install_cpu_stand_ins() -> None:
         return
     for module, name, stand_in in (
         (torch.cuda, "current_device", _current_device),
+        (torch.cuda, "current_stream", torch.cpu.current_stream),
         (torch.cuda, "synchronize", _do_nothing),
         (torch.cuda, "manual_seed", torch.default_generator.manual_seed),
         (torch.cuda, "get_rng_state", _get_rng_state),

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.models.gpt import GPTModel
 
 from megatron_sse.config import RunConfig
 from megatron_sse.inference.cache import Cache
 from megatron_sse.inference.run import feed, logits_of, prefill
 from megatron_sse.model import build_model
 from megatron_sse.model.attention import TorchAttention
+from megatron_sse.model.language_model import LanguageModel
 from megatron_sse.parallel.device import Device
 from megatron_sse.pretrained.network import inference_groups
 from megatron_sse.pretrained.open import make_run_config
@@ -71,7 +71,7 @@ def clock(device: Device) -> Callable[[], float]:
     return read
 
 
-def time_tokens(net: GPTModel, device: Device, args: argparse.Namespace) -> list[dict[str, float]]:
+def time_tokens(net: LanguageModel, device: Device, args: argparse.Namespace) -> list[dict[str, float]]:
     """Return a row for each context length: milliseconds per token and size of the cache.
 
     The contexts take turns token by token, so that whatever slows the machine down slows all of them alike.
@@ -96,7 +96,7 @@ def time_tokens(net: GPTModel, device: Device, args: argparse.Namespace) -> list
     return rows
 
 
-def time_prompt(net: GPTModel, device: Device, args: argparse.Namespace) -> list[dict[str, float]]:
+def time_prompt(net: LanguageModel, device: Device, args: argparse.Namespace) -> list[dict[str, float]]:
     """Return rows of time and peak memory while reading one long prompt: at 1/8, 1/4, 1/2 and all of it."""
     generator = torch.Generator("cpu").manual_seed(0)
     cache, read = Cache(net, 1), clock(device)

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_sse.checkpoint.folders import list_checkpoints
@@ -26,6 +25,7 @@ from megatron_sse.inference.layers import BankCache
 from megatron_sse.inference.run import feed, logits_of
 from megatron_sse.inspection.rank import effective_rank
 from megatron_sse.kernels import Routes
+from megatron_sse.model.language_model import LanguageModel
 from megatron_sse.model.router import Router
 from megatron_sse.pretrained.network import build_and_load, inference_config, inference_groups
 from megatron_sse.pretrained.open import open_model
@@ -56,7 +56,7 @@ def make_samples(task: MQARTask, length: int, samples: int) -> list[Recall]:
 
 
 @torch.no_grad()
-def look(net: GPTModel, model: ModelConfig, recalls: list[Recall]) -> dict[str, Any]:
+def look(net: LanguageModel, model: ModelConfig, recalls: list[Recall]) -> dict[str, Any]:
     """Return accuracy and loss (nats) of the answers, and a record of each SSE layer (see _describe)."""
     losses: list[Tensor] = []
     right: list[Tensor] = []

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_sse.data.batch import Batch
+from megatron_sse.model.language_model import LanguageModel
 from megatron_sse.model.router import Router
 from megatron_sse.parallel.layout import TokenLayout
 
@@ -48,7 +48,9 @@ class Probe:
         picks, hidden: by layer number and micro-batch, the picks and the inputs of the routers.
     """
 
-    def __init__(self, chunks: list[GPTModel], batches: list[tuple[Tensor, Batch]], groups: ProcessGroupCollection):
+    def __init__(
+        self, chunks: list[LanguageModel], batches: list[tuple[Tensor, Batch]], groups: ProcessGroupCollection
+    ):
         self.outputs: dict[tuple[str, int], tuple[Piece, Tensor]] = {}
         self.picks: dict[tuple[int, int], tuple[Piece, Tensor]] = {}
         self.hidden: dict[tuple[int, int], tuple[Piece, Tensor]] = {}
@@ -61,7 +63,7 @@ class Probe:
         for chunk in chunks:
             self._watch(chunk)
 
-    def _watch(self, chunk: GPTModel) -> None:
+    def _watch(self, chunk: LanguageModel) -> None:
         chunk.register_forward_pre_hook(self._before_chunk, with_kwargs=True)
         if chunk.pre_process:
             chunk.embedding.register_forward_hook(self._after_embedding)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
@@ -83,16 +84,27 @@ def _load(
     for name, entries in model.items():
         state[name] = {local: _best_source(entry, stored) for local, entry in entries.items()}
     check_architecture(path, config, state, index)
-    try:
-        loaded = dist_checkpointing.load(state, str(path), validate_access_integrity=False)
-    except CheckpointException as error:
-        # torch has gathered the failures over the ranks, so every rank raises the same error.
-        causes = {f"rank {rank}: {first_line(cause)}" for rank, (cause, _) in error.failures.items()}
-        raise SharedUserError(f"{path}: cannot be loaded ({'; '.join(sorted(causes))})") from None
+    loaded = _load_on_all_ranks(state, path)
     for stage, chunk in enumerate(chunks):
         # Only Transformer Engine's state for fp8 may be missing.
         missing, unexpected = chunk.module.load_state_dict(loaded[f"model{stage}"], strict=False)
         assert not unexpected and all(key.endswith("_extra_state") for key in missing), (missing, unexpected)
+    return loaded
+
+
+def _load_on_all_ranks(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Load this rank's part. Raises SharedUserError on every rank where one rank cannot load its part."""
+    causes: set[str] = set()
+    try:
+        loaded = dist_checkpointing.load(state, str(path), validate_access_integrity=False)
+    except CheckpointException as error:
+        causes = {first_line(cause) for cause, _ in error.failures.values()}
+    # Megatron-Core 0.16 raises on all ranks; 0.19, whose ranks load by themselves, only on those that failed.
+    every: list[set[str]] = [set() for _ in range(dist.get_world_size())]
+    dist.all_gather_object(every, causes)
+    failed = sorted(set().union(*every))
+    if failed:
+        raise SharedUserError(f"{path}: cannot be loaded ({'; '.join(failed)})")
     return loaded
 
 

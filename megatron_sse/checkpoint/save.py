@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_sse.checkpoint.folders import checkpoint_folder, make_partial, partial_folder, promote, prune, step_folder
 from megatron_sse.checkpoint.manifest import FileEntry, Manifest, describe_files
-from megatron_sse.checkpoint.names import DATA, TOKENIZER_FILES, TOKENS
+from megatron_sse.checkpoint.names import COMMON, DATA, TOKENIZER_FILES, TOKENS
 from megatron_sse.checkpoint.shards import ShardWriter, Staging
 from megatron_sse.checkpoint.state import get_num_steps, is_distributed, model_state, optimizer_state
 from megatron_sse.config import RunConfig
@@ -149,7 +149,7 @@ class Saver:
         if failed is None:
             try:
                 save.shards.finish_index([results for results, _, _ in gathered])
-                TorchCommonSaveStrategy("torch", 1).save_common(save.common, partial)
+                torch.save(save.common, partial / COMMON)
                 save_config(CheckpointingConfig("torch_dist", 1), str(partial))
                 _write_config(save, partial)
                 known = {name: entry for _, entries, _ in gathered for name, entry in entries.items()}

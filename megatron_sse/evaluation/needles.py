@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron.core.models.gpt import GPTModel
-
 from megatron_sse.config import NeedleTask
 from megatron_sse.data.tasks.needle import VARIANTS, Needle, least_room, make_needle, score_answer
 from megatron_sse.evaluation.read import Reader
@@ -13,6 +11,7 @@ from megatron_sse.evaluation.recall import sample_generator
 from megatron_sse.inference.cache import Cache
 from megatron_sse.inference.run import generate
 from megatron_sse.inference.sampling import Sampler
+from megatron_sse.model.language_model import LanguageModel
 from megatron_sse.pretrained.text import Tokenizer
 
 
@@ -76,7 +75,7 @@ def count(tokenizer: Tokenizer, text: str) -> int:
 
 def answer(reader: Reader, tokenizer: Tokenizer, needles: list[Needle]) -> list[str]:
     """Return the model's greedy answers, with as many tokens as the longest correct answer has."""
-    net: GPTModel = reader.net
+    net: LanguageModel = reader.net
     prompts = [tokenizer.encode(needle.prompt) for needle in needles]
     num_tokens = max(count(tokenizer, needle.answer) for needle in needles)
     decoders, texts = [tokenizer.stream() for _ in needles], [""] * len(needles)

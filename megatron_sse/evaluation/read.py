@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_sse.inference.cache import Cache
 from megatron_sse.inference.run import cut, feed, logits_of
+from megatron_sse.model.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
 class Reader:
     """A model that reads `batch` sequences at a time, in chunks of at most `chunk` tokens."""
 
-    net: GPTModel
+    net: LanguageModel
     vocab_size: int
     batch: int
     chunk: int

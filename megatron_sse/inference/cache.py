@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.models.gpt import GPTModel
 
 from megatron_sse.errors import UserError
 from megatron_sse.inference.layers import BankCache, CachedLayout, KeyValueCache, Tail
 from megatron_sse.model.attention import SoftmaxAttention
+from megatron_sse.model.language_model import LanguageModel
 from megatron_sse.model.mixer import SSEMixer
 from megatron_sse.parallel.sharding import ALL_TOKENS, ContextShard
 
@@ -27,7 +27,7 @@ class Cache:
         pending: of each sequence, tokens that belong to it and that the layers have not seen yet.
     """
 
-    def __init__(self, model: GPTModel, num_sequences: int):
+    def __init__(self, model: LanguageModel, num_sequences: int):
         self.device = next(model.parameters()).device
         self.layers: dict[int, BankCache | KeyValueCache] = {}
         for layer in model.decoder.layers:
@@ -71,7 +71,7 @@ class Cache:
             raise UserError(f"--save-cache: {path} cannot be written ({' '.join(str(error).split())})") from None
 
     @classmethod
-    def restore(cls, content: dict[str, Any], model: GPTModel) -> "Cache":
+    def restore(cls, content: dict[str, Any], model: LanguageModel) -> "Cache":
         """Return the cache whose content read_cache returned."""
         cache = cls(model, 0)
         for number, layer in cache.layers.items():

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.core.models.gpt import GPTModel
-
 from megatron_sse.config import RunConfig
 from megatron_sse.errors import UserError, found_by_all
 from megatron_sse.inference.cache import Cache, read_cache
@@ -17,6 +15,7 @@ from megatron_sse.inference.prompts import check_length, check_tokens, read_prom
 from megatron_sse.inference.request import Request
 from megatron_sse.inference.run import generate
 from megatron_sse.inference.sampling import Sampler
+from megatron_sse.model.language_model import LanguageModel
 from megatron_sse.parallel.device import Device
 from megatron_sse.parallel.sharding import ContextShard
 from megatron_sse.pretrained.network import build_and_load, inference_config, inference_groups
@@ -99,7 +98,7 @@ def _check_length(request: Request, config: RunConfig, num_before: int) -> None:
 class _Session:
     """A loaded model, and how its tokens are picked and printed."""
 
-    def __init__(self, request: Request, job: _Job, net: GPTModel, device: Device, shard: ContextShard):
+    def __init__(self, request: Request, job: _Job, net: LanguageModel, device: Device, shard: ContextShard):
         self.request, self.config, self.net, self.device, self.shard = request, job.config, net, device, shard
         self.tokenizer = job.tokenizer
         self.end = None if self.tokenizer is None else self.tokenizer.end

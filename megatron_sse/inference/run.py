@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Sequence
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_sse.inference.cache import Cache
 from megatron_sse.inference.request import ModelRequest
 from megatron_sse.inference.sampling import Sampler
+from megatron_sse.model.language_model import LanguageModel
 from megatron_sse.parallel.sharding import ALL_TOKENS, ContextShard
 
 # Tokens of prompts at once, where code gives no other number.
@@ -17,7 +17,7 @@ DEFAULT_CHUNK = ModelRequest.chunk
 
 @torch.no_grad()
 def feed(
-    model: GPTModel,
+    model: LanguageModel,
     cache: Cache,
     tokens_T: Tensor,
     places: Sequence[int],
@@ -39,14 +39,14 @@ def feed(
 
 
 @torch.no_grad()
-def logits_of(model: GPTModel, hidden_T1d: Tensor) -> Tensor:
+def logits_of(model: LanguageModel, hidden_T1d: Tensor) -> Tensor:
     """Return fp32 logits [T, v] over the vocabulary of all tensor ranks, padding included."""
     weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
     return model.output_layer(hidden_T1d, weight=weight, runtime_gather_output=True)[0][:, 0].float()
 
 
 def prefill(
-    model: GPTModel,
+    model: LanguageModel,
     cache: Cache,
     prompts: Sequence[Sequence[int]],
     chunk: int = DEFAULT_CHUNK,
@@ -76,7 +76,7 @@ def prefill(
 
 
 def _prefill_shared(
-    model: GPTModel, cache: Cache, place: int, prompt: Sequence[int], chunk: int, shard: ContextShard
+    model: LanguageModel, cache: Cache, place: int, prompt: Sequence[int], chunk: int, shard: ContextShard
 ) -> Sequence[int]:
     """Feed the context ranks equal parts of a prompt; return the rest of it, 1 to `shard.size` tokens."""
     # At least one token is left over, since its logits are wanted on every rank.
@@ -106,7 +106,7 @@ def cut(lengths: Sequence[int], chunk: int) -> Iterator[list[tuple[int, int, int
 
 
 def generate(
-    model: GPTModel,
+    model: LanguageModel,
     cache: Cache,
     prompts: Sequence[Sequence[int]],
     num_tokens: int,

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_sse.errors import UserError
@@ -18,6 +17,7 @@ from megatron_sse.inspection.half_life import HalfLives, Spread, spread
 from megatron_sse.inspection.rank import effective_rank
 from megatron_sse.inspection.watch import WatchedCache
 from megatron_sse.kernels import BankInputs, Routes
+from megatron_sse.model.language_model import LanguageModel
 from megatron_sse.model.mixer import SSEMixer
 from megatron_sse.parallel.collectives import sum_value
 
@@ -170,7 +170,7 @@ class LayerSums:
 
 
 def measure_layers(
-    net: GPTModel, kinds: Sequence[str], texts: Sequence[Sequence[int]], chunk: int, group: dist.ProcessGroup
+    net: LanguageModel, kinds: Sequence[str], texts: Sequence[Sequence[int]], chunk: int, group: dist.ProcessGroup
 ) -> list[Layer]:
     """Return the measures of every layer; each text is read from empty states.
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_sse.inference.cache import Cache
 from megatron_sse.inference.layers import BankCache, CachedLayout
 from megatron_sse.kernels import BankInputs, BankOutputs, Routes
+from megatron_sse.model.language_model import LanguageModel
 from megatron_sse.parallel.sharding import ALL_TOKENS, ContextShard
 
 
@@ -26,7 +26,7 @@ class Watcher(Protocol):
 class WatchedCache(Cache):
     """A cache that shows `watchers`, by layer number, what SSE layers pass to it."""
 
-    def __init__(self, model: GPTModel, num_sequences: int, watchers: Mapping[int, Watcher]):
+    def __init__(self, model: LanguageModel, num_sequences: int, watchers: Mapping[int, Watcher]):
         super().__init__(model, num_sequences)
         self.watched = dict(self.layers) | {
             number: _WatchedBanks(self.banks(number), watcher) for number, watcher in watchers.items()

@@ -36,6 +36,7 @@ class SoftmaxAttention(SelfAttention):
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         rotary_scaling: RotaryScaling | None = None,
+        name: str | None = None,
     ):
         # The configuration is shared by all layers; Transformer Engine reads the window from it.
         config = copy.copy(config)

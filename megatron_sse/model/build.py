@@ -5,11 +5,9 @@ from dataclasses import replace
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.attention import SelfAttentionSubmodules
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -33,6 +31,7 @@ from megatron_sse.kernels.registry import KERNELS
 from megatron_sse.model.attention import SoftmaxAttention, TorchAttention
 from megatron_sse.model.backend import Backend, choose_backend
 from megatron_sse.model.initialize import bind_weights, initialize_weights
+from megatron_sse.model.language_model import LanguageModel, build_language_model, mlp_spec
 from megatron_sse.model.mixer import SSEMixer
 from megatron_sse.parallel.device import Device
 from megatron_sse.parallel.groups import split_by_node
@@ -48,7 +47,7 @@ def build_model(
     device: Device,
     draw: bool = True,
     core_attention: type[TorchAttention] | None = None,
-) -> list[GPTModel]:
+) -> list[LanguageModel]:
     """Build this rank's model chunks, one per virtual pipeline stage, with weights that depend on the seed alone.
 
     draw: False leaves the weights unset, for a caller that has others. core_attention: in place of the backend's.
@@ -112,7 +111,7 @@ def _build_chunk(
     hand_off: HandOff,
     groups: ProcessGroupCollection,
     vp_stage: int | None,
-) -> GPTModel:
+) -> LanguageModel:
     pp_rank, pp_size = groups.pp.rank(), groups.pp.size()
     is_first = pp_rank == 0 and vp_stage in (None, 0)
     # With virtual stages, the model's last layers are in the last chunk of the last rank.
@@ -123,25 +122,12 @@ def _build_chunk(
     block = TransformerBlockSubmodules(
         layer_specs=[layer_spec(kind, model, backend, hand_off) for kind in kinds], layer_norm=backend.norm
     )
-    chunk = GPTModel(
-        transformer,
-        block,
-        vocab_size=model.padded_vocab_size,
-        max_sequence_length=0,  # only learned positions would need it
-        pre_process=is_first,
-        post_process=is_last,
-        share_embeddings_and_output_weights=model.tie_embeddings,
-        position_embedding_type="none",  # softmax layers have their own
-        pg_collection=groups,
-        vp_stage=vp_stage,
-    )
-    return chunk
+    return build_language_model(model, transformer, block, groups, is_first, is_last, vp_stage)
 
 
 def layer_spec(kind: str, model: ModelConfig, backend: Backend, hand_off: HandOff) -> ModuleSpec:
     """Return a transformer layer with the mixer of `kind` (pattern.LAYER_KINDS) and a SwiGLU MLP."""
     mixer = _softmax_spec(model, backend) if kind == "softmax" else _sse_spec(kind, model, backend, hand_off)
-    mlp = MLPSubmodules(linear_fc1=backend.column_parallel_linear, linear_fc2=backend.row_parallel_linear)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -149,7 +135,7 @@ def layer_spec(kind: str, model: ModelConfig, backend: Backend, hand_off: HandOf
             self_attention=mixer,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=backend.norm,
-            mlp=ModuleSpec(module=MLP, submodules=mlp),
+            mlp=mlp_spec(backend),
             mlp_bda=get_bias_dropout_add,
         ),
     )

@@ -11,19 +11,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_sse.config import ModelConfig
 from megatron_sse.config.weights import Initial, Weight
 from megatron_sse.errors import UserError
+from megatron_sse.model.language_model import LanguageModel
 
 # Fills the full tensor in place.
 Draw = Callable[[Tensor, torch.Generator], object]
 
 
-def bind_weights(chunk: GPTModel, weights: Mapping[str, Weight], groups: ProcessGroupCollection) -> None:
+def bind_weights(chunk: LanguageModel, weights: Mapping[str, Weight], groups: ProcessGroupCollection) -> None:
     """Give each parameter of a model chunk its declaration, as the attribute `weight`.
 
     Raises UserError for a parameter that is not declared, which only a field of model.transformer can add.
@@ -46,7 +46,7 @@ def bind_weights(chunk: GPTModel, weights: Mapping[str, Weight], groups: Process
     assert not missing, f"declared in config/weights.py but not built: {sorted(missing)}"
 
 
-def initialize_weights(chunk: GPTModel, groups: ProcessGroupCollection, model: ModelConfig, seed: int) -> None:
+def initialize_weights(chunk: LanguageModel, groups: ProcessGroupCollection, model: ModelConfig, seed: int) -> None:
     """Draw all parameters of a model chunk in place."""
     with torch.no_grad():
         for parameter in chunk.parameters():
@@ -64,7 +64,7 @@ def draw_full(weight: Weight, model: ModelConfig, seed: int, device: torch.devic
     return full
 
 
-def global_name(name: str, chunk: GPTModel) -> str:
+def global_name(name: str, chunk: LanguageModel) -> str:
     """Return the parameter's name in the complete model: with the layer's number there in place of that in the chunk.
 
     Tied output weights have the embedding's name.

@@ -48,6 +48,7 @@ class SSEMixer(MegatronModule):
         hand_off: HandOff,
         input_convolution: int,
         cp_comm_type: str | None = None,
+        name: str | None = None,
     ):
         super().__init__(config)
         self.exchange = partial(exclusive_scan, hand_off=hand_off)

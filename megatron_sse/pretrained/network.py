@@ -6,7 +6,6 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_sse.config import RunConfig
@@ -14,6 +13,7 @@ from megatron_sse.config.load import make_config
 from megatron_sse.model import build_model
 from megatron_sse.model.attention import TorchAttention
 from megatron_sse.model.initialize import global_name, own_part
+from megatron_sse.model.language_model import LanguageModel
 from megatron_sse.parallel.device import Device, setup_device
 from megatron_sse.parallel.groups import destroy_groups, init_groups, init_process_group
 from megatron_sse.pretrained.open import Model
@@ -37,7 +37,7 @@ def build_and_load(
     groups: ProcessGroupCollection,
     device: Device,
     core_attention: type[TorchAttention] | None = TorchAttention,
-) -> GPTModel:
+) -> LanguageModel:
     """Build this tensor rank's part of the model, with its weights, ready to generate.
 
     core_attention: by default plain torch's, which reads keys and values that are kept; None for the backend's.

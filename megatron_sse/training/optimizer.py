@@ -33,8 +33,9 @@ class Adam(torch.optim.Optimizer):
         eps: float,
         weight_decay: float,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ) -> None:
-        assert adam_w_mode
+        assert adam_w_mode and not capturable
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=0))
 
     @torch.no_grad()

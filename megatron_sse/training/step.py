@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -25,6 +24,7 @@ from megatron_sse.config import RunConfig, uses_distributed_optimizer
 from megatron_sse.data.batch import Batch
 from megatron_sse.model import SSEMixer
 from megatron_sse.model.attention import SoftmaxAttention
+from megatron_sse.model.language_model import LanguageModel
 from megatron_sse.parallel.vocabulary import likeliest_tokens
 
 
@@ -188,7 +188,7 @@ def forward_and_score(batches: Iterator[Batch], model: Any, vocab_size: int) -> 
     return output, partial(score, model.module, batch, vocab_size)
 
 
-def score(network: GPTModel, batch: Batch, vocab_size: int, logits_BLv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def score(network: LanguageModel, batch: Batch, vocab_size: int, logits_BLv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return what sum_losses does, with the numbers of right answers and of answers appended to what is reported.
 
     logits_BLv: for this tensor rank's part of the vocabulary.

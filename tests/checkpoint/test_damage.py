@@ -1,5 +1,6 @@
 """Damaged checkpoints: the file is named, and a run falls back to the checkpoint before it (F7 to F13, F16, F17)."""
 
+import errno
 import json
 import logging
 import os
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_sse.checkpoint import manifest
 from megatron_sse.checkpoint.folders import find_all_damage, find_checkpoints
@@ -57,6 +60,19 @@ def go_on(folder: Path, sections: dict[str, Any]) -> tuple[int | str, list[str]]
         logger.removeHandler(handler)
 
 
+def fail_to_read_on_rank_1(folder: Path) -> str:
+    """Resume where rank 1 alone cannot read, and return the error."""
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(FileSystemReader, "read_data", raise_input_output_error)
+        first_step, _ = go_on(folder, {})
+    return str(first_step)
+
+
+def raise_input_output_error(*args: Any) -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
 @pytest.fixture(scope="module")
 def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("damage")
@@ -69,6 +85,11 @@ def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(tmp_path: Path, two_checkpoints: Path) -> Path:
     shutil.copytree(two_checkpoints, tmp_path, dirs_exist_ok=True)
     return tmp_path
+
+
+def test_all_ranks_know_that_one_cannot_read(folder: Path) -> None:
+    results = run_workers(2, fail_to_read_on_rank_1, folder)
+    assert len(set(results)) == 1 and re.search(r"iter_0000004: cannot be loaded \(.*Input/output error\)", results[0])
 
 
 class Payload:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
 
+from megatron_sse.model.language_model import LanguageModel
 from megatron_sse.parallel.device import setup_device
 from megatron_sse.parallel.groups import destroy_groups, init_groups, init_process_group
 from megatron_sse.pretrained.network import build_and_load, inference_config
@@ -27,7 +27,7 @@ def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def nets(pure: Path, hybrid: Path) -> Iterator[list[GPTModel]]:
+def nets(pure: Path, hybrid: Path) -> Iterator[list[LanguageModel]]:
     """Yield both models, loaded."""
     device = setup_device(0)
     init_process_group(device)

@@ -3,19 +3,19 @@
 from pathlib import Path
 
 import pytest
-from megatron.core.models.gpt import GPTModel
 
 from megatron_sse.errors import UserError
 from megatron_sse.inference import run as run_module
 from megatron_sse.inference.cache import Cache, read_cache
 from megatron_sse.inference.run import generate
 from megatron_sse.inference.sampling import Sampler
+from megatron_sse.model.language_model import LanguageModel
 
 PROMPTS = [[5, 6, 7], [9], list(range(40, 51))]
 VOCABULARY = 257
 
 
-def sample(net: GPTModel, prompts: list[list[int]], num_tokens: int = 8, cache: Cache | None = None, **options):
+def sample(net: LanguageModel, prompts: list[list[int]], num_tokens: int = 8, cache: Cache | None = None, **options):
     """Return the new tokens of each prompt."""
     sampler = Sampler(VOCABULARY, options.pop("temperature", 0.0), seed=options.pop("seed", 0))
     steps = list(generate(net, cache or Cache(net, len(prompts)), prompts, num_tokens, sampler, **options))
@@ -23,21 +23,21 @@ def sample(net: GPTModel, prompts: list[list[int]], num_tokens: int = 8, cache: 
 
 
 @pytest.mark.parametrize("number", [0, 1], ids=["pure", "hybrid"])
-def test_a_batch_like_each_prompt_alone(nets: list[GPTModel], number: int) -> None:
+def test_a_batch_like_each_prompt_alone(nets: list[LanguageModel], number: int) -> None:
     together = sample(nets[number], PROMPTS)
     assert together == [sample(nets[number], [prompt])[0] for prompt in PROMPTS]
     assert len({tuple(tokens) for tokens in together}) == 3
 
 
 @pytest.mark.parametrize("number", [0, 1], ids=["pure", "hybrid"])
-def test_chunks_change_nothing(nets: list[GPTModel], number: int) -> None:
+def test_chunks_change_nothing(nets: list[LanguageModel], number: int) -> None:
     whole = sample(nets[number], PROMPTS, temperature=1.0)
     for chunk in (1, 4, 15):
         assert sample(nets[number], PROMPTS, temperature=1.0, chunk=chunk) == whole
     assert sample(nets[number], PROMPTS, temperature=1.0, seed=1) != whole
 
 
-def test_chunks_are_bounded(nets: list[GPTModel], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_are_bounded(nets: list[LanguageModel], monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     original = run_module.feed
 
@@ -54,7 +54,7 @@ def test_chunks_are_bounded(nets: list[GPTModel], monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("number", [0, 1], ids=["pure", "hybrid"])
-def test_sequences_end(nets: list[GPTModel], number: int) -> None:
+def test_sequences_end(nets: list[LanguageModel], number: int) -> None:
     free = sample(nets[number], PROMPTS)
     end = free[2][3]
     ended = sample(nets[number], PROMPTS, end=end)
@@ -64,7 +64,7 @@ def test_sequences_end(nets: list[GPTModel], number: int) -> None:
 
 
 @pytest.mark.parametrize("number", [0, 1], ids=["pure", "hybrid"])
-def test_a_saved_cache_continues(nets: list[GPTModel], number: int, tmp_path: Path) -> None:
+def test_a_saved_cache_continues(nets: list[LanguageModel], number: int, tmp_path: Path) -> None:
     net, path = nets[number], str(tmp_path / "cache")
     cache = Cache(net, 3)
     first = sample(net, PROMPTS, 3, cache)
@@ -78,7 +78,7 @@ def test_a_saved_cache_continues(nets: list[GPTModel], number: int, tmp_path: Pa
     assert more == sample(net, [a + b + c for a, b, c in zip(PROMPTS, first, [[1, 2], [3], []], strict=True)], 5)
 
 
-def test_wrong_caches(nets: list[GPTModel], tmp_path: Path) -> None:
+def test_wrong_caches(nets: list[LanguageModel], tmp_path: Path) -> None:
     path = tmp_path / "cache"
     Cache(nets[0], 1).save(str(path), {"hidden_size": 32})
     with pytest.raises(UserError, match="other settings"):
