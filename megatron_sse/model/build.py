@@ -67,6 +67,8 @@ def build_model(
             chunk = _build_chunk(
                 config.model, transformer, backend, hand_off, groups, stage if num_chunks > 1 else None
             )
+            # Transformer Engine's modules take use_cpu_initialization to mean that they are born on the CPU.
+            chunk.to(device.type)
             bind_weights(chunk, weights, groups)
             if draw:
                 initialize_weights(chunk, groups, config.model, config.training.seed)
