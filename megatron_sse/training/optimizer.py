@@ -17,6 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.optim.adamw import adamw
 
 from megatron_sse.config import RunConfig, uses_distributed_optimizer
+from megatron_sse.training.foreach import replace_loops
 
 
 class Adam(torch.optim.Optimizer):
@@ -48,14 +49,19 @@ class Adam(torch.optim.Optimizer):
                 if not state:
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
+            # On a GPU one kernel updates all parameters; it reads the numbers of steps there.
+            fused = self._is_fused(parameters)
+            where = parameters[0].device if fused else "cpu"
+            # adamw() increments them, so it gets fresh ones.
+            steps = torch.full((len(parameters),), float(group["step"]), device=where).unbind()
             adamw(
                 parameters,
                 [parameter.grad for parameter in parameters],
                 [self.state[parameter]["exp_avg"] for parameter in parameters],
                 [self.state[parameter]["exp_avg_sq"] for parameter in parameters],
                 [],
-                # adamw() increments these tensors, so it gets fresh ones.
-                [torch.tensor(float(group["step"])) for _ in parameters],
+                list(steps),
+                fused=fused or None,
                 amsgrad=False,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
@@ -66,12 +72,17 @@ class Adam(torch.optim.Optimizer):
             )
             group["step"] += 1
 
+    @staticmethod
+    def _is_fused(parameters: list[torch.Tensor]) -> bool:
+        return bool(parameters) and all(parameter.is_cuda for parameter in parameters)
+
 
 def build_optimizer(
     config: RunConfig, chunks: list[torch.nn.Module], groups: ProcessGroupCollection
 ) -> MegatronOptimizer:
     """Build Megatron-Core's AdamW over model chunks in DDP: plain, mixed-precision or distributed, as the run asks."""
     _provide_adam()
+    replace_loops()
     settings = config.optimizer
     bf16 = config.training.precision == "bf16"
     no_decay = ParamWithNamePredicate("no_decay", lambda parameter, name: not parameter.weight.decayed)

@@ -6,7 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.optimizer import clip_grads
+from torch.optim.adamw import adamw
 
+from megatron_sse.training import optimizer
+from megatron_sse.training.foreach import replace_loops
 from megatron_sse.training.optimizer import Adam, set_learning_rate
 from tests.training.support import small_run, start
 from tests.workers import run_workers
@@ -76,6 +80,43 @@ def test_adam_steps_like_torchs_adamw() -> None:
     weights_after(torch.optim.AdamW(groups[1], **settings), theirs, 5)
     for our, their in zip(ours, theirs, strict=True):
         assert torch.equal(our, their)
+
+
+def test_the_fused_adam_of_gpus_steps_like_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Adam, "_is_fused", staticmethod(lambda parameters: True))
+    called = []
+
+    def watched(*args: Any, fused: bool | None, **kwargs: Any) -> None:
+        called.append(fused)
+        adamw(*args, fused=fused, **kwargs)
+
+    monkeypatch.setattr(optimizer, "adamw", watched)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((3, 4), (5,))]
+    theirs = copy.deepcopy(ours)
+    settings: dict[str, Any] = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.3}
+    weights_after(Adam(ours, **settings), ours, 5)
+    weights_after(torch.optim.AdamW(theirs, **settings), theirs, 5)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    assert called == [True] * 5
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-4])
+def test_norm_and_clipping_read_nothing_on_the_host(size: float) -> None:
+    """A number read from a tensor of the meta device is an error, as it is a wait on a GPU."""
+    replace_loops()
+    gradients = [torch.ones(shape, device="meta") for shape in ((3, 4), (5,), (2, 2))]
+    norm, _ = clip_grads.multi_tensor_applier(clip_grads.l2_norm_impl, None, [gradients], False)
+    assert norm.shape == (1,) and norm.is_meta
+    clip_grads.multi_tensor_applier(clip_grads.multi_tensor_scale_impl, None, [gradients, gradients], 0.5)
+    real = [size * torch.randn(shape) for shape in ((3, 4), (5,), (2, 2))]
+    expected = torch.cat([x.flatten() for x in real]).norm()
+    torch.testing.assert_close(clip_grads.l2_norm_impl(1, None, [real], False)[0], expected[None])
+    halves = [x.bfloat16() for x in real]
+    clip_grads.multi_tensor_scale_impl(1, None, [real, halves], 0.5)
+    assert all(torch.equal(half, (0.5 * x).bfloat16()) for half, x in zip(halves, real, strict=True))
+    whole = [x.clone() for x in real]
+    clip_grads.multi_tensor_scale_impl(1, None, [whole, whole], 0.5)
+    assert all(torch.equal(x, 0.5 * y) for x, y in zip(whole, real, strict=True))
 
 
 def test_adam_resumes_from_its_saved_state() -> None:
