@@ -32,12 +32,42 @@ install() {
   if has_gpu; then
     # With three equal signs 2.1+cpu does not count as 2.1, so a CPU build is replaced.
     "${pip[@]}" install -c "$pins" "torch===$torch"
-    "${pip[@]}" install -c "$pins" --no-build-isolation -e "$root[gpu,dev]" && return
-    echo "run.sh: the gpu extra did not install; without Transformer Engine plain modules are used, which are slower" >&2
   else
     "${pip[@]}" install -c "$pins" "torch==$torch+cpu" 2>/dev/null || "${pip[@]}" install -c "$pins" "torch==$torch"
   fi
   "${pip[@]}" install -c "$pins" --no-build-isolation -e "$root[dev]"
+}
+
+# Transformer Engine's torch part comes as sources. It is compiled against the headers that torch's own wheels brought:
+# only those are sure to be of the CUDA, cuDNN and NCCL that torch loads.
+compile_transformer_engine() {
+  local pip=("$venv/bin/python" -m pip --disable-pip-version-check) nvidia gigabytes jobs
+  nvidia=$(echo "$venv"/lib/python3*/site-packages/nvidia)
+  gigabytes=$(($(sed -n 's/^MemAvailable: *\([0-9]*\).*/\1/p' /proc/meminfo) / 1048576))
+  # A compiler takes up to 3 GB.
+  jobs=$((gigabytes / 3 < $(nproc) ? gigabytes / 3 : $(nproc)))
+  export CUDA_HOME="$nvidia/cu13" PATH="$venv/bin:$PATH" MAX_JOBS="${MAX_JOBS:-$((jobs > 1 ? jobs : 1))}"
+  CPLUS_INCLUDE_PATH="$nvidia/cu13/include:$nvidia/cudnn/include:$nvidia/nccl/include"
+  export CPLUS_INCLUDE_PATH
+  # The compiler that its build asks for its version, headers that torch leaves out, and what runs the jobs.
+  "${pip[@]}" install -c "$root/constraints.txt" "cuda-toolkit[nvcc,cccl]" ninja &&
+    # Not from pip's cache: what was compiled there for another torch has the same name.
+    "${pip[@]}" install -c "$root/constraints.txt" --no-cache-dir --no-build-isolation -v -e "$root[gpu]" &&
+    "$venv/bin/python" -c 'import transformer_engine.pytorch'
+}
+
+install_transformer_engine() {
+  local log="$venv/transformer_engine.log" cause
+  echo "run.sh: compiles Transformer Engine (once, 5 to 60 minutes; progress: tail -f $log)"
+  if (compile_transformer_engine) >"$log" 2>&1; then
+    echo "$1" >"$venv/transformer_engine"
+    return
+  fi
+  # The first error is the cause; those of Python follow from it.
+  cause=$(grep -m 1 -E 'fatal error: |: error: |command not found' "$log" || grep -E '[A-Za-z]*Error: |^ *ERROR: ' "$log" | tail -1)
+  cause=$(echo "${cause:-see there}" | sed 's/^ *//; s/^[^ ]*: \(fatal error: \)/\1/')
+  echo "run.sh: Transformer Engine did not install: $cause ($log has all). Its place is taken by plain modules, which are" \
+    "slower. The next call tries again." >&2
 }
 
 setup() {
@@ -45,18 +75,23 @@ setup() {
   mkdir -p "$venv"
   # Take a lock: machines that share the folder install one after the other.
   exec 9>"$venv/lock"
-  flock 9
+  flock -n 9 || { echo "run.sh: waits for another that installs" && flock 9; }
   wanted=$(cat "$root/constraints.txt" "$root/setup.cfg" <(has_gpu && echo gpu || echo cpu) | sha256sum)
-  [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && exec 9>&- && return
-  if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
-    local python
-    python=$(find_python)
-    echo "run.sh: makes $venv with $("$python" --version)"
-    "$python" -m venv "$venv"
+  if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+      local python
+      python=$(find_python)
+      echo "run.sh: makes $venv with $("$python" --version)"
+      "$python" -m venv "$venv"
+    fi
+    echo "run.sh: installs the packages of constraints.txt (once, a few minutes)"
+    install
+    echo "$wanted" >"$stamp"
   fi
-  echo "run.sh: installs the packages of constraints.txt (once, a few minutes)"
-  install
-  echo "$wanted" >"$stamp"
+  # It has a stamp of its own, so that a failure neither counts as done nor keeps a run from starting.
+  if has_gpu && [ "$(cat "$venv/transformer_engine" 2>/dev/null)" != "$wanted" ]; then
+    install_transformer_engine "$wanted"
+  fi
   exec 9>&-
 }
 

@@ -4,9 +4,12 @@ import os
 import signal
 
 import pytest
+import torch
 
-# Triton's interpreter runs the kernels on the CPU; it must be chosen before Triton is imported.
-os.environ.setdefault("TRITON_INTERPRET", "1")
+# Without a GPU, Triton's interpreter runs the kernels on the CPU; it must be chosen before Triton is imported. With
+# one, tests of compiled kernels must not be interpreted unnoticed.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tests.workers import close_pools
 

@@ -1,4 +1,4 @@
-"""Pools of gloo processes that run a function on every rank; one per world size, kept until the tests end."""
+"""Pools of processes that run a function on every rank; one per world size, kept until the tests end."""
 
 import contextlib
 import gc
@@ -40,9 +40,12 @@ def fork_context() -> ForkServerContext:
 
 
 class WorkerPool:
-    """A pool of `world_size` processes in one gloo world that run the functions sent to them."""
+    """A pool of `world_size` processes in one world that run the functions sent to them.
 
-    def __init__(self, world_size: int) -> None:
+    They use the CPU and gloo; with `gpus` one GPU each and NCCL.
+    """
+
+    def __init__(self, world_size: int, gpus: bool = False) -> None:
         context = fork_context()
         port = _free_port()
         self._pipes: list[Connection] = []
@@ -50,7 +53,7 @@ class WorkerPool:
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             # Daemonic processes could not start others, as saving a distributed checkpoint does.
-            process = context.Process(target=_serve, args=(rank, world_size, port, theirs), daemon=False)
+            process = context.Process(target=_serve, args=(rank, world_size, port, theirs, gpus), daemon=False)
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -95,22 +98,25 @@ class WorkerPool:
             pipe.close()
 
 
-_pools: dict[int, WorkerPool] = {}
+_pools: dict[tuple[int, bool], WorkerPool] = {}
 
 
-def run_workers(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+def run_workers(world_size: int, function: Callable[..., Any], *args: Any, gpus: bool = False) -> list[Any]:
     """Call function(*args) on every rank of a gloo world of `world_size` processes, and return the results by rank.
+
+    With `gpus` each process has a GPU of its own; otherwise none sees one, also where there are some.
 
     `function` must be importable (module level), arguments and results picklable, as CPU tensors are. It is
     called without model-parallel groups, and those it makes are destroyed afterwards. Raises WorkerError, with the
     rank and its traceback, when a rank fails; the pool is then thrown away, since the other ranks may hang.
     """
-    if world_size not in _pools:
-        _pools[world_size] = WorkerPool(world_size)
+    kind = world_size, gpus
+    if kind not in _pools:
+        _pools[kind] = WorkerPool(world_size, gpus)
     try:
-        return _pools[world_size].run(function, *args)
+        return _pools[kind].run(function, *args)
     except BaseException:
-        _pools.pop(world_size).close()
+        _pools.pop(kind).close()
         raise
 
 
@@ -126,8 +132,12 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
+def _serve(rank: int, world_size: int, port: int, pipe: Connection, gpus: bool) -> None:
     torch.set_num_threads(1)
+    if not gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif torch.cuda.device_count() < world_size:
+        raise RuntimeError(f"{world_size} GPUs asked for, {torch.cuda.device_count()} found")
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
     groups.init_process_group(device.setup_device(rank))

@@ -31,10 +31,10 @@ def test_like_one_gpu(name: str) -> None:
     """The error against fp64 is at most twice that of one GPU in bf16."""
     case, kind, zigzag = RUNS[name]
     on_gpu = {"device": "cuda"}
-    [[exact]] = run_workers(1, run_on, [case], TorchAttention, {"dtype": torch.float64} | on_gpu)
-    [[single]] = run_workers(1, run_on, [case], TEAttention, {"dtype": torch.bfloat16} | on_gpu)
+    [[exact]] = run_workers(1, run_on, [case], TorchAttention, {"dtype": torch.float64} | on_gpu, gpus=True)
+    [[single]] = run_workers(1, run_on, [case], TEAttention, {"dtype": torch.bfloat16} | on_gpu, gpus=True)
     options = {"dtype": torch.bfloat16, "context": 2, "zigzag": zigzag, "cp_comm_type": kind} | on_gpu
-    for [results] in run_workers(2, run_on, [case], TEAttention, options):
+    for [results] in run_workers(2, run_on, [case], TEAttention, options, gpus=True):
         assert results.keys() == exact.keys()
         for tensor, result in results.items():
             assert result.error(exact[tensor]) < 2 * single[tensor].error(exact[tensor]), tensor

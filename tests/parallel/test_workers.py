@@ -1,6 +1,9 @@
 """The pool of gloo workers that other tests use: results by rank, failures that name the rank, no hangs."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -9,6 +12,8 @@ import torch.distributed as dist
 
 from megatron_sse.parallel.groups import init_groups
 from tests.workers import WorkerError, run_workers
+
+ROOT = Path(__file__).parents[2]
 
 
 def rank_and_sum(value: int) -> tuple[int, torch.Tensor]:
@@ -41,6 +46,29 @@ def make_groups() -> None:
 
 def num_groups_and_threads() -> tuple[int, int]:
     return len(dist.distributed_c10d._world.pg_map), psutil.Process().num_threads()
+
+
+def devices() -> tuple[str | None, int, str]:
+    return os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count(), dist.get_backend()
+
+
+def test_workers_see_no_gpu_unless_they_are_told_to_use_one() -> None:
+    assert run_workers(1, devices) == [("", 0, "gloo")]
+    if torch.cuda.is_available():
+        [(_, count, backend)] = run_workers(1, devices, gpus=True)
+        assert (count > 0, backend) == (True, "nccl")
+    else:
+        with pytest.raises(WorkerError, match="rank 0 died"):
+            run_workers(1, devices, gpus=True)
+
+
+@pytest.mark.parametrize(("gpu", "interpreted"), [(False, True), (True, False)])
+def test_kernels_are_interpreted_only_where_there_is_no_gpu(gpu: bool, interpreted: bool) -> None:
+    program = f"import torch; torch.cuda.is_available = lambda: {gpu}; import tests.conftest\n"
+    program += "from triton import knobs; print(knobs.runtime.interpret)"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.stdout.strip() == str(interpreted), result.stderr
 
 
 def test_results_come_back_by_rank() -> None:

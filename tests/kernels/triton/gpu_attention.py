@@ -1,4 +1,4 @@
-"""The compiled kernels on a GPU. Run by name: TRITON_INTERPRET=0 pytest THIS_FILE
+"""The compiled kernels on a GPU. Run by name: pytest THIS_FILE
 
 compute-sanitizer --tool memcheck (racecheck) python -m pytest THIS_FILE -k small finds invalid accesses.
 """
