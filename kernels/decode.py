@@ -38,34 +38,37 @@ def decode_step(
     if states_XAHKV.is_cuda and KERNELS[shared.recurrence.name].has_triton:
         switches = before_norm, weight_writes, weight_reads
         return decode_on_triton(states_XAHKV, place_T, shared, sparse, v_THV, routes, *switches)
-    # Waits for the device: on a GPU, only recurrences without a Triton kernel come here.
     active_T = place_T >= 0
-    place_T, v = place_T[active_T], v_THV[active_T].to(states_XAHKV.dtype)
+    # Indexing by `active_T` would wait for the device. Padding repeats the first active token instead, and writes the
+    # same values to the same place; where there is no active token, what is written is what was there.
+    source_T = torch.where(active_T, torch.arange(len(place_T), device=place_T.device), active_T.int().argmax())
+    any_active, place_T = active_T.any(), place_T[source_T].clamp(min=0)
+    v = v_THV[source_T].to(states_XAHKV.dtype)
 
     def active(bank: BankInputs) -> BankInputs:
-        return bank.map(lambda x: x[active_T].to(v.dtype)).expand_heads(v.shape[1])
+        return bank.map(lambda x: x[source_T].to(v.dtype)).expand_heads(v.shape[1])
+
+    def keep(bank: int | Tensor, before: Tensor, after: Tensor) -> None:
+        states_XAHKV[place_T, bank] = torch.where(any_active, after, before)
 
     one = v.new_ones(len(v), 1, 1)
-    state, o = _write_and_read(active(shared), v, states_XAHKV[place_T, 0], one, one, True, False)
-    states_XAHKV[place_T, 0] = state
+    before = states_XAHKV[place_T, 0]
+    state, o = _write_and_read(active(shared), v, before, one, one, True, False)
+    keep(0, before, state)
     if sparse is not None and routes is not None:
         sparse = active(sparse)
         for pick in range(routes.bank_TP.shape[1]):
-            bank, weight = (
-                1 + routes.bank_TP[active_T, pick],
-                routes.weight_TP[active_T, pick].to(v.dtype)[:, None, None],
-            )
+            bank = 1 + routes.bank_TP[source_T, pick]
+            weight = routes.weight_TP[source_T, pick].to(v.dtype)[:, None, None]
             write, read = weight if weight_writes else one, weight if weight_reads else one
-            state, writes = states_XAHKV[place_T, bank], pick < routes.num_writers
-            state, o_pick = _write_and_read(sparse, v, state, write, read, writes, before_norm)
+            before, writes = states_XAHKV[place_T, bank], pick < routes.num_writers
+            state, o_pick = _write_and_read(sparse, v, before, write, read, writes, before_norm)
             if writes:
-                states_XAHKV[place_T, bank] = state
+                keep(bank, before, state)
             # With a router of its own for reads, the first picks are written to and not read.
             if 0 <= pick - routes.first_reader < routes.num_readers:
                 o = o + o_pick
-    o_THV = torch.zeros_like(v_THV)
-    o_THV[active_T] = o.to(v_THV.dtype)
-    return o_THV
+    return o.to(v_THV.dtype).masked_fill(~active_T[:, None, None], 0)
 
 
 def decode_on_triton(

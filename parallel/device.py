@@ -7,7 +7,10 @@ Megatron-Core and everything above it runs unmodified; nothing else in the proje
 import contextlib
 import logging
 import os
+import re
 import resource
+import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +23,11 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from megatron_sse.parallel.gloo import share_gloo_devices
 
 logger = logging.getLogger(__name__)
+
+CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+# Names of the allocator's settings, today's and that of torch before 2.9.
+ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
+BLACKWELL = 10  # the first number of its compute capability
 
 
 @dataclass(frozen=True)
@@ -36,21 +44,46 @@ class Device:
             return torch.cuda.max_memory_allocated()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
+    def capability(self) -> tuple[int, int]:
+        """Return the compute capability of this process's GPU; (9, 0) is Hopper."""
+        return torch.cuda.get_device_capability()
+
     def synchronize(self) -> None:
         """Wait until the device has finished all queued work."""
         torch.cuda.synchronize()
 
 
-def setup_device(local_rank: int) -> Device:
-    """Pick GPU number `local_rank` of this machine, or the CPU with Megatron-Core made to run on it."""
-    # Megatron-Core overlaps communication with matrix products by the order of their launches.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+def setup_device(local_rank: int, tensor: int = 1) -> Device:
+    """Pick GPU number `local_rank` of this machine, or the CPU with Megatron-Core made to run on it.
+
+    tensor: ranks that share each layer.
+    """
+    # The driver and the allocator read these once, when CUDA is first used.
+    if needs_one_connection(tensor):
+        os.environ.setdefault(CONNECTIONS, "1")
+    if not ALLOCATOR.intersection(os.environ):
+        # Lengths of documents vary, and so do sizes of tensors: fixed segments would fragment.
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
         return Device("cuda", "nccl", torch.cuda.get_device_name())
     install_cpu_stand_ins()
     share_gloo_devices()
     return Device("cpu", "gloo", f"CPU ({torch.get_num_threads()} threads a process)")
+
+
+def needs_one_connection(tensor: int) -> bool:
+    """Check whether CUDA_DEVICE_MAX_CONNECTIONS has to be 1 on this machine's GPUs.
+
+    Megatron-Core overlaps the tensor group's communication with matrix products by the order of their launches, which
+    GPUs before Blackwell keep only on one connection. Elsewhere one connection would only hold streams up.
+    """
+    if tensor == 1 or shutil.which("nvidia-smi") is None:
+        return False
+    # Not torch: it would start CUDA, which then reads the variable no more.
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    found = re.match(r"(\d+)\.", subprocess.run(command, capture_output=True, text=True).stdout)
+    return found is None or int(found[1]) < BLACKWELL
 
 
 def to_device(array: np.ndarray, device: torch.device | str) -> torch.Tensor:

@@ -2,7 +2,9 @@
 
 import os
 from datetime import timedelta
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -16,11 +18,13 @@ def init_process_group(device: Device, timeout_minutes: float = 30) -> None:
 
     Without these variables, this process makes a group of its own.
     """
-    timeout = timedelta(minutes=timeout_minutes)
-    if "RANK" in os.environ:
-        dist.init_process_group(device.backend, timeout=timeout)
-    else:
-        dist.init_process_group(device.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    options: dict[str, Any] = {"timeout": timedelta(minutes=timeout_minutes)}
+    if device.type == "cuda":
+        # NCCL connects now, on this GPU, instead of guessing one at the first collective.
+        options["device_id"] = torch.device("cuda", torch.cuda.current_device())
+    if "RANK" not in os.environ:
+        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(device.backend, **options)
 
 
 def init_groups(

@@ -245,8 +245,9 @@ class TokenLayout(PackedSeqParams):
 
     @property
     def documents(self) -> PackedSeqParams | None:
-        """The fragments in Transformer Engine's form; None in zigzag, where it takes the sequences as they are."""
-        if self.in_zigzag:
+        """The fragments in Transformer Engine's form; None where each sequence is one document, taken as it is."""
+        # In the packed form cuDNN's attention needs Hopper; for single documents it would gain nothing.
+        if self.in_zigzag or (self.shard.size == 1 and self.num_documents == self.batch_size):
             return None
         offsets = self.offsets_D1.int()
         return PackedSeqParams(

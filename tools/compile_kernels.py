@@ -17,8 +17,6 @@ from multiprocessing import get_context
 from pathlib import Path
 
 ARCHITECTURES = (80, 90, 100)
-# Bytes of shared memory that one block may have.
-SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,8 @@ class Compiled:
 
     @property
     def fits(self) -> bool:
+        from megatron_sse.kernels.triton.target import SHARED_LIMIT
+
         return self.shared <= SHARED_LIMIT[self.arch]
 
 

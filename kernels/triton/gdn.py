@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_sse.kernels.triton import gdn_backward, gdn_forward
 from megatron_sse.kernels.triton.rows import CHUNK_SIZE
+from megatron_sse.kernels.triton.target import SHARED_LIMIT, Target, target_of
 
 
 class GdnInputs(NamedTuple):
@@ -72,15 +73,15 @@ class Dims:
     dtype: torch.dtype
 
 
-def _plan(kernel: triton.JITFunction, dims: Dims, arch: int) -> tuple[dict, dict]:
+def _plan(kernel: triton.JITFunction, dims: Dims, target: Target) -> tuple[dict, dict]:
     """Return a kernel's constants and launch options.
 
     In fp32, products run without tensor cores and hold full operands in registers: hence small blocks and many warps.
-    Before Hopper, tensor cores read from registers too, and shared memory is too small for two stages of 256 keys.
+    Where shared memory is small, tensor cores read from registers too, and two stages of 256 keys do not fit.
     """
-    half, hopper = dims.dtype != torch.float32, arch >= 90
+    half, large = dims.dtype != torch.float32, target.is_large
     key_block, value_block = (max(16, triton.next_power_of_2(x)) for x in (dims.key_dim, dims.value_dim))
-    key_part, value_part = (64, 64 if hopper or kernel in PER_CHUNK else 32) if half else (16, 16)
+    key_part, value_part = (64, 64 if large or kernel in PER_CHUNK else 32) if half else (16, 16)
     constants = {
         "H": dims.num_heads,
         "HV": dims.num_value_heads,
@@ -96,16 +97,8 @@ def _plan(kernel: triton.JITFunction, dims: Dims, arch: int) -> tuple[dict, dict
     }
     options = {"num_warps": 4 if half else 8, "num_stages": 2 if half else 1}
     if kernel in PER_PIECE and key_block == 256:
-        options = {"num_warps": 2 * options["num_warps"], "num_stages": options["num_stages"] if hopper else 1}
+        options = {"num_warps": 2 * options["num_warps"], "num_stages": options["num_stages"] if large else 1}
     return {name: x for name, x in constants.items() if name in kernel.arg_names}, options
-
-
-def _architecture(device: torch.device) -> int:
-    """Return the compute capability as a number (90 for Hopper); that of Hopper in Triton's interpreter."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 PER_CHUNK = (
@@ -131,7 +124,7 @@ def _launch(
     is (chunk 0, head 1, block 1). `tensors`, like the inputs, are named as the kernel's pointers, with dims at the end.
     """
     dims = inputs.dims
-    constants, options = _plan(kernel, dims, _architecture(inputs.v_THV.device))
+    constants, options = _plan(kernel, dims, target_of(inputs.v_THV.device))
     if "STORE" in constants:
         constants["STORE"] = store
     named = {name.rpartition("_")[0] + "_ptr": x.contiguous() for name, x in (inputs._asdict() | tensors).items()}
@@ -253,7 +246,7 @@ def gdn_attend_backward(
     gates_4HR = tensors["gates_4HR"]
     tensors |= {"grad_scores_HRC": x.empty_rows(CHUNK_SIZE), "grad_met_HRC": x.empty_rows(CHUNK_SIZE)}
     tensors["grad_gates_2HR"] = gates_4HR.new_empty(2, *gates_4HR.shape[1:])
-    plan, _ = _plan(gdn_backward.gdn_gates_backward_kernel, dims, _architecture(x.v_THV.device))
+    plan, _ = _plan(gdn_backward.gdn_gates_backward_kernel, dims, target_of(x.v_THV.device))
     tensors["sums_Z5HR"] = gates_4HR.new_empty(plan["KEY_BLOCKS"], 5, *gates_4HR.shape[1:])
     rows = x.row_R.shape[0]
     gradients = {"grad_q_RHK": x.q1_THK.new_empty(rows, dims.num_value_heads, dims.key_dim)}
@@ -285,11 +278,11 @@ def _sum_groups(x_RHK: Tensor, num_heads: int) -> Tensor:
 
 def compile_cases(arch: int) -> list[tuple[triton.JITFunction, dict[str, str], dict, dict]]:
     """Return (kernel, signature, constants, options) of everything that is launched at common sizes."""
-    cases = []
+    cases, target = [], Target(arch, SHARED_LIMIT[arch])
     for dtype in (torch.bfloat16, torch.float32):
         for dim in (64, 128, 256):
             for kernel in PER_CHUNK + PER_PIECE:
-                constants, options = _plan(kernel, Dims(8, 8, dim, dim, dtype), arch)
+                constants, options = _plan(kernel, Dims(8, 8, dim, dim, dtype), target)
                 for store in (False, True) if "STORE" in constants else (None,):
                     variant = constants if store is None else constants | {"STORE": store}
                     cases.append((kernel, _signature(kernel, constants, dtype), variant, options))

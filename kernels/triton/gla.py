@@ -23,6 +23,7 @@ from megatron_sse.kernels.triton.gla_forward import gla_output_kernel, gla_prepa
 from megatron_sse.kernels.triton.gla_intra import gla_intra_kernel
 from megatron_sse.kernels.triton.gla_steep import gla_steep_scores_kernel
 from megatron_sse.kernels.triton.rows import CHUNK_SIZE
+from megatron_sse.kernels.triton.target import HOPPER, SHARED_LIMIT, Target, target_of
 
 # For each kernel, three settings: for 16-bit inputs with dims up to 128, for 16-bit inputs with larger dims, and for
 # fp32. A setting is the largest block of K and of V (None: all of it), warps, stages, and a limit on registers (None:
@@ -38,7 +39,8 @@ _TILES = {
     gla_values_kernel: ((None, 64, 4, 3, None), (None, 64, 8, 1, None), (None, 32, 4, 1, None)),
     gla_intra_kernel: ((64, None, 16, 1, None), (64, None, 16, 1, None), (32, None, 8, 1, None)),
 }
-# What differs before Hopper, where matrix products take their operands from registers and not from shared memory.
+# What differs where shared memory is small and matrix products take their operands from registers: before Hopper, and
+# on sm_120.
 _AMPERE_TILES = {
     gla_summarize_kernel: ((32, 128, 8, 3, None), (32, 128, 8, 3, None)),
     gla_output_kernel: ((None, 32, 4, 3, None), (None, 32, 8, 1, None)),
@@ -72,15 +74,15 @@ _POINTERS = {
 
 @functools.cache
 def _configure(
-    kernel, key_dim: int, value_dim: int, groups: int, dtype: torch.dtype, variant: bool, arch: int
+    kernel, key_dim: int, value_dim: int, groups: int, dtype: torch.dtype, variant: bool, target: Target
 ) -> tuple[dict, dict]:
-    """Return a kernel's constants and its launch options on a GPU of compute capability `arch` (90: Hopper)."""
+    """Return a kernel's constants and its launch options on a GPU."""
     column = 2 if dtype == torch.float32 else int(max(key_dim, value_dim) > 128)
     tiles: tuple = _TILES[kernel]
     if variant and kernel in _STEEP_TILES:
         tiles = _STEEP_TILES[kernel]
-    elif column < 2 and arch != 90:
-        tiles = (_AMPERE_TILES if arch < 90 else _BLACKWELL_TILES).get(kernel, tiles)
+    elif column < 2 and target.arch != HOPPER.arch:
+        tiles = (_BLACKWELL_TILES if target.is_large else _AMPERE_TILES).get(kernel, tiles)
     block_k, block_v, num_warps, num_stages, max_registers = tiles[column]
     constants = {
         # Forward, summarize reads keys, which are not scaled; its variant and all other kernels read queries.
@@ -109,13 +111,13 @@ def _block(dim: int, largest: int | None) -> int:
 
 def compile_cases(arch: int) -> list[tuple]:
     """Return (kernel, signature, constants, options) of everything that the operators launch at common sizes."""
-    cases = []
+    cases, target = [], Target(arch, SHARED_LIMIT[arch])
     types = {f"{name}_ptr": kind for kind, names in _POINTERS.items() for name in names}
     for dtype, inputs in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
         for dim in (64, 128, 256):
             for kernel in _TILES:
                 for variant in (False, True) if kernel in _VARIANTS else (False,):
-                    constants, options = _configure(kernel, dim, dim, 1, dtype, variant, arch)
+                    constants, options = _configure(kernel, dim, dim, 1, dtype, variant, target)
                     types_of_rest = {name: "constexpr" if name in constants else "i32" for name in kernel.arg_names}
                     signature = {
                         name: types.get(name, inputs) if name.endswith("_ptr") else types_of_rest[name]
@@ -129,15 +131,7 @@ def _configure_for(kernel, x: dict, variant: bool = False) -> tuple[dict, dict]:
     num_heads, key_dim = x["q1"].shape[1:]
     num_value_heads, value_dim = x["v"].shape[1:]
     groups = num_value_heads // num_heads
-    return _configure(kernel, key_dim, value_dim, groups, x["v"].dtype, variant, _arch(x["v"].device))
-
-
-@functools.cache
-def _arch(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    return _configure(kernel, key_dim, value_dim, groups, x["v"].dtype, variant, target_of(x["v"].device))
 
 
 def _count_blocks(constants: dict) -> int:

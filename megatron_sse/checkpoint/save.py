@@ -94,6 +94,10 @@ class Saver:
         assert self._save is None
         started = time.perf_counter()
         _agree(self._make_folder(step))
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                # Otherwise the next forward pass gathers what other copies have updated.
+                chunk.start_param_sync(force_sync=True)
         model = model_state(self.chunks, self.groups)
         common = {"step": step, "consumed_samples": consumed_samples, "optimizer_step": get_num_steps(self.optimizer)}
         # Megatron-Core checks once that the ranks' parts make up complete tensors; the parts stay the same.

@@ -1,7 +1,7 @@
 """The settings of a run: from YAML to a checked RunConfig."""
 
 from megatron_sse.config.context import attends_over_context, attention_kind, choose_layout
-from megatron_sse.config.derive import uses_distributed_optimizer
+from megatron_sse.config.derive import overlaps_gradients, overlaps_parameters, uses_distributed_optimizer
 from megatron_sse.config.ignored import ignored_settings
 from megatron_sse.config.load import load_config
 from megatron_sse.config.megatron import transformer_settings
@@ -47,6 +47,8 @@ __all__ = [
     "ignored_settings",
     "load_config",
     "longest_stage",
+    "overlaps_gradients",
+    "overlaps_parameters",
     "plan_stages",
     "stage_of_step",
     "transformer_settings",

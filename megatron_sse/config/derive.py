@@ -29,6 +29,31 @@ def uses_distributed_optimizer(config: RunConfig) -> bool:
     return config.parallel.distributed_optimizer or config.training.precision == "bf16"
 
 
+def fuses_loss(config: RunConfig, on_gpu: bool) -> bool:
+    """Check whether the cross entropy is fused. Not in fp32: Megatron-Core's fused gradient is rounded to bf16."""
+    return config.training.precision == "bf16" and _given(config.training.fused_loss, on_gpu)
+
+
+def overlaps_gradients(config: RunConfig, on_gpu: bool) -> bool:
+    """Check whether gradients are summed during the backward pass."""
+    return _given(config.parallel.overlap_gradients, on_gpu)
+
+
+def overlaps_parameters(config: RunConfig, on_gpu: bool) -> bool:
+    """Check whether the weights that other copies updated are gathered during the forward pass."""
+    overlaps = overlaps_gradients(config, on_gpu) and uses_distributed_optimizer(config)
+    return overlaps and _given(config.parallel.overlap_parameters, True)
+
+
+def fuses_swiglu(config: RunConfig, on_gpu: bool) -> bool:
+    """Check whether the operations of the MLP's activation are fused."""
+    return _given(config.training.fused_swiglu, on_gpu)
+
+
+def _given(value: bool | None, default: bool) -> bool:
+    return default if value is None else value
+
+
 def describe_run(config: RunConfig, world_size: int) -> list[str]:
     """Describe a run of `world_size` processes, one fact per line. Raises UserError where sizes do not divide."""
     model, parallel = config.model, config.parallel

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from megatron_sse.config.context import attention_kind
+from megatron_sse.config.derive import uses_distributed_optimizer
 from megatron_sse.config.run import RunConfig
 from megatron_sse.config.schema import Section, SoftmaxConfig, SSEConfig
 from megatron_sse.recurrence import RECURRENCES, Recurrence
@@ -58,12 +59,24 @@ def _find(config: RunConfig) -> Iterator[str]:
         yield from _changed(config.monitor, "monitor", ["profile_ranks"], reason)
     if config.data.validation is None and not config.data.validation_share:
         yield from _changed(training, "training", _VALIDATION_SETTINGS, "there is no validation data")
+    yield from _overlap_and_fusion(config)
     if optimizer.warmup_steps > training.steps:
         yield f"optimizer.schedule is ignored: the warm-up has {optimizer.warmup_steps} steps, the run {training.steps}"
     if optimizer.schedule == "constant":
         yield from _changed(optimizer, "optimizer", ["min_learning_rate"], "optimizer.schedule is constant")
     if optimizer.schedule != "wsd" and optimizer.decay_steps:
         yield f"optimizer.decay_steps is ignored: optimizer.schedule is {optimizer.schedule}, not wsd"
+
+
+def _overlap_and_fusion(config: RunConfig) -> Iterator[str]:
+    parallel, training = config.parallel, config.training
+    if training.precision == "fp32":
+        reason = "training.precision is fp32, and the fused gradient is rounded to bf16"
+        yield from _changed(training, "training", ["fused_loss"], reason)
+    if not uses_distributed_optimizer(config):
+        yield from _changed(parallel, "parallel", ["overlap_parameters"], "parallel.distributed_optimizer is false")
+    elif parallel.overlap_gradients is False:
+        yield from _changed(parallel, "parallel", ["overlap_parameters"], "parallel.overlap_gradients is false")
 
 
 def _recurrence_settings(sse: SSEConfig, used: set[Recurrence]) -> Iterator[str]:

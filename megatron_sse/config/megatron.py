@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_sse.config.context import attention_kind
+from megatron_sse.config.derive import fuses_loss, fuses_swiglu
 from megatron_sse.config.problem import Problem, show
 from megatron_sse.config.run import RunConfig
 
@@ -50,6 +51,8 @@ _OURS = {
     "pipeline_dtype": "training.precision",
     "autocast_dtype": "training.precision",
     "enable_autocast": "training.precision",
+    "cross_entropy_loss_fusion": "training.fused_loss",
+    "bias_activation_fusion": "training.fused_swiglu",
     "recompute_granularity": "training.recompute",
     "recompute_method": "training.recompute",
     "recompute_num_layers": "training.recompute",
@@ -90,8 +93,11 @@ _ABSENT = {
 }
 
 
-def transformer_settings(config: RunConfig) -> dict[str, Any]:
-    """Return a run's settings as keyword arguments of TransformerConfig; `model.transformer` overrides the others."""
+def transformer_settings(config: RunConfig, on_gpu: bool = False) -> dict[str, Any]:
+    """Return a run's settings as keyword arguments of TransformerConfig; `model.transformer` overrides the others.
+
+    on_gpu: decides settings that are null.
+    """
     # Imported late: settings are read, and wrong ones reported, without torch.
     import torch
 
@@ -135,6 +141,8 @@ def transformer_settings(config: RunConfig) -> dict[str, Any]:
         # On two stages the interleaved schedule mixes up its batched sends and receives: gradients would be wrong.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
+        cross_entropy_loss_fusion=fuses_loss(config, on_gpu),
+        bias_activation_fusion=fuses_swiglu(config, on_gpu),
         calculate_per_token_loss=True,
         hetereogenous_dist_checkpoint=True,
         **(recompute if config.training.recompute == "full" else {}),

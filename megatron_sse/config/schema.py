@@ -184,6 +184,9 @@ class ParallelConfig(Section):
     context_per_node: Count = 1
     data: Count | None = None
     distributed_optimizer: bool = False
+    # None: on GPUs.
+    overlap_gradients: bool | None = None
+    overlap_parameters: bool | None = None
     timeout_minutes: Positive = 30.0
     max_restarts: Size0 = 0
 
@@ -292,6 +295,9 @@ class TrainingConfig(Section):
     micro_batch_size: Count = 1
     precision: Literal["fp32", "bf16"] = "bf16"
     recompute: Literal["none", "full"] = "none"
+    # None: on GPUs.
+    fused_loss: bool | None = None
+    fused_swiglu: bool | None = None
     seed: Size0 = 1234
     validation_interval: Size0 = 0
     validation_batches: Count = 8

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from megatron_sse.config import RunConfig
 from megatron_sse.doctor.finding import BAD, GOOD, Finding
 from megatron_sse.doctor.machine import check_disk, check_gpu, check_versions
+from megatron_sse.doctor.modules import check_attention, check_connections, check_modules
 from megatron_sse.doctor.request import Request
 from megatron_sse.doctor.run import check_checkpoints, check_layout, check_memory, check_token_files
 from megatron_sse.errors import UserError
@@ -18,6 +19,8 @@ _CHECKS: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
     check_checkpoints,
     check_disk,
     check_memory,
+    check_attention,
+    check_connections,
 )
 
 
@@ -36,6 +39,7 @@ def find_all(request: Request) -> Iterator[Finding]:
     """Yield all findings. The machine is checked even if the settings are wrong."""
     yield from check_versions()
     yield from check_gpu()
+    yield from check_modules()
     try:
         config = request.run_config
     except UserError as error:

@@ -20,8 +20,6 @@ from megatron.core.transformer.transformer_layer import (
 from megatron_sse.config import (
     ModelConfig,
     RunConfig,
-    attends_over_context,
-    attention_kind,
     choose_layout,
     transformer_settings,
 )
@@ -29,7 +27,7 @@ from megatron_sse.config.mixer import MixerSpec
 from megatron_sse.config.weights import model_weights
 from megatron_sse.kernels.registry import KERNELS
 from megatron_sse.model.attention import SoftmaxAttention, TorchAttention
-from megatron_sse.model.backend import Backend, choose_backend
+from megatron_sse.model.backend import Backend, choose_attention, choose_backend
 from megatron_sse.model.initialize import bind_weights, initialize_weights
 from megatron_sse.model.language_model import LanguageModel, build_language_model, mlp_spec
 from megatron_sse.model.mixer import SSEMixer
@@ -52,12 +50,14 @@ def build_model(
 
     draw: False leaves the weights unset, for a caller that has others. core_attention: in place of the backend's.
     """
-    backend = attend_over_context(choose_backend(device), config)
+    backend = choose_backend(device)
     warn_of_slow_recurrences(config, device)
-    if core_attention is not None:
+    if core_attention is None:
+        backend = choose_attention(backend, config, device)
+    else:
         backend = replace(backend, core_attention=core_attention)
     hand_off = make_hand_off(config, groups)
-    transformer = transformer_config(config, backend)
+    transformer = transformer_config(config, backend, device)
     weights = {weight.name: weight for weight in model_weights(config.model)}
     model_parallel_cuda_manual_seed(config.training.seed)
     num_chunks = config.parallel.virtual_pipeline
@@ -81,18 +81,6 @@ def warn_of_slow_recurrences(config: RunConfig, device: Device) -> None:
     for recurrence in config.model.recurrences():
         if device.type == "cuda" and not KERNELS[recurrence.name].has_triton:
             logger.warning("%s layers: torch, slow (this recurrence has no Triton kernels yet)", recurrence.name)
-
-
-def attend_over_context(backend: Backend, config: RunConfig) -> Backend:
-    """Return the backend, with plain torch's attention where its own cannot attend over this run's context ranks."""
-    if not attends_over_context(config) or not backend.core_attention.wants_zigzag:
-        return backend
-    kind = attention_kind(config)
-    if kind is not None:
-        logger.info("attention over context ranks: Transformer Engine (%s)", kind)
-        return backend
-    logger.info("attention over context ranks: plain torch (Transformer Engine has none for these settings)")
-    return replace(backend, core_attention=TorchAttention)
 
 
 def make_hand_off(config: RunConfig, groups: ProcessGroupCollection) -> HandOff:
@@ -172,8 +160,9 @@ def _sse_spec(kind: str, model: ModelConfig, backend: Backend, hand_off: HandOff
     return ModuleSpec(module=SSEMixer, params=params)
 
 
-def transformer_config(config: RunConfig, backend: Backend) -> TransformerConfig:
+def transformer_config(config: RunConfig, backend: Backend, device: Device) -> TransformerConfig:
     """Return Megatron-Core's settings for a run."""
     return TransformerConfig(
-        **transformer_settings(config), gradient_accumulation_fusion=backend.fuse_gradient_accumulation
+        **transformer_settings(config, device.type == "cuda"),
+        gradient_accumulation_fusion=backend.fuse_gradient_accumulation,
     )

@@ -55,7 +55,7 @@ def build_and_load(
 @contextmanager
 def inference_groups(tensor: int = 1, context: int = 1) -> Iterator[tuple[ProcessGroupCollection, Device]]:
     """Set up the groups of all tensor x context processes, and the device of this one, for a block."""
-    device = setup_device(int(os.environ.get("LOCAL_RANK", "0")))
+    device = setup_device(int(os.environ.get("LOCAL_RANK", "0")), tensor)
     init_process_group(device)
     try:
         yield init_groups(tensor, context=context), device

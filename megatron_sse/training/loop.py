@@ -84,8 +84,8 @@ def train(config: RunConfig) -> int:
     signals = Signals(config.checkpoint.stop_after_minutes)
     run = None
     try:
-        device = setup_device(int(os.environ.get("LOCAL_RANK", 0)))
         parallel = config.parallel
+        device = setup_device(int(os.environ.get("LOCAL_RANK", 0)), parallel.tensor)
         init_process_group(device, parallel.timeout_minutes)
         sizes = (parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, parallel.context)
         groups = init_groups(*sizes, timeout_minutes=parallel.timeout_minutes)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice, tee
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_sse.config import RunConfig, uses_distributed_optimizer
+from megatron_sse.config import RunConfig, overlaps_gradients, overlaps_parameters, uses_distributed_optimizer
 from megatron_sse.data.batch import Batch
 from megatron_sse.model import SSEMixer
 from megatron_sse.model.attention import SoftmaxAttention
@@ -85,13 +85,7 @@ class Trainer:
         self.optimizer.zero_grad()
         for mixer in self.mixers:
             mixer.metrics.reset()
-        micro_batches = list(islice(batches, self.num_micro_batches))
-        loss_scale = self.optimizer.get_loss_scale().squeeze()
-        for batch in micro_batches:
-            # Megatron-Core divides all gradients by the number of counted tokens: weighted by its tokens, a layer's own
-            # loss becomes a mean over tokens as well.
-            batch.layout.layer_loss_scale = loss_scale * batch.loss_tokens
-        loss_sums = self._run_schedule(micro_batches, forward_only=False)
+        loss_sums = self._run_schedule(self._scale(islice(batches, self.num_micro_batches)), forward_only=False)
 
         losses = self._mean_losses(loss_sums)
         self.optimizer.prepare_grads()
@@ -113,21 +107,31 @@ class Trainer:
         for chunk in self.chunks:
             chunk.eval()
         loss_sums: list[Tensor] = []
-        while micro_batches := list(islice(batches, self.num_micro_batches)):
+        for first in batches:
+            micro_batches = chain([first], islice(batches, self.num_micro_batches - 1))
             loss_sums += self._run_schedule(micro_batches, forward_only=True)
         means = self._mean_losses(loss_sums)
         return {name: means[name] for name in ("loss", "accuracy") if name in means}
 
-    def _run_schedule(self, micro_batches: list[Batch], forward_only: bool) -> list[Tensor]:
+    def _scale(self, micro_batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield micro-batches with the scale of the layers' own losses set."""
+        loss_scale = self.optimizer.get_loss_scale().squeeze()
+        for batch in micro_batches:
+            # Megatron-Core divides all gradients by the number of counted tokens: weighted by its tokens, a layer's own
+            # loss becomes a mean over tokens as well.
+            batch.layout.layer_loss_scale = loss_scale * batch.loss_tokens
+            yield batch
+
+    def _run_schedule(self, micro_batches: Iterator[Batch], forward_only: bool) -> list[Tensor]:
         score_step = partial(forward_and_score, vocab_size=self.config.model.vocab_size)
         virtual_size = self.config.parallel.virtual_pipeline
         run = get_forward_backward_func(self.groups.pp.size(), virtual_size if virtual_size > 1 else None)
         return run(
             forward_step_func=score_step if forward_only else forward_step,
             # Each virtual stage iterates over all micro-batches itself.
-            data_iterator=[iter(micro_batches) for _ in self.chunks],
+            data_iterator=list(tee(one_ahead(micro_batches), len(self.chunks))),
             model=self.chunks,
-            num_microbatches=len(micro_batches),
+            num_microbatches=self.num_micro_batches,
             seq_length=self.config.data.sequence_length,
             micro_batch_size=self.config.training.micro_batch_size,
             forward_only=forward_only,
@@ -161,10 +165,26 @@ class Trainer:
         return losses
 
 
+def one_ahead(micro_batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Yield each micro-batch when the next one is made: its copy to the GPU then overlaps with the one in work.
+
+    Only these two are held, not all of the step's.
+    """
+    current = next(micro_batches, None)
+    while current is not None:
+        following = next(micro_batches, None)
+        yield current
+        current = following
+
+
 def wrap_model(config: RunConfig, chunks: list[Any], groups: ProcessGroupCollection) -> list[DistributedDataParallel]:
     """Wrap model chunks in Megatron-Core's DDP, which sums gradients over the data-parallel group in fp32."""
+    on_gpu = next(chunks[0].parameters()).is_cuda
     settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=uses_distributed_optimizer(config)
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=uses_distributed_optimizer(config),
+        overlap_grad_reduce=overlaps_gradients(config, on_gpu),
+        overlap_param_gather=overlaps_parameters(config, on_gpu),
     )
     return [
         DistributedDataParallel(chunk.config, settings, chunk, disable_bucketing=stage > 0, pg_collection=groups)

@@ -1,6 +1,7 @@
 """The doctor's lines: ticks for a sound run, and for each fault a cross that says what to do."""
 
 import importlib.metadata
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -14,9 +15,11 @@ from megatron_sse.checkpoint.names import DATA
 from megatron_sse.cli import main
 from megatron_sse.config import load_config, plan_stages
 from megatron_sse.data.fingerprint import describe_data
+from megatron_sse.doctor import modules
 from megatron_sse.doctor.command import find_all
-from megatron_sse.doctor.finding import BAD, GOOD
+from megatron_sse.doctor.finding import BAD, GOOD, OPEN
 from megatron_sse.doctor.request import Request
+from megatron_sse.model.backend import Installed
 from tests.checkpoint.support import train_and_save
 from tests.training.support import small_run
 from tests.workers import run_workers
@@ -178,6 +181,98 @@ def test_gpus(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert mark == BAD and "plan --search" in text
     mark, text = marks(folder, "parallel.tensor=2", "parallel.context=2")["processes"]
     assert mark == BAD and "allowed 2, one per GPU" in text
+
+
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize(
+    ("installed", "present", "lines"),
+    [
+        (
+            Installed(True, True, False),
+            True,
+            {
+                "Transformer Engine": (GOOD, "2.11.0: linear layers, norms and attention"),
+                "weight gradients": (GOOD, "fused (Transformer Engine; output layer: NVIDIA Apex)"),
+                "attention": (GOOD, "Transformer Engine"),
+            },
+        ),
+        (
+            Installed(True, False, False),
+            True,
+            {
+                "weight gradients": (
+                    OPEN,
+                    "fused (Transformer Engine), of the output layer separate (NVIDIA Apex not installed); docs/gpu.md "
+                    "tells how to build Apex",
+                )
+            },
+        ),
+        (
+            Installed(False, True, False),
+            True,
+            {
+                "Transformer Engine": (
+                    OPEN,
+                    "installed, but cannot be imported: plain modules take its place, slower; ./run.sh compiles it, "
+                    "and .venv/transformer_engine.log says what failed",
+                ),
+                "attention": (OPEN, "plain torch, slower: Transformer Engine cannot be imported"),
+            },
+        ),
+        (
+            Installed(False, False, False),
+            False,
+            {
+                "Transformer Engine": (
+                    OPEN,
+                    "not installed: plain modules take its place, slower; ./run.sh compiles it, and "
+                    ".venv/transformer_engine.log says what failed",
+                )
+            },
+        ),
+    ],
+)
+def test_modules(
+    folder: Path, installed: Installed, present: bool, lines: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(modules, "find_installed", lambda: installed)
+    find, version = importlib.util.find_spec, importlib.metadata.version
+    is_te = {"transformer_engine", "transformer-engine"}.__contains__
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: present or None if is_te(name) else find(name))
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.11.0" if is_te(name) else version(name))
+    found = marks(folder)
+    assert {name: found[name] for name in lines} == lines
+    assert found["versions"][0] == GOOD
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_attention_on_an_older_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: (8, 0))
+    for flash, mark in ((False, OPEN), (True, GOOD)):
+        monkeypatch.setattr(modules, "find_installed", lambda flash=flash: Installed(True, False, flash))
+        monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.11.0")
+        found = marks(folder)["attention"]
+        assert found[0] == mark
+        assert found[1] == (
+            "Transformer Engine"
+            if flash
+            else "plain torch, slower: cuDNN has none for packed documents on sm_80, and flash-attn is not installed"
+        )
+
+
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize(
+    ("given", "wanted", "mark"),
+    [(None, True, None), ("1", True, GOOD), ("8", True, OPEN), ("8", False, GOOD), ("1", False, OPEN)],
+)
+def test_connections(
+    folder: Path, given: str | None, wanted: bool, mark: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", given)
+    monkeypatch.setattr(modules, "needs_one_connection", lambda tensor: wanted)
+    assert marks(folder).get("CUDA connections", (None,))[0] == mark
 
 
 def test_a_gpu_that_torch_does_not_see(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

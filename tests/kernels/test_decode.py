@@ -69,3 +69,15 @@ def test_only_padding() -> None:
     with torch.no_grad():
         o_THV = decode_step(states, place, inputs.shared, inputs.sparse, inputs.v_THV, routes)
     assert o_THV.count_nonzero() == 0 and torch.equal(states, inputs.initial_DAHKV)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recurrence", ["gla", "kda"])
+def test_no_sizes_depend_on_the_data(recurrence: str) -> None:
+    """On the meta device, as on a GPU without waiting for it, the number of active tokens is not known."""
+    case = Case(**SPREAD, recurrence=recurrence)
+    inputs = make_inputs(case).to("meta")
+    routes = routes_of(case, inputs)
+    slot = torch.empty(sum(LENGTHS), dtype=torch.int64, device="meta")
+    o_THV = decode_step(inputs.initial_DAHKV.clone(), slot, inputs.shared, inputs.sparse, inputs.v_THV, routes)
+    assert o_THV.shape == inputs.v_THV.shape

@@ -156,6 +156,12 @@ def test_one_rank_has_no_padding() -> None:
     assert call["documents"].cu_seqlens_q_padded is None and call["documents"].max_seqlen_q == 16
 
 
+def test_sequences_of_one_document_are_not_packed() -> None:
+    """In the packed form cuDNN's attention would need Hopper."""
+    [[call]] = run_workers(1, calls_of, Case(((16,), (16,))), DocumentedTEAttention, 1, False, False)
+    assert call["documents"] is None and call["mask"] is AttnMaskType.causal and call["shape"][:2] == (16, 2)
+
+
 @pytest.mark.parametrize("sequence", [False, True], ids=["tensor", "sequence"])
 def test_hidden_states_are_what_is_sent(sequence: bool) -> None:
     """Each token is sent once to the rank that needs it, by the tensor rank that holds it, and once back."""

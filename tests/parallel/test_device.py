@@ -1,8 +1,10 @@
 """The CPU stand-ins for CUDA: the CPU serves Megatron-Core's CUDA calls, also in the backward pass."""
 
 import logging
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from megatron.core.tensor_parallel.random import checkpoint, get_cuda_rng_tracke
 from torch.overrides import _get_current_function_mode_stack
 
 from megatron_sse.parallel.device import CudaOnCpu, Device, setup_device
+from megatron_sse.parallel.groups import init_process_group
 from tests.workers import run_workers
 
 
@@ -141,3 +144,59 @@ def test_a_gpu_machine_gets_cuda_and_nccl_and_no_stand_ins(monkeypatch: pytest.M
     assert setup_device(3) == Device("cuda", "nccl", "some GPU")
     assert picked == [3]
     assert torch.cuda.current_device is current_device
+
+
+@pytest.mark.parametrize(
+    ("tensor", "says", "expected"),
+    [(1, "9.0", None), (2, "9.0\n9.0", "1"), (2, "8.0", "1"), (2, "10.0", None), (2, "12.0", None), (2, "N/A", "1")],
+)
+def test_one_connection_only_with_tensor_parallelism_before_blackwell(
+    tensor: int, says: str, expected: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\ntest $1 = --query-gpu=compute_cap && echo '{says}'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    environment = settings_of(monkeypatch, tensor)
+    assert environment.get("CUDA_DEVICE_MAX_CONNECTIONS") == expected
+    assert environment["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_what_the_user_has_set_stays(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {name: "max_split_size_mb:512", "CUDA_DEVICE_MAX_CONNECTIONS": "8"}
+    assert settings_of(monkeypatch, 2, **given) == given
+
+
+def settings_of(monkeypatch: pytest.MonkeyPatch, tensor: int, **given: str) -> dict[str, str]:
+    """Return the variables for CUDA when it is first asked for, in an environment with those that are given."""
+    names = ("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that the test's end restores it
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    seen: dict[str, str] = {}
+
+    def first_asked() -> bool:
+        seen.update({name: os.environ[name] for name in names if name in os.environ})
+        return True
+
+    monkeypatch.setattr(torch.cuda, "is_available", first_asked)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda rank: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
+    setup_device(0, tensor)
+    return seen
+
+
+@pytest.mark.parametrize("launched", [False, True])
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_the_process_group_knows_its_gpu(device: str, launched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **options: calls.append(options))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    if launched:
+        monkeypatch.setenv("RANK", "3")
+    init_process_group(Device(device, "some backend", ""))
+    [options] = calls
+    assert options.get("device_id") == (torch.device("cuda", 3) if device == "cuda" else None)
+    assert ("store" in options) == (not launched)

@@ -1,9 +1,12 @@
 """The training step with either optimizer; tests/test_faults.py covers values that are not finite."""
 
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
+from megatron_sse.data.batch import Batch
 from megatron_sse.data.iterators import build_data_iterators
 from megatron_sse.training.optimizer import set_learning_rate
 from tests.training.support import small_run, start
@@ -30,3 +33,26 @@ def test_the_distributed_optimizer_steps_like_the_plain_one(tmp_path: Path) -> N
         for (losses, norm), (expected_losses, expected_norm) in zip(result, expected, strict=True):
             assert losses == pytest.approx(expected_losses, rel=1e-5)
             assert norm == pytest.approx(expected_norm, rel=1e-4)
+
+
+def made_at_each_forward(folder: Path, forward_only: bool) -> list[int]:
+    """Return how many micro-batches are made when the model computes on each of a step's four."""
+    run = start(small_run(folder, training={"global_batch_size": 4, "micro_batch_size": 1}))
+    training, _ = build_data_iterators(run.stage, run.groups, 0)
+    made, at_forward = 0, []
+
+    def counted() -> Iterator[Batch]:
+        nonlocal made
+        for batch in islice(training, 4):
+            made += 1
+            yield batch
+
+    run.trainer.chunks[0].register_forward_pre_hook(lambda *unused: at_forward.append(made))
+    (run.trainer.validate if forward_only else run.trainer.train_step)(counted())
+    return at_forward
+
+
+@pytest.mark.parametrize("forward_only", [False, True])
+def test_one_micro_batch_is_made_ahead(tmp_path: Path, forward_only: bool) -> None:
+    small_run(tmp_path)
+    assert run_workers(1, made_at_each_forward, tmp_path, forward_only) == [[2, 3, 4, 4]]

@@ -3,13 +3,14 @@
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from megatron_sse.model import build
 from megatron_sse.model.attention import TorchAttention
-from megatron_sse.model.backend import choose_backend
+from megatron_sse.model.backend import choose_attention, choose_backend
 from megatron_sse.model.initialize import own_part
 from tests.model.documented_attention import DocumentedTEAttention
 from tests.model.support import cpu, run_config
@@ -24,7 +25,7 @@ def train_in_zigzag(folder: Path, sections: dict[str, Any]) -> tuple[list[float]
     """Train in fp32, which Transformer Engine's own attention does not support."""
     backend = replace(choose_backend(cpu()), core_attention=DocumentedTEAttention)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "attend_over_context", lambda unused, config: backend)
+        patch.setattr(build, "choose_attention", lambda unused, config, device: backend)
         return train(folder, sections, NUM_STEPS)
 
 
@@ -74,4 +75,5 @@ def test_like_one_process(
 def test_where_transformer_engine_can_attend(core: type, sections: dict[str, Any]) -> None:
     backend = replace(choose_backend(cpu()), core_attention=DocumentedTEAttention)
     config = run_config(DEEP["model"], **sections)
-    assert build.attend_over_context(backend, config).core_attention is core
+    hopper = Mock(capability=lambda: (9, 0))
+    assert choose_attention(backend, config, hopper).core_attention is core
