@@ -64,8 +64,9 @@ install_transformer_engine() {
     return
   fi
   # The first error is the cause; those of Python follow from it.
-  cause=$(grep -m 1 -E 'fatal error: |: error: |command not found' "$log" || grep -E '[A-Za-z]*Error: |^ *ERROR: ' "$log" | tail -1)
-  cause=$(echo "${cause:-see there}" | sed 's/^ *//; s/^[^ ]*: \(fatal error: \)/\1/')
+  cause=$(grep -m 1 -E 'fatal error: |: error: |: not found' "$log" ||
+    grep -E '[A-Za-z]*Error: |^ *ERROR: ' "$log" | tail -1) || true
+  cause=$(echo "${cause:-no error in the log}" | sed 's/^ *//; s/^[^ ]*: \(fatal error: \)/\1/')
   echo "run.sh: Transformer Engine did not install: $cause ($log has all). Its place is taken by plain modules, which are" \
     "slower. The next call tries again." >&2
 }

@@ -96,6 +96,7 @@ def test_compiles_against_the_headers_of_torchs_wheels_and_is_done_once(tmp_path
     ("kind", "text", "cause"),
     [
         ("broken", COMPILER, "fatal error: cuda_runtime_api.h: No such file or directory ("),
+        ("broken", "Killed", "no error in the log ("),
         ("not_importable", IMPORT, "ImportError: libcudnn.so.9: undefined symbol: cudnnBackendExecute ("),
     ],
 )
