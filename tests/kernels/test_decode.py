@@ -78,6 +78,6 @@ def test_no_sizes_depend_on_the_data(recurrence: str) -> None:
     case = Case(**SPREAD, recurrence=recurrence)
     inputs = make_inputs(case).to("meta")
     routes = routes_of(case, inputs)
-    slot = torch.empty(sum(LENGTHS), dtype=torch.int64, device="meta")
-    o_THV = decode_step(inputs.initial_DAHKV.clone(), slot, inputs.shared, inputs.sparse, inputs.v_THV, routes)
+    place = torch.empty(sum(LENGTHS), dtype=torch.int64, device="meta")
+    o_THV = decode_step(inputs.initial_DAHKV.clone(), place, inputs.shared, inputs.sparse, inputs.v_THV, routes)
     assert o_THV.shape == inputs.v_THV.shape
