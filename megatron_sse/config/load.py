@@ -15,6 +15,7 @@ from megatron_sse.config.megatron import find_transformer_problem
 from megatron_sse.config.problem import show
 from megatron_sse.config.run import RunConfig
 from megatron_sse.errors import UserError
+from megatron_sse.reading import YAML_BYTES, describe_yaml_error, parse_yaml, read_text
 
 COMMAND_LINE = "command line"
 _OVERRIDE = re.compile(r"(\w+(?:\.\w+)*)=(.*)", re.DOTALL)
@@ -35,15 +36,6 @@ _ALLOWED = {
     "less_than_equal": "at most {le}",
     "literal_error": "{expected}",
 }
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that also reads 1e-3 as a number, which YAML 1.1 takes for a string."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -76,13 +68,7 @@ def make_config(values: dict[str, Any], places: dict[str, str]) -> RunConfig:
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a text file ({_one_line(error)})") from None
-    values, places = _parse(text, str(path), "", numbered=True)
+    values, places = _parse(read_text(path, YAML_BYTES), str(path), "", numbered=True)
     if not isinstance(values, dict):
         raise UserError(f"{path}:1: got {show(values)}, allowed the sections {', '.join(RunConfig.model_fields)}")
     return values, places
@@ -112,25 +98,17 @@ def apply_override(values: dict[str, Any], places: dict[str, str], override: str
 
 def _parse(text: str, source: str, key: str, numbered: bool) -> tuple[Any, dict[str, str]]:
     """Return the value that a YAML text holds, and the place of every dotted key in it."""
-    loader = _Loader(text)
+    places: dict[str, str] = {}
     try:
-        node = loader.get_single_node()
-        places = dict(_keys(node, source, key, numbered)) if node is not None else {}
-        return (loader.construct_document(node) if node is not None else None), places
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f":{mark.line + 1}" if numbered and mark is not None else ""
-        label = f" {key}:" if key else ""
-        raise UserError(f"{source}{line}:{label} not valid YAML: {error.problem or error.context}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{source}: not valid YAML: {_one_line(error)}") from None
-    finally:
-        loader.dispose()
+        value = parse_yaml(text, lambda node: places.update(_keys(node, source, key, numbered)))
+    except yaml.YAMLError as error:
+        line, problem = describe_yaml_error(error)
+        place = f"{source}:{line}" if numbered and line is not None else source
+        raise UserError(f"{place}:{f' {key}:' if key else ''} not valid YAML: {problem}") from None
+    return value, places
 
 
 def _keys(node: yaml.Node, source: str, prefix: str, numbered: bool) -> Iterator[tuple[str, str]]:
-    if prefix.count(".") > 20:
-        raise UserError(f"{source}: {prefix[:40]}...: sections nested too deeply")
     if isinstance(node, yaml.SequenceNode):
         for number, entry in enumerate(node.value):
             dotted = f"{prefix}.{number}"
@@ -207,7 +185,3 @@ def _place(key: str, places: dict[str, str]) -> str:
     while key not in places:
         key = key.rpartition(".")[0]
     return places[key]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
