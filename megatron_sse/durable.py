@@ -1,25 +1,76 @@
-"""Writing files that are on the disk when the call returns, and their SHA-256."""
+"""Writing files that appear complete or not at all, or are on the disk when the call returns; and their SHA-256."""
 
 import hashlib
 import io
 import os
+import secrets
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 _BLOCK = 1 << 22
+# Of the names that a process gives to files and folders that are not complete.
+UNIQUE = r"[0-9a-f]{16}"
+
+
+def unique() -> str:
+    """Return a part of a name that no other process uses; it matches UNIQUE."""
+    return secrets.token_hex(8)
+
+
+def create_file(path: Path) -> BinaryIO:
+    """Open a new file for writing; its mode is what the umask leaves.
+
+    Raises FileExistsError where there is anything of this name, also a link, which is not followed.
+    """
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb")
 
 
 def write_durably(path: Path, content: bytes) -> None:
     """Write a complete file; its name always has either the old content or the new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    with _replacing(path) as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
     fsync(path.parent)
+
+
+@contextmanager
+def output_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that a user named, for writing; it gets its content at the end of the block, or not at all.
+
+    A link stays one: the file that it leads to is replaced. What is there but not a regular file, such as /dev/null or
+    a named pipe, is written into. Raises OSError.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        mode = stat.S_IFREG
+    # The shell has opened what these stand for, so that it must stay the same file.
+    if not stat.S_ISREG(mode) or str(path).startswith(("/dev/", "/proc/")):
+        with path.open("wb") as file:
+            yield file
+        return
+    with _replacing(Path(os.path.realpath(path))) as file:
+        yield file
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a new file, which replaces `path` at the end of the block; a file that is replaced hands on its mode."""
+    temporary = path.with_name(f"{path.name[:60]}.{unique()}.tmp")
+    try:
+        with create_file(temporary) as file:
+            yield file
+            if path.is_file() and not path.is_symlink():
+                mode = stat.S_IMODE(path.stat().st_mode)
+                if mode != stat.S_IMODE(os.fstat(file.fileno()).st_mode):
+                    os.fchmod(file.fileno(), mode)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def fsync(path: Path) -> None:

@@ -3,3 +3,5 @@
 # The settings with all defaults filled in; each checkpoint has a file of this name, too.
 CONFIG = "config.yaml"
 CHECKPOINTS, LOGS, TENSORBOARD = "checkpoints", "logs", "tensorboard"
+# The lease of the run that writes to the folder (lease.py).
+LEASE = "training"

@@ -1,12 +1,13 @@
 """The folder of a run's checkpoints: iter_0000100/, ..., and a file `latest` that names the one to resume from.
 
-A checkpoint is written as partial_iter_0000100 and renamed when it is complete and on the disk. Before one is deleted
-it is renamed to removed_iter_0000100, and before one is replaced to replaced_iter_0000100, so that no iter_* is ever
-incomplete.
+A checkpoint is written as partial_UNIQUE_iter_0000100 and renamed when it is complete and on the disk. Before one is
+deleted it is renamed to removed_iter_0000100, and before one is replaced to replaced_iter_0000100, so that no iter_* is
+ever incomplete.
 """
 
 import logging
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,11 +15,14 @@ from pathlib import Path
 from megatron_sse.checkpoint.manifest import ManifestError, find_damage, read_manifest
 from megatron_sse.checkpoint.names import ITERATION, LATEST, MANIFEST, PARTIAL, REMOVED, REPLACED, step_name
 from megatron_sse.config import RunConfig
-from megatron_sse.durable import fsync, write_durably
+from megatron_sse.durable import UNIQUE, fsync, unique, write_durably
 from megatron_sse.errors import UserError
 from megatron_sse.run_folder import CHECKPOINTS
 
 logger = logging.getLogger(__name__)
+
+# Also the names that versions before the unique ones gave.
+_LEFT_BEHIND = re.compile(rf"({PARTIAL}({UNIQUE}_)?|{REMOVED}){ITERATION}\d+|{LATEST}\.{UNIQUE}\.tmp|{LATEST}\.tmp")
 
 
 def checkpoint_folder(config: RunConfig) -> Path:
@@ -31,25 +35,32 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / step_name(step)
 
 
-def partial_folder(folder: Path, step: int) -> Path:
-    """Return the folder of that checkpoint while it is written."""
-    return folder / f"{PARTIAL}{step_name(step)}"
+def make_partial(folder: Path, step: int) -> Path:
+    """Make an empty folder of a unique name to write a checkpoint to, and return it. Raises OSError.
 
-
-def make_partial(folder: Path, step: int) -> None:
-    """Make an empty folder to write a checkpoint to. Raises OSError.
-
-    What interrupted saves and removals left behind is deleted.
+    What interrupted saves and removals left behind is deleted: their processes have ended, or have lost the lease on
+    the run's folder to this one.
     """
-    for prefix in (PARTIAL, REMOVED):
-        for left in folder.glob(f"{prefix}{ITERATION}*"):
-            shutil.rmtree(left, ignore_errors=True)
-    partial_folder(folder, step).mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.iterdir():
+        if _LEFT_BEHIND.fullmatch(left.name):
+            remove(left)
+    partial = folder / f"{PARTIAL}{unique()}_{step_name(step)}"
+    partial.mkdir()
+    return partial
 
 
-def promote(folder: Path, step: int) -> Path:
+def remove(path: Path) -> None:
+    """Delete a file, or a folder and what is in it, as far as possible. Links are not followed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def promote(partial: Path, final: Path) -> None:
     """Rename a complete partial folder to its final name and point `latest` to it. Raises OSError."""
-    partial, final = partial_folder(folder, step), step_folder(folder, step)
+    folder = final.parent
     fsync(partial)
     replaced = final.with_name(REPLACED + final.name)
     if final.exists():
@@ -59,7 +70,6 @@ def promote(folder: Path, step: int) -> Path:
     fsync(folder)
     write_durably(folder / LATEST, f"{final.name}\n".encode())
     shutil.rmtree(replaced, ignore_errors=True)
-    return final
 
 
 def prune(folder: Path, keep_last: int, saved: Path) -> None:

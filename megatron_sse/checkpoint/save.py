@@ -16,7 +16,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_sse.checkpoint.folders import checkpoint_folder, make_partial, partial_folder, promote, prune, step_folder
+from megatron_sse.checkpoint.folders import checkpoint_folder, make_partial, promote, prune, step_folder
 from megatron_sse.checkpoint.manifest import FileEntry, Manifest, describe_files
 from megatron_sse.checkpoint.names import COMMON, DATA, TOKENIZER_FILES, TOKENS
 from megatron_sse.checkpoint.shards import ShardWriter, Staging
@@ -25,6 +25,7 @@ from megatron_sse.config import RunConfig
 from megatron_sse.data.tokenizer import END_OF_DOCUMENT, VOCAB_SIZE
 from megatron_sse.durable import fsync
 from megatron_sse.installed import versions
+from megatron_sse.lease import Lease
 from megatron_sse.run_folder import CONFIG
 
 logger = logging.getLogger(__name__)
@@ -39,10 +40,14 @@ class SaveError(Exception):
 
 @dataclass
 class _Save:
-    """A save in progress. config, data: those of its step; the next stage may have begun when it is complete."""
+    """A save in progress to the folder `partial`.
+
+    config, data: those of its step; the next stage may have begun when it is complete.
+    """
 
     config: RunConfig
     data: dict[str, Any] | None
+    partial: Path
     step: int
     consumed_samples: int
     common: dict[str, Any]
@@ -54,7 +59,8 @@ class _Save:
 class Saver:
     """Saving of a run's state. Every rank has one and calls its methods in the same order.
 
-    config, chunks, optimizer, groups: those of the run. At most one save is in progress.
+    config, chunks, optimizer, groups: those of the run. lease: on its folder, on rank 0; without it nothing is written.
+    At most one save is in progress.
     """
 
     def __init__(
@@ -63,9 +69,10 @@ class Saver:
         chunks: list[DistributedDataParallel],
         optimizer: MegatronOptimizer,
         groups: ProcessGroupCollection,
+        lease: Lease | None = None,
     ):
         self.config, self.chunks, self.optimizer, self.groups = config, chunks, optimizer, groups
-        self.folder = checkpoint_folder(config)
+        self.folder, self.lease = checkpoint_folder(config), lease
         self.newest: int | None = None
         self._save: _Save | None = None
         self._staging: Staging = {}
@@ -93,11 +100,11 @@ class Saver:
         """
         assert self._save is None
         started = time.perf_counter()
-        _agree(self._make_folder(step))
         for chunk in self.chunks:
             if chunk.ddp_config.overlap_param_gather:
                 # Otherwise the next forward pass gathers what other copies have updated.
                 chunk.start_param_sync(force_sync=True)
+        partial = self._make_folder(step)
         model = model_state(self.chunks, self.groups)
         common = {"step": step, "consumed_samples": consumed_samples, "optimizer_step": get_num_steps(self.optimizer)}
         # Megatron-Core checks once that the ranks' parts make up complete tensors; the parts stay the same.
@@ -105,14 +112,14 @@ class Saver:
             {**model, "optimizer": optimizer_state(model, self.optimizer)}, validate_access_integrity=not self._checked
         )
         self._checked = True
-        shards = ShardWriter(parts, partial_folder(self.folder, step))
+        shards = ShardWriter(parts, partial)
         if background:
             shards.stage(self._staging)
             shards.start()
         else:
             shards.write()
         now = time.perf_counter()
-        self._save = _Save(self.config, self._data, step, consumed_samples, common, shards, now, now - started)
+        self._save = _Save(self.config, self._data, partial, step, consumed_samples, common, shards, now, now - started)
 
     def finish(self) -> None:
         """Wait until all ranks have written, and complete the checkpoint. Raises SaveError, on every rank."""
@@ -137,18 +144,29 @@ class Saver:
         if self._save is not None:
             self._save.shards.abandon()
 
-    def _make_folder(self, step: int) -> str | None:
-        if dist.get_rank() != 0:
-            return None
-        try:
-            make_partial(self.folder, step)
-        except OSError as error:
-            return describe(error)
-        return None
+    def _make_folder(self, step: int) -> Path:
+        """Return the folder to write a checkpoint to, which rank 0 makes. Raises SaveError, on every rank."""
+        made: list[Any] = [None, None]
+        if dist.get_rank() == 0:
+            try:
+                self._check_lease()
+                made[0] = make_partial(self.folder, step)
+            except OSError as error:
+                made[1] = describe(error)
+        dist.broadcast_object_list(made)
+        partial, failed = made
+        if failed is not None:
+            raise _unsaved(failed)
+        return partial
+
+    def _check_lease(self) -> None:
+        """Raise OSError where another run has taken the folder over, on rank 0."""
+        if self.lease is not None:
+            self.lease.check()
 
     def _complete(self, save: _Save, gathered: list[Any]) -> str | None:
         """Write the remaining files and rename the folder, on rank 0; return what went wrong, or None."""
-        partial = partial_folder(self.folder, save.step)
+        partial = save.partial
         failed = next((f"{error} (rank {rank})" for rank, (_, _, error) in enumerate(gathered) if error), None)
         if failed is None:
             try:
@@ -158,7 +176,8 @@ class Saver:
                 _write_config(save, partial)
                 known = {name: entry for _, entries, _ in gathered for name, entry in entries.items()}
                 self._manifest(save, describe_files(partial, known)).write(partial)
-                promote(self.folder, save.step)
+                self._check_lease()
+                promote(partial, step_folder(self.folder, save.step))
             # torch.save turns an OSError into a RuntimeError.
             except (OSError, RuntimeError) as error:
                 failed = describe(error)
@@ -219,4 +238,8 @@ def _agree(failed: str | None) -> None:
     dist.all_gather_object(every, failed)
     first = next((text for text in every if text is not None), None)
     if first is not None:
-        raise SaveError(f"checkpoint not saved: {first}; earlier checkpoints are unchanged")
+        raise _unsaved(first)
+
+
+def _unsaved(reason: str) -> SaveError:
+    return SaveError(f"checkpoint not saved: {reason}; earlier checkpoints are unchanged")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_sse.config import count_processes, load_config
 from megatron_sse.errors import INTERRUPT_EXIT, USER_ERROR_EXIT, UserError
+from megatron_sse.lease import refuse_if_held_here
 from megatron_sse.logs import open_log, set_up_logging
+from megatron_sse.run_folder import LEASE
 
 if TYPE_CHECKING:
     from megatron_sse.launch.nodes import Nodes
@@ -33,6 +36,9 @@ def main(arguments: list[str]) -> int:
         nodes = find_nodes(os.environ)
         num_gpus = torch.cuda.device_count()
         per_node = count_processes(config, nodes.count, num_gpus)
+        if nodes.count == 1:
+            # Rank 0 takes the lease; this only keeps a second launcher from writing anything.
+            refuse_if_held_here(Path(config.monitor.folder), "monitor.folder", LEASE)
         prepare_data(config)
         open_log(config, f"node_{nodes.rank}")
         set_number_of_threads(per_node, num_gpus)

@@ -4,10 +4,13 @@ import ctypes
 import logging
 import os
 import signal
+from pathlib import Path
 
-from megatron_sse.config import ignored_settings
+from megatron_sse.config import RunConfig, ignored_settings
 from megatron_sse.config.derive import describe_run
+from megatron_sse.lease import Lease, LeaseLostError, hold
 from megatron_sse.logs import open_log
+from megatron_sse.run_folder import LEASE
 from megatron_sse.training.request import Request
 
 logger = logging.getLogger(__name__)
@@ -23,6 +26,19 @@ def run(request: Request) -> int:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     rank, config = int(os.environ.get("RANK", "0")), request.run_config
     description = describe_run(config, int(os.environ.get("WORLD_SIZE", "1")))
+    if rank:
+        return _train(config, rank, description, None)
+    with hold(Path(config.monitor.folder), "monitor.folder", LEASE, _end_run) as lease:
+        return _train(config, rank, description, lease)
+
+
+def _end_run(error: LeaseLostError) -> None:
+    """End the run, without another checkpoint, as another one has its folder."""
+    logger.error("%s", error)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _train(config: RunConfig, rank: int, description: list[str], lease: Lease | None) -> int:
     open_log(config, f"rank_{rank:05d}")
     if rank == 0:
         for line in description:
@@ -35,4 +51,4 @@ def run(request: Request) -> int:
 
     if "RANK" not in os.environ:
         prepare_data(config)
-    return train(config)
+    return train(config, lease)

@@ -25,6 +25,7 @@ from megatron_sse.data.batch import Batch
 from megatron_sse.data.fingerprint import describe_data
 from megatron_sse.data.iterators import ValidationFactory, build_data_iterators
 from megatron_sse.errors import INTERRUPT_EXIT, NOT_FINITE_EXIT, SharedUserError, UserError
+from megatron_sse.lease import Lease
 from megatron_sse.model import build_model
 from megatron_sse.monitor import Monitor
 from megatron_sse.monitor.memory import is_out_of_memory, report_out_of_memory
@@ -72,8 +73,10 @@ class Signals:
         return reason, bool(any_writes)
 
 
-def train(config: RunConfig) -> int:
+def train(config: RunConfig, lease: Lease | None = None) -> int:
     """Run the training that `config` describes in this process and its peers; return the exit code.
+
+    lease: on the run folder, on rank 0.
 
     0: all steps done, or ended by SIGTERM or the time limit, and saved; 1: the last checkpoint could not be saved, or
     another process was lost; 3: too many steps were not finite; 130: SIGINT, nothing saved. Raises UserError where a
@@ -93,7 +96,7 @@ def train(config: RunConfig) -> int:
         resume = first_intact(candidates, hashes)
         if resume is None:
             weights = first_intact([] if weights is None else [weights], hashes)
-        run = Run(config, groups, device, resume, weights)
+        run = Run(config, groups, device, resume, weights, lease)
         run.run(signals)
     except (NonFiniteError, SaveError) as error:
         if dist.get_rank() == 0:
@@ -135,6 +138,7 @@ class Run:
         device: Device,
         resume: Path | None,
         weights: Path | None = None,
+        lease: Lease | None = None,
     ) -> None:
         self.config, self.groups, self.device = config, groups, device
         self.stages = plan_stages(config)
@@ -151,7 +155,7 @@ class Run:
             load_weights(weights, config, chunks, self.trainer.optimizer, groups)
             logger.info("starting from the weights of %s", weights)
         self.stage = stage_of_step(self.stages, self.first_step)
-        self.saver = Saver(config, chunks, self.trainer.optimizer, groups)
+        self.saver = Saver(config, chunks, self.trainer.optimizer, groups, lease)
         self.skipped_in_a_row = 0
         self.monitor = Monitor(config, groups, chunks, device)
 

@@ -23,9 +23,10 @@ from tests.training.support import small_run
 
 def make_whole(folder: Path, step: int) -> Path:
     """Make a checkpoint folder that is complete except for real content."""
-    make_partial(folder, step)
-    write_content(folder / f"partial_iter_{step:07d}", step)
-    return promote(folder, step)
+    partial, final = make_partial(folder, step), step_folder(folder, step)
+    write_content(partial, step)
+    promote(partial, final)
+    return final
 
 
 def write_content(folder: Path, step: int) -> None:
@@ -150,11 +151,27 @@ def test_a_save_interrupted_between_two_renames_loses_nothing(tmp_path: Path, mo
 
 
 def test_left_overs_are_deleted_at_the_next_save(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for name in ("partial_iter_0000001", "removed_iter_0000001"):
+    """What interrupted saves left behind is deleted, and nothing else, also not what a link leads to."""
+    for name in ("partial_iter_0000001", "partial_0123456789abcdef_iter_0000002", "removed_iter_0000001", "mine"):
         (tmp_path / name).mkdir()
+    (tmp_path / "partial_iter_0000003").symlink_to(tmp_path / "mine")
+    (tmp_path / "mine/notes").write_text("mine")
+    (tmp_path / "partial_iter_0000004_of_mine").mkdir()
+    (tmp_path / "latest.0123456789abcdef.tmp").write_text("iter")
     with caplog.at_level(logging.WARNING):
         make_whole(tmp_path, 2)
-    assert names(tmp_path) == [name_of(2), "latest"]
+    assert names(tmp_path) == [name_of(2), "latest", "mine", "partial_iter_0000004_of_mine"]
+    assert (tmp_path / "mine/notes").read_text() == "mine"
+
+
+@pytest.mark.parametrize("link", ["latest.tmp", "latest"])
+def test_the_pointer_is_not_written_through_a_link(tmp_path: Path, link: str) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / link).symlink_to(tmp_path / "mine")
+    make_whole(tmp_path / "checkpoints", 2)
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert not (tmp_path / "checkpoints/latest").is_symlink()
 
 
 NOT_WRITABLE = ["/proc/runs", "/dev/null/runs"]

@@ -20,7 +20,9 @@ PARALLEL = {"distributed_optimizer": True}
 
 def write_run(folder: Path, **sections: dict[str, Any]) -> Path:
     """Write the YAML file of a run on two ranks, which both write checkpoints, after steps 2, 4 and 6."""
-    sections = {"training": TRAINING, "parallel": PARALLEL, "checkpoint": {"interval": 2}} | sections
+    # With TensorBoard, as users have it.
+    defaults = {"training": TRAINING, "parallel": PARALLEL, "monitor": {"tensorboard": True}}
+    sections = defaults | {"checkpoint": {"interval": 2}} | sections
     path = folder / "run.yaml"
     path.write_text(small_run(folder, **sections).to_yaml())
     return path
