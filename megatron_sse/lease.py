@@ -9,6 +9,7 @@ create a file for one of them only. The new holder then deletes the old file, an
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -131,16 +132,23 @@ def hold(
     """
     name = place / inside
     try:
-        name.parent.mkdir(parents=True, exist_ok=True)
+        _make(name.parent)
         lease = Lease(place, name, *_take(place, name, key), lost)
     except OSError as error:
-        raise UserError(
-            f"{key}: got {place}, allowed a {'folder' if inside else 'place'} that can be written to ({error.strerror})"
-        ) from None
+        if not inside:
+            raise UserError(f"{key}: {place} cannot be written: {error.strerror}") from None
+        raise UserError(f"{key}: got {place}, allowed a folder that can be written to ({error.strerror})") from None
     try:
         yield lease
     finally:
         lease.release()
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
 
 
 def refuse_if_held_here(place: Path, key: str, inside: str = "") -> None:
@@ -204,7 +212,12 @@ def _renewal_of(file: Path) -> int:
 
 def _write(file: Path, holder: Holder) -> None:
     with create_file(file) as opened:
-        opened.write(json.dumps(asdict(holder)).encode())
+        try:
+            os.write(opened.fileno(), json.dumps(asdict(holder)).encode())
+        except OSError as error:
+            # On a full disk a file without a name is a lease, too; the run may make room.
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
 
 
 def _holder_of(file: Path) -> Holder | str:

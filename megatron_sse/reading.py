@@ -71,7 +71,7 @@ def read_json(path: Path, schema: type[Content], limit: int = JSON_BYTES) -> Con
     try:
         return TypeAdapter(schema).validate_json(content, strict=True)
     except ValidationError as error:
-        raise UserError(f"{path}: {_first(error)}") from None
+        raise UserError(f"{path}: cannot be read as JSON ({_first(error)})") from None
 
 
 def read_yaml(path: Path, schema: type[Content]) -> Content:

@@ -1,11 +1,10 @@
 """Leases: one holder at a time, taken over from a holder that has ended or stands still."""
 
-import json
 import os
 import re
 import signal
 import threading
-from dataclasses import asdict, replace
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 from megatron_sse import lease
 from megatron_sse.errors import UserError
 from megatron_sse.lease import Holder, Lease, LeaseLostError, hold, refuse_if_held_here
+from tests.leases import elsewhere
 from tests.workers import fork_context
 
 KEY = "monitor.folder"
@@ -89,13 +89,6 @@ def test_the_number_of_a_process_may_be_used_again(tmp_path: Path) -> None:
     assert replace(me, ticks=me.ticks - 1).is_alive() is False
     assert replace(me, boot="another").is_alive() is None
     assert replace(me, namespace="pid:[1]").is_alive() is None
-
-
-def elsewhere(name: Path) -> Path:
-    """Leave the lease of a process on another machine."""
-    file = name.with_name(f"{name.name}.lease_4")
-    file.write_text(json.dumps(asdict(replace(Holder.of_this_process(), host="node7", boot="another", pid=12))))
-    return file
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{}", None], ids=str)

@@ -43,7 +43,7 @@ def test_json_becomes_a_value_of_its_type(tmp_path: Path) -> None:
 )
 def test_wrong_json_is_one_line(content: bytes, problem: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(UserError, match=f"a.json: {problem}$"):
+    with pytest.raises(UserError, match=rf"a.json: cannot be read as JSON \({problem}\)$"):
         read_json(tmp_path / "a.json", Entry)
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from megatron_sse.check_parallel.probe import layer_row
 from megatron_sse.check_parallel.verdict import Result, row_of
+from megatron_sse.durable import output_file
+from megatron_sse.errors import UserError
 
 COLUMNS_PER_BLOCK = 7
 CELL_WIDTH = 13
@@ -69,10 +71,17 @@ def _verdict(result: Result, limits: dict[str, float]) -> str:
 
 
 def write_json(path: Path, results: list[Result], noise: Result, limits: dict[str, float], rules: list[str]) -> None:
-    """Write the errors of every tensor in every layout; null where one is not finite or no rank held the tensor."""
+    """Write the errors of every tensor in every layout; null where one is not finite or no rank held the tensor.
+
+    Raises UserError.
+    """
     layouts = {result.layout.name: _describe(result, limits) for result in results}
     document = {"rules": rules, "allowed": limits, "noise": _finite(noise.errors()), "layouts": layouts}
-    path.write_text(json.dumps(document, indent=2) + "\n")
+    try:
+        with output_file(path) as file:
+            file.write((json.dumps(document, indent=2) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"--json: {path} cannot be written ({error.strerror})") from None
 
 
 def _describe(result: Result, limits: dict[str, float]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import yaml
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch.distributed.checkpoint.metadata import Metadata
@@ -15,7 +14,8 @@ from megatron_sse.checkpoint.names import OPTIMIZER
 from megatron_sse.checkpoint.state import MASTER
 from megatron_sse.config import RunConfig
 from megatron_sse.config.problem import show
-from megatron_sse.errors import SharedUserError
+from megatron_sse.errors import SharedUserError, UserError
+from megatron_sse.reading import read_yaml
 from megatron_sse.run_folder import CONFIG
 
 _MAX_LINES = 20
@@ -60,8 +60,8 @@ def check_architecture(path: Path, config: RunConfig, state: dict[str, Any], ind
 def changed_settings(path: Path, config: RunConfig, keys: Iterable[str]) -> list[str]:
     """Return a line for each of these settings that has another value in the checkpoint's YAML than in this run."""
     try:
-        saved = _flatten(yaml.safe_load((path / CONFIG).read_text()))
-    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        saved = _flatten(read_yaml(path / CONFIG, dict[str, Any]))
+    except UserError:
         return []
     now = _flatten(config.model_dump(mode="json"))
     return [

@@ -7,13 +7,12 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_sse.checkpoint.folders import named_checkpoint
+from megatron_sse.checkpoint.folders import named_checkpoint, why_unusable
 from megatron_sse.checkpoint.index import IndexRefusedError, read_index, tensors_of
-from megatron_sse.checkpoint.manifest import Manifest, ManifestError, find_damage, read_manifest
+from megatron_sse.checkpoint.manifest import Manifest, find_damage, read_manifest
 from megatron_sse.checkpoint.names import INDEX, OPTIMIZER
 from megatron_sse.checkpoint.request import Request
 from megatron_sse.checkpoint.verify import find_missing
-from megatron_sse.errors import UserError
 
 _DAMAGED_EXIT = 1
 
@@ -22,19 +21,19 @@ def run(request: Request) -> int:
     """Print what a checkpoint holds; return 0, or 1 where it is damaged. Raises UserError where there is none."""
     hashes = not request.sizes
     path = named_checkpoint("DIR", request.checkpoint)
-    try:
-        manifest = read_manifest(path)
-    except ManifestError as error:
-        raise UserError(str(error)) from None
+    manifest = read_manifest(path)
     damaged = {name: find_damage(path, manifest, [name], hashes) for name in manifest.files}
     wrong = [line for lines in damaged.values() for line in lines]
     lines = [str(path), *_describe(manifest)]
-    # An index whose hash is wrong is not opened.
-    if not damaged.get(INDEX, [""]):
-        wrong += [line for line in find_missing(path, manifest) if line not in wrong]
+    # A file whose hash is wrong, or is not known, is not opened.
+    intact = [name for name in damaged if not damaged[name]]
+    wrong += [line for line in find_missing(path, manifest, intact) if line not in wrong]
+    if INDEX in intact:
         lines += ["", *_describe_tensors(path, request.tensors)]
     lines += ["", *_describe_files(manifest, damaged)]
     checked = "sizes and hashes" if hashes else "sizes, and hashes below 1 MiB,"
+    if reason := why_unusable(path):
+        lines += ["", f"not resumed from without being named: {reason}"]
     lines += ["", *(wrong or [f"{checked} of all files match the manifest"])]
     print("\n".join(lines))
     return _DAMAGED_EXIT if wrong else 0

@@ -13,14 +13,17 @@ import tempfile
 from pathlib import Path
 
 from megatron_sse.checkpoint.manifest import ManifestError, find_damage, read_manifest
-from megatron_sse.checkpoint.names import ITERATION, LATEST, MANIFEST, PARTIAL, REMOVED, REPLACED, step_name
+from megatron_sse.checkpoint.names import ITERATION, LATEST, MANIFEST, PARTIAL, REMOVED, REPLACED, UNUSABLE, step_name
 from megatron_sse.config import RunConfig
 from megatron_sse.durable import UNIQUE, fsync, unique, write_durably
-from megatron_sse.errors import UserError
+from megatron_sse.errors import SharedUserError, UserError
+from megatron_sse.reading import read_bytes
 from megatron_sse.run_folder import CHECKPOINTS
 
 logger = logging.getLogger(__name__)
 
+_MAX_POINTER = 1 << 12
+_LED_NOWHERE = "every step from it was skipped, as the loss or the gradient norm was not finite"
 # Also the names that versions before the unique ones gave.
 _LEFT_BEHIND = re.compile(rf"({PARTIAL}({UNIQUE}_)?|{REMOVED}){ITERATION}\d+|{LATEST}\.{UNIQUE}\.tmp|{LATEST}\.tmp")
 
@@ -58,8 +61,8 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def promote(partial: Path, final: Path) -> None:
-    """Rename a complete partial folder to its final name and point `latest` to it. Raises OSError."""
+def promote(partial: Path, final: Path, is_usable: bool = True) -> None:
+    """Rename a complete partial folder to its final name and, if it is usable, point `latest` to it. Raises OSError."""
     folder = final.parent
     fsync(partial)
     replaced = final.with_name(REPLACED + final.name)
@@ -68,25 +71,44 @@ def promote(partial: Path, final: Path) -> None:
         final.rename(replaced)
     partial.rename(final)
     fsync(folder)
-    write_durably(folder / LATEST, f"{final.name}\n".encode())
+    if is_usable:
+        write_durably(folder / LATEST, f"{final.name}\n".encode())
     shutil.rmtree(replaced, ignore_errors=True)
 
 
 def prune(folder: Path, keep_last: int, saved: Path) -> None:
-    """Delete all but the newest `keep_last` checkpoints, and never the newest that is intact. Raises OSError.
+    """Delete all but the newest `keep_last` usable checkpoints, and never the newest that is intact. Raises OSError.
 
-    saved: a checkpoint that has just been written, whose hashes need not be checked.
+    Those that are not usable do not count; they are deleted with usable ones of their age. saved: a checkpoint that has
+    just been written, whose hashes need not be checked.
     """
     newest_first = list_checkpoints(folder)
-    old = newest_first[keep_last:]
+    usable = [path for path in newest_first if why_unusable(path) is None]
+    kept = usable[:keep_last]
+    old = [path for path in newest_first if path not in kept and (not kept or _step(path) < _step(kept[0]))]
     if not old:
         return
-    whole = next((path for path in newest_first if not find_all_damage(path, hashes=path != saved)), None)
+    whole = next((path for path in usable if not find_all_damage(path, hashes=path != saved)), None)
     for path in old:
         if whole is not None and path != whole:
             removed = path.with_name(REMOVED + path.name)
             shutil.rmtree(removed, ignore_errors=True)
             shutil.rmtree(path.rename(removed))
+
+
+def why_unusable(checkpoint: Path) -> str | None:
+    """Return why a run would get nowhere from a checkpoint, intact or not; None where nothing is known against it."""
+    if (checkpoint / UNUSABLE).exists():
+        return _LED_NOWHERE
+    try:
+        return None if read_manifest(checkpoint).finite else "the loss or gradient norm of its last step was not finite"
+    except ManifestError:
+        return None
+
+
+def mark_unusable(checkpoint: Path) -> None:
+    """Note in a checkpoint that it is of no use. Raises OSError."""
+    write_durably(checkpoint / UNUSABLE, f"{_LED_NOWHERE}\n".encode())
 
 
 def find_all_damage(checkpoint: Path, hashes: bool) -> list[str]:
@@ -110,6 +132,17 @@ def find_checkpoints(config: RunConfig) -> list[Path]:
     if resume == "auto":
         return _best_first(checkpoint_folder(config))
     return [named_checkpoint("checkpoint.resume", resume, "auto, none, or ")]
+
+
+def describe_resume(config: RunConfig) -> str:
+    """Return a line that says where a run started by the same command resumes."""
+    if config.checkpoint.resume != "auto":
+        return f"checkpoints: {checkpoint_folder(config)} (checkpoint.resume=auto resumes from the newest)"
+    try:
+        found = _best_first(checkpoint_folder(config), quiet=True)
+    except UserError as error:
+        return str(error)
+    return f"checkpoint: {found[0]} (run the same command to resume from it)" if found else "there is no checkpoint"
 
 
 def check_named(config: RunConfig) -> None:
@@ -172,26 +205,50 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def _newest_first(folder: Path, pattern: str) -> list[Path]:
-    steps = {path: path.name.rpartition("_")[2] for path in folder.glob(pattern)}
-    return sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: int(steps[path]), reverse=True)
+    # Numbers of other lengths are none of ours.
+    named = [path for path in folder.glob(pattern) if re.search(r"_\d{7,18}$", path.name, re.ASCII)]
+    return sorted(named, key=_step, reverse=True)
 
 
-def _best_first(folder: Path) -> list[Path]:
+def _step(path: Path) -> int:
+    return int(path.name.rpartition("_")[2])
+
+
+def _best_first(folder: Path, quiet: bool = False) -> list[Path]:
+    """Return the complete, usable checkpoints, the best first.
+
+    Raises SharedUserError where there are complete ones but none is usable.
+    """
     # Every process comes through here; only rank 0 warns.
-    warn = logger.warning if os.environ.get("RANK", "0") == "0" else logger.debug
-    complete = []
+    warn = logger.warning if os.environ.get("RANK", "0") == "0" and not quiet else logger.debug
+    complete: list[Path] = []
+    unusable: dict[Path, str] = {}
     for path in _newest_first(folder, f"*{ITERATION}*"):
         # A replaced_* without its iter_* is complete: a save was interrupted between its two renames.
         replaced = path.name.startswith(REPLACED) and not (folder / path.name.removeprefix(REPLACED)).exists()
-        if (path.name.startswith(ITERATION) or replaced) and (path / MANIFEST).is_file():
-            complete.append(path)
-        else:
+        if not (path.name.startswith(ITERATION) or replaced) or not (path / MANIFEST).is_file():
             warn("%s is ignored: it is not a complete checkpoint", path)
+        elif reason := why_unusable(path):
+            warn("%s is ignored: %s", path, reason)
+            unusable[path] = reason
+        else:
+            complete.append(path)
+    if unusable and not complete:
+        found = "; ".join(f"{path}: {reason}" for path, reason in unusable.items())
+        raise SharedUserError(f"no checkpoint is usable: {found}; name one by its path, or start anew")
     pointer = folder / LATEST
     if not pointer.is_file():
         return complete
-    named = folder / pointer.read_text(errors="replace").strip()
+    named = _pointed_to(pointer)
     if named not in complete:
-        warn("%s is ignored: it names no complete checkpoint; using the newest", pointer)
+        if named not in unusable:
+            warn("%s is ignored: it names no complete checkpoint; using the newest", pointer)
         return complete
     return [named, *(path for path in complete if path != named)]
+
+
+def _pointed_to(pointer: Path) -> Path | None:
+    try:
+        return pointer.parent / read_bytes(pointer, _MAX_POINTER).decode(errors="replace").strip()
+    except UserError:
+        return None

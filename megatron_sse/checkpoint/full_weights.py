@@ -23,11 +23,10 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from megatron_sse.checkpoint.index import IndexRefusedError, read_index
+from megatron_sse.checkpoint.index import read_index
 from megatron_sse.checkpoint.manifest import (
     FileEntry,
     Manifest,
-    ManifestError,
     describe_files,
     find_damage,
     read_manifest,
@@ -101,14 +100,11 @@ class CheckpointWeights:
 
 def read_weights(folder: Path) -> CheckpointWeights:
     """Open the model weights of a checkpoint folder after checking its hashes. Raises UserError."""
-    try:
-        manifest = read_manifest(folder)
-        damage = find_damage(folder, manifest, manifest.files, hashes=True)
-        if damage:
-            raise UserError(damage[0])
-        return CheckpointWeights(folder, read_index(folder))
-    except (ManifestError, IndexRefusedError) as error:
-        raise UserError(str(error)) from None
+    manifest = read_manifest(folder)
+    damage = find_damage(folder, manifest, manifest.files, hashes=True)
+    if damage:
+        raise UserError(damage[0])
+    return CheckpointWeights(folder, read_index(folder))
 
 
 def write_weights(folder: Path, config: RunConfig, tensors: Iterable[tuple[str, Tensor]]) -> None:

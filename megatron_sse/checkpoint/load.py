@@ -15,8 +15,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_sse.checkpoint.architecture import check_architecture
+from megatron_sse.checkpoint.common import first_line, read_common
 from megatron_sse.checkpoint.index import read_index
-from megatron_sse.checkpoint.names import OPTIMIZER
+from megatron_sse.checkpoint.names import COMMON, OPTIMIZER
 from megatron_sse.checkpoint.state import (
     MASTER,
     MOMENTS,
@@ -25,7 +26,6 @@ from megatron_sse.checkpoint.state import (
     optimizer_state,
     set_num_steps,
 )
-from megatron_sse.checkpoint.verify import first_line
 from megatron_sse.config import RunConfig
 from megatron_sse.errors import SharedUserError
 
@@ -47,9 +47,12 @@ def load_checkpoint(
             f"checkpoint.resume: {path} holds only weights; give a run's checkpoint, or give this one as "
             f"checkpoint.load_weights to start from its weights"
         )
-    common = _load(path, config, chunks, optimizer, groups, index, ("master", *MOMENTS))
-    set_num_steps(optimizer, common["optimizer_step"])
-    return common["step"], common["consumed_samples"]
+    common = read_common(path)
+    if common.optimizer_step is None:
+        raise SharedUserError(f"{path / COMMON}: optimizer_step is missing")
+    _load(path, config, chunks, optimizer, groups, index, ("master", *MOMENTS))
+    set_num_steps(optimizer, common.optimizer_step)
+    return common.step, common.consumed_samples
 
 
 def load_weights(
@@ -71,7 +74,7 @@ def _load(
     groups: ProcessGroupCollection,
     index: Metadata,
     names: tuple[str, ...],
-) -> dict[str, Any]:
+) -> None:
     stored = index.state_dict_metadata
     model = model_state(chunks, groups)
     # A checkpoint of an fp32 run has no fp32 copies: load them from its weights, which are fp32.
@@ -89,7 +92,6 @@ def _load(
         # Only Transformer Engine's state for fp8 may be missing.
         missing, unexpected = chunk.module.load_state_dict(loaded[f"model{stage}"], strict=False)
         assert not unexpected and all(key.endswith("_extra_state") for key in missing), (missing, unexpected)
-    return loaded
 
 
 def _load_on_all_ranks(state: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -4,31 +4,41 @@ It is written last: a folder without one is not a complete checkpoint.
 """
 
 import json
-import re
+import stat
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from pydantic import Field
 
 from megatron_sse.checkpoint.names import MANIFEST
 from megatron_sse.durable import sha256_of, write_durably
+from megatron_sse.errors import UserError
+from megatron_sse.reading import NotFoundError, read_json
 
 FORMAT = 1
 # Files below this size are always hashed, even where only sizes are to be checked.
 _SMALL = 1 << 20
-_FILE_NAME = re.compile(r"\.?[\w-][\w.-]*")
+_FileName = Annotated[str, Field(pattern=r"^\.?[\w-][\w.-]*$")]
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
-class ManifestError(Exception):
+class ManifestError(UserError):
     """An error for a manifest that is missing or cannot be read. One line, with the file."""
+
+
+@dataclass(frozen=True)
+class _Version:
+    format: int
 
 
 @dataclass(frozen=True)
 class FileEntry:
     """A file's length in bytes and its SHA-256 as hexadecimal digits."""
 
-    size: int
-    sha256: str
+    size: Count
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True)
@@ -37,15 +47,17 @@ class Manifest:
 
     step, consumed_samples: steps and samples done when it was saved. optimizer: whether it holds the optimizer's state
     besides the weights. layout: sizes of the groups that saved it (world, tensor, pipeline, virtual_pipeline, context,
-    data) and distributed_optimizer. versions: of megatron_sse, torch, megatron-core.
+    data) and distributed_optimizer. versions: of megatron_sse, torch, megatron-core. finite: whether loss and gradient
+    norm of the last step were finite, so that it was taken; versions that did not check this have true.
     """
 
-    step: int
-    consumed_samples: int
+    step: Count
+    consumed_samples: Count
     optimizer: bool
-    layout: dict[str, Any]
+    layout: dict[str, int | bool]
     versions: dict[str, str]
-    files: dict[str, FileEntry]
+    files: dict[_FileName, FileEntry]
+    finite: bool = True
 
     def write(self, folder: Path) -> None:
         """Write manifest.json durably."""
@@ -61,19 +73,16 @@ def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a checkpoint. Raises ManifestError where it is missing or cannot be read."""
     path = folder / MANIFEST
     try:
-        values = json.loads(path.read_bytes())
-        if values["format"] != FORMAT:
-            raise ManifestError(f"{path}: got format {values['format']!r}, allowed {FORMAT}")
-        files = {name: FileEntry(int(e["size"]), str(e["sha256"])) for name, e in values["files"].items()}
-        manifest = Manifest(**{f.name: values[f.name] for f in fields(Manifest) if f.name != "files"}, files=files)
-        valid = isinstance(manifest.step, int) and isinstance(manifest.consumed_samples, int)
-    except FileNotFoundError:
-        raise ManifestError(f"{path}: not found") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ManifestError(f"{path}: cannot be read ({' '.join(repr(error).split())})") from None
-    if not valid or not all(map(_FILE_NAME.fullmatch, files)):
-        raise ManifestError(f"{path}: cannot be read (wrong values)")
-    return manifest
+        version = read_json(path, _Version).format
+        if version != FORMAT:
+            raise ManifestError(f"{path}: got format {version}, allowed {FORMAT}")
+        return read_json(path, Manifest)
+    except NotFoundError as error:
+        raise ManifestError(str(error)) from None
+    except UserError as error:
+        if isinstance(error, ManifestError):
+            raise
+        raise ManifestError(str(error)) from None
 
 
 def describe_files(folder: Path, known: dict[str, FileEntry]) -> dict[str, FileEntry]:
@@ -94,7 +103,10 @@ def find_damage(folder: Path, manifest: Manifest, names: Iterable[str], hashes: 
 
 def _find_damage_of(path: Path, entry: FileEntry, hashes: bool) -> list[str]:
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            return [f"{path}: not a regular file"]
+        size = status.st_size
         if size != entry.size:
             return [f"{path}: has {size} bytes, the manifest says {entry.size}"]
         if (hashes or size < _SMALL) and sha256_of(path) != entry.sha256:

@@ -8,6 +8,8 @@ ITERATION, LATEST = "iter_", "latest"
 PARTIAL, REMOVED, REPLACED = "partial_", "removed_", "replaced_"
 # Ours: sizes and hashes of all files, and the data that the model was trained on.
 MANIFEST, DATA = "manifest.json", "data.json"
+# In a checkpoint that led only to steps that were skipped, since its loss or gradients are not finite.
+UNUSABLE = "unusable.txt"
 # Those of torch's and Megatron-Core's distributed checkpoints.
 INDEX, COMMON, STORAGE_FORMAT = ".metadata", "common.pt", "metadata.json"
 # Names of the optimizer's tensors start with this.

@@ -16,12 +16,13 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_sse.checkpoint.data import describe_place
 from megatron_sse.checkpoint.folders import checkpoint_folder, make_partial, promote, prune, step_folder
 from megatron_sse.checkpoint.manifest import FileEntry, Manifest, describe_files
 from megatron_sse.checkpoint.names import COMMON, DATA, TOKENIZER_FILES, TOKENS
 from megatron_sse.checkpoint.shards import ShardWriter, Staging
-from megatron_sse.checkpoint.state import get_num_steps, is_distributed, model_state, optimizer_state
-from megatron_sse.config import RunConfig
+from megatron_sse.checkpoint.state import find_not_finite, get_num_steps, is_distributed, model_state, optimizer_state
+from megatron_sse.config import RunConfig, StageRun
 from megatron_sse.data.tokenizer import END_OF_DOCUMENT, VOCAB_SIZE
 from megatron_sse.durable import fsync
 from megatron_sse.installed import versions
@@ -46,10 +47,11 @@ class _Save:
     """
 
     config: RunConfig
-    data: dict[str, Any] | None
+    data: dict[str, Any]
     partial: Path
     step: int
     consumed_samples: int
+    finite: bool
     common: dict[str, Any]
     shards: ShardWriter
     started: float
@@ -77,11 +79,15 @@ class Saver:
         self._save: _Save | None = None
         self._staging: Staging = {}
         self._checked = False
-        self._data: dict[str, Any] | None = None
+        # On rank 0: a checkpoint from which no step was taken yet.
+        self._unproven: Path | None = None
+        self._taken = 0
+        self._stage: StageRun | None = None
+        self._data: dict[str, Any] = {}
 
-    def start_stage(self, config: RunConfig, data: dict[str, Any]) -> None:
-        """Save with these settings, and this description of the data for resumed runs to compare, from now on."""
-        self.config, self._data = config, data
+    def start_stage(self, stage: StageRun, data: dict[str, Any]) -> None:
+        """Save with a stage's settings, and this description of its data for resumed runs to compare, from now on."""
+        self.config, self._stage, self._data = stage.config, stage, data
 
     @property
     def is_under_way(self) -> bool:
@@ -92,9 +98,12 @@ class Saver:
         """Check whether this rank is still writing its file."""
         return self._save is not None and not self._save.shards.is_done()
 
-    def start(self, step: int, consumed_samples: int, background: bool) -> None:
-        """Start to save the state after `step` steps. Raises SaveError, on every rank.
+    def start(self, step: int, consumed_samples: int, background: bool, finite: bool = True) -> None:
+        """Start to save the state after `step` steps. Raises SaveError, on every rank; also for weights that are not
+        finite, from which no run could be continued.
 
+        finite: whether loss and gradient norm of the last step were finite; otherwise a resumed run does not use the
+        checkpoint by itself.
         background: copy the state, so that training may continue while the copy is written; without it the state must
         not change before finish() returns.
         """
@@ -104,6 +113,8 @@ class Saver:
             if chunk.ddp_config.overlap_param_gather:
                 # Otherwise the next forward pass gathers what other copies have updated.
                 chunk.start_param_sync(force_sync=True)
+        wrong = find_not_finite(self.chunks, self.optimizer)
+        _agree(wrong and f"not finite: {wrong}")
         partial = self._make_folder(step)
         model = model_state(self.chunks, self.groups)
         common = {"step": step, "consumed_samples": consumed_samples, "optimizer_step": get_num_steps(self.optimizer)}
@@ -119,7 +130,24 @@ class Saver:
         else:
             shards.write()
         now = time.perf_counter()
-        self._save = _Save(self.config, self._data, partial, step, consumed_samples, common, shards, now, now - started)
+        self._save = _Save(
+            self.config,
+            self._describe_data(step, consumed_samples),
+            partial,
+            step,
+            consumed_samples,
+            finite,
+            common,
+            shards,
+            now,
+            now - started,
+        )
+
+    def _describe_data(self, step: int, consumed_samples: int) -> dict[str, Any]:
+        if self._stage is None:
+            return {}
+        rate = self.optimizer.param_groups[0]["lr"]
+        return self._data | describe_place(self._stage, step, consumed_samples, rate)
 
     def finish(self) -> None:
         """Wait until all ranks have written, and complete the checkpoint. Raises SaveError, on every rank."""
@@ -137,7 +165,18 @@ class Saver:
             blocked, total = save.blocked + now - begun, save.blocked + now - save.started
             path = step_folder(self.folder, save.step)
             logger.info("checkpoint saved: %s (%.1f s, training paused for %.1f s)", path, total, blocked)
-            self._prune(path)
+            if save.finite:
+                # Until a step was taken from it, it may turn out to be of no use; the one before stays as well.
+                self._unproven = path
+                self._prune(path, least=2)
+                self.prove(self._taken)
+
+    def prove(self, step: int) -> None:
+        """Note that step `step` was taken: its loss was finite, so that the checkpoint before it is of use."""
+        self._taken = step
+        if self._unproven is not None and self.newest is not None and step > self.newest:
+            self._prune(self._unproven, least=1)
+            self._unproven = None
 
     def abandon(self) -> None:
         """Abandon a save in progress on this rank, so that the process can end."""
@@ -177,7 +216,7 @@ class Saver:
                 known = {name: entry for _, entries, _ in gathered for name, entry in entries.items()}
                 self._manifest(save, describe_files(partial, known)).write(partial)
                 self._check_lease()
-                promote(partial, step_folder(self.folder, save.step))
+                promote(partial, step_folder(self.folder, save.step), save.finite)
             # torch.save turns an OSError into a RuntimeError.
             except (OSError, RuntimeError) as error:
                 failed = describe(error)
@@ -196,21 +235,22 @@ class Saver:
             "data": groups.dp.size(),
             "distributed_optimizer": is_distributed(self.optimizer),
         }
-        return Manifest(save.step, save.consumed_samples, True, layout, versions(), files)
+        return Manifest(save.step, save.consumed_samples, True, layout, versions(), files, save.finite)
 
-    def _prune(self, saved: Path) -> None:
+    def _prune(self, saved: Path, least: int) -> None:
         keep_last = self.config.checkpoint.keep_last
         if keep_last is None:
             return
         try:
-            prune(self.folder, keep_last, saved)
+            self._check_lease()
+            prune(self.folder, max(keep_last, least), saved)
         except OSError as error:
             logger.warning("old checkpoints were not deleted: %s", describe(error))
 
 
 def _write_config(save: _Save, folder: Path) -> None:
     (folder / CONFIG).write_text(save.config.to_yaml())
-    if save.data is not None:
+    if save.data:
         (folder / DATA).write_text(json.dumps(save.data, indent=2) + "\n")
     # The tokenizer's files, where the first token file has them.
     prefix = next((source.prefix for source in save.config.data.train if source.prefix), None)

@@ -122,6 +122,21 @@ def _describe(held: Held, name: str, entry: Entry) -> Iterator[ShardedTensor]:
         first += length
 
 
+def find_not_finite(chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> str | None:
+    """Return a weight of this rank that is not finite, or whose optimizer state is not; None where all are finite."""
+    names = {id(p): name for chunk in chunks for name, p in chunk.module.named_parameters()}
+    tensors = [(name, p.detach()) for chunk in chunks for name, p in chunk.module.named_parameters()]
+    for held in held_by(optimizer):
+        tensors += [(f"{kind} of {names[id(held.parameter)]}", tensor) for kind, tensor in held.tensors.items()]
+    tensors = [(name, tensor) for name, tensor in tensors if tensor.numel() and tensor.is_floating_point()]
+    if not tensors:
+        return None
+    # Without a copy of any tensor, and with one wait for the device.
+    bounds_T2 = torch.stack([torch.stack(torch.aminmax(tensor)).float() for _, tensor in tensors])
+    finite_T = bounds_T2.isfinite().all(1).tolist()
+    return next((name for (name, _), finite in zip(tensors, finite_T, strict=True) if not finite), None)
+
+
 def is_distributed(optimizer: MegatronOptimizer) -> bool:
     """Check whether the optimizer's state is split over the data-parallel group."""
     return any(isinstance(part, DistributedOptimizer) for part in _parts(optimizer))

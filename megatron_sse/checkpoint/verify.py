@@ -1,17 +1,22 @@
 """Verifying that a checkpoint is intact, by all ranks together before any of it is loaded."""
 
 import logging
-import pickle
+from collections.abc import Callable, Container
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_sse.checkpoint.index import IndexRefusedError, read_index
+from megatron_sse.checkpoint.common import read_common
+from megatron_sse.checkpoint.data import read_data
+from megatron_sse.checkpoint.index import read_index
 from megatron_sse.checkpoint.manifest import Manifest, ManifestError, find_damage, read_manifest
-from megatron_sse.checkpoint.names import COMMON, INDEX, STORAGE_FORMAT
-from megatron_sse.errors import SharedUserError
+from megatron_sse.checkpoint.names import COMMON, DATA, INDEX, STORAGE_FORMAT, TOKENS
+from megatron_sse.errors import SharedUserError, UserError
+from megatron_sse.reading import NotFoundError, read_json, read_yaml
+from megatron_sse.run_folder import CONFIG
 
 logger = logging.getLogger(__name__)
 
@@ -57,26 +62,58 @@ def find_damage_together(path: Path, hashes: bool) -> list[str]:
         # Files are dealt out in the order of their sizes, so that the ranks have about the same to read.
         names = sorted(manifest.files, key=lambda name: -manifest.files[name].size)
         mine = find_damage(path, manifest, names[dist.get_rank() :: dist.get_world_size()], hashes)
+    # Files are opened only once their hashes are known to match.
+    return _join(mine) or _join(find_missing(path, manifest))
+
+
+def _join(mine: list[str]) -> list[str]:
+    """Return the lines of all ranks, each once, in the same order on every rank."""
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, mine)
-    damaged = sorted({line for lines in every for line in lines})
-    # The index is opened only once its hash is known to match.
-    return damaged or find_missing(path, manifest)
+    return sorted({line for lines in every for line in lines})
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first sentence of an error's message; those of torch.load are long."""
-    text = str(error).strip().splitlines() or [type(error).__name__]
-    return text[0].split(". ")[0]
+def find_missing(path: Path, manifest: Manifest, names: Container[str] | None = None) -> list[str]:
+    """Return the files that are needed but not in the manifest, and those whose content is of no use, a line for each.
+
+    A manifest may vouch for a file that was damaged before it was hashed, or made by somebody else. names: the files
+    that may be opened, as their hashes are those of the manifest; None for all.
+    """
+    found: list[str] = []
+    needed = {*_NEEDED}
+    for name, read in _READ.items():
+        if names is not None and name not in names:
+            continue
+        try:
+            content = read(path)
+        except NotFoundError:
+            # Described below where it is needed.
+            continue
+        except UserError as error:
+            found.append(str(error))
+            continue
+        if isinstance(content, Metadata):
+            needed |= {where.relative_path for where in content.storage_data.values()}
+    missing = sorted(needed - manifest.files.keys())
+    return found + [f"{path / name}: not in the manifest" for name in missing]
 
 
-def find_missing(path: Path, manifest: Manifest) -> list[str]:
-    """Return the files that are needed but not in the manifest, or a pickle that asks for more than values."""
-    try:
-        needed = {*_NEEDED, *(where.relative_path for where in read_index(path).storage_data.values())}
-        torch.load(path / COMMON, weights_only=True)
-    except IndexRefusedError as error:
-        return [str(error)]
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        return [f"{path / COMMON}: refused, {first_line(error)}"]
-    return [f"{path / name}: not in the manifest" for name in sorted(needed - manifest.files.keys())]
+@dataclass(frozen=True)
+class StorageFormat:
+    """Megatron-Core's description of a checkpoint's format."""
+
+    sharded_backend: Literal["torch_dist"]
+    sharded_backend_version: int
+    common_backend: Literal["torch"]
+    common_backend_version: int
+
+
+# What opens each file that a run reads besides the tensors, and checks its types.
+_READ: dict[str, Callable[[Path], object]] = {
+    INDEX: read_index,
+    COMMON: read_common,
+    DATA: read_data,
+    CONFIG: lambda path: read_yaml(path / CONFIG, dict[str, Any]),
+    STORAGE_FORMAT: lambda path: read_json(path / STORAGE_FORMAT, StorageFormat),
+    TOKENS: lambda path: read_json(path / TOKENS, dict[str, Any]),
+}

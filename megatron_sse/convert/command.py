@@ -1,6 +1,8 @@
 """`megatron-sse convert`: from Hugging Face folders to checkpoints of ours and back."""
 
 import logging
+import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,12 +24,13 @@ from megatron_sse.convert.upcycle import (
     upcycle_recipes,
     upcycle_tensors,
 )
-from megatron_sse.durable import fsync
+from megatron_sse.durable import UNIQUE, fsync, unique
 from megatron_sse.errors import UserError
 from megatron_sse.hf.dense_settings import FAMILIES
 from megatron_sse.hf.folder import write_json, write_tensors
 from megatron_sse.hf.links import check_shapes, to_ours, to_theirs
 from megatron_sse.hf.name_map import DENSE_NAMES, SSE_NAMES, model_links
+from megatron_sse.lease import hold
 from megatron_sse.pretrained.logits import check_can_compute, compute_logits
 from megatron_sse.pretrained.open import HF, KINDS, OURS, Model, open_model
 
@@ -50,6 +53,11 @@ def run(request: Request) -> int:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"DST: got {folder}, which exists, allowed a new folder")
     check_can_compute(model)
+    with hold(Path(os.path.abspath(folder)), "DST"):
+        return _convert(model, folder, kind, request)
+
+
+def _convert(model: Model, folder: Path, kind: str, request: Request) -> int:
     if request.pattern is not None:
         return _upcycle(model, folder, request.pattern, request.overrides)
     if kind == OURS:
@@ -170,18 +178,25 @@ def _write_report(
 
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
-    """Make a folder to write to, which gets its name at the end of the block. Raises UserError if that fails."""
-    partial = folder.with_name(f"{folder.name}.partial")
+    """Make a folder to write to, which gets its name at the end of the block. Raises UserError if that fails.
+
+    This process holds the lease on `folder`, so other folders named as this one are of conversions that were killed.
+    """
+    partial = folder.with_name(f"{folder.name}.partial_{unique()}")
+    left_behind = re.compile(rf"{re.escape(folder.name)}\.partial_{UNIQUE}")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        for path in partial.iterdir():
-            fsync(path)
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
+        for path in folder.parent.iterdir():
+            if left_behind.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+        partial.mkdir()
+        try:
+            yield partial
+            for path in partial.iterdir():
+                fsync(path)
+            if folder.exists():
+                folder.rmdir()
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise UserError(f"DST: {folder} cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

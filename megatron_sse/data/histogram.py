@@ -39,6 +39,8 @@ def draw_lengths(path: Path, title: str, documents: Mapping[int, int], tokens: M
         return False
     from matplotlib.figure import Figure
 
+    from megatron_sse.reports.style import save_picture
+
     powers = range(min(documents), max(documents) + 1)
     figure = Figure(figsize=(8, 6), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
@@ -52,5 +54,5 @@ def draw_lengths(path: Path, title: str, documents: Mapping[int, int], tokens: M
     lower.set_xticks(list(powers), labels, rotation=45, ha="right")
     lower.set_xlabel("length in tokens, from this one to twice as many")
     upper.set_title(title)
-    figure.savefig(path, dpi=120)
+    save_picture(figure, path, dpi=120)
     return True

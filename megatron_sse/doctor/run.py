@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from megatron_sse.checkpoint.architecture import changed_settings
-from megatron_sse.checkpoint.data import changed_data
+from megatron_sse.checkpoint.data import changed_data, moved
 from megatron_sse.checkpoint.folders import find_all_damage, find_checkpoints, find_weights
 from megatron_sse.checkpoint.manifest import read_manifest
+from megatron_sse.checkpoint.verify import find_missing
 from megatron_sse.config import DataConfig, RunConfig, Source, count_processes, load_config, plan_stages
 from megatron_sse.config.weights import model_weights
 from megatron_sse.data.checks import check_token_file
@@ -107,6 +108,7 @@ def check_checkpoints(config: RunConfig) -> Iterator[Finding]:
 
 def _check_checkpoint(config: RunConfig, key: str, path: Path) -> Finding:
     damaged = find_all_damage(path, hashes=config.checkpoint.verify == "hashes")
+    damaged = damaged or find_missing(path, read_manifest(path))
     if damaged:
         return Finding(BAD, f"checkpoint.{key}", f"{'; '.join(damaged)}; restore the files or delete {path}")
     manifest = read_manifest(path)
@@ -125,6 +127,8 @@ def _check_checkpoint(config: RunConfig, key: str, path: Path) -> Finding:
     if key == "resume" and manifest.step >= config.training.steps:
         advice = "raise training.steps"
         return Finding(BAD, f"checkpoint.{key}", f"{path}: all {config.training.steps} steps are done; {advice}")
+    if key == "resume" and (place := moved(path, config, plan_stages(config))):
+        return Finding(BAD, f"checkpoint.{key}", place)
     if key == "resume" and config.checkpoint.changed_data == "refuse":
         # check_token_files reports what is wrong with the files.
         with contextlib.suppress(UserError):

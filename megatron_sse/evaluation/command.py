@@ -30,7 +30,7 @@ from megatron_sse.installed import has_pictures, warn_without_pictures
 from megatron_sse.pretrained.network import build_and_load, inference_config, inference_groups
 from megatron_sse.pretrained.open import Model, open_model
 from megatron_sse.pretrained.text import Tokenizer, open_tokenizer
-from megatron_sse.reports.results import make_folder
+from megatron_sse.reports.results import make_folder, result_folder
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def run(request: Request) -> int:
         job = _prepare(request)
     if is_writer:
         warn_without_pictures()
-    with inference_groups(request.world_size) as (groups, device):
+    with result_folder(request.output, is_writer), inference_groups(request.world_size) as (groups, device):
         net = build_and_load(job.model, job.config, groups, device)
         reader = Reader(net, job.config.model.vocab_size, request.batch, request.chunk)
         results: dict[str, list[Any]] = {}

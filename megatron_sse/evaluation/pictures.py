@@ -11,6 +11,7 @@ from megatron_sse.evaluation.needles import Found
 from megatron_sse.evaluation.perplexity import Losses
 from megatron_sse.evaluation.recall import Recalled
 from megatron_sse.evaluation.report import show_depth
+from megatron_sse.reports.style import save_picture
 
 
 def draw_losses(path: Path, results: Sequence[Losses]) -> None:
@@ -27,7 +28,7 @@ def draw_losses(path: Path, results: Sequence[Losses]) -> None:
     axes.set_title(results[0].file)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    save_picture(figure, path, dpi=120)
 
 
 def draw_recall(path: Path, results: Sequence[Recalled]) -> None:
@@ -72,4 +73,4 @@ def _draw_map(
     axes.set_ylabel(row_name)
     axes.set_title(title, wrap=True)
     figure.colorbar(picture)
-    figure.savefig(path, dpi=120)
+    save_picture(figure, path, dpi=120)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_sse import reading
 from megatron_sse.errors import UserError
 from megatron_sse.installed import require
 
@@ -89,15 +90,7 @@ def _read_header(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file. Raises UserError."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({' '.join(str(error).split())})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return values
+    return reading.read_json(path, dict[str, Any])
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

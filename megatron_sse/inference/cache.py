@@ -1,13 +1,13 @@
 """All that a model keeps of a batch of sequences, and the file that it can be saved to."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_sse.durable import output_file
 from megatron_sse.errors import UserError
 from megatron_sse.inference.layers import BankCache, CachedLayout, KeyValueCache, Tail
 from megatron_sse.model.attention import SoftmaxAttention
@@ -63,10 +63,9 @@ class Cache:
             "pending": self.pending,
             "layers": {number: layer.tensors() for number, layer in self.layers.items()},
         }
-        partial = f"{path}.partial"
         try:
-            torch.save(content, partial)
-            os.replace(partial, path)
+            with output_file(Path(path)) as file:
+                torch.save(content, file)
         except (OSError, RuntimeError) as error:
             raise UserError(f"--save-cache: {path} cannot be written ({' '.join(str(error).split())})") from None
 

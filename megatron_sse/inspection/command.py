@@ -18,7 +18,7 @@ from megatron_sse.installed import has_pictures, warn_without_pictures
 from megatron_sse.pretrained.network import build_and_load, inference_config, inference_groups
 from megatron_sse.pretrained.open import Model, open_model
 from megatron_sse.pretrained.text import open_tokenizer
-from megatron_sse.reports.results import make_folder, write_json
+from megatron_sse.reports.results import make_folder, result_folder, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -44,15 +44,16 @@ def run(request: Request) -> int:
         job = _prepare(request)
     if is_writer:
         warn_without_pictures()
-    with inference_groups(request.world_size) as (groups, device):
-        net = build_and_load(job.model, job.config, groups, device)
-        start = time.perf_counter()
-        layers = measure_layers(net, job.config.model.layer_kinds(), job.texts, request.chunk, groups.tp)
-        seconds, peak = time.perf_counter() - start, device.peak_memory_bytes()
-    num_tokens = sum(map(len, job.texts))
-    logger.info("%d tokens in %.2f s; peak memory %.0f MB", num_tokens, seconds, peak / 1e6)
-    if is_writer:
-        _show(request, job, layers)
+    with result_folder(request.output, is_writer):
+        with inference_groups(request.world_size) as (groups, device):
+            net = build_and_load(job.model, job.config, groups, device)
+            start = time.perf_counter()
+            layers = measure_layers(net, job.config.model.layer_kinds(), job.texts, request.chunk, groups.tp)
+            seconds, peak = time.perf_counter() - start, device.peak_memory_bytes()
+        num_tokens = sum(map(len, job.texts))
+        logger.info("%d tokens in %.2f s; peak memory %.0f MB", num_tokens, seconds, peak / 1e6)
+        if is_writer:
+            _show(request, job, layers)
     return 0
 
 

@@ -15,7 +15,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from megatron_sse.inspection.half_life import Spread
 from megatron_sse.inspection.measure import Layer, Rank
 from megatron_sse.inspection.report import mean_of, partitions_of, reads_elsewhere
-from megatron_sse.reports.style import COLOURS, SHARE_NORM, STYLE
+from megatron_sse.reports.style import COLOURS, SHARE_NORM, STYLE, save_picture
 
 # Rows with more cells than this show no numbers.
 _MOST_NUMBERS = 16
@@ -50,7 +50,7 @@ def _draw_partitions(path: Path, layers: Sequence[Layer]) -> None:
         step = -(-num_partitions // _MOST_NUMBERS)
         axes.set_xticks(range(0, num_partitions, step), [str(n + 1) for n in range(0, num_partitions, step)])
         figure.colorbar(picture, ax=axes, label="share x number of partitions", ticks=[0, 0.5, 1, 1.5, 2], extend="max")
-    figure.savefig(path)
+    save_picture(figure, path)
 
 
 def _draw_ranks(path: Path, layers: Sequence[Layer]) -> None:
@@ -74,7 +74,7 @@ def _draw_ranks(path: Path, layers: Sequence[Layer]) -> None:
     left.set(title=f"effective rank at the end, at most {most}", xlabel="bank")
     figure.colorbar(picture, ax=left)
     _draw_growth(right, layers)
-    figure.savefig(path)
+    save_picture(figure, path)
 
 
 def _draw_growth(axes: Axes, layers: Sequence[Layer]) -> None:
@@ -142,7 +142,7 @@ def _draw_half_lives(path: Path, layers: Sequence[Layer]) -> None:
     axes.set_xlim(0.5, len(layers) + 0.5)
     axes.set(title="half-life of states: 10th to 90th percentile, dot: median", xlabel="layer", ylabel="tokens, writes")
     figure.legend(loc="outside lower center", ncols=3)
-    figure.savefig(path)
+    save_picture(figure, path)
 
 
 def _ends(spread: Spread) -> tuple[float, float, float]:

@@ -22,7 +22,7 @@ from megatron_sse.monitor.profile import ProfileWindow
 from megatron_sse.monitor.spikes import Spikes
 from megatron_sse.monitor.straggler import Stragglers
 from megatron_sse.parallel.device import Device
-from megatron_sse.run_folder import CHECKPOINTS, CONFIG, TENSORBOARD
+from megatron_sse.run_folder import CONFIG, TENSORBOARD
 
 logger = logging.getLogger(__name__)
 
@@ -146,15 +146,13 @@ class Monitor:
         self._write(step, scalars)
 
     def close(self) -> None:
-        """End the reports, and log where TensorBoard events and checkpoints are."""
+        """End the reports, and log where TensorBoard events are."""
         for window in self.windows:
             window.close()
         if self.writer is not None:
             self.writer.close()
             events = self.folder / TENSORBOARD
             self._log(f"TensorBoard events: {events} (tensorboard --logdir {events})")
-        if (self.folder / CHECKPOINTS).is_dir():
-            self._log(f"checkpoint: {self.folder / CHECKPOINTS} (run the same command to resume from it)")
 
     def _find_windows(self) -> list[ProfileWindow | MemoryWindow]:
         """Return the windows of steps to record on this rank."""

@@ -17,7 +17,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethod
 from megatron_sse.plot.layouts import draw_layout, find_layout, layout_legend
 from megatron_sse.plot.loads import draw_entropy, draw_loads
 from megatron_sse.plot.read import Curve, RunLog
-from megatron_sse.reports.style import COLOURS, STYLE, label_steps
+from megatron_sse.reports.style import COLOURS, STYLE, label_steps, save_picture
 
 WIDTH, HEIGHT = 6.4, 3.6
 COLUMNS = 3
@@ -129,7 +129,7 @@ def _draw_curves(plot: CurvePlot, runs: list[RunLog], folder: Path) -> Picture:
         axes.yaxis.set_major_formatter(EngFormatter(sep=" "))
     figure.legend(loc="outside lower center", ncols=min(COLUMNS, len(runs)))
     path = folder / f"{plot.name}.png"
-    figure.savefig(path)
+    save_picture(figure, path)
     return Picture(path, plot.title, plot.note)
 
 
@@ -183,5 +183,5 @@ def _draw_side_by_side(
         axes.axis("off")
     if legend:
         figure.legend(handles=legend, loc="outside lower center", ncols=min(len(legend), 2 * columns + 2))
-    figure.savefig(path)
+    save_picture(figure, path)
     return Picture(path, title, note, wide=columns > 1)

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from megatron_sse.durable import output_file
 from megatron_sse.plot.figures import Picture
 from megatron_sse.plot.layouts import find_layout
 from megatron_sse.plot.read import RunLog
@@ -41,7 +42,8 @@ def write_page(runs: list[RunLog], pictures: list[Picture], folder: Path) -> Pat
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
     path = folder / "index.html"
     lines = ["<!DOCTYPE html>", f'<html lang="en"><head>{head}<style>{STYLE}</style></head><body>', *body]
-    path.write_text("\n".join([*lines, "</body></html>", ""]), encoding="utf-8")
+    with output_file(path) as file:
+        file.write("\n".join([*lines, "</body></html>", ""]).encode())
     return path
 
 

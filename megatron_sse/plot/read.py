@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
 from megatron_sse.errors import UserError
+from megatron_sse.reading import read_yaml
 from megatron_sse.run_folder import CONFIG, TENSORBOARD
 
 # The settings that the plots need. A run writes all settings, with defaults filled in.
@@ -82,10 +82,10 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: folder not found")
     path = folder / CONFIG
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())}); give a run folder") from None
-    settings = flatten(values) if isinstance(values, dict) else {}
+        settings = flatten(read_yaml(path, dict[str, Any]))
+    except UserError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise UserError(f"{path}: cannot be read ({reason}); give a run folder") from None
     missing = [key for key in NEEDED if key not in settings]
     if missing:
         raise UserError(f"{path}: {missing[0]} missing; give a folder with the config.yaml that a run wrote")

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from megatron_sse.durable import output_file
 from megatron_sse.errors import UserError
 from megatron_sse.installed import versions
+from megatron_sse.lease import hold
+
+# The lease on a folder of results.
+_LEASE = "results"
 
 
 def table(title: str, header: list[str], rows: list[list[str]]) -> str:
@@ -27,12 +33,22 @@ def make_folder(path: str) -> None:
         raise UserError(f"--output: {path} cannot be created ({error.strerror})") from None
 
 
+@contextmanager
+def result_folder(path: str, is_writer: bool = True) -> Iterator[Path]:
+    """Hold a folder for results, which is made where it is missing, so that only this command writes to it.
+
+    is_writer: of the processes of one command, only one holds the folder. Raises UserError.
+    """
+    with hold(Path(path), "--output", _LEASE) if is_writer else nullcontext():
+        yield Path(path)
+
+
 def write_json(path: Path, about: dict[str, Any], results: dict[str, Any]) -> Path:
     """Write a file with the versions, which appears complete or not at all. Raises UserError."""
-    partial = path.with_name(f"{path.name}.partial")
+    text = json.dumps(about | {"versions": versions()} | results, indent=2) + "\n"
     try:
-        partial.write_text(json.dumps(about | {"versions": versions()} | results, indent=2) + "\n")
-        os.replace(partial, path)
+        with output_file(path) as file:
+            file.write(text.encode())
     except OSError as error:
         raise UserError(f"--output: {path} cannot be written ({error.strerror})") from None
     return path

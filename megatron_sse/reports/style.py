@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from megatron_sse.durable import output_file
+from megatron_sse.errors import UserError
 
 # The colours of Okabe and Ito, which colour-blind people can tell apart as well.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#8C6BB1"]
@@ -29,3 +35,12 @@ def label_steps(axes: Axes) -> None:
     """Label the x axis with whole, round steps."""
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+
+
+def save_picture(figure: Figure, path: Path, dpi: int | None = None) -> None:
+    """Write a PNG file, which appears complete or not at all. Raises UserError."""
+    try:
+        with output_file(path) as file:
+            figure.savefig(file, format="png", dpi=dpi or matplotlib.rcParams["savefig.dpi"])
+    except OSError as error:
+        raise UserError(f"--output: {path} cannot be written ({error.strerror})") from None

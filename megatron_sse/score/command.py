@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_sse.durable import output_file
 from megatron_sse.errors import UserError
 from megatron_sse.installed import require
 from megatron_sse.pretrained.logits import check_can_compute, compute_logits
@@ -20,16 +21,18 @@ TOKENS, LOGITS = "input_ids", "logits"
 def run(request: Request) -> int:
     """Write the logits of the tokens in one safetensors file to another; returns the exit status. Raises UserError."""
     require("safetensors", "score")
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     model = open_model("--checkpoint", request.checkpoint)
     check_can_compute(model)
     tokens_BL = _read_tokens(request.input, model.config.model.vocab_size)
     logits_BLv = compute_logits(model, tokens_BL)
     try:
-        save_file({LOGITS: logits_BLv.contiguous()}, request.output)
-    except Exception as error:
-        raise UserError(f"--output: {request.output} cannot be written ({' '.join(str(error).split())})") from None
+        # Not safetensors' save_file, which replaces what is no file, and hides the file from others.
+        with output_file(Path(request.output)) as file:
+            file.write(save({LOGITS: logits_BLv.contiguous()}))
+    except OSError as error:
+        raise UserError(f"--output: {request.output} cannot be written ({error.strerror})") from None
     shape = " x ".join(map(str, logits_BLv.shape))
     logger.info("logits of %s (%s): %s, %s", model.folder, model.kind, shape, request.output)
     return 0

@@ -15,8 +15,16 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from megatron_sse.checkpoint.data import check_same_data
-from megatron_sse.checkpoint.folders import check_writable, checkpoint_folder, find_checkpoints, find_weights
+from megatron_sse.checkpoint.data import check_same_data, warn_of_changed_schedule
+from megatron_sse.checkpoint.folders import (
+    check_writable,
+    checkpoint_folder,
+    describe_resume,
+    find_checkpoints,
+    find_weights,
+    mark_unusable,
+    step_folder,
+)
 from megatron_sse.checkpoint.load import load_checkpoint, load_weights
 from megatron_sse.checkpoint.save import SaveError, Saver
 from megatron_sse.checkpoint.verify import first_intact
@@ -101,6 +109,7 @@ def train(config: RunConfig, lease: Lease | None = None) -> int:
     except (NonFiniteError, SaveError) as error:
         if dist.get_rank() == 0:
             logger.error("%s", error)
+            logger.info("%s", describe_resume(config))
         return NOT_FINITE_EXIT if isinstance(error, NonFiniteError) else 1
     except SharedUserError:
         raise
@@ -140,7 +149,7 @@ class Run:
         weights: Path | None = None,
         lease: Lease | None = None,
     ) -> None:
-        self.config, self.groups, self.device = config, groups, device
+        self.config, self.groups, self.device, self.resume = config, groups, device, resume
         self.stages = plan_stages(config)
         if resume is not None:
             check_same_data(resume, config, self.stages)
@@ -151,6 +160,7 @@ class Run:
             steps, self.consumed_samples = load_checkpoint(resume, config, chunks, self.trainer.optimizer, groups)
             self.first_step = steps + 1
             logger.info("resumed from %s: %d steps done", resume, steps)
+            warn_of_changed_schedule(resume, stage_of_step(self.stages, steps).config, self.learning_rate(steps))
         elif weights is not None:
             load_weights(weights, config, chunks, self.trainer.optimizer, groups)
             logger.info("starting from the weights of %s", weights)
@@ -166,6 +176,7 @@ class Run:
         """
         training, checkpoint = self.config.training, self.config.checkpoint
         step, batches, make_validation = self.first_step - 1, None, None
+        is_due = False
         while step < training.steps and not self._is_over(signals):
             step += 1
             logger.debug("step %d", step)
@@ -181,22 +192,24 @@ class Run:
             due = training.validation_interval and step % training.validation_interval == 0
             if make_validation is not None and (due or step == training.steps):
                 self._validate(step, make_validation)
-            if checkpoint.interval and step % checkpoint.interval == 0 and step < training.steps:
-                self._save(step, checkpoint.asynchronous)
+            is_due |= bool(checkpoint.interval) and step % checkpoint.interval == 0
+            if is_due and step < training.steps:
+                is_due = not self._save(step, checkpoint.asynchronous)
         self._finish_save()
         if step >= self.first_step and self.saver.newest != step:
-            self.saver.start(step, self.consumed_samples, background=False)
-            self.saver.finish()
+            self._save_last(step)
         elif step < self.first_step and step >= training.steps and dist.get_rank() == 0:
             logger.warning("nothing to do: %d of %d steps are done already", step, training.steps)
         self.monitor.close()
+        if dist.get_rank() == 0:
+            logger.info("%s", describe_resume(self.config))
 
     def _enter(self, stage: StageRun) -> tuple[Iterator[Batch], ValidationFactory | None]:
         """Switch to a stage's settings; return its training batches from here on, and its validation."""
         self.stage = stage
         self.trainer.start_stage(stage.config)
         self.monitor.start_stage(stage.config)
-        self.saver.start_stage(stage.config, describe_data(stage))
+        self.saver.start_stage(stage, describe_data(stage))
         if len(self.stages) > 1:
             data, training = stage.config.data, stage.config.training
             logger.info(
@@ -215,7 +228,12 @@ class Run:
             logger.info("ending the run: %s", reason)
         return reason is not None
 
-    def _save(self, step: int, background: bool) -> None:
+    def _save(self, step: int, background: bool) -> bool:
+        """Save, unless the newest step was skipped: the state may be the cause. Return whether the save was tried."""
+        if self.skipped_in_a_row:
+            if self.skipped_in_a_row == 1 and dist.get_rank() == 0:
+                logger.warning("no checkpoint after step %d, which was skipped: it is put off to the next one", step)
+            return False
         if self.saver.is_under_way:
             logger.info("waiting for the previous checkpoint: writing one takes longer than checkpoint.interval")
         self._finish_save()
@@ -225,6 +243,18 @@ class Run:
             self._report_unsaved(error)
         if not background:
             self._finish_save()
+        return True
+
+    def _save_last(self, step: int) -> None:
+        """Save at the end. Raises SaveError."""
+        finite = self.skipped_in_a_row == 0
+        if not finite and dist.get_rank() == 0:
+            logger.warning(
+                "the last %d steps were skipped: the same command does not resume from the checkpoint after step %d",
+                *(self.skipped_in_a_row, step),
+            )
+        self.saver.start(step, self.consumed_samples, background=False, finite=finite)
+        self.saver.finish()
 
     def _finish_save(self) -> None:
         try:
@@ -255,12 +285,25 @@ class Run:
         tokens = settings.training.global_batch_size * settings.data.sequence_length
         self.monitor.step(step, result.losses, rate, result.grad_norm, tokens, seconds, result.skipped)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
+        if not result.skipped:
+            self.saver.prove(step)
         if self.skipped_in_a_row >= self.config.training.max_skipped_steps:
+            self._give_up_checkpoint(step - self.skipped_in_a_row)
             raise NonFiniteError(
                 f"training.max_skipped_steps: the loss or the gradient norm was not finite in {self.skipped_in_a_row} "
                 f"steps in a row (the last was step {step}), stopped without saving; a lower optimizer.learning_rate "
                 f"or a longer optimizer.warmup_steps may help"
             )
+
+    def _give_up_checkpoint(self, step: int) -> None:
+        """Keep the checkpoint after `step`, from which no step could be taken, from being resumed from."""
+        self._finish_save()
+        path = step_folder(self.saver.folder, step)
+        if dist.get_rank() == 0 and (self.saver.newest == step or path == self.resume):
+            try:
+                mark_unusable(path)
+            except OSError as error:
+                logger.warning("%s: every step from it was skipped; this cannot be noted (%s)", path, error.strerror)
 
     def _validate(self, step: int, make_validation: ValidationFactory) -> None:
         self.monitor.validation(step, self.trainer.validate(make_validation()))

@@ -6,6 +6,7 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ from tests.workers import fork_context
 
 # Where the fault happens: in a step, or while the second checkpoint is written, in the background or not.
 STEP, SAVE = "step", "save"
+# After a step all weights become nan or huge; or a batch makes the loss of the step nan.
+WEIGHTS, BATCH = "weights", "batch"
 FAULTY_STEP, FAULTY_SAVE = 3, 2
+EVERY = 0
 SECONDS_TO_END = 120
 
 
@@ -43,6 +47,7 @@ class Fault:
     act: str | int
     point: str
     ranks: tuple[int, ...] = (1,)
+    step: int = FAULTY_STEP
 
     def happen(self) -> None:
         if isinstance(self.act, int):
@@ -121,14 +126,31 @@ def _inject(fault: Fault) -> None:
         if calls == limit:
             fault.happen()
 
+    take_step = Trainer.train_step
     if fault.point == STEP:
-        take_step = Trainer.train_step
 
         def train_step(self: Trainer, batches: Any) -> Any:
-            count(FAULTY_STEP)
+            count(fault.step)
             return take_step(self, batches)
 
         Trainer.train_step = train_step  # type: ignore[method-assign]
+        return
+    if fault.point in (WEIGHTS, BATCH):
+
+        def poisoned_step(self: Trainer, batches: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            taken = list(islice(batches, self.num_micro_batches))
+            if fault.point == BATCH and fault.step in (calls, EVERY):
+                taken[0].loss_mask_BL[0, 0] = float("nan")
+            result = take_step(self, iter(taken))
+            if fault.point == WEIGHTS and calls == fault.step:
+                for chunk in self.chunks:
+                    for parameter in chunk.parameters():
+                        parameter.data.mul_(float(fault.act))
+            return result
+
+        Trainer.train_step = poisoned_step  # type: ignore[method-assign]
         return
 
     class Faulty(durable.HashedFile):

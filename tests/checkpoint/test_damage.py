@@ -170,7 +170,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], int, str]] = {
     "F10 missing index": (remove(".metadata"), 3, "iter_0000004/.metadata: not found"),
     "F10 missing description": (remove("metadata.json"), 3, "iter_0000004/metadata.json: not found"),
     "F10 missing manifest": (remove("manifest.json"), 3, "iter_0000004 is ignored: it is not a complete checkpoint"),
-    "F10 garbage manifest": (write("manifest.json", b"{"), 3, r"iter_0000004/manifest.json: cannot be read \("),
+    "F10 garbage manifest": (write("manifest.json", b"{"), 3, r"iter_0000004/manifest.json: cannot be read as JSON \("),
     "F11 empty shard": (write("__0_0.distcp", b""), 3, "iter_0000004/__0_0.distcp: has 0 bytes, the manifest says"),
     "F12 garbage pointer": (write("../latest", b"\x00\xff garbage"), 5, "latest is ignored: it names no complete"),
     "F12 pointer to nothing": (write("../latest", b"iter_0000009\n"), 5, "latest is ignored: it names no complete"),

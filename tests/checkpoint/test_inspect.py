@@ -1,10 +1,14 @@
 """megatron-sse inspect: tables, and exit status 1 for damage."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 
+from megatron_sse import reading
+from megatron_sse.checkpoint import common, index
 from megatron_sse.cli import main
 from tests.checkpoint.support import train_and_save
 from tests.training.support import small_run
@@ -57,6 +61,27 @@ def test_damage_is_named(run_folder: Path, capsys: pytest.CaptureFixture[str]) -
     shard.write_bytes(contents[0])
     index.write_bytes(contents[1])
     assert main(["inspect", str(checkpoint), "--sizes"]) == 0
+
+
+def test_files_whose_hash_is_wrong_are_not_opened(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = tmp_path / "iter_0000003"
+    shutil.copytree(run_folder / "checkpoints/iter_0000003", checkpoint)
+    for name in ("common.pt", "data.json", "metadata.json", "config.yaml", "tokens.json"):
+        (checkpoint / name).write_bytes(b"anything")
+    opened: list[str] = []
+    read = reading.read_bytes
+    for module in (common, index, reading):
+        monkeypatch.setattr(module, "read_bytes", lambda path, limit: (opened.append(path.name), read(path, limit))[1])
+    assert main(["inspect", str(checkpoint)]) == 1
+    out = capsys.readouterr().out
+    assert set(opened) == {"manifest.json", ".metadata"} and f"{checkpoint / 'common.pt'}: has 8 bytes" in out
+    # A file that waits for its writer is not read either.
+    (checkpoint / "common.pt").unlink()
+    os.mkfifo(checkpoint / "common.pt")
+    assert main(["inspect", str(checkpoint)]) == 1
+    assert f"{checkpoint / 'common.pt'}: not a regular file" in capsys.readouterr().out
 
 
 def test_wrong_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import pytest
 from megatron_sse.launch import start as launch
 from tests.checkpoint.processes import STEP, Fault, Processes
 from tests.checkpoint.test_processes import newest, write_run
-from tests.test_lease import elsewhere
+from tests.leases import elsewhere
 
 
 def contents(folder: Path) -> dict[str, tuple[int, int]]:

@@ -1,7 +1,9 @@
 """Wrong folders, damaged files and full disks give one line each and no partly written folder."""
 
 import json
+import os
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +18,7 @@ from megatron_sse.cli import main
 from megatron_sse.errors import UserError
 from megatron_sse.pretrained.open import open_model
 from tests.convert.support import convert, make_dense, random_tokens
+from tests.leases import alive_here
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +139,31 @@ def test_targets_that_exist_are_left_alone(llama: Path, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "ours").iterdir()] == ["file"]
 
 
+def test_a_conversion_deletes_only_what_a_killed_one_left(llama: Path, tmp_path: Path) -> None:
+    for name in (
+        "ours.partial",
+        "ours.partial_0123456789abcdef",
+        "ours.partial_of_mine",
+        "other.partial_0123456789abcdef",
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("mine")
+    assert convert(str(llama), str(tmp_path / "ours")) == 0
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["other.partial_0123456789abcdef", "ours", "ours.partial", "ours.partial_of_mine"]
+    assert (tmp_path / "ours.partial/file").read_text() == "mine"
+
+
+def test_a_second_conversion_to_the_same_folder_is_refused(llama: Path, tmp_path: Path) -> None:
+    lease = alive_here(tmp_path / "ours")
+    (tmp_path / "ours.partial_0123456789abcdef").mkdir()
+    with pytest.raises(
+        UserError, match=rf"^DST: got {tmp_path}/ours, which process {os.getpid()} on .* is writing to; "
+    ):
+        convert(str(llama), str(tmp_path / "ours"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [lease.name, "ours.partial_0123456789abcdef"]
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
@@ -209,6 +237,17 @@ def test_score(llama: Path, ours: Path, tmp_path: Path, kind: str) -> None:
     from megatron_sse.pretrained.logits import compute_logits
 
     assert (logits - compute_logits(open_model("", llama), tokens_BL)).abs().max() < 1e-4
+    assert stat.S_IMODE((tmp_path / "y.safetensors").stat().st_mode) == stat.S_IMODE(new_file(tmp_path).stat().st_mode)
+    # A link to /dev/null stands for it: without the fix, a test would replace the machine's own.
+    (tmp_path / "null").symlink_to("/dev/null")
+    assert main([*SCORE, str(folder), *files[:3], str(tmp_path / "null")]) == 0
+    assert stat.S_ISCHR((tmp_path / "null").stat().st_mode)
+
+
+def new_file(folder: Path) -> Path:
+    """Return a file with the mode that the umask leaves."""
+    (folder / "new").touch()
+    return folder / "new"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`megatron-sse evaluate`: its numbers against a direct forward pass, its output, and the errors of wrong requests."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from megatron_sse.pretrained.open import open_model
 from megatron_sse.pretrained.text import ByteTokenizer
 from tests.data.files import write_tokens
 from tests.inference.support import make_checkpoint, model
+from tests.leases import alive_here
 
 PNG = b"\x89PNG"
 
@@ -193,3 +195,10 @@ def test_of_an_exported_model(pure: Path, prefix: str, tmp_path: Path) -> None:
     options = ["perplexity", "--data", prefix]
     ours = evaluate(pure, tmp_path / "ours", *options)["perplexity"]
     assert evaluate(tmp_path / "exported", tmp_path / "theirs", *options)["perplexity"] == ours
+
+
+def test_two_at_once_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], pure: Path) -> None:
+    lease = alive_here(tmp_path / "out/results")
+    assert main(["evaluate", str(pure), "mqar", "--output", str(tmp_path / "out")]) == 2
+    assert f"--output: got {tmp_path / 'out'}, which process {os.getpid()} on " in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == [lease]

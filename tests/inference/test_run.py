@@ -90,3 +90,10 @@ def test_wrong_caches(nets: list[LanguageModel], tmp_path: Path) -> None:
         read_cache(str(tmp_path / "nothing"), {})
     with pytest.raises(UserError, match="--save-cache: .* cannot be written"):
         Cache(nets[0], 1).save(str(tmp_path / "no" / "folder"), {})
+
+
+def test_a_cache_is_written_into_what_is_no_file(nets: list[GPTModel], tmp_path: Path) -> None:
+    (tmp_path / "null").symlink_to("/dev/null")
+    Cache(nets[0], 1).save(str(tmp_path / "null"), {})
+    assert (tmp_path / "null").is_symlink() and (tmp_path / "null").is_char_device()
+    assert [path.name for path in tmp_path.iterdir()] == ["null"]

@@ -1,6 +1,7 @@
 """`megatron-sse inspect-states`: its output, and the errors of wrong requests."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from megatron_sse.cli import main
 from megatron_sse.inspection import command
 from megatron_sse.inspection.report import show
 from tests.inference.support import SOFTMAX, make_checkpoint, model
+from tests.leases import alive_here
 
 PNG = b"\x89PNG"
 PICTURES = {"partitions.png", "rank.png", "half_life.png"}
@@ -127,3 +129,10 @@ def test_wrong_requests(
 def test_any_length(hybrid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "has_pictures", lambda: False)
     assert inspect(hybrid, tmp_path, "--prompt", "7" * 70, "--any-length")["tokens"] == [70]
+
+
+def test_two_at_once_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], hybrid: Path) -> None:
+    lease = alive_here(tmp_path / "out/results")
+    assert main(["inspect-states", str(hybrid), "--prompt", "a", "--output", str(tmp_path / "out")]) == 2
+    assert f"--output: got {tmp_path / 'out'}, which process {os.getpid()} on " in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == [lease]

@@ -1,6 +1,7 @@
 """The command plot: its files, a page that needs no network, one run and many, and wrong requests."""
 
 import base64
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from megatron_sse.cli import main
+from tests.leases import alive_here
 from tests.plot.runs import write_events, write_run
 
 PICTURES = ["grad_norm", "layouts", "learning_rate", "loss", "memory", "partition_load", "router_entropy", "throughput"]
@@ -95,3 +97,10 @@ def test_wrong_requests_are_answered_in_one_line(
     monkeypatch.setattr("importlib.util.find_spec", find_without_matplotlib)
     assert main(["plot", run]) == 2
     assert 'pip install "megatron-sse[plot]"' in capsys.readouterr().err
+
+
+def test_two_at_once_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lease = alive_here(tmp_path / "out/results")
+    assert main(["plot", str(write_run(tmp_path / "run", steps=1)), "--output", str(tmp_path / "out")]) == 2
+    assert f"--output: got {tmp_path / 'out'}, which process {os.getpid()} on " in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == [lease]

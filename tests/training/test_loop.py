@@ -1,7 +1,9 @@
 """Complete runs: where they end, what they save, and validation."""
 
+import logging
 import os
 import signal
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +53,9 @@ def saved_on_the_way(folder: Path, asynchronous: bool, steps_until_end: int) -> 
             signals.end = 0.0
         return take_step(batches)
 
-    def save_and_note(step: int, consumed_samples: int, background: bool) -> None:
+    def save_and_note(step: int, consumed_samples: int, background: bool, finite: bool = True) -> None:
         saved.append(step)
-        save(step, consumed_samples, background)
+        save(step, consumed_samples, background, finite)
 
     run.trainer.train_step = step_that_takes_long  # type: ignore[method-assign]
     run.saver.start = save_and_note  # type: ignore[method-assign]
@@ -102,6 +104,61 @@ def test_validation_comes_at_its_interval_and_at_the_end(tmp_path: Path, paralle
     for reported in run_workers(2, validation_losses, tmp_path, sections | {"parallel": parallel}):
         assert [step for step, _ in reported] == [2, 4, 5]
         assert [loss for _, loss in reported] == pytest.approx([loss for _, loss in expected], rel=1e-5)
+
+
+def continued(folder: Path, sections: dict[str, Any], first: int) -> tuple[list[str], list[tuple[int, ...]]]:
+    """End a run of batches of 4 after `first` steps, resume it otherwise; return warnings and the sequences seen."""
+    run = start(small_run(folder, training=TRAINING))
+    seen: list[tuple[int, ...]] = []
+    signals = Signals()
+    note_batches(run, seen)
+    take_step = run.trainer.train_step
+
+    def step_until_first(batches: Any) -> Any:
+        signals.terminate = len(seen) == 4 * (first - 1)
+        return take_step(batches)
+
+    run.trainer.train_step = step_until_first  # type: ignore[method-assign]
+    run.run(signals)
+    destroy_groups()
+    log: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: log.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("megatron_sse").addHandler(handler)
+    run = start(small_run(folder, **sections), folder / f"run/checkpoints/iter_{first:07d}")
+    note_batches(run, seen)
+    run.run(Signals())
+    logging.getLogger("megatron_sse").removeHandler(handler)
+    destroy_groups()
+    return log, seen
+
+
+def note_batches(run: Run, seen: list[tuple[int, ...]]) -> None:
+    """Add the tokens of each sequence that a run trains on to `seen`."""
+    take_step = run.trainer.train_step
+
+    def step_and_note(batches: Any) -> Any:
+        taken = list(islice(batches, run.trainer.num_micro_batches))
+        seen.extend(tuple(row.tolist()) for batch in taken for row in batch.tokens_BL)
+        return take_step(iter(taken))
+
+    run.trainer.train_step = step_and_note  # type: ignore[method-assign]
+
+
+TRAINING = {"steps": 8, "global_batch_size": 4, "micro_batch_size": 1, "precision": "fp32"}
+
+
+def test_a_run_without_stages_goes_on_after_its_samples_with_another_batch(tmp_path: Path) -> None:
+    """No sequence is skipped or seen twice, and a learning rate that jumps is reported (F38)."""
+    (tmp_path / "other").mkdir()
+    small_run(tmp_path)
+    small_run(tmp_path / "other")
+    [(log, seen)] = run_workers(1, continued, tmp_path, {"training": TRAINING | {"global_batch_size": 2}}, 3)
+    assert log == ["validation losses before the resume are of 32 sequences, from here on of 16"]
+    longer = {"training": TRAINING | {"steps": 12}}
+    [(log, expected)] = run_workers(1, continued, tmp_path / "other", longer, 3)
+    assert len(log) == 1 and log[0].startswith("the learning rate jumps: the checkpoint's last step had 0.00"), log
+    assert len(seen) == 3 * 4 + 5 * 2 and seen == expected[: len(seen)]
 
 
 def test_a_finished_run_has_nothing_to_do(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A run over length stages: settings that change between stages, and resuming within each."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ STEPS = 6
 
 
 def staged_run(folder: Path, sections: dict[str, dict[str, Any]]) -> RunConfig:
+    """Return a run of two stages. sections: settings, and as "second" those of the second stage."""
     sections = {"parallel": {"context": 2}, **sections}
+    changes = sections.pop("second", {})
     sections["checkpoint"] = {"interval": 1, **sections.get("checkpoint", {})}
     values = small_run(folder, **sections).model_dump()
     if not (folder / "long.bin").exists():
@@ -29,7 +32,7 @@ def staged_run(folder: Path, sections: dict[str, dict[str, Any]]) -> RunConfig:
     second = {"train": str(folder / "long"), "global_batch_size": 2, "rotary_base": 5e4, "learning_rate": 1e-3}
     values["stages"] = [
         {"tokens": 3 * 64, "sequence_length": 16},
-        {"tokens": 3 * 64, "sequence_length": 32, **second},
+        {"tokens": 3 * 64, "sequence_length": 32, **second, **changes},
     ]
     values["data"]["sequence_length"] = values["training"]["steps"] = None
     return RunConfig.model_validate(values)
@@ -93,6 +96,43 @@ def test_a_resume_lands_in_the_right_place(whole, steps_before):
     sections = {"monitor": {"folder": str(folder / f"resumed{steps_before}")}}
     resumed = run_workers(2, run_from, folder, resume, sections)
     assert resumed[0] == seen[steps_before:]
+
+
+def with_batch(size: int) -> dict[str, dict[str, Any]]:
+    """Return settings with another batch in the first stage; data that changes is accepted."""
+    training = {"steps": 8, "global_batch_size": size, "micro_batch_size": 1, "precision": "fp32"}
+    return {"training": training, "checkpoint": {"changed_data": "accept"}}
+
+
+@pytest.mark.parametrize("size", [2, 8])
+@pytest.mark.parametrize("steps_before", [1, 2, 3, 4])
+def test_another_batch_does_not_move_a_run_in_its_stages(whole, size, steps_before):
+    """Sequences would be skipped (8) or seen twice (2), in the stage or before it: this is refused, always (F38)."""
+    folder, _ = whole
+    resume = folder / f"run/checkpoints/iter_000000{steps_before}"
+    saved = json.loads((resume / "data.json").read_text())
+    stage, done = divmod(steps_before - 1, 3)
+    samples = (done + 1) * (4, 2)[stage]
+    tokens = samples * (16, 32)[stage]
+    assert saved["position"] == {"stage": stage, "steps": done + 1, "samples": samples, "tokens": tokens}
+    (text,) = set(run_workers(2, refused, folder, resume, with_batch(size)))
+    then = f"step {done + 1} of stage {stage + 1}, after {samples} of its sequences ({tokens} tokens)"
+    assert text.startswith(f"stages: got other stages than those that {resume} was saved with, at {then}; now "), text
+    # A checkpoint of an older version does not say where it was, but how many samples were seen.
+    older = folder / f"older{size}{steps_before}"
+    shutil.copytree(resume, older)
+    (older / "data.json").write_text(json.dumps({k: v for k, v in saved.items() if k != "position"}))
+    (text,) = set(run_workers(2, refused, folder, older, with_batch(size)))
+    assert text.startswith(f"stages: got other stages than those that {older} was saved with, at "), text
+
+
+def test_stages_to_come_may_change(whole):
+    folder, _ = whole
+    resume = folder / "run/checkpoints/iter_0000003"
+    assert set(run_workers(2, refused, folder, resume, {"second": {"global_batch_size": 4}})) == {"accepted"}
+    # The stage under way may become longer, but not end before where the run is.
+    resume = folder / "run/checkpoints/iter_0000005"
+    assert set(run_workers(2, refused, folder, resume, {"second": {"tokens": 6 * 64}})) == {"accepted"}
 
 
 def test_other_data_is_refused_unless_accepted(whole):

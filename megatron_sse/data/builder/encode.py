@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from megatron_sse.data.metadata import TOKENIZER, TOKENIZER_SETTINGS
 from megatron_sse.data.tokenizer import END_OF_DOCUMENT, VOCAB_SIZE, encode_document
 from megatron_sse.errors import UserError
 from megatron_sse.installed import require
+from megatron_sse.reading import read_json
 
 # Largest vocabulary of 16-bit tokens.
 _UINT16_TOKENS = 1 << 16
@@ -201,14 +201,7 @@ def find_tokenizer(given: str) -> TokenizerFiles:
     if not path.is_file():
         raise UserError(f"--tokenizer: {path} not found; give bytes, a tokenizer.json or a folder with one")
     config, jinja = path.with_name(TOKENIZER_SETTINGS), path.with_name("chat_template.jinja")
-    settings: Any = {}
-    if config.is_file():
-        try:
-            settings = json.loads(config.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{config}: cannot be read as JSON ({error})") from None
-        if not isinstance(settings, dict):
-            raise UserError(f"{config}: not a JSON object")
+    settings = read_json(config, dict[str, Any]) if config.exists() else {}
     template = jinja.read_text(encoding="utf-8") if jinja.is_file() else settings.get("chat_template")
     if isinstance(template, list):
         # Older files hold a list of named templates.

@@ -13,6 +13,7 @@ from typing import Any
 from megatron_sse.data.builder.parts import Counts, part_folder
 from megatron_sse.durable import write_durably
 from megatron_sse.errors import UserError
+from megatron_sse.reading import read_json
 
 PLAN = "plan.json"
 JOINED = "joined"
@@ -39,7 +40,7 @@ class Workspace:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock()
-            if not plan.exists() or not self._continues(json.loads(plan.read_text())):
+            if not plan.exists() or not self._continues(read_json(plan, dict[str, Any])):
                 self._clear(everything=True)
                 write_durably(plan, json.dumps(self.plan).encode())
         except OSError as error:
@@ -91,7 +92,7 @@ class Workspace:
     def finished(self) -> Counts | None:
         """Return the counts of a build whose files are all in place; None before that."""
         path = self.folder / FINISHED
-        return Counts.from_json(json.loads(path.read_text())) if path.is_file() else None
+        return Counts.from_json(read_json(path, dict[str, Any])) if path.is_file() else None
 
     def finish(self, counts: Counts) -> None:
         """Record that all files are in place, so that the parts may be deleted."""
