@@ -36,7 +36,7 @@ class Position:
 
     def __str__(self) -> str:
         return (
-            f"step {self.steps} of stage {self.stage + 1}, {self.samples} sequences of it ({self.tokens} tokens) done"
+            f"step {self.steps} of stage {self.stage + 1}, after {self.samples} of its sequences ({self.tokens} tokens)"
         )
 
 
@@ -140,9 +140,8 @@ def warn_of_changed_schedule(checkpoint: Path, config: RunConfig, learning_rate:
         )  # fmt: skip
     now = _validation_samples(config)
     if saved.validation_samples is not None and saved.validation_samples != now:
-        logger.warning(
-            "validation losses before and from here on are of %d and %d sequences", saved.validation_samples, now
-        )
+        text = "validation losses before the resume are of %d sequences, from here on of %d"
+        logger.warning(text, saved.validation_samples, now)
 
 
 def _validation_samples(config: RunConfig) -> int:

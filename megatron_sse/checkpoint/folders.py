@@ -23,7 +23,7 @@ from megatron_sse.run_folder import CHECKPOINTS
 logger = logging.getLogger(__name__)
 
 _MAX_POINTER = 1 << 12
-_LED_NOWHERE = "every step from it was skipped, as the loss or the gradient norm was not finite"
+_LED_NOWHERE = "every step from it was skipped"
 # Also the names that versions before the unique ones gave.
 _LEFT_BEHIND = re.compile(rf"({PARTIAL}({UNIQUE}_)?|{REMOVED}){ITERATION}\d+|{LATEST}\.{UNIQUE}\.tmp|{LATEST}\.tmp")
 
@@ -45,20 +45,21 @@ def make_partial(folder: Path, step: int) -> Path:
     the run's folder to this one.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.iterdir():
-        if _LEFT_BEHIND.fullmatch(left.name):
-            remove(left)
+    clear_left_overs(folder)
     partial = folder / f"{PARTIAL}{unique()}_{step_name(step)}"
     partial.mkdir()
     return partial
 
 
-def remove(path: Path) -> None:
-    """Delete a file, or a folder and what is in it, as far as possible. Links are not followed."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+def clear_left_overs(folder: Path) -> bool:
+    """Delete what interrupted saves and removals left behind; return whether there was anything. Raises OSError."""
+    left = [path for path in folder.iterdir() if _LEFT_BEHIND.fullmatch(path.name)]
+    for path in left:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return bool(left)
 
 
 def promote(partial: Path, final: Path, is_usable: bool = True) -> None:
@@ -101,7 +102,7 @@ def why_unusable(checkpoint: Path) -> str | None:
     if (checkpoint / UNUSABLE).exists():
         return _LED_NOWHERE
     try:
-        return None if read_manifest(checkpoint).finite else "the loss or gradient norm of its last step was not finite"
+        return None if read_manifest(checkpoint).finite else "its last step was skipped"
     except ManifestError:
         return None
 
