@@ -103,9 +103,9 @@ class StorageFormat:
     """Megatron-Core's description of a checkpoint's format."""
 
     sharded_backend: Literal["torch_dist"]
-    sharded_backend_version: int
-    common_backend: Literal["torch"]
-    common_backend_version: int
+    sharded_backend_version: int = 1
+    common_backend: Literal["torch"] = "torch"
+    common_backend_version: int = 1
 
 
 # What opens each file that a run reads besides the tensors, and checks its types.

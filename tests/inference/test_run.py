@@ -92,7 +92,7 @@ def test_wrong_caches(nets: list[LanguageModel], tmp_path: Path) -> None:
         Cache(nets[0], 1).save(str(tmp_path / "no" / "folder"), {})
 
 
-def test_a_cache_is_written_into_what_is_no_file(nets: list[GPTModel], tmp_path: Path) -> None:
+def test_a_cache_is_written_into_what_is_no_file(nets: list[LanguageModel], tmp_path: Path) -> None:
     (tmp_path / "null").symlink_to("/dev/null")
     Cache(nets[0], 1).save(str(tmp_path / "null"), {})
     assert (tmp_path / "null").is_symlink() and (tmp_path / "null").is_char_device()
