@@ -58,7 +58,7 @@ compile_transformer_engine() {
 
 install_transformer_engine() {
   local log="$venv/transformer_engine.log" cause
-  echo "run.sh: compiles Transformer Engine (once, 5 to 60 minutes; progress: tail -f $log)"
+  echo "run.sh: compiling Transformer Engine (once, 5 to 60 minutes; progress: tail -f $log)"
   if (compile_transformer_engine) >"$log" 2>&1; then
     echo "$1" >"$venv/transformer_engine"
     return
@@ -67,7 +67,7 @@ install_transformer_engine() {
   cause=$(grep -m 1 -E 'fatal error: |: error: |: not found' "$log" ||
     grep -E '[A-Za-z]*Error: |^ *ERROR: ' "$log" | tail -1) || true
   cause=$(echo "${cause:-no error in the log}" | sed 's/^ *//; s/^[^ ]*: \(fatal error: \)/\1/')
-  echo "run.sh: Transformer Engine did not install: $cause ($log has all). Its place is taken by plain modules, which are" \
+  echo "run.sh: Transformer Engine could not be installed: $cause (the full log: $log). Plain modules are used, which are" \
     "slower. The next call tries again." >&2
 }
 
@@ -76,16 +76,16 @@ setup() {
   mkdir -p "$venv"
   # Take a lock: machines that share the folder install one after the other.
   exec 9>"$venv/lock"
-  flock -n 9 || { echo "run.sh: waits for another that installs" && flock 9; }
+  flock -n 9 || { echo "run.sh: waiting for another run.sh that is installing" && flock 9; }
   wanted=$(cat "$root/constraints.txt" "$root/setup.cfg" <(has_gpu && echo gpu || echo cpu) | sha256sum)
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
       local python
       python=$(find_python)
-      echo "run.sh: makes $venv with $("$python" --version)"
+      echo "run.sh: creating $venv with $("$python" --version)"
       "$python" -m venv "$venv"
     fi
-    echo "run.sh: installs the packages of constraints.txt (once, a few minutes)"
+    echo "run.sh: installing the packages of constraints.txt (once, a few minutes)"
     install
     echo "$wanted" >"$stamp"
   fi

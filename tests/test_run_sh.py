@@ -87,7 +87,7 @@ def test_compiles_against_the_headers_of_torchs_wheels_and_is_done_once(tmp_path
     assert include.split(":") == [f"{nvidia}/{part}/include" for part in ("cu13", "cudnn", "nccl")]
     assert 1 <= int(jobs) <= (os.cpu_count() or 1)
     assert installed["[dev]"] == ["", "", ""]
-    assert "run.sh: compiles Transformer Engine (once" in said.stdout and not said.stderr
+    assert "run.sh: compiling Transformer Engine (once" in said.stdout and not said.stderr
     again = machine.run()
     assert not machine.installed() and again.stdout == "launched some.yaml\n"
 
@@ -108,7 +108,7 @@ def test_the_run_starts_without_it_and_the_next_call_tries_again(
     fault.write_text(text)
     for call in (1, 2):
         said = machine.run()
-        assert f"run.sh: Transformer Engine did not install: {cause}" in said.stderr
+        assert f"run.sh: Transformer Engine could not be installed: {cause}" in said.stderr
         assert len(said.stderr.splitlines()) == 1
         assert ("[dev]" in machine.installed()) == (call == 1) and "[gpu]" in machine.installed()
     fault.unlink()
