@@ -83,17 +83,13 @@ def _launch(script: str, log: str, place: tuple[int, int, str, int], per_node: i
     os.dup2(descriptor, 2)
     os.environ["OMP_NUM_THREADS"] = "1"
     from megatron_sse.errors import USER_ERROR_EXIT, UserError
-    from megatron_sse.launch.agent import run_torchrun
+    from megatron_sse.launch.agent import run_processes
     from megatron_sse.launch.nodes import Nodes
-    from megatron_sse.launch.start import build_command
     from megatron_sse.logs import set_up_logging
 
     set_up_logging(rank=0)
-    nodes = Nodes(*place)
-    command = build_command([], nodes, per_node, max_restarts)
-    command = [*command[: command.index("-m")], script]
     try:
-        status = run_torchrun(command, nodes, timeout_minutes=1)
+        status = run_processes([script], Nodes(*place), per_node, max_restarts, timeout_minutes=1)
     except UserError as error:
         print(error)
         status = USER_ERROR_EXIT

@@ -3,7 +3,10 @@
 import itertools
 import signal
 import socket
+from datetime import timedelta
 from pathlib import Path
+
+from torch.distributed import TCPStore
 
 from tests.launchers import Launcher, free_port, start_launcher
 
@@ -121,3 +124,20 @@ def test_the_first_machine_may_be_lost(tmp_path: Path) -> None:
     assert [first.end(), second.end()] == [0, 0], first.output + second.output
     assert f"restart 1 of 2: contact with localhost:{port} was lost" in second.output
     assert "ready 1" in second.output
+
+
+def test_a_launcher_that_died_while_waiting_is_not_counted(tmp_path: Path) -> None:
+    """The second of three machines dies before the third comes: the round starts only when it is back."""
+    port = free_port()
+    first = start_launcher(tmp_path, "", 0, 3, port)
+    second = start_launcher(tmp_path, "", 1, 3, port)
+    second.wait_for("node 1 of 3, waiting")
+    meeting = TCPStore("localhost", port, is_master=False)
+    meeting.wait(["round/0/1"], timedelta(seconds=60))
+    second.send(signal.SIGKILL)
+    assert second.end() == -signal.SIGKILL
+    third = start_launcher(tmp_path, "say('started')", 2, 3, port)
+    meeting.wait(["round/0/2", "round/0/call"], timedelta(seconds=60))
+    assert not meeting.check(["round/0/start"])
+    again = start_launcher(tmp_path, "say('started')", 1, 3, port)
+    assert [node.end() for node in (first, again, third)] == [0, 0, 0], first.output + again.output + third.output

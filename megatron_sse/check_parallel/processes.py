@@ -4,7 +4,6 @@ import contextlib
 import os
 import pickle
 import signal
-import socket
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing import get_context, resource_tracker
@@ -17,6 +16,7 @@ import torch.distributed as dist
 
 from megatron_sse.parallel.device import setup_device
 from megatron_sse.parallel.groups import destroy_groups, init_process_group
+from megatron_sse.parallel.stores import LOOPBACK, host_store, stay_on_this_machine
 
 TIMEOUT_MINUTES = 10
 
@@ -40,8 +40,9 @@ class Processes:
         """
         if not self._processes:
             self._start()
-        # Each world needs a fresh port: the last one's store may still hold its own.
-        job = pickle.dumps((num_ranks, _free_port(), function, args))
+        # Each world gets a store of its own, without the keys of the last one.
+        store = host_store(LOOPBACK)
+        job = pickle.dumps((num_ranks, store.port, function, args))
         results: dict[int, Any] = {}
         try:
             for rank in range(num_ranks):
@@ -114,17 +115,13 @@ def _interrupts_wait() -> Iterator[None]:
             signal.raise_signal(sent)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _serve(rank: int, size: int, pipe: Connection, prepare: Callable[[], None] | None) -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // size))
-    os.environ.update(MASTER_ADDR="127.0.0.1", RANK=str(rank), LOCAL_RANK=str(rank))
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    # torch's name for: the store is there already, connect to it.
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    os.environ.update(MASTER_ADDR=LOOPBACK, RANK=str(rank), LOCAL_RANK=str(rank))
+    stay_on_this_machine()
     if prepare is not None:
         prepare()
     # EOFError: the parent closed the pipe, so the command has ended.

@@ -5,13 +5,11 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
 from types import FrameType
 
 import psutil
 from torch.distributed import DistError
-from torch.distributed import run as torchrun
 from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
@@ -22,10 +20,11 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousConnectionError,
     RendezvousTimeoutError,
 )
-from torch.distributed.launcher import LaunchConfig
 
 from megatron_sse.errors import INTERRUPT_EXIT, NOT_FINITE_EXIT, USER_ERROR_EXIT, UserError
-from megatron_sse.launch.nodes import Meeting, Nodes, meet
+from megatron_sse.launch.meeting import Meeting, meet
+from megatron_sse.launch.nodes import Nodes
+from megatron_sse.parallel.stores import stay_on_this_machine
 
 logger = logging.getLogger(__name__)
 
@@ -102,25 +101,26 @@ def first_failure(failures: Mapping[int, ProcessFailure]) -> tuple[int, str]:
     return failure.exitcode, f"rank {rank} ended with exit status {failure.exitcode}"
 
 
-def run_torchrun(command: list[str], nodes: Nodes, timeout_minutes: float) -> int:
-    """Do what torchrun does with these arguments; return the exit status of the first process that failed, or 128 + the
-    number of a signal. If the first machine is lost, wait for it to be started again while restarts are left."""
+def run_processes(
+    arguments: Sequence[str], nodes: Nodes, per_node: int, max_restarts: int, timeout_minutes: float
+) -> int:
+    """Run `python arguments` in `per_node` processes on this machine, as torchrun does; return the exit status of the
+    first process that failed, or 128 + the number of a signal. If the first machine is lost, wait for it to be started
+    again while restarts are left."""
     # The processes, or the code below, report everything that torch would log here.
     for name in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    options = torchrun.parse_args(command)
-    if options.standalone:
-        options.rdzv_backend, options.rdzv_endpoint = "c10d", "localhost:0"
-    config, program, arguments = torchrun.config_from_args(options)
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGINT,SIGHUP,SIGQUIT"
-    restarts_left = config.max_restarts
+    if nodes.count == 1:
+        stay_on_this_machine()
+    restarts_left = max_restarts
     while True:
         agent = None
         # Until the agent handles it.
         signal.signal(signal.SIGTERM, _stop)
         try:
             meeting = meet(nodes, timeout_minutes)
-            agent = Agent(_describe(config, program, arguments, meeting), restarts_left)
+            agent = Agent(_describe(arguments, meeting, per_node, max_restarts), restarts_left)
             return _run(agent, meeting)
         except KeyboardInterrupt:
             return INTERRUPT_EXIT
@@ -130,13 +130,13 @@ def run_torchrun(command: list[str], nodes: Nodes, timeout_minutes: float) -> in
             print(error, file=sys.stderr)
             return 1
         except (RendezvousConnectionError, DistError) as error:
-            lost = f"contact with {nodes.address}:{nodes.port} was lost"
+            lost = f"contact with {nodes.place} was lost"
             restarts_left = 0 if agent is None or agent.is_ending or nodes.rank == 0 else agent.restarts_left
             if not restarts_left:
                 print(f"{lost} ({' '.join(str(error).split())})", file=sys.stderr)
                 return 1
             restarts_left -= 1
-            logger.warning("restart %d of %d: %s", config.max_restarts - restarts_left, config.max_restarts, lost)
+            logger.warning("restart %d of %d: %s", max_restarts - restarts_left, max_restarts, lost)
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -145,17 +145,16 @@ def _stop(signum: int, frame: FrameType | None) -> None:
     raise SignalException("ended while meeting", signal.Signals(signum))
 
 
-def _describe(
-    config: LaunchConfig, program: Callable[..., object] | str, arguments: list[str], meeting: Meeting
-) -> WorkerSpec:
-    names = {field.name for field in fields(WorkerSpec)} & {field.name for field in fields(config)}
-    same = {name: getattr(config, name) for name in names}
+def _describe(arguments: Sequence[str], meeting: Meeting, per_node: int, max_restarts: int) -> WorkerSpec:
     return WorkerSpec(
-        **same,
-        local_world_size=config.nproc_per_node,
-        entrypoint=program,
-        args=tuple(arguments),
+        role="default",
+        local_world_size=per_node,
         rdzv_handler=meeting,
+        entrypoint=sys.executable,
+        args=("-u", *arguments),
+        max_restarts=max_restarts,
+        # Between machines each look asks the first one.
+        monitor_interval=0.1 if meeting.nodes.count == 1 else 0.5,
     )
 
 

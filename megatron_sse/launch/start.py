@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
         # Imported late: a wrong setting is reported, and an interrupt handled, before torch is loaded.
         import torch
 
-        from megatron_sse.launch.agent import run_torchrun
+        from megatron_sse.launch.agent import run_processes
         from megatron_sse.launch.nodes import find_nodes
         from megatron_sse.launch.prepare import prepare_data
 
@@ -42,10 +42,12 @@ def main(arguments: list[str]) -> int:
         prepare_data(config)
         open_log(config, f"node_{nodes.rank}")
         set_number_of_threads(per_node, num_gpus)
-        command = build_command(arguments, nodes, per_node, config.parallel.max_restarts)
+        program = ["-m", "megatron_sse", "train", *arguments]
+        restarts = config.parallel.max_restarts
         threads = os.environ.get("OMP_NUM_THREADS")
-        print(f"{f'OMP_NUM_THREADS={threads} ' if threads else ''}torchrun {shlex.join(command)}", flush=True)
-        return run_torchrun(command, nodes, config.parallel.timeout_minutes)
+        command = shlex.join(build_command(program, nodes, per_node, restarts))
+        print(f"{f'OMP_NUM_THREADS={threads} ' if threads else ''}torchrun {command}", flush=True)
+        return run_processes(program, nodes, per_node, restarts, config.parallel.timeout_minutes)
     except UserError as error:
         print(error, file=sys.stderr)
         return USER_ERROR_EXIT
@@ -54,20 +56,24 @@ def main(arguments: list[str]) -> int:
 
 
 def set_number_of_threads(per_node: int, num_gpus: int) -> None:
-    """Share the cores of a machine without GPUs, unless OMP_NUM_THREADS is set; report idle GPUs."""
+    """Share the cores of a machine, unless OMP_NUM_THREADS is set; report idle GPUs."""
     if not num_gpus:
         cores = len(os.sched_getaffinity(0))
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // per_node)))
-    elif per_node < num_gpus:
+        return
+    if per_node > 1:
+        # As torchrun has it: GPUs compute, and the cores are left to the processes that read and save.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if per_node < num_gpus:
         print(f"uses {per_node} of {num_gpus} GPUs, as many as parallel and training.global_batch_size can feed")
 
 
-def build_command(arguments: list[str], nodes: Nodes, per_node: int, max_restarts: int) -> list[str]:
-    """Return torchrun's arguments."""
-    if nodes.count == 1:
-        place = ["--standalone"]
-    else:
-        place = [f"--nnodes={nodes.count}", "--rdzv-backend=c10d", f"--rdzv-endpoint={nodes.address}:{nodes.port}"]
+def build_command(program: list[str], nodes: Nodes, per_node: int, max_restarts: int) -> list[str]:
+    """Return torchrun's arguments for the same processes; its meeting of this kind exchanges no pickles."""
+    place = []
+    if nodes.count > 1:
+        place = [f"--nnodes={nodes.count}", f"--node-rank={nodes.rank}"]
+        place += [f"--master-addr={nodes.address}", f"--master-port={nodes.port}"]
     if max_restarts:
         place.append(f"--max-restarts={max_restarts}")
-    return [f"--nproc-per-node={per_node}", *place, "-m", "megatron_sse", "train", *arguments]
+    return [f"--nproc-per-node={per_node}", *place, *program]

@@ -152,7 +152,7 @@ class Monitor:
         if self.writer is not None:
             self.writer.close()
             events = self.folder / TENSORBOARD
-            self._log(f"TensorBoard events: {events} (tensorboard --logdir {events})")
+            self._log(f"TensorBoard events: {events} (tensorboard --host 127.0.0.1 --logdir {events})")
 
     def _find_windows(self) -> list[ProfileWindow | MemoryWindow]:
         """Return the windows of steps to record on this rank."""

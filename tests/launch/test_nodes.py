@@ -48,3 +48,10 @@ HOSTS = {
 @pytest.mark.parametrize("node_list", HOSTS)
 def test_first_host(node_list: str) -> None:
     assert first_host(node_list) == HOSTS[node_list]
+
+
+def test_ipv6_addresses() -> None:
+    """IPv6 addresses are taken with brackets and without, and shown with them."""
+    for given in ("::1", "[::1]"):
+        nodes = find_nodes({"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": given})
+        assert (nodes.address, nodes.place) == ("::1", "[::1]:29500")

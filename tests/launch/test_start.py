@@ -56,10 +56,11 @@ def test_layouts_that_do_not_fit_the_machines(overrides: str, nodes: int, gpus: 
 
 
 def test_commands() -> None:
-    one = build_command(["a.yaml", "training.steps=3"], Nodes(1, 0, "localhost", 29500), 2, 0)
-    assert one == "--nproc-per-node=2 --standalone -m megatron_sse train a.yaml training.steps=3".split()
-    two = build_command(["a.yaml"], Nodes(2, 1, "gpu07", 1234), 8, 3)
-    place = "--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=gpu07:1234 --max-restarts=3"
+    program = "-m megatron_sse train a.yaml training.steps=3".split()
+    one = build_command(program, Nodes(1, 0, "localhost", 29500), 2, 0)
+    assert one == "--nproc-per-node=2 -m megatron_sse train a.yaml training.steps=3".split()
+    two = build_command(program[:-1], Nodes(2, 1, "gpu07", 1234), 8, 3)
+    place = "--nnodes=2 --node-rank=1 --master-addr=gpu07 --master-port=1234 --max-restarts=3"
     assert two == f"--nproc-per-node=8 {place} -m megatron_sse train a.yaml".split()
 
 

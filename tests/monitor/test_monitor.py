@@ -131,7 +131,7 @@ def test_console_says_what_happens_and_where_things_are(tmp_path):
     assert validation == "step 4/10 | validation loss 0.6931 | 1.500 bits per byte (single-byte frequencies: 4.500)"
     assert with_accuracy.startswith("step 4/10 | validation loss 0.6931 | accuracy 0.250 | 1.500 bits per byte")
     assert len(rest) == 2
-    assert f"tensorboard --logdir {tmp_path}/run/tensorboard" in rest[0]
+    assert f"tensorboard --host 127.0.0.1 --logdir {tmp_path}/run/tensorboard" in rest[0]
     assert f"{tmp_path}/run/checkpoints" in rest[1]
 
 
