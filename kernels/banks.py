@@ -141,7 +141,9 @@ class Picks:
         """Scale and mask inputs [T, P, H, ...] of the picks, before the recurrence."""
         # Where a token does not write, a log decay of 0 and a write strength or value of 0 leave the state as it is.
         beta = None if bank.beta_TH is None else _scale(bank.beta_TH, self.writes)
-        bank = replace(bank, g=_scale(bank.g, self.writes), beta_TH=beta)
+        # Selected, not multiplied: a log decay may be -inf.
+        idle = (self.writes == 0).view(*self.writes.shape, *[1] * (bank.g.dim() - 2))
+        bank = replace(bank, g=bank.g.masked_fill(idle, 0), beta_TH=beta)
         if not self.before_norm:
             return bank, _scale(v_TPHV, self.write_scale)
         q, k = _scale(bank.q_THK, self.read_scale), _scale(bank.k_THK, self.write_scale)

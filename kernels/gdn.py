@@ -44,6 +44,8 @@ def _pair_decay(g: Tensor) -> Tensor:
 
     Each sum is taken on its own: a difference of two running sums would lose digits.
     """
+    # The product below multiplies what it leaves out by 0, so -inf becomes a number whose exponential is 0 as well.
+    g = g.clamp(min=-1e30)
     # For g = a b c: up_to_t is a 0 0 | a b 0 | a b c, and its product with after_s has the last row b + c, c, 0.
     up_to_t = g.transpose(-1, -2).expand(-1, g.shape[1], -1).tril()
     after_s = g.new_ones(g.shape[1], g.shape[1]).tril(-1)

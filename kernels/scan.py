@@ -121,7 +121,7 @@ def scan_spans(transition_M: Tensor, increment_M: Tensor, pieces: Pieces, edges:
     (entering, before), (final, whole) = (x.split((value_dim, columns), dim=-1) for x in (entering, final))
 
     # A span in which a document starts passes on nothing of what entered it: its transition is zero.
-    leaving = whole[edges.exit_FU] * edges.carries_FU[..., None, None, None]
+    leaving = whole[edges.exit_FU].masked_fill(~edges.carries_FU[..., None, None, None], 0)
     arriving = edges.exchange(leaving.flatten(1, 2), final[edges.exit_FU].flatten(1, 2))
     arriving = arriving.view(*edges.entry_FU.shape, *shape[1:]).masked_fill(
         ~edges.continues_FU[..., None, None, None], 0

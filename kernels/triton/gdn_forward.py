@@ -141,12 +141,13 @@ def gdn_gates_kernel(
     place, head = start + tl.arange(0, C), tl.arange(0, BH)
     row, token = load_rows(row_ptr, token_ptr, place, place < end)
     writes = tl.load(writes_ptr + row, mask=place < end, other=0.0)[:, None]
-    g = load_tile(g1_ptr, token, place < end, head, HV) * writes
+    # Selected, not multiplied: a log decay may be -inf.
+    g = tl.where(writes > 0, load_tile(g1_ptr, token, place < end, head, HV), 0.0)
     beta = load_tile(beta1_ptr, token, place < end, head, HV) * writes
     # The decay to the chunk's end sums the rows after each row: the same loads, one position further.
     row, token = load_rows(row_ptr, token_ptr, place + 1, place + 1 < end)
     writes = tl.load(writes_ptr + row, mask=place + 1 < end, other=0.0)[:, None]
-    later_g = load_tile(g1_ptr, token, place + 1 < end, head, HV) * writes
+    later_g = tl.where(writes > 0, load_tile(g1_ptr, token, place + 1 < end, head, HV), 0.0)
     from_start, to_end = tl.exp(tl.cumsum(g, axis=0)), tl.exp(tl.cumsum(later_g, axis=0, reverse=True))
 
     # `gates` is [4, HV, R]: for one head, neighbouring positions are neighbours in memory.

@@ -40,7 +40,8 @@ def load_log_decays(g_ptr, writes_ptr, row_ptr, token_ptr, position_C, end, head
     token_C = tl.load(token_ptr + position_C, mask=valid_C, other=0)
     # Whether a row writes is known by row, its log decay by token: the picks of a token share it.
     writes_C = tl.load(writes_ptr + tl.load(row_ptr + position_C, mask=valid_C, other=0), mask=valid_C, other=0.0)
-    return load_rows(g_ptr, token_C, valid_C, head, heads, dim_K, K) * writes_C[:, None]
+    # Selected, not multiplied: a log decay may be -inf.
+    return tl.where(writes_C[:, None] > 0, load_rows(g_ptr, token_C, valid_C, head, heads, dim_K, K), 0.0)
 
 
 @triton.jit

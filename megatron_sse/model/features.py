@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, silu, softplus
 
+_LARGEST_LOG_RATE = 80.0
+
 
 def softmax_fp32(x: Tensor) -> Tensor:
     """Return the softmax over the last dim, in fp32 at least."""
@@ -50,6 +52,9 @@ def constant_decay(num_heads: int) -> Tensor:
 
 
 def delta_decay(logit: Tensor, log_rate: Tensor, bias: Tensor) -> Tensor:
-    """Return the delta rule's log decay, -exp(A_log) softplus(logit + dt_bias), in fp32 at least."""
+    """Return the delta rule's log decay, -exp(A_log) softplus(logit + dt_bias), in fp32 at least.
+
+    Rates above exp(80) forget everything as it does; they would overflow, and inf * 0 is nan.
+    """
     logit = logit.to(torch.promote_types(logit.dtype, torch.float32))
-    return -log_rate.exp() * softplus(logit + bias)
+    return -log_rate.clamp(max=_LARGEST_LOG_RATE).exp() * softplus(logit + bias)

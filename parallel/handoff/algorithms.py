@@ -13,8 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_sse.kernels.scan import apply_transition
-from megatron_sse.parallel.handoff.fold import Order, fold, leaving, product
+from megatron_sse.parallel.handoff.fold import Order, fold, leaving, product, take_over
 from megatron_sse.parallel.handoff.settings import HandOff
 from megatron_sse.parallel.handoff.wire import gather, return_to_ranks, send_to_owners
 from megatron_sse.parallel.sharding import Chain
@@ -72,7 +71,7 @@ def serial(hand_off: HandOff, transition: Tensor | None, state: Tensor, kept: Ke
             carried = arriving.to(state.dtype)
         entering[slot] = carried
         # In backward the same line passes the gradient on: `kept` is transposed, and the order reversed.
-        carried = apply_transition(kept[0][slot], carried) + state[slot]
+        carried = take_over(kept[0][slot], carried) + state[slot]
         if after != rank:
             dist.send(carried.to(wire), group=hand_off.group, group_dst=after)
     return entering, kept

@@ -18,11 +18,22 @@ from megatron_sse.kernels.scan import apply_transition
 Order = Sequence[tuple[int, int]]
 
 
+def take_over(transition: Tensor, state: Tensor) -> Tensor:
+    """Return what is left of the state that enters a slot; a transition of 0 drops it, also if it is not finite.
+
+    A document that has inf or nan thus does not reach the documents after it: 0 * inf would be nan.
+    """
+    if transition.shape[-1] == 1:
+        return apply_transition(transition, state).masked_fill(transition == 0, 0)
+    is_reset = (transition == 0).all(-1, keepdim=True).all(-2, keepdim=True)
+    return apply_transition(transition, state).masked_fill(is_reset, 0)
+
+
 def fold(transition: Tensor, increment: Tensor, order: Order, entering: Tensor, first: Tensor | None = None) -> None:
     """Write to `entering` what enters each slot of `order`; `first`, or zeros, enters the first slot."""
     entering[order[0]] = 0 if first is None else first
     for here, there in pairwise(order):
-        arrived = apply_transition(transition[here], entering[here])
+        arrived = take_over(transition[here], entering[here])
         torch.add(arrived, increment[here], out=entering[there])
 
 
@@ -30,7 +41,7 @@ def leaving(transition: Tensor, increment: Tensor, order: Order) -> Tensor:
     """Return what leaves the last slot of `order` when zeros enter the first."""
     state = increment[order[0]]
     for here in order[1:]:
-        state = apply_transition(transition[here], state) + increment[here]
+        state = take_over(transition[here], state) + increment[here]
     return state
 
 
@@ -38,7 +49,7 @@ def product(transition: Tensor, order: Order) -> Tensor:
     """Return the transition of all slots of `order` together: A_c A_b A_a for the slots a, b, c."""
     total = transition[order[0]]
     for here in order[1:]:
-        total = apply_transition(transition[here], total)
+        total = take_over(transition[here], total)
     return total
 
 

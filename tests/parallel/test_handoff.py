@@ -85,6 +85,39 @@ def test_one_rank_needs_no_group(kind: dict[str, bool], algorithm: str) -> None:
     assert worst_error(results, serial_fold(whole_chain(case))) < 1e-12
 
 
+def poisoned(case: Case) -> list[tuple[Tensor, Tensor]]:
+    """Return entering states and gradients of states where the document before the last reset is not finite."""
+    results = []
+    for value in (0.0, torch.inf, torch.nan):
+        own = own_slots(replace(case, resets="none"), dist.get_rank())
+        places = [case.chain.index((dist.get_rank(), slot)) for slot in range(len(own.state))]
+        before, at, after = (torch.tensor([sign(place) for place in places]) for sign in SIDES)
+        transition, state = own.transition.detach(), own.state.detach()
+        if value:
+            transition[before], state[before] = value, value
+        transition[at] = 0
+        state.requires_grad_()
+        entering = exclusive_scan(transition, state, make_hand_off(case))
+        (entering[after] * own.weight[after]).sum().backward()
+        assert state.grad is not None
+        results.append((entering.detach()[after], state.grad[~before]))
+    return results
+
+
+# Before, at and after the slot of the chain in which the second document starts.
+SIDES = (lambda place: place < 2, lambda place: place == 2, lambda place: place > 2)
+
+
+@pytest.mark.parametrize("zigzag", [False, True])
+@pytest.mark.parametrize("matrix", [False, True])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_what_is_not_finite_stops_at_a_reset(algorithm: str, matrix: bool, zigzag: bool) -> None:
+    case = Case(size=4, algorithm=algorithm, matrix=matrix, zigzag=zigzag)
+    for clean, *rest in run_workers(4, poisoned, case):
+        for entering, grad in rest:
+            assert torch.equal(entering, clean[0]) and torch.equal(grad, clean[1])
+
+
 @pytest.mark.parametrize("zigzag", [False, True])
 def test_algorithms_agree_bitwise_on_decays(zigzag: bool) -> None:
     """All algorithms sum in the same order, so results are bitwise equal wherever the sums are computed."""
