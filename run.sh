@@ -7,7 +7,8 @@ set -euo pipefail
 # Without this trap, a package manager that exits by itself after Ctrl-C would let the script continue.
 trap 'exit 130' INT
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# The checkout, also where this script is called through a symbolic link.
+root=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 venv="$root/.venv"
 
 has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU'; }

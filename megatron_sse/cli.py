@@ -1,5 +1,6 @@
 """The command `megatron-sse`: gathers the rooms' commands, runs one, and turns errors into exit statuses."""
 
+import io
 import logging
 import os
 import select
@@ -15,12 +16,12 @@ from megatron_sse.convert.request import Request as Convert
 from megatron_sse.data.builder.request import Request as DataBuild
 from megatron_sse.data.request import Request as DataInspect
 from megatron_sse.doctor.request import Request as Doctor
-from megatron_sse.errors import INTERRUPT_EXIT, USER_ERROR_EXIT, SharedUserError, UserError
+from megatron_sse.errors import INTERRUPT_EXIT, USER_ERROR_EXIT, SharedUserError, UserError, describe_os_error
 from megatron_sse.evaluation.request import Request as Evaluate
 from megatron_sse.inference.request import Request as Generate
 from megatron_sse.inspection.request import Request as InspectStates
 from megatron_sse.logs import set_up_logging
-from megatron_sse.options import Command, parse
+from megatron_sse.options import Command, find_wrong_text, parse
 from megatron_sse.plan.request import Request as Plan
 from megatron_sse.plot.request import Request as Plot
 from megatron_sse.score.request import Request as Score
@@ -53,6 +54,14 @@ def main(arguments: list[str] | None = None) -> int:
     Common ones: 2 after a UserError (one line on stderr), 130 after an interrupt, 141 where the reader of the output
     has ended.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    problem = find_wrong_text(arguments)
+    if problem is not None:
+        print(problem, file=sys.stderr)
+        return USER_ERROR_EXIT
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files need not be UTF-8.
+        sys.stdout.reconfigure(errors="backslashreplace")
     request = parse(COMMANDS, arguments, "megatron-sse", "Train language models with SSE layers.", __version__)
     rank = int(os.environ.get("RANK", "0"))
     set_up_logging(rank, sys.stderr if request.prints_result else sys.stdout)
@@ -74,6 +83,14 @@ def main(arguments: list[str] | None = None) -> int:
         # Otherwise the interpreter would try to write the rest when it exits, and report an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        # Of a run that has started, the traceback counts, and it is started again.
+        if isinstance(request, Train):
+            raise
+        # Such as a path that is too long, or a folder in the place of a file.
+        logger.debug("%s", error, exc_info=True)
+        print(describe_os_error(error), file=sys.stderr)
+        return USER_ERROR_EXIT
 
 
 def find_run(request: type[Command]) -> Callable[[Command], int]:

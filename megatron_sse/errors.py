@@ -13,6 +13,27 @@ class UserError(Exception):
     """A setting, file or machine that does not fit. One line: key or path, what is wrong, what to change."""
 
 
+def describe_os_error(error: OSError) -> str:
+    """Return one line for an error of the system."""
+    place = "" if error.filename is None else f"{str(error.filename)[:200]}: "
+    return f"{place}{error.strerror or error}"
+
+
+@contextmanager
+def foreign_errors(place: str) -> Iterator[None]:
+    """Turn whatever a library raises about a file of unknown origin, a panic of Rust code included, into UserErrors."""
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        # tokenizers' panics are no Exceptions.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise UserError(f"{place} ({reason})") from None
+
+
 class SharedUserError(UserError):
     """A UserError that every process of a run finds at the same time; only the first reports it."""
 

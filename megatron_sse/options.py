@@ -79,6 +79,25 @@ def _field(argument: _Argument, default: Any) -> Any:
     return dataclasses.field(default=default, metadata={_ARGUMENT: argument})
 
 
+def find_wrong_text(arguments: Sequence[str]) -> str | None:
+    """Return one line for the first argument that is not text in UTF-8; None where all are."""
+    for number, argument in enumerate(arguments):
+        if "\0" not in argument and _is_utf8(argument):
+            continue
+        before = arguments[number - 1] if number else ""
+        name = before if before.startswith("--") else f"argument {number + 1}"
+        return f"{name}: got {argument!r}, allowed text in UTF-8"
+    return None
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def parse(
     commands: Sequence[type[Command]], arguments: Sequence[str] | None, name: str, description: str, version: str
 ) -> Command:

@@ -1,5 +1,6 @@
 """The command line: exit status, and errors for wrong settings."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -56,3 +57,45 @@ def test_a_reader_that_leaves() -> None:
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
     assert (process.stderr.read(), process.wait()) == ("", 141)
+
+
+@pytest.mark.parametrize("program", ["megatron_sse", "megatron_sse.launch"])
+def test_arguments_that_are_no_text(program: str) -> None:
+    rest = ["plan"] if program == "megatron_sse" else []
+    command = [sys.executable, "-m", program, *rest, b"caf\xe9.yaml"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    name = f"argument {len(rest) + 1}"
+    assert (run.returncode, run.stderr) == (2, f"{name}: got 'caf\\udce9.yaml', allowed text in UTF-8\n")
+
+
+def test_a_prompt_that_is_no_text(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "run", "--prompt", "caf\udce9"]) == 2
+    assert capfd.readouterr().err == "--prompt: got 'caf\\udce9', allowed text in UTF-8\n"
+
+
+LONG = "x" * 5000
+PATHS = [
+    ["inspect", LONG],
+    ["plot", LONG],
+    ["data", "inspect", LONG],
+    ["plan", LONG],
+    ["doctor", LONG],
+    ["generate", LONG],
+]
+
+
+@pytest.mark.parametrize("arguments", PATHS, ids=lambda arguments: arguments[-2])
+def test_a_path_that_is_too_long(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    status = main(arguments)
+    output, errors = capfd.readouterr()
+    # doctor reports it among its checks.
+    assert status == (1 if arguments[0] == "doctor" else 2)
+    assert errors.count("\n") == (0 if arguments[0] == "doctor" else 1) and "Traceback" not in output + errors
+
+
+def test_folders_whose_names_are_no_text(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    command = [sys.executable, "-m", "megatron_sse", "doctor", QUICKSTART]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="surrogateescape")
+    assert run.returncode in (0, 1) and "Traceback" not in run.stderr, run.stderr

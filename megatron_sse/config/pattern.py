@@ -6,6 +6,7 @@ from typing import Final
 
 from megatron_sse.recurrence import RECURRENCES
 
+MAX_LAYERS: Final = 10_000
 LAYER_KINDS: Final = ("sse", *RECURRENCES, "softmax")
 _ENTRY = re.compile(r"(?:(\d+)\s*\*\s*)?([A-Za-z_]\w*)")
 
@@ -22,12 +23,15 @@ def expand_pattern(pattern: str | list[str]) -> list[str]:
         match = _ENTRY.fullmatch(entry.strip())
         if match is None:
             raise ValueError(f"got {entry.strip()!r}, allowed entries such as softmax or 5*sse, separated by commas")
-        count, kind = int(match[1] or 1), match[2]
+        # No more digits than the bound has: int() of thousands of them is slow, or refused.
+        count, kind = int((match[1] or "1")[:9]), match[2]
         if kind not in LAYER_KINDS:
             raise ValueError(f"got {kind!r}, allowed {', '.join(LAYER_KINDS)}")
-        if not 1 <= count <= 10_000:
-            raise ValueError(f"got a count of {count}, allowed 1 to 10000")
+        if not 1 <= count <= MAX_LAYERS:
+            raise ValueError(f"got a count of {count}, allowed 1 to {MAX_LAYERS}")
         kinds += [kind] * count
+        if len(kinds) > MAX_LAYERS:
+            raise ValueError(f"got more than {MAX_LAYERS} layers, allowed 1 to {MAX_LAYERS}")
     if not kinds:
         raise ValueError("got an empty pattern, allowed entries such as softmax or 5*sse")
     return kinds

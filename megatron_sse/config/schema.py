@@ -6,7 +6,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from megatron_sse.config.pattern import expand_pattern
+from megatron_sse.config.pattern import MAX_LAYERS, expand_pattern
 from megatron_sse.config.problem import show
 from megatron_sse.recurrence import RECURRENCES, Recurrence, RecurrenceName
 
@@ -14,10 +14,22 @@ KeyMap = Literal["softmax", "silu", "topk_softmax", "one_minus_decay"]
 Schedule = Literal["cosine", "wsd", "constant"]
 NeedleVariant = Literal["single", "multi_key", "multi_value", "multi_query"]
 
-Count = Annotated[int, Field(ge=1)]
-Size0 = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
+# The upper bounds are far above any run: what lies beyond is a slip, and would hang or fill the memory.
+Count = Annotated[int, Field(ge=1, le=1 << 24)]
+Size0 = Annotated[int, Field(ge=0, le=1 << 24)]
+Layers = Annotated[int, Field(ge=1, le=MAX_LAYERS)]
+Length = Annotated[int, Field(ge=1, le=1 << 32)]
+Steps = Annotated[int, Field(ge=1, le=1_000_000_000)]
+Steps0 = Annotated[int, Field(ge=0, le=1_000_000_000)]
+Tokens = Annotated[int, Field(ge=1, le=1 << 53)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 40)]
+Positive = Annotated[float, Field(gt=0, le=1e12)]
+NonNegative = Annotated[float, Field(ge=0, le=1e12)]
+# AdamW's steps of fp32 overflow far beyond.
+Rate = Annotated[float, Field(gt=0, le=1000)]
+Rate0 = Annotated[float, Field(ge=0, le=1000)]
+# What the process groups can count.
+Minutes = Annotated[float, Field(gt=0, le=100_000)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 # Default of a setting that may be left out or null and is then derived from the others.
@@ -94,7 +106,7 @@ class RotaryScaling(Section):
     in it (Llama 3)."""
 
     factor: Annotated[float, Field(ge=1)]
-    original_length: Count | None = None
+    original_length: Length | None = None
     low_turns: Positive = 1.0
     high_turns: Positive = 4.0
 
@@ -105,7 +117,7 @@ class SoftmaxConfig(Section):
     num_heads: Count = DERIVED
     head_dim: Count = DERIVED
     num_kv_heads: Count = DERIVED
-    window: Count | None = None
+    window: Length | None = None
     rotary_base: NonNegative = 10000.0
     rotary_scaling: RotaryScaling | None = None
     qk_norm: bool = False
@@ -119,7 +131,7 @@ class SoftmaxConfig(Section):
 
 
 class ModelConfig(Section):
-    num_layers: Count
+    num_layers: Layers
     hidden_size: Count
     ffn_hidden_size: Count = DERIVED
     vocab_size: Count
@@ -187,7 +199,7 @@ class ParallelConfig(Section):
     # None: on GPUs.
     overlap_gradients: bool | None = None
     overlap_parameters: bool | None = None
-    timeout_minutes: Positive = 30.0
+    timeout_minutes: Minutes = 30.0
     max_restarts: Size0 = 0
 
     @property
@@ -263,7 +275,7 @@ class DataConfig(Section):
     validation: Blend | None = None
     validation_share: Fraction = 0.0
     corpus: Literal["python_stdlib"] | None = None
-    sequence_length: Count = DERIVED
+    sequence_length: Length = DERIVED
     packing: Literal["in_order", "best_fit"] = "in_order"
     long_documents: Literal["continue", "cut"] = "continue"
     reset_at_documents: bool = True
@@ -276,21 +288,21 @@ class DataConfig(Section):
 class Stage(Section):
     """A part of a run at its own sequence length. Keys that are null keep the value of the other sections."""
 
-    tokens: Count
-    sequence_length: Count
+    tokens: Tokens
+    sequence_length: Length
     train: Blend | None = None
     global_batch_size: Count | None = None
     micro_batch_size: Count | None = None
     rotary_base: Positive | None = None
-    learning_rate: Positive | None = None
-    min_learning_rate: NonNegative | None = None
+    learning_rate: Rate | None = None
+    min_learning_rate: Rate0 | None = None
     schedule: Schedule | None = None
-    warmup_steps: Size0 | None = None
-    decay_steps: Size0 | None = None
+    warmup_steps: Steps0 | None = None
+    decay_steps: Steps0 | None = None
 
 
 class TrainingConfig(Section):
-    steps: Count = DERIVED
+    steps: Steps = DERIVED
     global_batch_size: Count
     micro_batch_size: Count = 1
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -298,18 +310,18 @@ class TrainingConfig(Section):
     # None: on GPUs.
     fused_loss: bool | None = None
     fused_swiglu: bool | None = None
-    seed: Size0 = 1234
-    validation_interval: Size0 = 0
+    seed: Seed = 1234
+    validation_interval: Steps0 = 0
     validation_batches: Count = 8
-    max_skipped_steps: Count = 10
+    max_skipped_steps: Steps = 10
 
 
 class OptimizerConfig(Section):
-    learning_rate: Positive
-    min_learning_rate: NonNegative = 0.0
+    learning_rate: Rate
+    min_learning_rate: Rate0 = 0.0
     schedule: Schedule = "cosine"
-    warmup_steps: Size0 = 0
-    decay_steps: Size0 = DERIVED
+    warmup_steps: Steps0 = 0
+    decay_steps: Steps0 = DERIVED
     weight_decay: NonNegative = 0.1
     beta1: Fraction = 0.9
     beta2: Fraction = 0.95
@@ -325,17 +337,17 @@ class OptimizerConfig(Section):
 class CheckpointConfig(Section):
     resume: str = "auto"
     load_weights: str | None = None
-    interval: Size0 = 0
+    interval: Steps0 = 0
     keep_last: Count | None = None
     asynchronous: bool = True
     verify: Literal["hashes", "sizes"] = "hashes"
     changed_data: Literal["refuse", "accept"] = "refuse"
-    stop_after_minutes: Positive | None = None
+    stop_after_minutes: Minutes | None = None
 
 
 def _check_window(value: Any) -> Any:
     if isinstance(value, list) and len(value) == 2 and all(type(step) is int for step in value):
-        if 1 <= value[0] <= value[1]:
+        if 1 <= value[0] <= value[1] <= 1_000_000_000:
             return value
     text = f"got {show(value)}, allowed the first and the last of some steps, such as [10, 12]"
     raise PydanticCustomError("setting", "{text}", {"text": text})
@@ -346,9 +358,9 @@ Window = Annotated[list[int], BeforeValidator(_check_window)]
 
 class MonitorConfig(Section):
     folder: str
-    log_interval: Count = 1
+    log_interval: Steps = 1
     tensorboard: bool = True
-    health_interval: Count = 10
+    health_interval: Steps = 10
     spike_factor: NonNegative = 10.0
     straggler_factor: NonNegative = 1.3
     profile_steps: Window | None = None

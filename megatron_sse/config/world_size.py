@@ -5,6 +5,9 @@ from megatron_sse.config.problem import show
 from megatron_sse.config.run import RunConfig
 from megatron_sse.errors import UserError
 
+# Far above what a machine without GPUs can run, each with its own interpreter.
+_PROCESSES_PER_MACHINE = 256
+
 
 def check_world_size(config: RunConfig, world_size: int) -> int:
     """Return the size of the data-parallel group when `world_size` processes run.
@@ -47,6 +50,11 @@ def count_processes(config: RunConfig, num_nodes: int, num_gpus: int) -> int:
             f"parallel: got a layout of {world_size} processes, allowed {num_nodes * num_gpus}, one per GPU"
         )
     check_world_size(config, world_size)
+    if not num_gpus and world_size > num_nodes * _PROCESSES_PER_MACHINE:
+        raise UserError(
+            f"parallel: got a layout of {world_size} processes, allowed {num_nodes * _PROCESSES_PER_MACHINE}, "
+            f"{_PROCESSES_PER_MACHINE} on each machine without GPUs"
+        )
     if world_size % num_nodes:
         raise UserError(f"parallel: got a layout of {world_size} processes, allowed a multiple of {num_nodes} nodes")
     return world_size // num_nodes

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from megatron_sse.errors import UserError
 from megatron_sse.options import Command, option, positional
 
 
@@ -20,3 +22,7 @@ class Request(Command):
     to: str | None = option("KIND", "ours, hf, sse, llama, qwen2, qwen3 or mistral", unset="hf from ours, else ours")
     pattern: str | None = option("LAYERS", 'replace softmax layers by SSE layers: "5*sse, softmax"', unset="")
     tolerance: float = option("X", "largest relative difference of the logits (root mean square)", default=1e-4)
+
+    def check(self) -> None:
+        if not 0 <= self.tolerance < math.inf:
+            raise UserError(f"--tolerance: got {self.tolerance}, allowed a number from 0")

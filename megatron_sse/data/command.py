@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from megatron_sse.data.metadata import TOKENIZER, Metadata, read_metadata
 from megatron_sse.data.request import Request
 from megatron_sse.data.tokenizer import decode
 from megatron_sse.errors import UserError
+from megatron_sse.visible import make_visible
 
 # Printed around tokens that count as labels.
 _OPEN, _CLOSE = "\u27e6", "\u27e7"
@@ -37,7 +37,7 @@ def run(request: Request) -> int:
         print(f"{count:,} documents, {index.num_tokens:,} tokens; {prefix}.json not found: the tokenizer is unknown")
     else:
         for line in describe_metadata(metadata):
-            print(line)
+            print(make_visible(line))
     lengths_D = np.diff(index.offsets_D1)
     if not lengths_D.any():
         return 0
@@ -73,9 +73,9 @@ def _decoder(prefix: str, metadata: Metadata | None) -> Callable[[np.ndarray], s
 
 def _show(tokens_T: np.ndarray, mask_T: np.ndarray | None, to_text: Callable[[np.ndarray], str]) -> str:
     if mask_T is None:
-        return _printable(to_text(tokens_T))
+        return make_visible(to_text(tokens_T))
     return "".join(
-        f"{_OPEN}{_printable(to_text(run_T))}{_CLOSE}" if counts else _printable(to_text(run_T))
+        f"{_OPEN}{make_visible(to_text(run_T))}{_CLOSE}" if counts else make_visible(to_text(run_T))
         for counts, run_T in _runs(tokens_T, mask_T)
     )
 
@@ -85,10 +85,3 @@ def _runs(tokens_T: np.ndarray, mask_T: np.ndarray) -> Iterator[tuple[bool, np.n
     borders = [0, *(np.flatnonzero(np.diff(mask_T)) + 1).tolist(), len(tokens_T)]
     for begin, end in zip(borders[:-1], borders[1:], strict=True):
         yield bool(mask_T[begin]), tokens_T[begin:end]
-
-
-def _printable(text: str) -> str:
-    """Return text with control characters escaped, since they could change the terminal's state."""
-    return "".join(
-        f"\\x{ord(char):02x}" if unicodedata.category(char) == "Cc" and char not in "\n\t" else char for char in text
-    )

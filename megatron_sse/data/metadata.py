@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from megatron_sse.errors import UserError
+from megatron_sse.reading import NotFoundError, read_json
+
+# Numbers of tokens, documents and bytes that a token file can have.
+Number = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 # The files of a tokenizer. Beside a token file their names come after its prefix and a dot.
 TOKENIZER, TOKENIZER_SETTINGS = "tokenizer.json", "tokenizer_config.json"
@@ -27,19 +34,20 @@ class Metadata:
     """
 
     tokenizer: str
-    vocab_size: int
-    documents: int
-    tokens: int
-    bytes: int
-    unigram_bits_per_byte: float
+    vocab_size: Annotated[int, Field(ge=1, le=1 << 31)]
+    documents: Number
+    tokens: Number
+    bytes: Number
+    unigram_bits_per_byte: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     loss_mask: bool = False
-    label_tokens: int | None = None
-    label_bytes: int | None = None
-    end: int | None = None
+    label_tokens: Number | None = None
+    label_bytes: Number | None = None
+    end: Number | None = None
 
     def bits_per_byte(self, loss: float) -> float:
         """Convert a loss in nats per counted token to bits per counted byte of text."""
-        return loss / math.log(2) * (self.label_tokens or self.tokens) / (self.label_bytes or self.bytes)
+        num_bytes = self.label_bytes or self.bytes
+        return loss / math.log(2) * (self.label_tokens or self.tokens) / num_bytes if num_bytes else math.nan
 
     def write(self, path: Path) -> None:
         """Write the description as JSON."""
@@ -52,14 +60,12 @@ def read_metadata(prefix: str) -> Metadata | None:
     Raises UserError where it cannot be read.
     """
     path = Path(prefix + ".json")
-    if not path.exists():
-        return None
     try:
-        values = json.loads(path.read_text())
-        # Older files lack the newer keys.
-        given = [field.name for field in fields(Metadata) if field.name in values or field.default is MISSING]
-        return Metadata(**{name: values[name] for name in given})
-    except (ValueError, TypeError, KeyError) as error:
+        return read_json(path, Metadata)
+    except NotFoundError:
+        return None
+    except UserError as error:
+        problem = str(error).removeprefix(f"{path}: ")
         raise UserError(
-            f"{path}: not readable as the description of a token file ({error!r}); build the file again or delete it"
+            f"{path}: not readable as the description of a token file ({problem}); build the file again or delete it"
         ) from None

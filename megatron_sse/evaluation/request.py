@@ -17,6 +17,10 @@ RECALL = MQARTask(pairs=32, keys=64, values=32)
 DIGITS = 7
 VARIANTS: tuple[NeedleVariant, ...] = get_args(NeedleVariant)
 
+# The largest value of each number: beyond it nothing would end.
+_MOST = {"tokens": 1 << 40, "keys": 1 << 24, "values": 1 << 24, "digits": 100, "samples": 1_000_000}
+_MOST |= {"batch": 1 << 16, "chunk": 1 << 24}
+
 Number = TypeVar("Number", int, float)
 
 
@@ -47,20 +51,24 @@ class Request(ModelRequest):
         for task in self.tasks:
             if task not in TASKS or self.tasks.count(task) > 1:
                 raise UserError(f"TASK: got {task!r}, allowed {', '.join(TASKS)}, each once")
-        for name in ("tokens", "keys", "values", "digits", "samples", "batch", "chunk"):
+        for name, most in _MOST.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name}: got {value}, allowed 1 or more")
-        if self.seed < 0:
-            raise UserError(f"--seed: got {self.seed}, allowed 0 or more")
+            if value is not None and not 1 <= value <= most:
+                raise UserError(f"--{name}: got {value}, allowed 1 to {most}")
+        if not 0 <= self.seed < 1 << 40:
+            raise UserError(f"--seed: got {self.seed}, allowed 0 or more, below 2^40")
         self.length_list(), self.depth_list(), self.pair_list(), self.variant_list()
 
     def length_list(self) -> list[int]:
         """Return the lengths; like the other lists, empty if not given. Raises UserError."""
-        return _read_list("--lengths", self.lengths, int, lambda length: length >= 1, "whole numbers from 1 on")
+        return _read_list(
+            "--lengths", self.lengths, int, lambda length: 1 <= length <= 1 << 32, "whole numbers from 1 on"
+        )
 
     def pair_list(self) -> list[int]:
-        return _read_list("--pairs", self.pairs, int, lambda pairs: pairs >= 1, "whole numbers from 1 on")
+        return _read_list(
+            "--pairs", self.pairs, int, lambda pairs: 1 <= pairs <= 1 << 24, "whole numbers from 1 to 2^24"
+        )
 
     def depth_list(self) -> list[float]:
         """Return the depths as shares of the text."""

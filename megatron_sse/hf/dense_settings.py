@@ -1,11 +1,14 @@
 """config.json of Llama, Qwen2, Qwen3 and Mistral, from and to the settings of a model of softmax layers."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron_sse.config import ModelConfig, SoftmaxConfig
 from megatron_sse.errors import UserError
+from megatron_sse.hf.schema import DenseSchema
 from megatron_sse.hf.sse_settings import refuse
+from megatron_sse.reading import check
 
 Values = dict[str, Any]
 
@@ -41,6 +44,16 @@ FAMILIES = {
         "MistralForCausalLM", False, False, True, _COMMON | {"num_key_value_heads": 8, "sliding_window": 4096}
     ),
 }
+# What each kind of scaling has, and our names.
+_ROPE_SCALING = {
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "original_max_position_embeddings": "original_length",
+        "low_freq_factor": "low_turns",
+        "high_freq_factor": "high_turns",
+    },
+}
 _REQUIRED = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads")
 # Settings that must have these values: our layers support no others.
 _ABSENT: Values = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "quantization_config": None}
@@ -51,11 +64,12 @@ def model_from_dense(config: Values, where: str) -> Values:
     family = FAMILIES[config["model_type"]]
     given = family.defaults | config
     for key in _REQUIRED:
-        if not isinstance(given.get(key), int):
+        if type(given.get(key)) is not int:
             raise UserError(f"{where}: {key}: got {given.get(key)!r}, allowed a number")
     for key, allowed in _ABSENT.items():
         if given.get(key, allowed) != allowed:
             raise UserError(f"{where}: {key}: got {given[key]!r}, allowed {allowed!r}: our layers do not support it")
+    check(Path(where), given, DenseSchema)
     head_dim = given["head_dim"] or given["hidden_size"] // given["num_attention_heads"]
     base, scaling = _rotary(given, where)
     dropout = given.get("attention_dropout") or 0.0
@@ -106,15 +120,12 @@ def _rotary(given: Values, where: str) -> tuple[float, Values | None]:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return base, None
-    if kind == "linear":
-        return base, {"factor": float(rope["factor"])}
-    if kind == "llama3":
-        return base, {
-            "factor": float(rope["factor"]),
-            "original_length": rope["original_max_position_embeddings"],
-            "low_turns": float(rope["low_freq_factor"]),
-            "high_turns": float(rope["high_freq_factor"]),
-        }
+    names = _ROPE_SCALING.get(kind)
+    if names is not None:
+        missing = [name for name in names if rope.get(name) is None]
+        if missing:
+            raise UserError(f"{where}: {missing[0]}: got nothing, allowed a number, since rope_type is {kind!r}")
+        return base, {ours: rope[name] for name, ours in names.items()}
     raise UserError(f"{where}: rope_type: got {kind!r}, allowed 'default', 'linear', 'llama3'")
 
 

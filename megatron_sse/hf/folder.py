@@ -38,6 +38,8 @@ class HFWeights:
         for path in sorted(set(listed.values())):
             for name, (shape, dtype) in _read_header(path).items():
                 self._files[name], self._headers[name] = path, (shape, dtype)
+        if not self._headers:
+            raise UserError(f"{folder}: its files of weights hold no tensor")
         for name, path in listed.items():
             if name and self._files.get(name) != path:
                 raise UserError(f"{folder / INDEX}: lists {name} in {path.name}, which does not hold it")

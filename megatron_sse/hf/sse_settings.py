@@ -1,10 +1,13 @@
 """config.json of the SSE authors' code, from and to the settings of our models."""
 
+from pathlib import Path
 from typing import Any
 
 from megatron_sse.config import ModelConfig, SoftmaxConfig, SSEConfig
 from megatron_sse.config.pattern import shorten_pattern
 from megatron_sse.errors import UserError
+from megatron_sse.hf.schema import SSESchema
+from megatron_sse.reading import check
 from megatron_sse.recurrence import RECURRENCES
 
 MODEL_TYPE = "sse"
@@ -58,6 +61,7 @@ def model_from_sse(config: Values, where: str) -> Values:
     Raises UserError for what cannot be represented.
     """
     given = _DEFAULTS | config
+    check(Path(where), given, SSESchema)
     if given["hidden_act"] != "swish":
         raise UserError(f"{where}: hidden_act: got {given['hidden_act']!r}, allowed 'swish'")
     if given["linear_attn_type"] not in _RECURRENCES:

@@ -21,6 +21,7 @@ from megatron_sse.parallel.sharding import ContextShard
 from megatron_sse.pretrained.network import build_and_load, inference_config, inference_groups
 from megatron_sse.pretrained.open import Model, open_model
 from megatron_sse.pretrained.text import Tokenizer, open_tokenizer
+from megatron_sse.visible import make_visible
 
 logger = logging.getLogger(__name__)
 
@@ -172,5 +173,5 @@ class _Session:
 
 def _show(text: str) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
-        sys.stdout.write(text)
+        sys.stdout.write(make_visible(text))
         sys.stdout.flush()

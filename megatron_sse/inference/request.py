@@ -69,7 +69,7 @@ class Request(TextRequest):
     def check(self) -> None:
         super().check()
         for name, value, is_right, allowed in (
-            ("--max-tokens", self.max_tokens, self.max_tokens >= 1, "1 or more"),
+            ("--max-tokens", self.max_tokens, 1 <= self.max_tokens < 1 << 40, "1 or more, below 2^40"),
             (
                 "--temperature",
                 self.temperature,
@@ -78,7 +78,7 @@ class Request(TextRequest):
             ),
             ("--top-p", self.top_p, 0 < self.top_p <= 1, "more than 0, at most 1"),
             ("--seed", self.seed, 0 <= self.seed < 1 << 40, "0 or more, below 2^40"),
-            ("--chunk", self.chunk, self.chunk >= 1, "1 or more"),
+            ("--chunk", self.chunk, 1 <= self.chunk <= 1 << 24, "1 to 2^24"),
             (
                 "--context",
                 self.context,

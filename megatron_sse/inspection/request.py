@@ -21,7 +21,7 @@ class Request(TextRequest):
     @found_by_all()
     def check(self) -> None:
         super().check()
-        if self.chunk < 1:
-            raise UserError(f"--chunk: got {self.chunk}, allowed 1 or more")
+        if not 1 <= self.chunk <= 1 << 24:
+            raise UserError(f"--chunk: got {self.chunk}, allowed 1 to 2^24")
         if self.tokens is None and not self.has_text:
             raise UserError("got no text, allowed one or more with --prompt, --prompt-file or --tokens")

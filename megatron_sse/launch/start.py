@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_sse.config import count_processes, load_config
-from megatron_sse.errors import INTERRUPT_EXIT, USER_ERROR_EXIT, UserError
+from megatron_sse.errors import INTERRUPT_EXIT, USER_ERROR_EXIT, UserError, describe_os_error
 from megatron_sse.lease import refuse_if_held_here
 from megatron_sse.logs import open_log, set_up_logging
+from megatron_sse.options import find_wrong_text
 from megatron_sse.run_folder import LEASE
 
 if TYPE_CHECKING:
@@ -22,6 +23,10 @@ def main(arguments: list[str]) -> int:
     """Check the settings, print torchrun's command and run it. Exit statuses are those of cli.main."""
     if not arguments or arguments[0].startswith("-"):
         print("usage: run.sh CONFIG [section.key=value ...]", file=sys.stderr)
+        return USER_ERROR_EXIT
+    problem = find_wrong_text(arguments)
+    if problem is not None:
+        print(problem, file=sys.stderr)
         return USER_ERROR_EXIT
     set_up_logging(rank=0)
     try:
@@ -39,7 +44,10 @@ def main(arguments: list[str]) -> int:
         if nodes.count == 1:
             # Rank 0 takes the lease; this only keeps a second launcher from writing anything.
             refuse_if_held_here(Path(config.monitor.folder), "monitor.folder", LEASE)
-        prepare_data(config)
+        try:
+            prepare_data(config)
+        except OSError as error:
+            raise UserError(describe_os_error(error)) from None
         open_log(config, f"node_{nodes.rank}")
         set_number_of_threads(per_node, num_gpus)
         program = ["-m", "megatron_sse", "train", *arguments]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from megatron_sse.costs.gpus import GPUS
 from megatron_sse.errors import UserError
 from megatron_sse.options import option
 
+_MAX_GPUS = 1 << 20
 _UNITS = {"GiB": 2**30, "GB": 1e9, "MiB": 2**20, "MB": 1e6}
 
 
@@ -31,12 +33,12 @@ class Request(ConfigRequest):
     def check(self) -> None:
         super().check()
         for name, number in (("gpus", self.gpus), ("gpus-per-node", self.gpus_per_node)):
-            if number is not None and number < 1:
-                raise UserError(f"--{name}: got {number}, allowed 1 or more")
+            if number is not None and not 1 <= number <= _MAX_GPUS:
+                raise UserError(f"--{name}: got {number}, allowed 1 to {_MAX_GPUS}")
         if self.gpu not in GPUS:
             raise UserError(f"--gpu: got {self.gpu}, allowed {', '.join(GPUS)}")
         for name, value in (("tflops", self.tflops), ("bandwidth", self.bandwidth)):
-            if value is not None and not value > 0:
+            if value is not None and not 0 < value < math.inf:
                 raise UserError(f"--{name}: got {value}, allowed more than 0")
         if self.memory is not None:
             parse_bytes(self.memory)
@@ -45,6 +47,6 @@ class Request(ConfigRequest):
 def parse_bytes(text: str) -> float:
     """Return the number of bytes that 80GiB, 80GB, ... means. Raises UserError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)", text)
-    if match is None or match[2] not in _UNITS or not float(match[1]):
+    if match is None or match[2] not in _UNITS or not 0 < float(match[1]) < 1e12:
         raise UserError(f"--memory: got {text}, allowed a number with {', '.join(_UNITS)}, such as 80GiB")
     return float(match[1]) * _UNITS[match[2]]

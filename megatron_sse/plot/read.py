@@ -15,6 +15,8 @@ from megatron_sse.errors import UserError
 from megatron_sse.reading import read_yaml
 from megatron_sse.run_folder import CONFIG, TENSORBOARD
 
+logger = logging.getLogger(__name__)
+
 # The settings that the plots need. A run writes all settings, with defaults filled in.
 NEEDED = ["model.layers", "model.num_layers", "training.steps", "parallel.data"]
 NEEDED += [f"parallel.{axis}" for axis in ("tensor", "pipeline", "virtual_pipeline", "context")]
@@ -115,6 +117,10 @@ def read_scalars(folder: Path) -> dict[str, Curve]:
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
     scalars: dict[str, Curve] = {}
     for path in sorted((folder / TENSORBOARD).glob("events.out.tfevents.*"), key=_written):
+        if not path.is_file():
+            # A named pipe would be waited for.
+            logger.warning("%s: not a regular file, left out", path)
+            continue
         events = EventAccumulator(str(path), size_guidance={SCALARS: 0}, purge_orphaned_data=False)
         events.Reload()
         found = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}

@@ -20,8 +20,10 @@ from megatron_sse.hf.dense_settings import FAMILIES, model_from_dense
 from megatron_sse.hf.folder import CONFIG, HFWeights, read_json
 from megatron_sse.hf.links import Link, check_shapes, to_ours
 from megatron_sse.hf.name_map import DENSE_NAMES, SSE_NAMES, model_links
+from megatron_sse.hf.schema import FolderSchema, OwnSchema
 from megatron_sse.hf.sse_settings import MODEL_TYPE as SSE
 from megatron_sse.hf.sse_settings import model_from_sse
+from megatron_sse.reading import check
 from megatron_sse.run_folder import CONFIG as RUN_CONFIG
 
 # Kinds of folders: a checkpoint of ours, one with our modeling file, the SSE authors' layout, families of transformers.
@@ -74,12 +76,11 @@ def _open_ours(folder: Path) -> Model:
 def _open_hf(folder: Path) -> Model:
     where = str(folder / CONFIG)
     values = read_json(folder / CONFIG)
-    model_type = values.get("model_type")
+    model_type = check(folder / CONFIG, values, FolderSchema).model_type
     if model_type == HF_MODEL_TYPE:
-        kind, section = HF, values.get("model")
-        if not isinstance(section, dict):
-            raise UserError(f"{where}: model: got {section!r}, allowed the settings of a model")
-        section = section | {"layers": shorten_pattern(list(section.get("layers", ())))}
+        check(folder / CONFIG, values, OwnSchema)
+        kind, section = HF, values["model"]
+        section = section | {"layers": shorten_pattern(section["layers"])}
     elif model_type == SSE:
         kind, section = SSE, model_from_sse(values, where)
     elif model_type in FAMILIES:

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from megatron_sse.data.metadata import TOKENIZER, TOKENIZER_SETTINGS, read_metadata
 from megatron_sse.data.tokenizer import END_OF_DOCUMENT, VOCAB_SIZE
-from megatron_sse.errors import UserError
+from megatron_sse.errors import UserError, foreign_errors
 from megatron_sse.installed import require
 from megatron_sse.pretrained.open import Model
 
@@ -49,7 +49,8 @@ class FolderTokenizer:
         self.end: int | None = tokenizer.eos_token_id
 
     def encode(self, text: str, continues: bool = False) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=not continues)
+        with foreign_errors("the tokenizer cannot encode a text"):
+            return self.tokenizer.encode(text, add_special_tokens=not continues)
 
     def stream(self) -> Callable[[int], str]:
         tokens: list[int] = []
@@ -92,16 +93,11 @@ def _read_tokenizer(model: Model, file: str) -> Tokenizer:
     require("transformers", f"the tokenizer of {model.folder}")
     import transformers
 
-    tokenizer: Any
-    try:
+    with foreign_errors(f"{model.folder / file}: the tokenizer cannot be read"):
         if file == TOKENIZER:
-            tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(model.folder / file))
+            tokenizer: Any = transformers.PreTrainedTokenizerFast(tokenizer_file=str(model.folder / file))
         else:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 model.folder, local_files_only=True, trust_remote_code=False
             )
-    # The type of transformers' error depends on what is wrong with the files.
-    except Exception as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{model.folder / file}: the tokenizer cannot be read ({reason})") from None
-    return FolderTokenizer(tokenizer)
+        return FolderTokenizer(tokenizer)

@@ -47,6 +47,22 @@ WRONG = {
         ("  steps: 10", "  steps: 10\n  learning_rate: 1"),
         "16: training.learning_rate: got an unknown key, ...; did you mean optimizer.learning_rate?",
     ),
+    "steps beyond any run": (
+        ("  steps: 10", "  steps: 100000000000000000"),
+        "15: training.steps: got 100000000000000000, allowed at most 1000000000",
+    ),
+    "layers beyond any model": (
+        ("num_layers: 6", "num_layers: 1000000000"),
+        "2: model.num_layers: got 1000000000, allowed at most 10000",
+    ),
+    "learning rate that overflows": (
+        ("learning_rate: 1e-3", "learning_rate: 1e38"),
+        "18: optimizer.learning_rate: got 1e+38, allowed at most 1000.0",
+    ),
+    "a number to the base 60": (
+        ("  steps: 10", "  steps: 1:30"),
+        "15: training.steps: got '1:30', allowed an integer",
+    ),
     "unknown section": (
         ("optimizer:", "optimiser:"),
         "17: optimiser: got an unknown key, allowed model, parallel, data, training, optimizer, stages, checkpoint, "

@@ -29,6 +29,18 @@ def test_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert printed.endswith(f"--- document 2: 601 tokens\n{'x' * 20}\n... (581 more)\n")
 
 
+def test_what_steers_a_terminal_is_made_visible(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Control sequences and bidirectional controls of texts and of the tokenizer's name."""
+    run(tmp_path / "out", write_lines(tmp_path / "a.jsonl", records(["a\x1b]0;title\x07 \u202egnp.\u2066 \x9b2J ü"])))
+    printed = shown(capsys, tmp_path / "out")
+    assert "a\\x1b]0;title\\x07 \\u202egnp.\\u2066 \\x9b2J ü\n" in printed
+    metadata = tmp_path / "out.json"
+    metadata.write_text(metadata.read_text().replace('"bytes",', '"bytes\\u001b[2J\\u202e",', 1))
+    printed = shown(capsys, tmp_path / "out")
+    assert not set("\x1b\x07\x9b\u202e\u2066") & set(printed)
+    assert "tokenizer bytes\\x1b[2J\\u202e" in printed
+
+
 def test_labels_are_in_brackets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_tokenizer(tmp_path / "tiny")
     rows = [{"prompt": "two and ", "completion": "words"}, {"prompt": "a", "completion": "ü🐈"}]

@@ -10,6 +10,7 @@ from megatron_sse.cli import main
 from megatron_sse.pretrained.logits import compute_logits
 from megatron_sse.pretrained.open import open_model
 from megatron_sse.pretrained.text import ByteTokenizer
+from megatron_sse.visible import make_visible
 from tests.convert.support import convert
 
 PROMPT = "def f(x):"
@@ -42,7 +43,7 @@ def test_text_of_checkpoint_and_export(capsys: pytest.CaptureFixture[str], pure:
     text = run(capsys, str(pure), "--prompt", PROMPT, *options)
     expected = bytes(token for token in greedy(pure, list(PROMPT.encode()), 6) if token < 256)
     # Incomplete UTF-8 at the end is never printed as a replacement character.
-    assert expected.decode(errors="replace").startswith(text.removesuffix("\n")) and text
+    assert make_visible(expected.decode(errors="replace")).startswith(text.removesuffix("\n")) and text
     (tmp_path / "prompt.txt").write_text(PROMPT)
     assert run(capsys, str(pure), "--prompt-file", str(tmp_path / "prompt.txt"), *options) == text
     both = run(capsys, str(pure), "--prompt", PROMPT, "--prompt", "a", *options)
@@ -50,6 +51,13 @@ def test_text_of_checkpoint_and_export(capsys: pytest.CaptureFixture[str], pure:
     assert convert(str(pure), str(tmp_path / "export")) == 0
     capsys.readouterr()
     assert run(capsys, str(tmp_path / "export"), "--prompt", PROMPT, *options) == text
+
+
+def test_a_model_cannot_steer_the_terminal(
+    capsys: pytest.CaptureFixture[str], pure: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ByteTokenizer, "stream", lambda self: lambda token: "\x1b]0;title\x07\u202e\n")
+    assert run(capsys, str(pure), "--prompt", PROMPT, "--max-tokens", "1") == "\\x1b]0;title\\x07\\u202e\n\n"
 
 
 def test_a_cache_between_calls(capsys: pytest.CaptureFixture[str], pure: Path, tmp_path: Path) -> None:

@@ -57,9 +57,9 @@ def send_pickle(port: int, marker: Path) -> None:
 
 @pytest.fixture
 def plain_environment() -> dict[str, str]:
-    """Variables without those by which a user chooses interfaces."""
+    """Variables without those by which a user chooses interfaces, and with one that would change what torchrun does."""
     kept = {name: value for name, value in os.environ.items() if not name.endswith("_SOCKET_IFNAME")}
-    return kept | {"OMP_NUM_THREADS": "1"}
+    return kept | {"OMP_NUM_THREADS": "1", "PET_NO_PYTHON": "1"}
 
 
 @pytest.fixture

@@ -46,8 +46,8 @@ def test_exit_status_says_whether_it_fits(capsys: pytest.CaptureFixture[str]) ->
         (["--gpu", "h9"], "--gpu: got h9, allowed a100, h100, h200, b200\n"),
         (["--memory", "80"], "--memory: got 80, allowed a number with GiB, GB, MiB, MB, such as 80GiB\n"),
         (["--gpus", "3"], "training.global_batch_size: got 256, allowed a multiple of 3"),
-        (["--gpus", "0"], "--gpus: got 0, allowed 1 or more\n"),
-        (["--gpus-per-node", "0"], "--gpus-per-node: got 0, allowed 1 or more\n"),
+        (["--gpus", "0"], "--gpus: got 0, allowed 1 to 1048576\n"),
+        (["--gpus-per-node", "0"], "--gpus-per-node: got 0, allowed 1 to 1048576\n"),
         (["--tflops", "0"], "--tflops: got 0.0, allowed more than 0\n"),
     ],
 )

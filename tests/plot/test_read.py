@@ -1,5 +1,6 @@
 """Event files of a run, of a resumed run and of a killed run; folders that are no runs."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,14 @@ def test_wrong_folders(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=text) as caught:
             read_runs([str(good), str(folder)])
         assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_event_file_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Folders and named pipes with the name of an event file; a pipe would be waited for."""
+    write_events(tmp_path, losses(1, 2))
+    folder = tmp_path / "tensorboard"
+    (folder / "events.out.tfevents.1.folder").mkdir()
+    os.mkfifo(folder / "events.out.tfevents.2.pipe")
+    assert len(read_scalars(tmp_path)["train/loss"]) == 2
+    for name in ("1.folder", "2.pipe"):
+        assert f"{folder}/events.out.tfevents.{name}: not a regular file, left out" in caplog.text

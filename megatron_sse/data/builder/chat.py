@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,15 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
+import jinja2.runtime
 import numpy as np
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from megatron_sse.data.builder.encode import Encoder
 from megatron_sse.errors import UserError
 
+# Rounds of all loops in one rendering; conversations have some thousand turns at most.
+MAX_ROUNDS = 1_000_000
 COLUMNS = ("messages", "prompt", "completion", "tools")
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 # For the byte tokenizer, which has no special token but the end of a document.
@@ -34,6 +37,42 @@ class ChatError(Exception):
     """An error that says what is wrong with one conversation."""
 
 
+class _Environment(ImmutableSandboxedEnvironment):
+    """jinja2's sandbox, with bounds: a template of unknown origin must neither run for ever nor fill the memory.
+
+    rounds: how often loops have gone round in this rendering, all loops together.
+    """
+
+    intercepted_binops = frozenset(("*", "**"))
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.rounds = 0
+        self.filters["_bounded"] = self._count_rounds
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
+        tree = super()._parse(source, name, filename)
+        for loop in tree.find_all(jinja2.nodes.For):
+            loop.iter = jinja2.nodes.Filter(loop.iter, "_bounded", [], [], None, None, lineno=loop.lineno)
+        return tree
+
+    def _count_rounds(self, values: Iterable[Any]) -> Iterator[Any]:
+        for value in values:
+            self.rounds += 1
+            if self.rounds > MAX_ROUNDS:
+                raise ChatError(f"more than {MAX_ROUNDS:,} rounds of its loops")
+            yield value
+
+    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+        """Refuse products and powers of any size, such as 9 ** 9 ** 9."""
+        sizes = [len(x) if hasattr(x, "__len__") else abs(x) for x in (left, right)]
+        if max(sizes) > MAX_ROUNDS or (operator == "*" and sizes[0] * sizes[1] > 1000 * MAX_ROUNDS):
+            raise ChatError(f"{operator} of numbers or texts that are too large")
+        if operator == "**" and sizes[1] > 64:
+            raise ChatError("a power that is too large")
+        return super().call_binop(context, operator, left, right)
+
+
 class _Generation(jinja2.ext.Extension):
     """The tag {% generation %} of transformers, which marks answers: ignored, since answers are found without it."""
 
@@ -48,7 +87,7 @@ class Template:
     """A chat template, rendered as transformers does, but without the current time, which would change the result."""
 
     def __init__(self, text: str, special: Mapping[str, str], name: str):
-        environment = ImmutableSandboxedEnvironment(
+        self.environment = environment = _Environment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
         )
         environment.filters["tojson"] = _to_json
@@ -64,6 +103,7 @@ class Template:
 
         Raises ChatError.
         """
+        self.environment.rounds = 0
         try:
             return self.template.render(messages=messages, tools=tools, add_generation_prompt=answer)
         # A template runs Python expressions, which may raise anything.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,14 +14,18 @@ import numpy as np
 
 from megatron_sse.data.metadata import TOKENIZER, TOKENIZER_SETTINGS
 from megatron_sse.data.tokenizer import END_OF_DOCUMENT, VOCAB_SIZE, encode_document
-from megatron_sse.errors import UserError
+from megatron_sse.errors import UserError, foreign_errors
 from megatron_sse.installed import require
-from megatron_sse.reading import read_json
+from megatron_sse.reading import NotFoundError, read_json, read_text
 
 # Largest vocabulary of 16-bit tokens.
 _UINT16_TOKENS = 1 << 16
 # Characters that are encoded at once; characters on each side of a cut that are compared; cuts that are tried.
 _PIECE, _WINDOW, _TRIES = 1 << 20, 256, 8
+# Texts of which any tokenizer has one.
+_SAMPLES = ("a", "A", "0", " ", "\n")
+# Bytes of a chat template, far above any.
+_TEMPLATE_BYTES = 1 << 20
 _LINE_START = re.compile(r"\n(?=\S)")
 
 
@@ -80,14 +85,25 @@ class FileEncoder:
     def __init__(self, path: Path, end: int):
         self.tokenizer = read_tokenizer(path)
         self.end = end
-        self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.path = path
+        self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=0) + 1
         self.dtype = token_type(self.vocab_size)
-        # Find what it adds by encoding one text both ways: <s> a </s> against a.
-        bare = self.tokenizer.encode("a", add_special_tokens=False).ids
-        full = self.tokenizer.encode("a").ids
-        first = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
-        self.before, behind = full[:first], full[first + len(bare) :]
+        self.before, behind = self._find_added()
         self.behind = behind if behind[-1:] == [end] else [*behind, end]
+
+    def _find_added(self) -> tuple[list[int], list[int]]:
+        """Return the tokens that are added before and after any text. Raises UserError.
+
+        They are found by encoding one text both ways: <s> a </s> against a.
+        """
+        with foreign_errors(f"{self.path}: cannot encode a text"):
+            for text in _SAMPLES:
+                bare = self.tokenizer.encode(text, add_special_tokens=False).ids
+                full = self.tokenizer.encode(text).ids
+                for first in range(len(full) if bare else 0):
+                    if full[first : first + len(bare)] == bare:
+                        return full[:first], full[first + len(bare) :]
+        raise UserError(f"{self.path}: it encodes none of {', '.join(map(repr, _SAMPLES))} as tokens")
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         pieces = (piece for text in texts for piece in self._pieces(text))
@@ -98,7 +114,8 @@ class FileEncoder:
         return self._join(self.before, *parts, self.behind), len(self.before) + len(parts[0])
 
     def encode_spans(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
-        encoded = self.tokenizer.encode(text, add_special_tokens=False)
+        with foreign_errors(f"{self.path}: cannot encode a text"):
+            encoded = self.tokenizer.encode(text, add_special_tokens=False)
         last_T = np.array([max(begin, end - 1) for begin, end in encoded.offsets], dtype=np.int64)
         span_T = np.full(len(last_T), -1)
         for number, (begin, end) in enumerate(spans):
@@ -106,7 +123,8 @@ class FileEncoder:
         return self._array(encoded.ids), span_T
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        with foreign_errors(f"{self.path}: cannot encode a text"):
+            return self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def _array(self, ids: list[int]) -> np.ndarray:
         return np.array(ids, dtype=self.dtype)
@@ -143,11 +161,8 @@ def read_tokenizer(path: Path) -> Any:
     require("tokenizers", str(path), "data")
     from tokenizers import Tokenizer
 
-    try:
+    with foreign_errors(f"{path}: cannot be read as tokenizer.json"):
         tokenizer = Tokenizer.from_file(str(path))
-    # The library raises plain Exception.
-    except Exception as error:
-        raise UserError(f"{path}: cannot be read as tokenizer.json ({' '.join(str(error).split())[:120]})") from None
     # The file's settings for these are meant for other uses.
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -169,7 +184,8 @@ class TokenizerFiles:
     def special(self, name: str) -> str | None:
         """Return the special token with a given role, such as eos_token; None where the settings name none."""
         value = self.settings.get(name)
-        return value.get("content") if isinstance(value, dict) else value
+        value = value.get("content") if isinstance(value, dict) else value
+        return value if isinstance(value, str) else None
 
     def end(self, name: str | None) -> tuple[str, int]:
         """Return the token that ends documents and its number. Raises UserError.
@@ -201,9 +217,16 @@ def find_tokenizer(given: str) -> TokenizerFiles:
     if not path.is_file():
         raise UserError(f"--tokenizer: {path} not found; give bytes, a tokenizer.json or a folder with one")
     config, jinja = path.with_name(TOKENIZER_SETTINGS), path.with_name("chat_template.jinja")
-    settings = read_json(config, dict[str, Any]) if config.exists() else {}
-    template = jinja.read_text(encoding="utf-8") if jinja.is_file() else settings.get("chat_template")
+    settings: dict[str, Any] = {}
+    with suppress(NotFoundError):
+        settings = read_json(config, dict[str, Any])
+    template = settings.get("chat_template")
+    with suppress(NotFoundError):
+        template = read_text(jinja, _TEMPLATE_BYTES)
     if isinstance(template, list):
         # Older files hold a list of named templates.
-        template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
+        entries = [entry for entry in template if isinstance(entry, dict)]
+        template = next((entry.get("template") for entry in entries if entry.get("name") == "default"), None)
+    if not isinstance(template, str | None):
+        raise UserError(f"{config}: chat_template: got {type(template).__name__}, allowed a text")
     return TokenizerFiles(path, settings, template)

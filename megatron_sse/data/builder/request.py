@@ -10,6 +10,7 @@ from megatron_sse.options import Command, option, positional
 # The tokenizer that needs no file.
 BYTES = "bytes"
 FORMATS = ("auto", "jsonl", "text", "parquet", "folder", "chat")
+MAX_WORKERS = 1024
 REFUSE, SKIP = "refuse", "skip"
 
 
@@ -42,8 +43,8 @@ class Request(Command):
         ):
             if value not in allowed:
                 raise UserError(f"{name}: got {value}, allowed {', '.join(allowed)}")
-        if self.workers is not None and self.workers < 1:
-            raise UserError(f"--workers: got {self.workers}, allowed 1 or more")
+        if self.workers is not None and not 1 <= self.workers <= MAX_WORKERS:
+            raise UserError(f"--workers: got {self.workers}, allowed 1 to {MAX_WORKERS}")
         if self.tokenizer == BYTES and self.end is not None:
             raise UserError(f"--end: got {self.end}, but --tokenizer bytes has an end of its own; leave it out")
         if self.chat_template is not None and self.format != "chat":

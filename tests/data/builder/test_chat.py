@@ -160,3 +160,29 @@ def test_spans_of_bytes_are_those_of_characters() -> None:
     tokens_T, span_T = ByteEncoder().encode_spans(text, [(1, 2), (2, 4)])
     assert tokens_T.tobytes().replace(b"\0", b"") == text.encode()
     assert span_T.tolist() == [-1, 0, 0, 1, 1, 1, 1, 1]
+
+
+ENDLESS = {
+    "loops in loops": "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",
+    "a loop over characters": "{% for a in range(99999) %}{% for b in 'abcdefghijklmnop' %}{% endfor %}{% endfor %}",
+    "a power": "{{ 9 ** 9 ** 9 }}",
+    "a product": "{{ 'a' * 10000000000 }}",
+    "a macro that calls itself": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_a_template_without_end_is_refused(name: str) -> None:
+    template = Template(ENDLESS[name], {}, "template")
+    with pytest.raises(ChatError, match="^refused by the chat template"):
+        template.render([{"role": "user", "content": "hi"}], None, answer=False)
+
+
+def test_loops_know_their_place() -> None:
+    """Counting the rounds of loops takes nothing from them."""
+    text = (
+        "{% for m in messages %}{{ loop.index }}/{{ loop.length }}{{ ',' if not loop.last }}{% else %}none{% endfor %}"
+    )
+    template = Template(text + "{{ '=' * 3 }}", {}, "template")
+    assert template.render([{"role": "a"}, {"role": "b"}], None, answer=False) == "1/2,2/2==="
+    assert template.render([], None, answer=False) == "none==="

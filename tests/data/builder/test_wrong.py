@@ -106,7 +106,7 @@ REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
     "format": ({"format": "csv"}, "--format: got csv, allowed auto, jsonl, text"),
     "wrong": ({"wrong": "count"}, "--wrong: got count, allowed refuse, skip"),
     "empty": ({"empty": "keep"}, "--empty: got keep, allowed refuse, skip"),
-    "workers": ({"workers": 0}, "--workers: got 0, allowed 1 or more"),
+    "workers": ({"workers": 0}, "--workers: got 0, allowed 1 to 1024"),
     "end of bytes": ({"end": "<end>"}, "--end: got <end>, but --tokenizer bytes has an end of its own"),
     "template without chat": ({"chat_template": "x"}, "--chat-template: given, but --format is not chat"),
     "no template": ({"format": "chat", "chat_template": "none"}, "--chat-template: none cannot be read"),
@@ -168,7 +168,7 @@ def test_tokenizers_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"template:1: cannot be read as a chat template"):
         run(tmp_path / "out", path, format="chat", chat_template=str(tmp_path / "template"))
     (folder / "tokenizer_config.json").write_text("[")
-    with pytest.raises(UserError, match=r"tokenizer_config\.json: cannot be read as JSON"):
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: Invalid JSON"):
         run(tmp_path / "out", path, tokenizer=str(folder))
     (folder / "tokenizer_config.json").unlink()
     (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0"}))

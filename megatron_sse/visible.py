@@ -1,0 +1,21 @@
+"""Text of unknown origin on a terminal: what would steer the terminal, or show text in another order, made visible."""
+
+import unicodedata
+
+# Characters that change the direction in which neighbours are shown; an attacker hides code behind them.
+_BIDIRECTIONAL = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+# Controls, and halves of characters, which no stream can encode.
+_UNSEEN = ("Cc", "Cs")
+
+
+def make_visible(text: str) -> str:
+    """Return text with control characters (but newlines and tabs) and bidirectional controls as \\x1b or \\u202e."""
+    return "".join(_escape(char) if _is_hidden(char) else char for char in text)
+
+
+def _is_hidden(char: str) -> bool:
+    return char in _BIDIRECTIONAL or (char not in "\n\t" and unicodedata.category(char) in _UNSEEN)
+
+
+def _escape(char: str) -> str:
+    return f"\\x{ord(char):02x}" if ord(char) < 0x100 else f"\\u{ord(char):04x}"
