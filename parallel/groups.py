@@ -11,6 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
 from megatron_sse.parallel.device import Device
+from megatron_sse.parallel.stores import stay_on_this_machine
 
 
 def init_process_group(device: Device, timeout_minutes: float = 30) -> None:
@@ -23,6 +24,7 @@ def init_process_group(device: Device, timeout_minutes: float = 30) -> None:
         # NCCL connects now, on this GPU, instead of guessing one at the first collective.
         options["device_id"] = torch.device("cuda", torch.cuda.current_device())
     if "RANK" not in os.environ:
+        stay_on_this_machine()
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(device.backend, **options)
 

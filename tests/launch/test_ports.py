@@ -92,6 +92,10 @@ def test_a_run_on_one_machine_cannot_be_reached(run: subprocess.Popen[str], tmp_
     wait_for(run, "step 2/")
     launcher = psutil.Process(run.pid)
     assert {address for address, _ in listeners(launcher)} == {"127.0.0.1"}
+    # Gloo takes the address of the machine's name otherwise, which is not the loopback interface everywhere.
+    for child in launcher.children():
+        chosen = child.environ()
+        assert chosen["GLOO_SOCKET_IFNAME"] == chosen["NCCL_SOCKET_IFNAME"] == "lo"
     own = [one.laddr.port for one in launcher.net_connections("inet") if one.status == psutil.CONN_LISTEN]
     assert len(own) == 1
     send_pickle(own[0], tmp_path / "marker")
