@@ -3,3 +3,5 @@
 # The settings with all defaults filled in; each checkpoint has a file of this name, too.
 CONFIG = "config.yaml"
 CHECKPOINTS, LOGS, TENSORBOARD = "checkpoints", "logs", "tensorboard"
+# The beginning of an event file's name, by which TensorBoard recognises it.
+EVENTS = "events.out.tfevents"

@@ -5,6 +5,7 @@ it is renamed to removed_iter_0000100, and before one is replaced to replaced_it
 incomplete.
 """
 
+import errno
 import logging
 import os
 import shutil
@@ -41,10 +42,16 @@ def make_partial(folder: Path, step: int) -> None:
 
     What interrupted saves and removals left behind is deleted.
     """
-    for prefix in (PARTIAL, REMOVED):
-        for left in folder.glob(f"{prefix}{ITERATION}*"):
-            shutil.rmtree(left, ignore_errors=True)
+    clear_left_overs(folder)
     partial_folder(folder, step).mkdir(parents=True)
+
+
+def clear_left_overs(folder: Path) -> bool:
+    """Delete what interrupted saves and removals left behind; return whether there was anything."""
+    left = [path for prefix in (PARTIAL, REMOVED) for path in folder.glob(f"{prefix}{ITERATION}*")]
+    for path in left:
+        shutil.rmtree(path, ignore_errors=True)
+    return bool(left)
 
 
 def promote(folder: Path, step: int) -> Path:
@@ -124,16 +131,28 @@ def find_weights(config: RunConfig) -> Path | None:
 
 
 def check_writable(folder: Path) -> None:
-    """Make the folder of checkpoints, and write to it. Raises UserError where that fails."""
+    """Make the folder of checkpoints, and write to it. Raises UserError where that fails.
+
+    Where there is no space, what interrupted saves left behind is deleted first.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"written")
-            file.flush()
+        try:
+            _write_something(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not clear_left_overs(folder):
+                raise
+            _write_something(folder)
     except OSError as error:
         raise UserError(
             f"monitor.folder: got {folder.parent}, allowed a folder that can be written to ({error.strerror})"
         ) from None
+
+
+def _write_something(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"written")
+        file.flush()
 
 
 def named_checkpoint(key: str, given: str, others: str = "") -> Path:

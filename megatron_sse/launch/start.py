@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import sys
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from megatron_sse.config import count_processes, load_config
 from megatron_sse.errors import INTERRUPT_EXIT, USER_ERROR_EXIT, UserError
-from megatron_sse.logs import open_log, set_up_logging
+from megatron_sse.logs import flush_console, open_log, set_up_logging
 
 if TYPE_CHECKING:
     from megatron_sse.launch.nodes import Nodes
@@ -38,13 +39,16 @@ def main(arguments: list[str]) -> int:
         set_number_of_threads(per_node, num_gpus)
         command = build_command(arguments, nodes, per_node, config.parallel.max_restarts)
         threads = os.environ.get("OMP_NUM_THREADS")
-        print(f"{f'OMP_NUM_THREADS={threads} ' if threads else ''}torchrun {shlex.join(command)}", flush=True)
+        with contextlib.suppress(OSError):
+            print(f"{f'OMP_NUM_THREADS={threads} ' if threads else ''}torchrun {shlex.join(command)}", flush=True)
         return run_torchrun(command, nodes, config.parallel.timeout_minutes)
     except UserError as error:
         print(error, file=sys.stderr)
         return USER_ERROR_EXIT
     except KeyboardInterrupt:
         return INTERRUPT_EXIT
+    finally:
+        flush_console()
 
 
 def set_number_of_threads(per_node: int, num_gpus: int) -> None:

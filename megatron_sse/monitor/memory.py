@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sse.config import RunConfig
+from megatron_sse.monitor.output import Output
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +47,11 @@ class MemoryWindow:
 def write_snapshot(folder: Path, name: str) -> None:
     """Write a snapshot of the GPU's memory, with its history where one was recorded, to a file in the run folder."""
     path = folder / f"memory_rank{dist.get_rank()}_{name}.pickle"
-    try:
+    with Output("memory snapshot").attempt():
         folder.mkdir(parents=True, exist_ok=True)
         torch.cuda.memory._dump_snapshot(str(path))
-    except OSError as error:
-        logger.warning("memory snapshot: %s", error)
-        return
-    # A warning, since ranks other than 0 log only warnings, and the file may be the only sign of what happened.
-    logger.warning("memory snapshot: %s (for https://pytorch.org/memory_viz)", path)
+        # A warning, since ranks other than 0 log only warnings, and the file may be the only sign of what happened.
+        logger.warning("memory snapshot: %s (for https://pytorch.org/memory_viz)", path)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

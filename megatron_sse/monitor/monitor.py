@@ -9,15 +9,17 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
-from torch.utils.tensorboard import SummaryWriter
 
 from megatron_sse.config import RunConfig
 from megatron_sse.costs.flops import train_flops_per_token
 from megatron_sse.costs.gpus import peak_flops
 from megatron_sse.data.metadata import Metadata, read_metadata
+from megatron_sse.durable import write_durably
+from megatron_sse.monitor.events import Events
 from megatron_sse.monitor.health import collect_health
 from megatron_sse.monitor.line import Progress
 from megatron_sse.monitor.memory import MemoryWindow
+from megatron_sse.monitor.output import Output
 from megatron_sse.monitor.profile import ProfileWindow
 from megatron_sse.monitor.spikes import Spikes
 from megatron_sse.monitor.straggler import Stragglers
@@ -36,6 +38,7 @@ class Monitor:
         groups: ProcessGroupCollection,
         model_chunks: list[torch.nn.Module],
         device: Device,
+        first_step: int = 1,
     ):
         self.config = config
         self.groups = groups
@@ -51,18 +54,19 @@ class Monitor:
         # Tokens and seconds since the last line, and the mean time of a step, in which recent steps weigh most.
         self.tokens, self.seconds = 0, 0.0
         self.mean_seconds: float | None = None
-        self.writer: SummaryWriter | None = None
         self.stragglers: Stragglers | None = None
         if config.monitor.straggler_factor and self.num_processes > 1:
             self.stragglers = Stragglers(config.monitor.straggler_factor, groups.pp.rank(), device.type)
             for chunk in model_chunks:
                 get_model_config(chunk).timers = self.stragglers.clock
         self.windows = self._find_windows()
+        self.settings, self.settings_output = config.to_yaml(), Output(CONFIG)
+        self.events: Events | None = None
+        self.events_output = Output("TensorBoard events")
         if self.is_writer:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / CONFIG).write_text(config.to_yaml())
+            self._write_settings()
             if config.monitor.tensorboard:
-                self.writer = SummaryWriter(str(self.folder / TENSORBOARD))
+                self.events = Events(self.folder / TENSORBOARD, first_step)
 
     def start_stage(self, config: RunConfig) -> None:
         """Switch to the settings of a stage, whose sequence length decides the FLOPs per token."""
@@ -149,8 +153,7 @@ class Monitor:
         """End the reports, and log where TensorBoard events and checkpoints are."""
         for window in self.windows:
             window.close()
-        if self.writer is not None:
-            self.writer.close()
+        if self.events is not None:
             events = self.folder / TENSORBOARD
             self._log(f"TensorBoard events: {events} (tensorboard --logdir {events})")
         if (self.folder / CHECKPOINTS).is_dir():
@@ -190,11 +193,18 @@ class Monitor:
         if self.is_writer:
             logger.warning(line)
 
+    def _write_settings(self) -> None:
+        with self.settings_output.attempt():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_durably(self.folder / CONFIG, self.settings.encode())
+
     def _write(self, step: int, scalars: dict[str, float]) -> None:
-        if self.writer is not None:
-            for name, value in scalars.items():
-                self.writer.add_scalar(name, value, step)
-            self.writer.flush()
+        """Write scalars on rank 0, and the settings where they are missing, as after the folder was moved."""
+        if self.is_writer and (self.settings_output.is_failing or not (self.folder / CONFIG).is_file()):
+            self._write_settings()
+        if self.events is not None and scalars:
+            with self.events_output.attempt():
+                self.events.write(step, scalars)
 
 
 def _validation_metadata(config: RunConfig) -> Metadata | None:

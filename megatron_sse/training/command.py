@@ -7,7 +7,7 @@ import signal
 
 from megatron_sse.config import ignored_settings
 from megatron_sse.config.derive import describe_run
-from megatron_sse.logs import open_log
+from megatron_sse.logs import flush_console, open_log
 from megatron_sse.training.request import Request
 
 logger = logging.getLogger(__name__)
@@ -35,4 +35,7 @@ def run(request: Request) -> int:
 
     if "RANK" not in os.environ:
         prepare_data(config)
-    return train(config)
+    try:
+        return train(config)
+    finally:
+        flush_console()

@@ -153,7 +153,7 @@ class Run:
         self.stage = stage_of_step(self.stages, self.first_step)
         self.saver = Saver(config, chunks, self.trainer.optimizer, groups)
         self.skipped_in_a_row = 0
-        self.monitor = Monitor(config, groups, chunks, device)
+        self.monitor = Monitor(config, groups, chunks, device, self.first_step)
 
     def run(self, signals: Signals) -> None:
         """Train to the last step, or to a signal or the time limit; validate and save on the way, and save at the end.
