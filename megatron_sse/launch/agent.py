@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from types import FrameType
+from typing import Any
 
 import psutil
 from torch.distributed import DistError
@@ -25,6 +26,7 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.launcher import LaunchConfig
 
 from megatron_sse.errors import INTERRUPT_EXIT, NOT_FINITE_EXIT, USER_ERROR_EXIT, UserError
+from megatron_sse.interrupts import blocked_for_children
 from megatron_sse.launch.nodes import Meeting, Nodes, meet
 
 logger = logging.getLogger(__name__)
@@ -84,6 +86,10 @@ class Agent(LocalElasticAgent):
         number = worker_group.store.add("done", 0 if self.is_done else 1)
         self.is_done = True
         return number == worker_group.group_world_size
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        with blocked_for_children():
+            return super()._start_workers(worker_group)
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         total = worker_group.spec.max_restarts

@@ -6,10 +6,10 @@ import logging
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from megatron_sse.config import RunConfig
 from megatron_sse.monitor.output import Output
+from megatron_sse.parallel.groups import this_rank
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class MemoryWindow:
 
 def write_snapshot(folder: Path, name: str) -> None:
     """Write a snapshot of the GPU's memory, with its history where one was recorded, to a file in the run folder."""
-    path = folder / f"memory_rank{dist.get_rank()}_{name}.pickle"
+    path = folder / f"memory_rank{this_rank()}_{name}.pickle"
     with Output("memory snapshot").attempt():
         folder.mkdir(parents=True, exist_ok=True)
         torch.cuda.memory._dump_snapshot(str(path))
@@ -65,7 +65,7 @@ def report_out_of_memory(error: BaseException, config: RunConfig) -> None:
     """Log what to change, and write a snapshot of a GPU's memory."""
     if isinstance(error, torch.OutOfMemoryError):
         write_snapshot(Path(config.monitor.folder), "out_of_memory")
-    logger.error("rank %d: out of memory; %s", dist.get_rank(), advise(config))
+    logger.error("rank %d: out of memory; %s", this_rank(), advise(config))
 
 
 def advise(config: RunConfig) -> str:

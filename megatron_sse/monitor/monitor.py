@@ -21,6 +21,7 @@ from megatron_sse.monitor.line import Progress
 from megatron_sse.monitor.memory import MemoryWindow
 from megatron_sse.monitor.output import Output
 from megatron_sse.monitor.profile import ProfileWindow
+from megatron_sse.monitor.replicas import compare_replicas
 from megatron_sse.monitor.spikes import Spikes
 from megatron_sse.monitor.straggler import Stragglers
 from megatron_sse.parallel.device import Device
@@ -54,6 +55,7 @@ class Monitor:
         # Tokens and seconds since the last line, and the mean time of a step, in which recent steps weigh most.
         self.tokens, self.seconds = 0, 0.0
         self.mean_seconds: float | None = None
+        self.num_skipped = 0
         self.stragglers: Stragglers | None = None
         if config.monitor.straggler_factor and self.num_processes > 1:
             self.stragglers = Stragglers(config.monitor.straggler_factor, groups.pp.rank(), device.type)
@@ -89,22 +91,23 @@ class Monitor:
         grad_norm: float,
         tokens: int,
         seconds: float,
-        skipped: bool = False,
+        skip: str | None = None,
     ) -> None:
         """Report step `step`, counted from 1, once it is done.
 
         losses: "loss" and, with SSE layers, "balance_loss" without its coefficient, the same on every rank.
-        tokens: number in the global batch. seconds: duration of the step. skipped: the optimizer did not step, on any
-        rank.
+        tokens: number in the global batch. seconds: duration of the step. skip: why the optimizer did not step, on
+        any rank; None where it did.
         """
         for window in self.windows:
             window.after(step)
         self._warn_of_spikes(step, losses["loss"], grad_norm)
+        self.num_skipped += skip is not None
         self.tokens += tokens
         self.seconds += seconds
         self.mean_seconds = seconds if self.mean_seconds is None else 0.9 * self.mean_seconds + 0.1 * seconds
         monitor, steps = self.config.monitor, self.config.training.steps
-        if step % monitor.log_interval == 0 or step == steps or skipped:
+        if step % monitor.log_interval == 0 or step == steps or skip is not None:
             tokens_per_second = self.tokens / self.seconds
             flops_per_gpu = self.flops_per_token * tokens_per_second / self.num_processes
             progress = Progress(
@@ -119,11 +122,11 @@ class Monitor:
                 mfu=flops_per_gpu / self.peak_flops if self.peak_flops else None,
                 memory_gib=self.device.peak_memory_bytes() / 2**30,
                 seconds_left=self.mean_seconds * (steps - step),
-                skipped=skipped,
+                skip=skip,
             )
             self.tokens, self.seconds = 0, 0.0
-            self._log(progress.line())
-            counts = {"speed/processes": self.num_processes}
+            (self._log if skip is None else self._warn)(progress.line())
+            counts = {"speed/processes": self.num_processes, "train/skipped": self.num_skipped}
             if self.spikes is not None:
                 counts["train/spikes"] = self.spikes.count
             self._write(step, progress.scalars() | counts)
@@ -131,6 +134,8 @@ class Monitor:
             self.stragglers.step()
         if step % monitor.health_interval == 0:
             self._report_health(step)
+        if monitor.replica_check and step % monitor.replica_check == 0:
+            self._compare_replicas(step)
 
     def validation(self, step: int, means: dict[str, float]) -> None:
         """Report a validation after `step` steps.
@@ -179,6 +184,12 @@ class Monitor:
             self._write(step, scalars)
             if warning is not None:
                 self._warn(f"step {step}/{self.config.training.steps} | {warning}")
+
+    def _compare_replicas(self, step: int) -> None:
+        found = compare_replicas(self.model_chunks, self.groups.dp_cp)
+        # Each group of replicas holds other weights.
+        if found is not None and self.groups.dp_cp.rank() == 0:
+            logger.error("step %d/%d | replicas differ: %s", step, self.config.training.steps, found)
 
     def _warn_of_spikes(self, step: int, loss: float, grad_norm: float) -> None:
         if self.spikes is not None:

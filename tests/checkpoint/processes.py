@@ -14,6 +14,8 @@ from tests.workers import fork_context
 
 # Where the fault happens: in a step, or while the second checkpoint is written, in the background or not.
 STEP, SAVE = "step", "save"
+# Or before the first step: when a function of megatron_sse.training.loop is called.
+MEET, GROUPS, MODEL = "init_process_group", "init_groups", "build_model"
 FAULTY_STEP, FAULTY_SAVE = 3, 2
 SECONDS_TO_END = 120
 
@@ -111,8 +113,18 @@ def run_rank(rank: int, world_size: int, port: int, config: str, fault: Fault | 
 
 def _inject(fault: Fault) -> None:
     from megatron_sse import durable
+    from megatron_sse.training import loop
     from megatron_sse.training.step import Trainer
 
+    if fault.point in (MEET, GROUPS, MODEL):
+        start = getattr(loop, fault.point)
+
+        def fail_first(*args: Any, **options: Any) -> Any:
+            fault.happen()
+            return start(*args, **options)
+
+        setattr(loop, fault.point, fail_first)
+        return
     calls = 0
 
     def count(limit: int) -> None:
