@@ -4,6 +4,8 @@ import contextlib
 import logging
 import re
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -157,9 +159,8 @@ def test_logs_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_a_console_on_a_full_disk(tmp_path: Path) -> None:
-    run = Processes(write_run(tmp_path), None, world_size=1)
-    run.log.symlink_to("/dev/full")
-    [process] = run.start().running
-    process.join()
-    assert process.exitcode == 0
+    command = [sys.executable, "-m", "megatron_sse", "train", str(write_run(tmp_path))]
+    with Path("/dev/full").open("w") as full:
+        run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
     assert "step 8/8" in (tmp_path / "run/logs/rank_00000.log").read_text()
