@@ -1,5 +1,9 @@
-"""SIGINT (Ctrl-C) from the first line of a program to its last, and while torch waits for other processes."""
+"""SIGINT (Ctrl-C) from the first line of a program to its last, while processes start, and while torch waits for them.
 
+Also the end of a process with its launcher.
+"""
+
+import ctypes
 import os
 import signal
 import socket
@@ -9,6 +13,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from megatron_sse.errors import INTERRUPT_EXIT
+
+# An option of prctl: the signal that a process gets when its parent ends.
+PR_SET_PDEATHSIG = 1
+# The variable in which a launcher tells its processes its number.
+_LAUNCHER = "MEGATRON_SSE_LAUNCHER"
 
 
 def run_program(run: Callable[[], int]) -> None:
@@ -25,13 +34,24 @@ def run_program(run: Callable[[], int]) -> None:
 
 
 @contextmanager
-def blocked_for_children() -> Iterator[None]:
-    """Start processes in the block that get a SIGINT only once they call run_program."""
+def starting_processes() -> Iterator[None]:
+    """Start processes in the block, which get a SIGINT only once they call run_program."""
+    os.environ[_LAUNCHER] = str(os.getpid())
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+
+
+def end_with_launcher() -> None:
+    """Let this process be killed when its launcher ends, or now if that has ended already.
+
+    It would otherwise keep its GPU, and the others would wait for it.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.environ.get(_LAUNCHER, str(os.getppid())) != str(os.getppid()):
+        signal.raise_signal(signal.SIGKILL)
 
 
 @contextmanager

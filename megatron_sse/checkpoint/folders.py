@@ -46,9 +46,14 @@ def make_partial(folder: Path, step: int) -> None:
     partial_folder(folder, step).mkdir(parents=True)
 
 
+def find_left_overs(folder: Path) -> list[Path]:
+    """Return what interrupted saves and removals left behind, which the next save deletes."""
+    return [path for prefix in (PARTIAL, REMOVED) for path in folder.glob(f"{prefix}{ITERATION}*")]
+
+
 def clear_left_overs(folder: Path) -> bool:
     """Delete what interrupted saves and removals left behind; return whether there was anything."""
-    left = [path for prefix in (PARTIAL, REMOVED) for path in folder.glob(f"{prefix}{ITERATION}*")]
+    left = find_left_overs(folder)
     for path in left:
         shutil.rmtree(path, ignore_errors=True)
     return bool(left)
@@ -139,7 +144,9 @@ def check_writable(folder: Path) -> None:
         try:
             _write_something(folder)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not clear_left_overs(folder):
+            # Other ranks come later than rank 0 or the launcher, and might delete what is being written.
+            is_first = os.environ.get("RANK", "0") == "0"
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not (is_first and clear_left_overs(folder)):
                 raise
             _write_something(folder)
     except OSError as error:

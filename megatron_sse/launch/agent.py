@@ -26,7 +26,7 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.launcher import LaunchConfig
 
 from megatron_sse.errors import INTERRUPT_EXIT, NOT_FINITE_EXIT, USER_ERROR_EXIT, UserError
-from megatron_sse.interrupts import blocked_for_children
+from megatron_sse.interrupts import starting_processes
 from megatron_sse.launch.nodes import Meeting, Nodes, meet
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class Agent(LocalElasticAgent):
         return number == worker_group.group_world_size
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        with blocked_for_children():
+        with starting_processes():
             return super()._start_workers(worker_group)
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:

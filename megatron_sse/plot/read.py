@@ -152,7 +152,7 @@ def read_scalars(folder: Path) -> dict[str, Curve]:
     # A file that was cut off is read as far as possible; tensorboard would warn about it.
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
     paths = (folder / TENSORBOARD).glob(f"{EVENTS}.*")
-    files = [file for path in paths if (file := _read_file(path)) is not None]
+    files = [file for path in paths if path.is_file() and (file := _read_file(path)) is not None]
     scalars: dict[str, Curve] = {}
     for file in _in_order(files):
         for tag in scalars.keys() | file.scalars.keys():

@@ -1,26 +1,21 @@
 """The command `megatron-sse train`: one process of a training run."""
 
-import ctypes
 import logging
 import os
-import signal
 
 from megatron_sse.config import ignored_settings
 from megatron_sse.config.derive import describe_run
+from megatron_sse.interrupts import end_with_launcher
 from megatron_sse.logs import flush_console, open_log
 from megatron_sse.training.request import Request
 
 logger = logging.getLogger(__name__)
 
-# An option of prctl: the signal that a process gets when its parent ends.
-PR_SET_PDEATHSIG = 1
-
 
 def run(request: Request) -> int:
     """Train the model; returns the exit status. Raises UserError."""
-    # If its launcher is killed, a process would otherwise keep its GPU, and the others would wait for it.
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        end_with_launcher()
     rank, config = int(os.environ.get("RANK", "0")), request.run_config
     description = describe_run(config, int(os.environ.get("WORLD_SIZE", "1")))
     open_log(config, f"rank_{rank:05d}")

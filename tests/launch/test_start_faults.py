@@ -96,3 +96,17 @@ def test_from_the_first_process_on(number: signal.Signals, tmp_path: Path) -> No
     assert "Traceback" not in output, output
     _, alive = psutil.wait_procs(children, timeout=60)
     assert alive == []
+
+
+def test_the_launcher_killed_and_started_again(tmp_path: Path) -> None:
+    """Processes that have not begun to watch their launcher when it is killed end all the same."""
+    launcher = start_launcher(tmp_path)
+    children = wait_for_children(launcher)
+    launcher.kill()
+    # Until both have closed it.
+    output, _ = launcher.communicate()
+    assert "Traceback" not in output, output
+    psutil.wait_procs(children)
+    launcher = start_launcher(tmp_path)
+    output, _ = launcher.communicate()
+    assert launcher.returncode == 0 and "checkpoint saved" in output, output
