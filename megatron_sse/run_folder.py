@@ -5,3 +5,5 @@ CONFIG = "config.yaml"
 CHECKPOINTS, LOGS, TENSORBOARD = "checkpoints", "logs", "tensorboard"
 # The lease of the run that writes to the folder (lease.py).
 LEASE = "training"
+# The beginning of an event file's name, by which TensorBoard recognises it.
+EVENTS = "events.out.tfevents"

@@ -14,6 +14,11 @@ from megatron_sse.parallel.device import Device
 from megatron_sse.parallel.stores import stay_on_this_machine
 
 
+def this_rank() -> int:
+    """Return this process's rank, also where there is no process group (yet)."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
 def init_process_group(device: Device, timeout_minutes: float = 30) -> None:
     """Join the processes that torchrun started (it sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT).
 

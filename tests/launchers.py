@@ -14,6 +14,7 @@ SECONDS_TO_END = 120
 SCRIPT = """\
 import ctypes, os, signal, sys, threading, time
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 rank, restart = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 def say(text): print(text, flush=True)
 def wait(): threading.Event().wait()

@@ -1,6 +1,8 @@
-"""Numeric faults on some ranks and their required outcomes (F19, F21, F22 of test_faults.py)."""
+"""Numeric faults on some ranks and their required outcomes (for test_faults.py)."""
 
 import json
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ import torch.distributed as dist
 from megatron_sse.config import load_config
 from megatron_sse.data.batch import Batch
 from megatron_sse.data.iterators import build_data_iterators
-from megatron_sse.training.loop import NonFiniteError, Run
+from megatron_sse.training.loop import NonFiniteError, Run, Signals
 from megatron_sse.training.optimizer import set_learning_rate
 from tests.check_parallel import broken
+from tests.monitor.events import read_events
 from tests.training.support import small_run, start
 from tests.workers import run_workers
 
@@ -21,6 +24,7 @@ QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
 DISTRIBUTED: dict[str, Any] = {"parallel": {"distributed_optimizer": True}}
 PIPELINE: dict[str, Any] = {"parallel": {"pipeline": 2}}
 TENSOR: dict[str, Any] = {"parallel": {"tensor": 2}}
+CONTEXT: dict[str, Any] = {"parallel": {"context": 2}}
 
 
 def batches_of(run: Run) -> list[Batch]:
@@ -130,3 +134,97 @@ def broken_hand_off_seen(folder: Path, capfd: pytest.CaptureFixture[str]) -> Non
     errors = layouts["cp2"]["errors"]
     assert errors["output of embedding"] <= allowed["output of embedding"]
     assert errors["output of layer 1"] > max(1e-3, allowed["output of layer 1"])
+
+
+def flipped_after_the_reduction(folder: Path, sections: dict[str, Any]) -> tuple[str | None, bool, bool]:
+    """Put an inf into rank 1's reduced gradient; return why the step was skipped, and whether weights stayed."""
+    run = start(small_run(folder, **sections))
+    set_learning_rate(run.trainer.optimizer, 1e-2)
+    before, optimizer = weights(run), run.trainer.optimizer
+    prepare = optimizer.prepare_grads
+
+    def prepare_grads() -> Any:
+        if dist.get_rank() == 1:
+            next(run.trainer.chunks[0].parameters()).main_grad.view(-1)[0] = float("inf")
+        return prepare()
+
+    optimizer.prepare_grads = prepare_grads  # type: ignore[method-assign]
+    skip = run.trainer.train_step(iter(batches_of(run))).skip
+    stayed = all(torch.equal(old, new) for old, new in zip(before, weights(run), strict=True))
+    optimizer.prepare_grads = prepare  # type: ignore[method-assign]
+    clean = run.trainer.train_step(iter(batches_of(run)))
+    return None if skip is None else skip.reason, stayed, clean.skipped
+
+
+def one_replica_not_finite(sections: dict[str, Any], folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Check that all ranks skip the step, and say that replicas differ."""
+    small_run(folder)
+    expected = ("gradient not finite on some of the replicas only", True, False)
+    assert run_workers(2, flipped_after_the_reduction, folder, sections) == [expected] * 2
+
+
+def everything_masked(folder: Path) -> tuple[list[str], str]:
+    """Run with all tokens masked; return the warnings, and why the run ended."""
+    run = start(small_run(folder, training={"max_skipped_steps": 3}))
+    lines, take_step = listen(), run.trainer.train_step
+
+    def masked(batches: Iterator[Batch]) -> Any:
+        taken = [next(batches) for _ in range(run.trainer.num_micro_batches)]
+        for batch in taken:
+            batch.loss_mask_BL.zero_()
+        return take_step(iter(taken))
+
+    run.trainer.train_step = masked  # type: ignore[method-assign]
+    before = weights(run)
+    try:
+        run.run(Signals())
+    except NonFiniteError as error:
+        assert all(torch.equal(old, new) for old, new in zip(before, weights(run), strict=True))
+        return lines, str(error)
+    return lines, "never stopped"
+
+
+def stopped_when_all_is_masked(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    small_run(folder)
+    for lines, message in run_workers(2, everything_masked, folder):
+        assert len(lines) in (0, 3) and all(line.endswith("SKIPPED: all tokens are masked") for line in lines)
+        assert message.startswith("training.max_skipped_steps: 3 steps in a row were skipped (the last was step 3: all")
+    assert read_events(folder / "run")["train/skipped"] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert not list((folder / "run").glob("checkpoints/iter_*"))
+
+
+def listen() -> list[str]:
+    """Return a list to which warnings and errors of the monitor are added from now on."""
+    lines: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("megatron_sse.monitor.monitor").addHandler(handler)
+    return lines
+
+
+def flipped_weight(folder: Path, sections: dict[str, Any]) -> list[str]:
+    """Flip a bit of a weight on rank 1 before step 4 of a run; return what the monitor warns of."""
+    run = start(small_run(folder, monitor={"replica_check": 2}, **sections))
+    lines, take_step = listen(), run.trainer.train_step
+
+    def train_step(batches: Iterator[Batch]) -> Any:
+        if dist.get_rank() == 1 and run.consumed_samples == 12:
+            bits = next(run.trainer.chunks[0].parameters()).data.view(torch.int32)
+            bits.view(-1)[5] ^= 1 << 12
+        return take_step(batches)
+
+    run.trainer.train_step = train_step  # type: ignore[method-assign]
+    run.run(Signals())
+    return lines
+
+
+def replicas_compared(sections: dict[str, Any], folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Check that rank 0 names the rank and a weight at every comparison after the flip."""
+    small_run(folder)
+    first, second = run_workers(2, flipped_weight, folder, sections)
+    assert [line.split(" | ")[0] for line in first] == ["step 4/8", "step 6/8", "step 8/8"] and second == []
+    assert (
+        first[0]
+        .split(" | ")[1]
+        .startswith("replicas differ: rank 1 against rank 0 in embedding.word_embeddings.weight")
+    )

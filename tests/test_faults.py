@@ -84,6 +84,11 @@ FAULTS: dict[str, Fault] = {
     "F19 too many in a row": numeric.stopped_after_too_many,
     "F21 only masked tokens on a data rank": numeric.masked_data_rank,
     "F21 only masked tokens on a context rank": numeric.masked_context_rank,
+    "F21 all tokens masked": numeric.stopped_when_all_is_masked,
+    "gradient not finite on one data replica": partial(numeric.one_replica_not_finite, {}),
+    "gradient not finite on one context replica": partial(numeric.one_replica_not_finite, numeric.CONTEXT),
+    "bit of a weight on one data replica": partial(numeric.replicas_compared, {}),
+    "bit of a weight on one context replica": partial(numeric.replicas_compared, numeric.CONTEXT),
     "F22 hand-off broken": numeric.broken_hand_off_seen,
     "F23 unknown key": partial(
         refused,

@@ -36,10 +36,10 @@ from megatron_sse.config import RunConfig, load_config
 from megatron_sse.durable import write_durably
 from megatron_sse.errors import INTERRUPT_EXIT, USER_ERROR_EXIT, UserError
 from megatron_sse.installed import require
+from megatron_sse.interrupts import PR_SET_PDEATHSIG
 from megatron_sse.run_folder import CHECKPOINTS
 from megatron_sse.tools.recall_arms import ARMS, arm_settings, find_arms, num_parameters, state_elements, tabulate_arms
 from megatron_sse.tools.recall_results import RESULT, RESULTS, Result, find_results, read_results
-from megatron_sse.training.command import PR_SET_PDEATHSIG
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = "settings.json"

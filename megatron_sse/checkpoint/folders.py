@@ -5,6 +5,7 @@ deleted it is renamed to removed_iter_0000100, and before one is replaced to rep
 ever incomplete.
 """
 
+import errno
 import logging
 import os
 import re
@@ -51,9 +52,16 @@ def make_partial(folder: Path, step: int) -> Path:
     return partial
 
 
+def find_left_overs(folder: Path) -> list[Path]:
+    """Return what interrupted saves and removals left behind, which the next save deletes. Raises OSError."""
+    if not folder.is_dir():
+        return []
+    return [path for path in folder.iterdir() if _LEFT_BEHIND.fullmatch(path.name)]
+
+
 def clear_left_overs(folder: Path) -> bool:
     """Delete what interrupted saves and removals left behind; return whether there was anything. Raises OSError."""
-    left = [path for path in folder.iterdir() if _LEFT_BEHIND.fullmatch(path.name)]
+    left = find_left_overs(folder)
     for path in left:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -168,16 +176,30 @@ def find_weights(config: RunConfig) -> Path | None:
 
 
 def check_writable(folder: Path) -> None:
-    """Make the folder of checkpoints, and write to it. Raises UserError where that fails."""
+    """Make the folder of checkpoints, and write to it. Raises UserError where that fails.
+
+    Where there is no space, what interrupted saves left behind is deleted first.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"written")
-            file.flush()
+        try:
+            _write_something(folder)
+        except OSError as error:
+            # Other ranks come later than rank 0 or the launcher, and might delete what is being written.
+            is_first = os.environ.get("RANK", "0") == "0"
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not (is_first and clear_left_overs(folder)):
+                raise
+            _write_something(folder)
     except OSError as error:
         raise UserError(
             f"monitor.folder: got {folder.parent}, allowed a folder that can be written to ({error.strerror})"
         ) from None
+
+
+def _write_something(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"written")
+        file.flush()
 
 
 def named_checkpoint(key: str, given: str, others: str = "") -> Path:

@@ -24,7 +24,7 @@ from megatron_sse.checkpoint.shards import ShardWriter, Staging
 from megatron_sse.checkpoint.state import find_not_finite, get_num_steps, is_distributed, model_state, optimizer_state
 from megatron_sse.config import RunConfig, StageRun
 from megatron_sse.data.tokenizer import END_OF_DOCUMENT, VOCAB_SIZE
-from megatron_sse.durable import fsync
+from megatron_sse.durable import describe, fsync
 from megatron_sse.installed import versions
 from megatron_sse.lease import Lease
 from megatron_sse.run_folder import CONFIG
@@ -263,13 +263,6 @@ def _write_config(save: _Save, folder: Path) -> None:
         (folder / TOKENS).write_text(json.dumps(BYTE_TOKENS, indent=2) + "\n")
     for path in folder.iterdir():
         fsync(path)
-
-
-def describe(error: Exception) -> str:
-    """Return a message of one line, with the file, for an error of the file system."""
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split())
 
 
 def _agree(failed: str | None) -> None:

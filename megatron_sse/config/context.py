@@ -57,14 +57,11 @@ def context_problems(config: Settings) -> Found:
     if not attends_over_context(config):
         return
     kind = given.get("cp_comm_type")
-    if kind is not None and kind not in KINDS:
-        yield "model.transformer.cp_comm_type", kind, f"{', '.join(KINDS)} or null"
-    elif kind is not None and _uses_kinds(config) and obstacle(config, kind) is not None:
+    if kind in KINDS and _uses_kinds(config) and obstacle(config, kind) is not None:
         allowed = ", ".join([*(other for other in KINDS if obstacle(config, other) is None), "null"])
         yield "model.transformer.cp_comm_type", kind, f"{allowed}: {kind} does not go with {obstacle(config, kind)}"
-    for name, only in (("attention_dropout", 0.0), ("softmax_type", "vanilla")):
-        if given.get(name, only) != only:
-            yield f"model.transformer.{name}", given[name], f"{only} while parallel.context is above 1"
+    if given.get("attention_dropout"):
+        yield "model.transformer.attention_dropout", given["attention_dropout"], "0.0 while parallel.context is above 1"
 
 
 def straddles_slots(config: Settings) -> bool:

@@ -44,6 +44,9 @@ def _find(config: RunConfig) -> Iterator[str]:
         yield from _recurrence_settings(sse, used)
     if "softmax" not in kinds and model.softmax != SoftmaxConfig():
         yield "model.softmax is ignored: model.layers has no softmax layer"
+    for name in ("attention_dropout", "softmax_scale"):
+        if "softmax" not in kinds and model.transformer.get(name):
+            yield f"model.transformer.{name} is ignored: model.layers has no softmax layer"
     if config.parallel.context == 1:
         names = ["layout", "hand_off", "hand_off_wire", "context_per_node"]
         yield from _changed(config.parallel, "parallel", names, "parallel.context is 1")

@@ -1,17 +1,14 @@
-"""`model.transformer`: fields of Megatron-Core's TransformerConfig, checked against that class."""
+"""From our settings to Megatron-Core's TransformerConfig, and the fields of it that `model.transformer` can set."""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import enum
-import typing
-import warnings
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pydantic import TypeAdapter, ValidationError
-
-from megatron_sse.config.context import attention_kind
+from megatron_sse.config.context import KINDS, attention_kind
 from megatron_sse.config.derive import fuses_loss, fuses_swiglu
 from megatron_sse.config.problem import Problem, show
 from megatron_sse.config.run import RunConfig
@@ -59,37 +56,31 @@ _OURS = {
     "recompute_modules": "training.recompute",
     "distribute_saved_activations": "training.recompute",
 }
-# Fields whose value the model and the trainer depend on.
-_FIXED = {
-    "activation_func",
-    "add_bias_linear",
-    "batch_p2p_comm",
-    "calculate_per_token_loss",
-    "gated_linear_unit",
-    "gradient_accumulation_fusion",
-    "hetereogenous_dist_checkpoint",
-    "heterogeneous_block_specs",
-    "normalization",
-    "overlap_p2p_comm",
-    "perform_initialization",
-    "test_mode",
-    "use_cpu_initialization",
-    "variable_seq_lengths",
-}
-# Features that the model does not have.
-_ABSENT = {
-    "expert_model_parallel_size",
-    "fp16",
-    "hybrid_context_parallel",
-    "is_hybrid_model",
-    "mtp_num_layers",
-    "multi_latent_attention",
-    "num_layers_in_first_pipeline_stage",
-    "num_layers_in_last_pipeline_stage",
-    "num_moe_experts",
-    "pipeline_model_parallel_layout",
-    "account_for_embedding_in_pipeline_split",
-    "account_for_loss_in_pipeline_split",
+
+
+@dataclass(frozen=True)
+class _Field:
+    """A field that may be given. allowed: its values in words. accepts: checks one."""
+
+    allowed: str
+    accepts: Callable[[Any], bool]
+
+
+def _is_share(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < 1
+
+
+def _is_scale(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and 0 < value < math.inf)
+
+
+# Only fields that were shown to act (tests/model/test_transformer.py, tests/config/test_context.py). Megatron-Core
+# accepts many more, without a word, that nothing in this model reads.
+FIELDS = {
+    "attention_dropout": _Field("a number from 0.0 up to, but not including, 1.0", _is_share),
+    "cp_comm_type": _Field(f"{', '.join(KINDS)} or null", lambda value: value is None or value in KINDS),
+    "hidden_dropout": _Field("a number from 0.0 up to, but not including, 1.0", _is_share),
+    "softmax_scale": _Field("a number above 0.0 or null", _is_scale),
 }
 
 
@@ -147,10 +138,8 @@ def transformer_settings(config: RunConfig, on_gpu: bool = False) -> dict[str, A
         hetereogenous_dist_checkpoint=True,
         **(recompute if config.training.recompute == "full" else {}),
     )
-    types = _field_types() if model.transformer else {}
-    given = {name: _convert(types[name], value) for name, value in model.transformer.items()}
     # This one is also chosen where it is null.
-    return settings | given | {"cp_comm_type": attention_kind(config)}
+    return settings | model.transformer | {"cp_comm_type": attention_kind(config)}
 
 
 def _leave(weight: torch.Tensor) -> None:
@@ -158,87 +147,17 @@ def _leave(weight: torch.Tensor) -> None:
 
 
 def find_transformer_problem(config: RunConfig) -> Problem | None:
-    """Return what is wrong with `model.transformer`, or None; Megatron-Core's own checks are included."""
-    given = config.model.transformer
-    if not given:
-        return None
-    types = _field_types()
-    for name, value in given.items():
-        text = _field_problem(name, value, types)
-        if text is not None:
-            return Problem(f"model.transformer.{name}", text)
-    refusal = _megatron_refusal(config)
-    return Problem("model.transformer", f"Megatron-Core refuses: {refusal}") if refusal else None
-
-
-def _field_types() -> dict[str, Any]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from megatron.core.transformer import TransformerConfig
-
-    return {f.name: f.type for f in dataclasses.fields(TransformerConfig) if not f.name.startswith("_")}
-
-
-def _field_problem(name: str, value: Any, types: dict[str, Any]) -> str | None:
-    if name not in types:
-        nearest = difflib.get_close_matches(name, types, n=1)
-        hint = f"; did you mean model.transformer.{nearest[0]}?" if nearest else ""
-        return f"got an unknown key, allowed a field of Megatron's TransformerConfig{hint}"
-    if name in _OURS:
-        return f"got {show(value)}, allowed nothing: use {_OURS[name]}"
-    if name in _FIXED:
-        return f"got {show(value)}, allowed nothing: the model fixes this field"
-    if name in _ABSENT:
-        return f"got {show(value)}, allowed nothing: the model does not support it"
-    if not _settable(types[name]):
-        return f"got {show(value)}, allowed nothing: the field cannot be written in YAML"
-    try:
-        _convert(types[name], value)
-    except ValidationError:
-        return f"got {show(value)}, allowed {_type_name(types[name])}"
-    return None
-
-
-def _settable(annotation: Any) -> bool:
-    """Check whether a field takes plain values; callables, dtypes and objects can only be set by code."""
-    if typing.get_origin(annotation) is typing.Union:
-        return any(_settable(part) for part in typing.get_args(annotation) if part is not type(None))
-    plain = (bool, int, float, str, list, tuple)
-    return annotation in plain or typing.get_origin(annotation) in (typing.Literal, list, tuple) or _is_enum(annotation)
-
-
-def _is_enum(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, enum.Enum)
-
-
-def _convert(annotation: Any, value: Any) -> Any:
-    if _is_enum(annotation) and isinstance(value, str) and value in annotation.__members__:
-        return annotation[value]
-    # Strict, so that an integer field does not take true for 1; not for lists, which YAML has in place of tuples.
-    return TypeAdapter(annotation).validate_python(value, strict=not isinstance(value, list))
-
-
-def _type_name(annotation: Any) -> str:
-    names = {bool: "true or false", int: "an integer", float: "a number", str: "a string", type(None): "null"}
-    if annotation in names:
-        return names[annotation]
-    if _is_enum(annotation):
-        return ", ".join(annotation.__members__)
-    if typing.get_origin(annotation) is typing.Literal:
-        return ", ".join(str(choice) for choice in typing.get_args(annotation))
-    if typing.get_origin(annotation) is typing.Union:
-        return " or ".join(_type_name(part) for part in typing.get_args(annotation))
-    return str(annotation).replace("typing.", "").lower()
-
-
-def _megatron_refusal(config: RunConfig) -> str | None:
-    """Return TransformerConfig's error for these settings in one line, or None."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from megatron.core.transformer import TransformerConfig
-
-            TransformerConfig(**transformer_settings(config))
-    except (ValueError, AssertionError, ImportError, RuntimeError) as error:
-        return " ".join(str(error).split()) or type(error).__name__
+    """Return what is wrong with `model.transformer`, or None."""
+    for name, value in config.model.transformer.items():
+        if name in _OURS:
+            text = f"use {_OURS[name]}"
+        elif name not in FIELDS:
+            nearest = difflib.get_close_matches(name, FIELDS, n=1)
+            hint = f"; did you mean model.transformer.{nearest[0]}?" if nearest else ""
+            text = f"of the fields of Megatron's TransformerConfig only {', '.join(FIELDS)} have an effect here{hint}"
+        elif FIELDS[name].accepts(value):
+            continue
+        else:
+            return Problem(f"model.transformer.{name}", f"got {show(value)}, allowed {FIELDS[name].allowed}")
+        return Problem(f"model.transformer.{name}", f"got {show(value)}, allowed nothing: {text}")
     return None

@@ -363,6 +363,7 @@ class MonitorConfig(Section):
     health_interval: Steps = 10
     spike_factor: NonNegative = 10.0
     straggler_factor: NonNegative = 1.3
+    replica_check: Size0 = 100
     profile_steps: Window | None = None
     memory_steps: Window | None = None
     profile_ranks: list[Size0] = Field(default_factory=lambda: [0])

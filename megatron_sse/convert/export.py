@@ -10,6 +10,7 @@ from megatron_sse.checkpoint.names import TOKENS
 from megatron_sse.config import RunConfig
 from megatron_sse.convert.byte_tokenizer import write_byte_tokenizer
 from megatron_sse.data.metadata import TOKENIZER, TOKENIZER_SETTINGS
+from megatron_sse.errors import UserError
 from megatron_sse.hf import exported
 from megatron_sse.hf.dense_settings import FAMILIES, model_to_dense
 from megatron_sse.hf.folder import CONFIG, read_json, write_json
@@ -49,6 +50,9 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
 def hf_settings(config: RunConfig, kind: str) -> dict[str, Any]:
     """Return config.json of a kind of folder. Raises UserError for settings that it cannot hold."""
     model, length = config.model, config.data.sequence_length
+    scale = model.transformer.get("softmax_scale")
+    if scale is not None and "softmax" in model.layer_kinds():
+        raise UserError(f"model.transformer.softmax_scale: got {scale}, allowed null: no Hugging Face layout holds it")
     if kind == HF:
         return _own_settings(config)
     if kind in FAMILIES:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from packaging.requirements import Requirement
 
-from megatron_sse.checkpoint.folders import checkpoint_folder, list_checkpoints
+from megatron_sse.checkpoint.folders import checkpoint_folder, find_left_overs, list_checkpoints
 from megatron_sse.config import RunConfig
 from megatron_sse.config.weights import model_weights
 from megatron_sse.doctor.finding import BAD, GOOD, OPEN, Finding
@@ -86,7 +86,8 @@ def check_disk(config: RunConfig) -> Iterator[Finding]:
         yield Finding(BAD, "monitor.folder", f"{existing} cannot be written; set monitor.folder to another folder")
         return
     size, number = checkpoint_bytes(config), _checkpoints_to_come(config, folder)
-    free = shutil.disk_usage(existing).free
+    left = [file for path in find_left_overs(folder) for file in path.rglob("*") if file.is_file()]
+    free = shutil.disk_usage(existing).free + sum(file.stat().st_size for file in left)
     text = f"{free / GIB:,.1f} GiB free at {existing}, {number} checkpoints of {size / GIB:,.2f} GiB to come"
     if free < number * size:
         text += "; free some, set checkpoint.keep_last, or set monitor.folder to another disk"

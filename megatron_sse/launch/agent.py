@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from types import FrameType
+from typing import Any
 
 import psutil
 from torch.distributed import DistError
@@ -22,6 +23,7 @@ from torch.distributed.elastic.rendezvous import (
 )
 
 from megatron_sse.errors import INTERRUPT_EXIT, NOT_FINITE_EXIT, USER_ERROR_EXIT, UserError
+from megatron_sse.interrupts import starting_processes
 from megatron_sse.launch.meeting import Meeting, meet
 from megatron_sse.launch.nodes import Nodes
 from megatron_sse.parallel.stores import stay_on_this_machine
@@ -83,6 +85,10 @@ class Agent(LocalElasticAgent):
         number = worker_group.store.add("done", 0 if self.is_done else 1)
         self.is_done = True
         return number == worker_group.group_world_size
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        with starting_processes():
+            return super()._start_workers(worker_group)
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         total = worker_group.spec.max_restarts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import sys
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 from megatron_sse.config import count_processes, load_config
 from megatron_sse.errors import INTERRUPT_EXIT, USER_ERROR_EXIT, UserError, describe_os_error
 from megatron_sse.lease import refuse_if_held_here
-from megatron_sse.logs import open_log, set_up_logging
+from megatron_sse.logs import flush_console, open_log, set_up_logging
 from megatron_sse.options import find_wrong_text
 from megatron_sse.run_folder import LEASE
 
@@ -54,13 +55,16 @@ def main(arguments: list[str]) -> int:
         restarts = config.parallel.max_restarts
         threads = os.environ.get("OMP_NUM_THREADS")
         command = shlex.join(build_command(program, nodes, per_node, restarts))
-        print(f"{f'OMP_NUM_THREADS={threads} ' if threads else ''}torchrun {command}", flush=True)
+        with contextlib.suppress(OSError):
+            print(f"{f'OMP_NUM_THREADS={threads} ' if threads else ''}torchrun {command}", flush=True)
         return run_processes(program, nodes, per_node, restarts, config.parallel.timeout_minutes)
     except UserError as error:
         print(error, file=sys.stderr)
         return USER_ERROR_EXIT
     except KeyboardInterrupt:
         return INTERRUPT_EXIT
+    finally:
+        flush_console()
 
 
 def set_number_of_threads(per_node: int, num_gpus: int) -> None:

@@ -15,6 +15,7 @@ from megatron_sse.config import RunConfig, attends_over_context, attention_kind
 from megatron_sse.model.attention import DocumentArguments, TEAttention, TorchAttention
 from megatron_sse.model.norm import RMSNorm
 from megatron_sse.parallel.device import Device
+from megatron_sse.parallel.groups import this_rank
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,8 @@ def choose_attention(backend: Backend, config: RunConfig, device: Device) -> Bac
     if "softmax" not in config.model.layer_kinds():
         return backend
     if not backend.core_attention.wants_zigzag:
+        if config.model.transformer.get("cp_comm_type") is not None and this_rank() == 0:
+            logger.warning("model.transformer.cp_comm_type is ignored: Transformer Engine is not in use")
         logger.info("attention: plain torch")
         return backend
     obstacle = attention_obstacle(config, device.capability(), find_installed().flash_attention)

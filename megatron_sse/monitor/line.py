@@ -17,7 +17,7 @@ class Progress:
         mfu: model FLOPs utilisation as a fraction; None where the GPU's peak is not known.
         memory_gib: peak memory of this process.
         seconds_left: estimate for the rest of the run.
-        skipped: whether the optimizer did not step.
+        skip: why the optimizer did not step; None where it did.
     """
 
     step: int
@@ -31,7 +31,7 @@ class Progress:
     mfu: float | None
     memory_gib: float
     seconds_left: float
-    skipped: bool
+    skip: str | None
 
     def line(self) -> str:
         """Return the console line."""
@@ -43,8 +43,8 @@ class Progress:
         if self.mfu is not None:
             parts.append(f"MFU {100 * self.mfu:.1f} %")
         parts += [f"memory {self.memory_gib:.2f} GiB", f"{duration(self.seconds_left)} left"]
-        if self.skipped:
-            parts.append("SKIPPED: loss or gradient not finite")
+        if self.skip is not None:
+            parts.append(f"SKIPPED: {self.skip}")
         return " | ".join(parts)
 
     def scalars(self) -> dict[str, float]:

@@ -6,9 +6,10 @@ import logging
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from megatron_sse.config import RunConfig
+from megatron_sse.monitor.output import Output
+from megatron_sse.parallel.groups import this_rank
 
 logger = logging.getLogger(__name__)
 
@@ -45,15 +46,12 @@ class MemoryWindow:
 
 def write_snapshot(folder: Path, name: str) -> None:
     """Write a snapshot of the GPU's memory, with its history where one was recorded, to a file in the run folder."""
-    path = folder / f"memory_rank{dist.get_rank()}_{name}.pickle"
-    try:
+    path = folder / f"memory_rank{this_rank()}_{name}.pickle"
+    with Output("memory snapshot").attempt():
         folder.mkdir(parents=True, exist_ok=True)
         torch.cuda.memory._dump_snapshot(str(path))
-    except OSError as error:
-        logger.warning("memory snapshot: %s", error)
-        return
-    # A warning, since ranks other than 0 log only warnings, and the file may be the only sign of what happened.
-    logger.warning("memory snapshot: %s (for https://pytorch.org/memory_viz)", path)
+        # A warning, since ranks other than 0 log only warnings, and the file may be the only sign of what happened.
+        logger.warning("memory snapshot: %s (for https://pytorch.org/memory_viz)", path)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -67,7 +65,7 @@ def report_out_of_memory(error: BaseException, config: RunConfig) -> None:
     """Log what to change, and write a snapshot of a GPU's memory."""
     if isinstance(error, torch.OutOfMemoryError):
         write_snapshot(Path(config.monitor.folder), "out_of_memory")
-    logger.error("rank %d: out of memory; %s", dist.get_rank(), advise(config))
+    logger.error("rank %d: out of memory; %s", this_rank(), advise(config))
 
 
 def advise(config: RunConfig) -> str:

@@ -9,16 +9,19 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
-from torch.utils.tensorboard import SummaryWriter
 
 from megatron_sse.config import RunConfig
 from megatron_sse.costs.flops import train_flops_per_token
 from megatron_sse.costs.gpus import peak_flops
 from megatron_sse.data.metadata import Metadata, read_metadata
+from megatron_sse.durable import write_durably
+from megatron_sse.monitor.events import Events
 from megatron_sse.monitor.health import collect_health
 from megatron_sse.monitor.line import Progress
 from megatron_sse.monitor.memory import MemoryWindow
+from megatron_sse.monitor.output import Output
 from megatron_sse.monitor.profile import ProfileWindow
+from megatron_sse.monitor.replicas import compare_replicas
 from megatron_sse.monitor.spikes import Spikes
 from megatron_sse.monitor.straggler import Stragglers
 from megatron_sse.parallel.device import Device
@@ -36,6 +39,7 @@ class Monitor:
         groups: ProcessGroupCollection,
         model_chunks: list[torch.nn.Module],
         device: Device,
+        first_step: int = 1,
     ):
         self.config = config
         self.groups = groups
@@ -51,18 +55,20 @@ class Monitor:
         # Tokens and seconds since the last line, and the mean time of a step, in which recent steps weigh most.
         self.tokens, self.seconds = 0, 0.0
         self.mean_seconds: float | None = None
-        self.writer: SummaryWriter | None = None
+        self.num_skipped = 0
         self.stragglers: Stragglers | None = None
         if config.monitor.straggler_factor and self.num_processes > 1:
             self.stragglers = Stragglers(config.monitor.straggler_factor, groups.pp.rank(), device.type)
             for chunk in model_chunks:
                 get_model_config(chunk).timers = self.stragglers.clock
         self.windows = self._find_windows()
+        self.settings, self.settings_output = config.to_yaml(), Output(CONFIG)
+        self.events: Events | None = None
+        self.events_output = Output("TensorBoard events")
         if self.is_writer:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / CONFIG).write_text(config.to_yaml())
+            self._write_settings()
             if config.monitor.tensorboard:
-                self.writer = SummaryWriter(str(self.folder / TENSORBOARD))
+                self.events = Events(self.folder / TENSORBOARD, first_step)
 
     def start_stage(self, config: RunConfig) -> None:
         """Switch to the settings of a stage, whose sequence length decides the FLOPs per token."""
@@ -85,22 +91,23 @@ class Monitor:
         grad_norm: float,
         tokens: int,
         seconds: float,
-        skipped: bool = False,
+        skip: str | None = None,
     ) -> None:
         """Report step `step`, counted from 1, once it is done.
 
         losses: "loss" and, with SSE layers, "balance_loss" without its coefficient, the same on every rank.
-        tokens: number in the global batch. seconds: duration of the step. skipped: the optimizer did not step, on any
-        rank.
+        tokens: number in the global batch. seconds: duration of the step. skip: why the optimizer did not step, on
+        any rank; None where it did.
         """
         for window in self.windows:
             window.after(step)
         self._warn_of_spikes(step, losses["loss"], grad_norm)
+        self.num_skipped += skip is not None
         self.tokens += tokens
         self.seconds += seconds
         self.mean_seconds = seconds if self.mean_seconds is None else 0.9 * self.mean_seconds + 0.1 * seconds
         monitor, steps = self.config.monitor, self.config.training.steps
-        if step % monitor.log_interval == 0 or step == steps or skipped:
+        if step % monitor.log_interval == 0 or step == steps or skip is not None:
             tokens_per_second = self.tokens / self.seconds
             flops_per_gpu = self.flops_per_token * tokens_per_second / self.num_processes
             progress = Progress(
@@ -115,11 +122,11 @@ class Monitor:
                 mfu=flops_per_gpu / self.peak_flops if self.peak_flops else None,
                 memory_gib=self.device.peak_memory_bytes() / 2**30,
                 seconds_left=self.mean_seconds * (steps - step),
-                skipped=skipped,
+                skip=skip,
             )
             self.tokens, self.seconds = 0, 0.0
-            self._log(progress.line())
-            counts = {"speed/processes": self.num_processes}
+            (self._log if skip is None else self._warn)(progress.line())
+            counts = {"speed/processes": self.num_processes, "train/skipped": self.num_skipped}
             if self.spikes is not None:
                 counts["train/spikes"] = self.spikes.count
             self._write(step, progress.scalars() | counts)
@@ -127,6 +134,8 @@ class Monitor:
             self.stragglers.step()
         if step % monitor.health_interval == 0:
             self._report_health(step)
+        if monitor.replica_check and step % monitor.replica_check == 0:
+            self._compare_replicas(step)
 
     def validation(self, step: int, means: dict[str, float]) -> None:
         """Report a validation after `step` steps.
@@ -149,8 +158,7 @@ class Monitor:
         """End the reports, and log where TensorBoard events are."""
         for window in self.windows:
             window.close()
-        if self.writer is not None:
-            self.writer.close()
+        if self.events is not None:
             events = self.folder / TENSORBOARD
             self._log(f"TensorBoard events: {events} (tensorboard --host 127.0.0.1 --logdir {events})")
 
@@ -175,6 +183,12 @@ class Monitor:
             if warning is not None:
                 self._warn(f"step {step}/{self.config.training.steps} | {warning}")
 
+    def _compare_replicas(self, step: int) -> None:
+        found = compare_replicas(self.model_chunks, self.groups.dp_cp)
+        # Each group of replicas holds other weights.
+        if found is not None and self.groups.dp_cp.rank() == 0:
+            logger.error("step %d/%d | replicas differ: %s", step, self.config.training.steps, found)
+
     def _warn_of_spikes(self, step: int, loss: float, grad_norm: float) -> None:
         if self.spikes is not None:
             for text in self.spikes.check({"loss": loss, "grad norm": grad_norm}):
@@ -188,11 +202,18 @@ class Monitor:
         if self.is_writer:
             logger.warning(line)
 
+    def _write_settings(self) -> None:
+        with self.settings_output.attempt():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_durably(self.folder / CONFIG, self.settings.encode())
+
     def _write(self, step: int, scalars: dict[str, float]) -> None:
-        if self.writer is not None:
-            for name, value in scalars.items():
-                self.writer.add_scalar(name, value, step)
-            self.writer.flush()
+        """Write scalars on rank 0, and the settings where they are missing, as after the folder was moved."""
+        if self.is_writer and (self.settings_output.is_failing or not (self.folder / CONFIG).is_file()):
+            self._write_settings()
+        if self.events is not None and scalars:
+            with self.events_output.attempt():
+                self.events.write(step, scalars)
 
 
 def _validation_metadata(config: RunConfig) -> Metadata | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.profiler import ProfilerAction, ProfilerActivity, profile, tensorboard_trace_handler
 
+from megatron_sse.monitor.output import Output
 from megatron_sse.run_folder import TENSORBOARD
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,10 @@ class ProfileWindow:
         # The run may have ended right after the warm-up step.
         if not self.has_recorded:
             return
+        with Output("profile").attempt():
+            self._write(profiler)
+
+    def _write(self, profiler: profile) -> None:
         name = f"rank{dist.get_rank()}_steps_{self.first}-{self.last}"
         traces = self.folder / TENSORBOARD / "profile"
         tensorboard_trace_handler(str(traces), worker_name=name, use_gzip=True)(profiler)

@@ -12,8 +12,9 @@ from megatron_sse.plan.parameters import Chunk, chunk_buffers, chunk_weights, st
 from megatron_sse.plan.sizes import FP32, Sizes
 
 AXES = ("tensor", "pipeline", "context", "data")
-# Bytes summed once per step: six fp64 sums of losses, tokens, answers and layers, and a 4-byte number of tokens.
-LOSS_SUMS = 48
+# Bytes summed once per step: seven fp64 sums of losses, tokens, answers, layers and ranks whose gradient is not finite,
+# and a 4-byte number of tokens.
+LOSS_SUMS = 56
 TOKEN_COUNT = 4
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+from tensorboard.compat.proto.event_pb2 import SessionLog
 
 from megatron_sse.errors import UserError
 from megatron_sse.reading import read_yaml
-from megatron_sse.run_folder import CONFIG, TENSORBOARD
+from megatron_sse.run_folder import CONFIG, EVENTS, TENSORBOARD
 
 logger = logging.getLogger(__name__)
 
@@ -102,34 +103,67 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _written(path: Path) -> list[tuple[int, str]]:
-    """Return a sort key for event files: time, process and number in the process, which are all parts of the name."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in path.name.split(".")]
+@dataclass(frozen=True)
+class _EventFile:
+    """An event file's scalars. time: when it was begun. start, last: its first and last step."""
+
+    name: str
+    time: float
+    start: int
+    last: int
+    scalars: dict[str, Curve]
+
+
+def _read_file(path: Path) -> _EventFile | None:
+    """Read an event file as far as it is intact; None where it has no scalars."""
+    scalars: dict[str, Curve] = {}
+    time, starts = 0.0, []
+    for event in LegacyEventFileLoader(str(path)).Load():
+        time = time or event.wall_time
+        if event.session_log.status == SessionLog.START:
+            starts.append(event.step)
+        for value in event.summary.value:
+            if value.HasField("simple_value"):
+                scalars.setdefault(value.tag, []).append((event.step, value.simple_value))
+    steps = [step for curve in scalars.values() for step, _ in curve]
+    return _EventFile(path.name, time, min(starts + steps), max(steps), scalars) if steps else None
+
+
+def _in_order(files: list[_EventFile]) -> Iterator[_EventFile]:
+    """Yield event files in the order in which they were written.
+
+    It is that of their times, but a file whose steps continue others' comes after these, since the clock may have been
+    set back in between.
+    """
+    waiting = sorted(files, key=lambda file: (file.time, file.name))
+    reached = 0
+    while waiting:
+        continued = (file for file in waiting if file.start <= reached + 1)
+        file = next(continued, None) or min(waiting, key=lambda file: file.start)
+        waiting.remove(file)
+        reached = max(reached, file.last)
+        yield file
 
 
 def read_scalars(folder: Path) -> dict[str, Curve]:
     """Read the scalars of all event files of a run. Raises UserError where there are none.
 
-    The first step in a resumed run's file is the one after its checkpoint. Values of that and later steps in earlier
-    files are dropped, since these steps were repeated.
+    A resumed run's file begins with the step after its checkpoint. Values of that and later steps in earlier files are
+    dropped, since these steps were repeated.
     """
     # A file that was cut off is read as far as possible; tensorboard would warn about it.
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
-    scalars: dict[str, Curve] = {}
-    for path in sorted((folder / TENSORBOARD).glob("events.out.tfevents.*"), key=_written):
+    paths = sorted((folder / TENSORBOARD).glob(f"{EVENTS}.*"))
+    for path in paths:
         if not path.is_file():
             # A named pipe would be waited for.
             logger.warning("%s: not a regular file, left out", path)
-            continue
-        events = EventAccumulator(str(path), size_guidance={SCALARS: 0}, purge_orphaned_data=False)
-        events.Reload()
-        found = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-        if not found:
-            continue
-        start = min(step for curve in found.values() for step, _ in curve)
-        for tag in scalars.keys() | found.keys():
-            before = [(step, value) for step, value in scalars.get(tag, []) if step < start]
-            scalars[tag] = before + sorted(dict(found.get(tag, [])).items())
+    files = [file for path in paths if path.is_file() and (file := _read_file(path)) is not None]
+    scalars: dict[str, Curve] = {}
+    for file in _in_order(files):
+        for tag in scalars.keys() | file.scalars.keys():
+            before = [(step, value) for step, value in scalars.get(tag, []) if step < file.start]
+            scalars[tag] = before + sorted(dict(file.scalars.get(tag, [])).items())
     scalars = {tag: curve for tag, curve in scalars.items() if curve}
     if not scalars:
         raise UserError(f"{folder / TENSORBOARD}: no TensorBoard events; runs with monitor.tensorboard true write them")

@@ -1,6 +1,5 @@
 """The command `megatron-sse train`: one process of a training run."""
 
-import ctypes
 import logging
 import os
 import signal
@@ -8,22 +7,19 @@ from pathlib import Path
 
 from megatron_sse.config import RunConfig, ignored_settings
 from megatron_sse.config.derive import describe_run
+from megatron_sse.interrupts import end_with_launcher
 from megatron_sse.lease import Lease, LeaseLostError, hold
-from megatron_sse.logs import open_log
+from megatron_sse.logs import flush_console, open_log
 from megatron_sse.run_folder import LEASE
 from megatron_sse.training.request import Request
 
 logger = logging.getLogger(__name__)
 
-# An option of prctl: the signal that a process gets when its parent ends.
-PR_SET_PDEATHSIG = 1
-
 
 def run(request: Request) -> int:
     """Train the model; returns the exit status. Raises UserError."""
-    # If its launcher is killed, a process would otherwise keep its GPU, and the others would wait for it.
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        end_with_launcher()
     rank, config = int(os.environ.get("RANK", "0")), request.run_config
     description = describe_run(config, int(os.environ.get("WORLD_SIZE", "1")))
     if rank:
@@ -51,4 +47,7 @@ def _train(config: RunConfig, rank: int, description: list[str], lease: Lease | 
 
     if "RANK" not in os.environ:
         prepare_data(config)
-    return train(config, lease)
+    try:
+        return train(config, lease)
+    finally:
+        flush_console()

@@ -11,11 +11,13 @@ import psutil
 import torch.distributed as dist
 from torch.distributed import ProcessGroup, distributed_c10d
 
+from megatron_sse.parallel.groups import this_rank
+
 logger = logging.getLogger(__name__)
 
 # Processes that lost a peer report within this time of each other; one that does not report is taken for lost.
 SECONDS_TO_ANSWER = 2.0
-_LOST = re.compile("gloo|NCCL|Connection (closed|reset)|[Tt]imed out|Broken pipe")
+_LOST = re.compile("[Gg]loo|NCCL|Connection (closed|reset)|[Tt]imed out|Broken pipe")
 
 
 def is_lost_peer(error: BaseException) -> bool:
@@ -26,12 +28,17 @@ def is_lost_peer(error: BaseException) -> bool:
 def leave_for_peers(error: BaseException) -> None:
     """Store this process's error for the others, which lose contact when it ends; log its traceback."""
     logger.debug("failed", exc_info=error)
-    _leave(f"{type(error).__name__}: {' '.join(str(error).split())}")
+    _leave(f"{type(error).__name__}: {_one_line(error)}")
 
 
 def name_lost_peers(error: BaseException) -> str:
     """Return a line with the rank, what it was waiting for, and which other processes failed first or do not answer."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank = this_rank()
+    timed_out = re.search("[Tt]imed out|[Tt]imeout", str(error))
+    if not dist.is_initialized():
+        reason = "not all processes met within parallel.timeout_minutes" if timed_out else "the others were lost"
+        return f"rank {rank}: while the processes met, {reason} ({_one_line(error)})"
+    world_size = dist.get_world_size()
     _leave("")
     end = time.monotonic() + SECONDS_TO_ANSWER
     failed, silent = [], []
@@ -45,7 +52,7 @@ def name_lost_peers(error: BaseException) -> str:
         elif said:
             failed.append(f"rank {other} failed: {said}")
     causes = failed or ([f"no answer from rank {', '.join(silent)}"] if silent else ["contact was lost"])
-    reason = "timed out" if re.search("[Tt]imed out|[Tt]imeout", str(error)) else "lost its peers"
+    reason = "timed out" if timed_out else "lost its peers"
     return f"rank {rank}: {_describe_wait(error.__traceback__)} {reason}; {'; '.join(causes)}"
 
 
@@ -67,11 +74,17 @@ def _describe_wait(trace: TracebackType | None) -> str:
         if frame.f_globals.get("__name__") == distributed_c10d.__name__ and not frame.f_code.co_name.startswith("_"):
             if frame.f_code.co_name != "wrapper":
                 call = frame.f_code.co_name
-    if group is None:
+    # A group that is being made has no ranks yet.
+    if group is None or group not in distributed_c10d._world.pg_group_ranks:
         return call
     name = "the group of all processes" if group.group_desc == "default_pg" else group.group_desc
     ranks = ", ".join(map(str, dist.get_process_group_ranks(group)))
     return f"{call} in {name} (ranks {ranks})"
+
+
+def _one_line(error: BaseException) -> str:
+    """Return what an error says, without the C++ call stack that torch appends."""
+    return " ".join(str(error).partition("Exception raised from")[0].split())
 
 
 def _leave(text: str) -> None:

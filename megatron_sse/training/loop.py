@@ -7,6 +7,7 @@ import signal
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -33,12 +34,13 @@ from megatron_sse.data.batch import Batch
 from megatron_sse.data.fingerprint import describe_data
 from megatron_sse.data.iterators import ValidationFactory, build_data_iterators
 from megatron_sse.errors import INTERRUPT_EXIT, NOT_FINITE_EXIT, SharedUserError, UserError
+from megatron_sse.interrupts import ending_at_once
 from megatron_sse.lease import Lease
 from megatron_sse.model import build_model
 from megatron_sse.monitor import Monitor
 from megatron_sse.monitor.memory import is_out_of_memory, report_out_of_memory
 from megatron_sse.parallel.device import Device, setup_device
-from megatron_sse.parallel.groups import init_groups, init_process_group
+from megatron_sse.parallel.groups import init_groups, init_process_group, this_rank
 from megatron_sse.training.faults import is_lost_peer, leave_for_peers, name_lost_peers, seconds_since_launch
 from megatron_sse.training.optimizer import build_optimizer, set_learning_rate
 from megatron_sse.training.schedule import learning_rate
@@ -48,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 
 class NonFiniteError(Exception):
-    """An error for too many steps in a row whose loss or gradient was not finite."""
+    """An error for too many skipped steps in a row."""
 
 
 class Signals:
@@ -60,6 +62,7 @@ class Signals:
     def __init__(self, minutes: float | None = None) -> None:
         self.terminate = False
         self.interrupt = False
+        self._ends_at_once = False
         self.end = math.inf if minutes is None else time.monotonic() + 60 * minutes - seconds_since_launch()
         signal.signal(signal.SIGTERM, self._on_terminate)
         signal.signal(signal.SIGINT, self._on_interrupt)
@@ -69,7 +72,18 @@ class Signals:
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
         self.interrupt = True
-        raise KeyboardInterrupt
+        if not self._ends_at_once:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def while_meeting(self) -> Iterator[None]:
+        """Let SIGINT end the process at once in the block, in which torch may wait for other processes for minutes."""
+        self._ends_at_once = True
+        try:
+            with ending_at_once(report_interrupt):
+                yield
+        finally:
+            self._ends_at_once = False
 
     def share(self, device: Device, writing: bool) -> tuple[str | None, bool]:
         """Return the reason to end (or None), and whether any rank is still `writing` a checkpoint; the same on all."""
@@ -97,9 +111,10 @@ def train(config: RunConfig, lease: Lease | None = None) -> int:
     try:
         parallel = config.parallel
         device = setup_device(int(os.environ.get("LOCAL_RANK", 0)), parallel.tensor)
-        init_process_group(device, parallel.timeout_minutes)
         sizes = (parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, parallel.context)
-        groups = init_groups(*sizes, timeout_minutes=parallel.timeout_minutes)
+        with signals.while_meeting():
+            init_process_group(device, parallel.timeout_minutes)
+            groups = init_groups(*sizes, timeout_minutes=parallel.timeout_minutes)
         hashes = config.checkpoint.verify == "hashes"
         resume = first_intact(candidates, hashes)
         if resume is None:
@@ -107,7 +122,7 @@ def train(config: RunConfig, lease: Lease | None = None) -> int:
         run = Run(config, groups, device, resume, weights, lease)
         run.run(signals)
     except (NonFiniteError, SaveError) as error:
-        if dist.get_rank() == 0:
+        if this_rank() == 0:
             logger.error("%s", error)
             logger.info("%s", describe_resume(config))
         return NOT_FINITE_EXIT if isinstance(error, NonFiniteError) else 1
@@ -119,8 +134,7 @@ def train(config: RunConfig, lease: Lease | None = None) -> int:
     except (KeyboardInterrupt, Exception) as error:
         # When a peer was interrupted first, the collective that waits for it fails with an error of its own.
         if signals.interrupt:
-            if dist.get_rank() == 0:
-                logger.error("interrupted; nothing saved since the last checkpoint")
+            report_interrupt()
             return INTERRUPT_EXIT
         if is_lost_peer(error):
             logger.error("%s", name_lost_peers(error))
@@ -135,6 +149,12 @@ def train(config: RunConfig, lease: Lease | None = None) -> int:
             run.saver.abandon()
     dist.destroy_process_group()
     return 0
+
+
+def report_interrupt() -> None:
+    """Log, on rank 0, that the run was interrupted."""
+    if this_rank() == 0:
+        logger.error("interrupted; nothing saved since the last checkpoint")
 
 
 class Run:
@@ -167,7 +187,7 @@ class Run:
         self.stage = stage_of_step(self.stages, self.first_step)
         self.saver = Saver(config, chunks, self.trainer.optimizer, groups, lease)
         self.skipped_in_a_row = 0
-        self.monitor = Monitor(config, groups, chunks, device)
+        self.monitor = Monitor(config, groups, chunks, device, self.first_step)
 
     def run(self, signals: Signals) -> None:
         """Train to the last step, or to a signal or the time limit; validate and save on the way, and save at the end.
@@ -283,16 +303,19 @@ class Run:
     def _report(self, step: int, result: StepResult, rate: float, seconds: float) -> None:
         settings = self.stage.config
         tokens = settings.training.global_batch_size * settings.data.sequence_length
-        self.monitor.step(step, result.losses, rate, result.grad_norm, tokens, seconds, result.skipped)
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
-        if not result.skipped:
+        skip = result.skip
+        reason = None if skip is None else skip.reason
+        self.monitor.step(step, result.losses, rate, result.grad_norm, tokens, seconds, reason)
+        if skip is None:
+            self.skipped_in_a_row = 0
             self.saver.prove(step)
+            return
+        self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= self.config.training.max_skipped_steps:
             self._give_up_checkpoint(step - self.skipped_in_a_row)
             raise NonFiniteError(
-                f"training.max_skipped_steps: the loss or the gradient norm was not finite in {self.skipped_in_a_row} "
-                f"steps in a row (the last was step {step}), stopped without saving; a lower optimizer.learning_rate "
-                f"or a longer optimizer.warmup_steps may help"
+                f"training.max_skipped_steps: {self.skipped_in_a_row} steps in a row were skipped (the last was step "
+                f"{step}: {skip.reason}), stopped without saving; {skip.advice}"
             )
 
     def _give_up_checkpoint(self, step: int) -> None:

@@ -29,16 +29,42 @@ from megatron_sse.parallel.vocabulary import likeliest_tokens
 
 
 @dataclass(frozen=True)
+class Skip:
+    """Why a step leaves the weights unchanged, and what may help where it happens again and again."""
+
+    reason: str
+    advice: str
+
+
+NOT_FINITE = Skip(
+    "loss or gradient not finite",
+    "a lower optimizer.learning_rate or a longer optimizer.warmup_steps may help",
+)
+REPLICAS_DIFFER = Skip(
+    "gradient not finite on some of the replicas only",
+    "replicas have the same gradient unless a machine computes or stores wrongly",
+)
+ALL_MASKED = Skip(
+    "all tokens are masked",
+    "no token of the batch counts in the loss: check what data.train masks",
+)
+
+
+@dataclass(frozen=True)
 class StepResult:
-    """The result of one step, the same on every rank.
+    """The result of one step, the same on every rank but for grad_norm where replicas differ.
 
     losses: "loss" in nats per token; with SSE layers "balance_loss", the mean over layers without its coefficient.
-    grad_norm: before clipping. skipped: loss or gradient was not finite, so the weights are unchanged.
+    grad_norm: before clipping. skip: why the weights are unchanged; None where the optimizer stepped.
     """
 
     losses: dict[str, float]
     grad_norm: float
-    skipped: bool
+    skip: Skip | None
+
+    @property
+    def skipped(self) -> bool:
+        return self.skip is not None
 
 
 class Trainer:
@@ -87,15 +113,13 @@ class Trainer:
             mixer.metrics.reset()
         loss_sums = self._run_schedule(self._scale(islice(batches, self.num_micro_batches)), forward_only=False)
 
-        losses = self._mean_losses(loss_sums)
         self.optimizer.prepare_grads()
         grad_norm = self.optimizer.get_grad_norm()
-        # Both numbers are the same on every rank, so that either all ranks step or none does.
-        finite = math.isfinite(losses["loss"]) and math.isfinite(grad_norm)
-        if finite:
+        losses, skip = self._reduce(loss_sums, grad_norm)
+        if skip is None:
             clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), self.config.optimizer.clip_grad, grad_norm)
             self.optimizer.step_with_ready_grads()
-        return StepResult(losses, grad_norm, skipped=not finite)
+        return StepResult(losses, grad_norm, skip)
 
     @torch.no_grad()
     def validate(self, batches: Iterator[Batch]) -> dict[str, float]:
@@ -110,7 +134,7 @@ class Trainer:
         for first in batches:
             micro_batches = chain([first], islice(batches, self.num_micro_batches - 1))
             loss_sums += self._run_schedule(micro_batches, forward_only=True)
-        means = self._mean_losses(loss_sums)
+        means, _ = self._reduce(loss_sums)
         return {name: means[name] for name in ("loss", "accuracy") if name in means}
 
     def _scale(self, micro_batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -139,30 +163,38 @@ class Trainer:
             pg_collection=self.groups,
         )
 
-    def _mean_losses(self, loss_sums: list[Tensor]) -> dict[str, float]:
-        """Return means over all ranks.
+    def _reduce(self, loss_sums: list[Tensor], grad_norm: float = 0.0) -> tuple[dict[str, float], Skip | None]:
+        """Return means over all ranks, and why the step has to be skipped, the same on every rank.
 
         loss_sums: for each micro-batch [2] (sum of losses, tokens) or [4] (also right answers, answers); filled on the
-        last pipeline stage, empty on the others.
+        last pipeline stage, empty on the others. grad_norm: this rank's. Replicas have the same, unless a bit flipped
+        on one of them.
         """
-        totals_6 = torch.zeros(6, dtype=torch.float64, device=self.optimizer.get_loss_scale().device)
+        totals_7 = torch.zeros(7, dtype=torch.float64, device=self.optimizer.get_loss_scale().device)
         for loss_sum in loss_sums:
-            totals_6[: len(loss_sum)] += loss_sum
+            totals_7[: len(loss_sum)] += loss_sum
         for mixer in self.mixers:
             means = mixer.metrics.means()
             if "balance_loss" in means:
-                totals_6[4] += means["balance_loss"]
-                totals_6[5] += 1
+                totals_7[4] += means["balance_loss"]
+                totals_7[5] += 1
+        if not math.isfinite(grad_norm):
+            totals_7[6] += 1
         # Not over the tensor group, whose ranks all have the same sums.
-        for group in (self.groups.pp, self.groups.dp_cp):
-            dist.all_reduce(totals_6, group=group)
-        loss, tokens, right, answers, balance_loss, num_layers = totals_6.tolist()
-        losses = {"loss": loss / max(tokens, 1.0)}
+        sums_over = (self.groups.pp, self.groups.dp_cp)
+        for group in sums_over:
+            dist.all_reduce(totals_7, group=group)
+        loss, tokens, right, answers, balance_loss, num_layers, not_finite = totals_7.tolist()
+        losses = {"loss": loss / tokens if tokens else math.nan}
         if answers:
             losses["accuracy"] = right / answers
         if num_layers:
             losses["balance_loss"] = balance_loss / num_layers
-        return losses
+        if 0 < not_finite < math.prod(group.size() for group in sums_over):
+            return losses, REPLICAS_DIFFER
+        if not tokens:
+            return losses, ALL_MASKED
+        return losses, NOT_FINITE if not_finite or not math.isfinite(losses["loss"]) else None
 
 
 def one_ahead(micro_batches: Iterator[Batch]) -> Iterator[Batch]:

@@ -17,6 +17,8 @@ from tests.workers import fork_context
 STEP, SAVE = "step", "save"
 # After a step all weights become nan or huge; or a batch makes the loss of the step nan.
 WEIGHTS, BATCH = "weights", "batch"
+# Or before the first step: when a function of megatron_sse.training.loop is called.
+MEET, GROUPS, MODEL = "init_process_group", "init_groups", "build_model"
 FAULTY_STEP, FAULTY_SAVE = 3, 2
 EVERY = 0
 SECONDS_TO_END = 120
@@ -116,8 +118,18 @@ def run_rank(rank: int, world_size: int, port: int, config: str, fault: Fault | 
 
 def _inject(fault: Fault) -> None:
     from megatron_sse import durable
+    from megatron_sse.training import loop
     from megatron_sse.training.step import Trainer
 
+    if fault.point in (MEET, GROUPS, MODEL):
+        start = getattr(loop, fault.point)
+
+        def fail_first(*args: Any, **options: Any) -> Any:
+            fault.happen()
+            return start(*args, **options)
+
+        setattr(loop, fault.point, fail_first)
+        return
     calls = 0
 
     def count(limit: int) -> None:

@@ -129,3 +129,16 @@ def test_a_folder_that_becomes_read_only(small_disk: Path, monkeypatch: pytest.M
     assert codes == [2]
     assert re.search("monitor.folder: got .*, allowed a folder that can be written to .Read-only file system.", output)
     assert newest(small_disk) == "iter_0000002"
+
+
+def test_a_disk_that_left_overs_fill(small_disk: Path) -> None:
+    """What an interrupted save left behind is deleted before the space is judged."""
+    left = small_disk / "run/checkpoints/partial_iter_0000002"
+    left.mkdir(parents=True)
+    with pytest.raises(OSError, match="No space left"), (left / "__0_0.distcp").open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    config = write_run(small_disk, training=TRAINING | {"steps": 2})
+    codes, output = Processes(config, None, world_size=1).start().end()
+    assert codes == [0], output
+    assert newest(small_disk) == "iter_0000002" and not left.exists()

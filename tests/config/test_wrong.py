@@ -228,17 +228,21 @@ WRONG_OVERRIDES = {
     "training.steps.more=3": "training.steps.more: training.steps holds a value (10), not a section",
     "model.sse={num_heads: 4": "model.sse: not valid YAML: expected ',' or '}', but got '<stream end>'",
     "model.vocab_multiple=0": "model.vocab_multiple: got 0, allowed at least 1",
-    "model.transformer.hidden_dropuot=0.1": "model.transformer.hidden_dropuot: got an unknown key, allowed a field of "
-    "Megatron's TransformerConfig; did you mean model.transformer.hidden_dropout?",
-    "model.transformer.hidden_dropout=lots": "model.transformer.hidden_dropout: got 'lots', allowed a number",
-    "model.transformer.attention_backend=fast": "model.transformer.attention_backend: got 'fast', allowed flash, ...",
+    "model.transformer.hidden_dropuot=0.1": "model.transformer.hidden_dropuot: got 0.1, allowed nothing: of the fields "
+    "of Megatron's TransformerConfig only attention_dropout, ... have an effect here; "
+    "did you mean model.transformer.hidden_dropout?",
+    "model.transformer.hidden_dropout=lots": "model.transformer.hidden_dropout: got 'lots', "
+    "allowed a number from 0.0 up to, but not including, 1.0",
+    "model.transformer.hidden_dropout=-1": "model.transformer.hidden_dropout: got -1, allowed a number from 0.0 ...",
+    "model.transformer.hidden_dropout=.nan": "model.transformer.hidden_dropout: got nan, allowed a number from 0.0 ...",
+    "model.transformer.attention_dropout=1.0": "model.transformer.attention_dropout: got 1.0, allowed a number ...",
+    "model.transformer.softmax_scale=.nan": "model.transformer.softmax_scale: got nan, "
+    "allowed a number above 0.0 or null",
+    "model.transformer.softmax_scale=0": "model.transformer.softmax_scale: got 0, allowed a number above 0.0 or null",
+    "model.transformer.softmax_scale=.inf": "model.transformer.softmax_scale: got inf, allowed a number above 0.0 ...",
+    "model.transformer.cp_comm_type=ring": "model.transformer.cp_comm_type: got 'ring', "
+    "allowed p2p, all_gather, a2a or null",
     "model.transformer.bf16=true": "model.transformer.bf16: got true, allowed nothing: use training.precision",
-    "model.transformer.num_moe_experts=2": "model.transformer.num_moe_experts: got 2, allowed nothing: "
-    "the model does not support it",
-    "model.transformer.no_sync_func=f": "model.transformer.no_sync_func: got 'f', allowed nothing: "
-    "the field cannot be written in YAML",
-    "model.transformer.cpu_offloading_num_layers=9 model.transformer.cpu_offloading=true": "model.transformer: "
-    "Megatron-Core refuses: CPU offloading can be done only for layers less than 6",
     "parallel.context=256 data.sequence_length=128": "data.sequence_length: got 128, "
     "allowed a multiple of 256: parallel.context 256",
     "parallel.context=128 parallel.layout=zigzag data.sequence_length=128": "data.sequence_length: got 128, "
@@ -259,8 +263,6 @@ WRONG_OVERRIDES = {
     "allowed p2p, all_gather, a2a or null",
     "parallel.context=2 model.transformer.attention_dropout=0.1": "model.transformer.attention_dropout: got 0.1, "
     "allowed 0.0 while parallel.context is above 1",
-    "parallel.context=2 model.transformer.softmax_type=learnable": "model.transformer.softmax_type: got 'learnable', "
-    "allowed vanilla while parallel.context is above 1",
     "model.transformer.add_qkv_bias=true": "model.transformer.add_qkv_bias: got true, "
     "allowed nothing: use model.softmax.qkv_bias",
     "monitor.profile_steps=[3,2]": "monitor.profile_steps: got [3, 2], "
@@ -378,6 +380,8 @@ IGNORED = {
     UNWEIGHTED: "model.sse.weight_scale is ignored: model.sse.weight_writes and weight_reads are false",
     "model.transformer.cp_comm_type=p2p": "model.transformer.cp_comm_type is ignored: "
     "only bf16 softmax layers with parallel.context above 1 use it",
+    "model.layers=sse model.softmax={} model.transformer.softmax_scale=0.5": "model.transformer.softmax_scale "
+    "is ignored: model.layers has no softmax layer",
     "monitor.profile_ranks=[1]": "monitor.profile_ranks is ignored: "
     "monitor.profile_steps and monitor.memory_steps are null",
     "training.validation_interval=5": "training.validation_interval is ignored: there is no validation data",

@@ -135,6 +135,15 @@ def test_a_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert mark == BAD and "set checkpoint.keep_last" in text
 
 
+def test_what_the_next_save_deletes_counts_as_free(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**30, 2**30 - 2**10, 2**10))
+    left = folder / "run/checkpoints/partial_iter_0000004"
+    left.mkdir()
+    with (left / "__0_0.distcp").open("wb") as file:
+        file.truncate(2**30)
+    assert marks(folder)["disk"][0] == GOOD
+
+
 def test_number_of_checkpoints(folder: Path) -> None:
     overrides = ["checkpoint.interval=10", "training.steps=1000"]
     assert "99 checkpoints" in marks(folder, *overrides)["disk"][1]

@@ -16,7 +16,7 @@ PROGRESS = Progress(
     mfu=0.4123,
     memory_gib=1.234,
     seconds_left=185.2,
-    skipped=False,
+    skip=None,
 )
 
 
@@ -35,7 +35,7 @@ def test_what_is_not_known_is_left_out():
 
 def test_a_skipped_step_says_so():
     assert (
-        replace(PROGRESS, skipped=True, loss=float("nan"))
+        replace(PROGRESS, skip="loss or gradient not finite", loss=float("nan"))
         .line()
         .endswith("left | SKIPPED: loss or gradient not finite")
     )

@@ -1,11 +1,13 @@
 """Event files of a run, of a resumed run and of a killed run; folders that are no runs."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
 
 from megatron_sse.errors import UserError
+from megatron_sse.monitor.events import Events
 from megatron_sse.plot.read import RunLog, read_runs, read_scalars
 from tests.plot.runs import write_events, write_run
 
@@ -50,6 +52,30 @@ def test_event_files_of_one_second_are_read_in_their_order(tmp_path: Path) -> No
         [path] = (path for path in (tmp_path / "tensorboard").iterdir() if not path.name.endswith("host.1.9"))
         path.rename(path.with_name(f"events.out.tfevents.1700000000.host.1.{number}"))
     assert read_scalars(tmp_path)["train/loss"] == [(1, 2.0), (2, 2.0)]
+
+
+@pytest.mark.parametrize("old_name", [False, True])
+def test_a_clock_that_was_set_back(old_name: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The resumed run's file is the later one, whatever its times; its name is in order, unless torch chose it."""
+    for clock, first_step, value in ((2e9, 1, 1.0), (1e9, 4, 2.0)):
+        monkeypatch.setattr(time, "time", lambda clock=clock: clock)
+        events = Events(tmp_path / "tensorboard", first_step)
+        for step in range(first_step, first_step + 6):
+            events.write(step, {"train/loss": value})
+    assert [path.name[:31] for path in sorted((tmp_path / "tensorboard").iterdir())] == [
+        "events.out.tfevents.2000000000.",
+        "events.out.tfevents.2000000001.",
+    ]
+    if old_name:
+        assert events.path is not None
+        events.path.rename(events.path.with_name("events.out.tfevents.1000000000.host.1.0"))
+    assert read_scalars(tmp_path)["train/loss"] == [(n, 1.0 if n < 4 else 2.0) for n in range(1, 10)]
+
+
+def test_a_run_that_was_started_anew(tmp_path: Path) -> None:
+    for steps, value in (((1, 2, 3, 4, 5), 1.0), ((4, 5, 6), 2.0), ((1, 2), 3.0)):
+        write_events(tmp_path, losses(*steps, value=value))
+    assert read_scalars(tmp_path)["train/loss"] == [(1, 3.0), (2, 3.0)]
 
 
 def test_a_tag_that_the_resumed_run_has_not_written_yet(tmp_path: Path) -> None:

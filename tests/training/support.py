@@ -12,7 +12,7 @@ from tests.data.files import random_documents, run_config, write_tokens
 DEFAULTS: dict[str, dict[str, Any]] = {
     "training": {"steps": 8, "global_batch_size": 4, "micro_batch_size": 1, "precision": "fp32"},
     "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2},
-    "monitor": {"tensorboard": False, "health_interval": 1000},
+    "monitor": {"health_interval": 1000},
 }
 
 
