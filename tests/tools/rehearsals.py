@@ -123,8 +123,11 @@ def seed_faults() -> None:
     def sum_on_host(x: torch.Tensor) -> None:
         dist.all_reduce(torch.zeros(1, device="cpu"))
 
+    def seeded_norm(*args: Any) -> Any:
+        return local_multi_tensor_l2_norm(*args)
+
     torch.eye = seeded_eye
-    clip_grads.l2_norm_impl = local_multi_tensor_l2_norm
+    clip_grads.l2_norm_impl = seeded_norm
     batch.to_device = seeded_copy
     loop.init_process_group, loop.build_model = seeded_process_group, seeded_build
     Trainer.train_step, SSEMixer.forward = seeded_step, seeded_forward

@@ -29,8 +29,9 @@ def run(path: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
 
 
-# Seeded bugs are faults. torch.compile starts a process of its own, which would want a GPU. ttsem says that all tensors are
-# on a GPU, where the torch form that test_scan compares with also walks unused pieces, which hold random numbers there.
+# Seeded bugs are faults. torch.compile starts a process of its own, which would want a GPU. ttsem makes torch say
+# that all tensors are on a GPU, where the torch form that test_scan compares with also walks unused pieces, which hold
+# random numbers there.
 LEFT_OUT = ["-k", "not is_seen and not compiled_as_one_graph"]
 LEFT_OUT += ["--deselect", "tests/kernels/triton/test_scan.py::test_scan"]
 
