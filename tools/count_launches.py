@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 
 from megatron_sse.errors import USER_ERROR_EXIT, UserError
 from megatron_sse.recurrence import RECURRENCES
-from megatron_sse.tools.compile_kernels import ARCHITECTURES
 from megatron_sse.tools.rehearsal.guard import load_guard
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ PARTITIONS, PICKS, CONVOLUTION = 4, 1, 4
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default=",".join(map(str, ARCHITECTURES)))
+    parser.add_argument("--arch", default="80,90,100")
     parser.add_argument("--recurrences", default="gla,gdn")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--heads", type=int, default=16)

@@ -16,6 +16,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_sse.config import RunConfig
@@ -45,6 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--ranks", type=int, default=1, help="processes of the run (default: 1)")
+    parser.add_argument(
+        "--transformer-engine",
+        type=Path,
+        metavar="FOLDER",
+        help="its unpacked wheel: rehearse with its Python code, too",
+    )
     options = parser.parse_intermixed_args(arguments)
     try:
         with tempfile.TemporaryDirectory(prefix="rehearse_gpu_") as folder:
@@ -52,14 +59,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config = load_config(options.config, overrides)
             describe_run(config, options.ranks)
             load_guard()
-            return rehearse_ranks(config, options.ranks, install_stand_ins(options.ranks))
+            return rehearse_ranks(config, options.ranks, install_stand_ins(options.ranks, options.transformer_engine))
     except UserError as error:
         print(f"rehearse_gpu: {error}", file=sys.stderr)
         return USER_ERROR_EXIT
 
 
-def install_stand_ins(num_ranks: int) -> Findings:
-    """Make torch take this machine for one with `num_ranks` GPUs; return what receives the findings."""
+def install_stand_ins(num_ranks: int, transformer_engine: Path | None = None) -> Findings:
+    """Make torch take this machine for one with `num_ranks` GPUs; return what receives the findings.
+
+    transformer_engine: the folder of its unpacked wheel, to be used over a stand-in for its compiled part.
+    """
     # Triton's operators by their fake implementations; compiled functions line by line, so that places are known.
     os.environ.update(TRITON_INTERPRET="0", TORCHDYNAMO_DISABLE="1")
     from megatron_sse.tools.rehearsal.cuda import GPUS, install_cuda
@@ -71,6 +81,10 @@ def install_stand_ins(num_ranks: int) -> Findings:
     from megatron_sse.tools.rehearsal.launches import Launches
 
     Launches().install(GPUS[ARCHITECTURE], compile=False)
+    if transformer_engine is not None:
+        from megatron_sse.tools.rehearsal.engine import install_engine
+
+        install_engine(transformer_engine, findings.note)
     return findings
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from megatron_sse.tools.compile_kernels import SHARED_LIMIT
 from megatron_sse.tools.rehearsal.findings import Kind
 
 
@@ -33,11 +32,11 @@ class GPU:
         return divmod(self.architecture, 10)
 
 
-# By compute capability.
+# By compute capability, as the GPUs themselves report it.
 GPUS = {
-    80: GPU("NVIDIA A100-SXM4-80GB", 80, 80 << 30, 108, SHARED_LIMIT[80]),
-    90: GPU("NVIDIA H200", 90, 141 << 30, 132, SHARED_LIMIT[90]),
-    100: GPU("NVIDIA B200", 100, 180 << 30, 148, SHARED_LIMIT[100]),
+    80: GPU("NVIDIA A100-SXM4-80GB", 80, 80 << 30, 108, 163 << 10),
+    90: GPU("NVIDIA H200", 90, 141 << 30, 132, 227 << 10),
+    100: GPU("NVIDIA B200", 100, 180 << 30, 148, 227 << 10),
 }
 Note = Callable[[Kind, str], None]
 

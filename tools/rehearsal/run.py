@@ -44,11 +44,28 @@ def _install_megatron(num_ranks: int) -> None:
     state = torch.zeros(16, dtype=torch.uint8)
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: state
     megatron_random._set_cuda_rng_state = lambda *args, **kwargs: None
+    torch.nn.Module._apply = _apply  # type: ignore[method-assign,assignment]
     if num_ranks > 1:
         # The peers' parts are copies of this rank's: together they make up no complete tensors.
         preprocess = save.save_preprocess
         save.save_preprocess = lambda state, **kwargs: preprocess(state, validate_access_integrity=False)
         default_planner._validate_global_plan = lambda *args: []
+
+
+def _apply(module: torch.nn.Module, function: Any, recurse: bool = True) -> torch.nn.Module:
+    """Do what Module._apply does. That of torch keeps a parameter's attributes only if its tensor class stays."""
+    for child in module.children():
+        _apply(child, function)
+    for tensors in (module._parameters, module._buffers):
+        for name, x in tensors.items():
+            if x is None:
+                continue
+            moved = function(x)
+            if isinstance(x, torch.nn.Parameter) and moved is not x:
+                moved = torch.nn.Parameter(moved.detach(), x.requires_grad)
+                moved.__dict__.update(x.__dict__)
+            tensors[name] = moved
+    return module
 
 
 def _watch_steps(findings: Findings) -> None:
