@@ -128,6 +128,8 @@ class _Extension(ModuleType):
     def __init__(self, note: Note) -> None:
         super().__init__(EXTENSION)
         self._note = note
+        # `from transformer_engine_torch import *` takes what the module itself holds.
+        self.__dict__.update({name: getattr(self, name) for name in vars(_Extension) if not name.startswith("_")})
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
