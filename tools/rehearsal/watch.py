@@ -121,7 +121,7 @@ class Watch(TorchDispatchMode):
         to_gpu = from_gpu if wanted is None else _is_cuda(wanted)
         if from_gpu == to_gpu:
             return func(*args, **kwargs)
-        self._note_copy(source, source, to_gpu, bool(kwargs.get("non_blocking")))
+        self._note_copy(source, to_gpu, bool(kwargs.get("non_blocking")))
         dtype = kwargs.get("dtype") or source.dtype
         if to_gpu:
             return self._to_gpu(source, dtype)
@@ -134,10 +134,12 @@ class Watch(TorchDispatchMode):
         if to_gpu == isinstance(source, FakeTensor):
             return func(*args, **kwargs)
         non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking")
-        self._note_copy(source, target, to_gpu, bool(non_blocking))
+        self._note_copy(source, to_gpu, bool(non_blocking))
         return target
 
-    def _note_copy(self, source: Tensor, target: Tensor, to_gpu: bool, non_blocking: bool) -> None:
+    def _note_copy(self, source: Tensor, to_gpu: bool, non_blocking: bool) -> None:
+        if source.numel() == 0:
+            return
         what = f"{str(source.dtype).removeprefix('torch.')} {list(source.shape)}"
         if to_gpu and not (non_blocking and self.is_pinned(source)):
             self.findings.note(Kind.PAGEABLE_COPY, what)
