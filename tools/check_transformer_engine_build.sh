@@ -3,7 +3,7 @@
 #   tools/check_transformer_engine_build.sh PYTHON [PATTERN]
 # PYTHON: of an environment with the CUDA build of the pinned torch, whose wheels brought CUDA's headers. No GPU is
 # needed. One is made by
-#   python3 -m venv FOLDER && FOLDER/bin/pip install -c constraints.txt torch setuptools wheel "cuda-toolkit[cccl]"
+#   python3 -m venv FOLDER && FOLDER/bin/pip install -c constraints.txt torch packaging setuptools wheel "cuda-toolkit[cccl]"
 # PATTERN: only files whose path matches, such as attention. JOBS: files at a time (default: one per processor).
 # Run it whenever constraints.txt changes torch or Transformer Engine. Exit status: 0 if all compile, 1 if not.
 set -euo pipefail
@@ -13,7 +13,17 @@ if [ $# -lt 1 ] || [ "$1" = -h ] || [ "$1" = --help ]; then
 fi
 python=$1 pattern=${2:-.}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-version=$(sed -n 's/^transformer-engine==\([^ ;]*\).*/\1/p' "$root/constraints.txt" | head -1)
+version=$("$python" - "$root/constraints.txt" <<'END'
+import sys
+from packaging.requirements import Requirement
+
+for line in open(sys.argv[1]):
+    if line.startswith("transformer-engine=="):
+        pin = Requirement(line)
+        if pin.marker is None or pin.marker.evaluate():
+            print(next(iter(pin.specifier)).version)
+END
+)
 packages=$("$python" -c 'import torch, pathlib; print(pathlib.Path(torch.__file__).parents[1])')
 nvidia=$packages/nvidia
 if [ ! -f "$packages/torch/include/c10/cuda/impl/cuda_cmake_macros.h" ]; then
