@@ -8,18 +8,7 @@ from tests.tools.rehearsals import CONFIG, ROOT, SMALL, Rehearsal, Wrong, rehear
 
 NORM = ("megatron/core/utils.py", "local_multi_tensor_l2_norm")
 # What is known to be wrong today. Whoever mends one of these takes it out: a known fault that is not found fails too.
-KNOWN = {
-    # The gradient norm without Transformer Engine and Apex, parameter by parameter.
-    Wrong("the host reads a value from the GPU", *NORM),
-    Wrong("a copy to the GPU from memory that is not pinned", *NORM),
-    # All micro-batches of a step are copied before the first one is computed.
-    Wrong(
-        "more than one micro-batch copied ahead of the one that is computed",
-        "megatron_sse/training/step.py",
-        "train_step",
-    ),
-    Wrong("init_process_group without device_id", "megatron_sse/parallel/groups.py", "init_process_group"),
-}
+KNOWN: set[Wrong] = set()
 
 
 @pytest.fixture(scope="module")
