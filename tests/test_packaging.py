@@ -52,7 +52,7 @@ def sources() -> list[str]:
     return sorted(
         f"{place}/{path.relative_to(folder)}"
         for folder, place in places.items()
-        for pattern in ("*.py", "*.yaml")
+        for pattern in ("*.py", "*.yaml", "*.cpp")
         for path in folder.rglob(pattern)
         if not any(parent.is_symlink() for parent in path.parents if parent.is_relative_to(ROOT))
     )
@@ -60,7 +60,7 @@ def sources() -> list[str]:
 
 def test_wheel_and_sdist_hold_each_file_once(wheel: Path, sdist: Path) -> None:
     def is_source(name: str) -> bool:
-        return name.endswith((".py", ".yaml"))
+        return name.endswith((".py", ".yaml", ".cpp"))
 
     assert sorted(filter(is_source, zipfile.ZipFile(wheel).namelist())) == sources()
     with tarfile.open(sdist) as archive:

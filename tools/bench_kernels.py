@@ -11,6 +11,7 @@ import importlib.util
 import math
 import platform
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -244,6 +245,25 @@ def _ceilings() -> tuple[float, float]:
     return 2 * source.nbytes / copy_ms * 1e3, 2 * 8192**3 / product_ms * 1e3
 
 
+def host_time(shape: Shape, repeats: int = 20) -> list[str]:
+    """Return lines with the time in which the host queues a layer's attention, next to that with the GPU's work."""
+    problem, lines = Problem(shape, "cuda"), []
+    for name, run in (
+        ("forward", lambda: problem.ours("varlen")),
+        ("forward + backward", lambda: torch.autograd.grad(problem.ours("varlen"), problem.leaves, problem.grad_o)),
+    ):
+        run()
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        queued = time.perf_counter() - begin
+        torch.cuda.synchronize()
+        done = time.perf_counter() - begin
+        lines.append(f"{shape}, {name}: host {1e6 * queued / repeats:.0f} us, GPU {1e6 * done / repeats:.0f} us")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fla", type=Path)
@@ -252,6 +272,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="4096,16384,65536,131072")
     parser.add_argument("--banks", default="4x1,4x2,16x1,16x2", help="partitions x picks")
     parser.add_argument("--roofline", action="store_true", help="also compare the time of each kernel with its ceiling")
+    parser.add_argument("--host-time", action="store_true", help="only the time in which the host queues the launches")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     if options.fla is not None:
@@ -265,7 +286,11 @@ def main() -> None:
         for heads, dim in (map(int, x.split("x")) for x in options.shapes.split(",")):
             for partitions, picks in (map(int, x.split("x")) for x in options.banks.split(",")):
                 for tokens in map(int, options.tokens.split(",")):
-                    lines += rows_of(Shape(tokens, heads, dim, partitions, picks, recurrence), device)
+                    shape = Shape(tokens, heads, dim, partitions, picks, recurrence)
+                    if options.host_time:
+                        print(*host_time(shape), sep="\n", flush=True)
+                    else:
+                        lines += rows_of(shape, device)
             if options.roofline and device == "cuda":
                 tokens, (partitions, picks) = max(map(int, options.tokens.split(","))), (4, 1)
                 lines += roofline(Shape(tokens, heads, dim, partitions, picks, recurrence))

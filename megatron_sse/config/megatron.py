@@ -134,6 +134,8 @@ def transformer_settings(config: RunConfig, on_gpu: bool = False) -> dict[str, A
         batch_p2p_comm=not interleaved,
         cross_entropy_loss_fusion=fuses_loss(config, on_gpu),
         bias_activation_fusion=fuses_swiglu(config, on_gpu),
+        # Older releases of torch needed the host to wait for the GPU after every batch of sends and receives.
+        batch_p2p_sync=False,
         calculate_per_token_loss=True,
         hetereogenous_dist_checkpoint=True,
         **(recompute if config.training.recompute == "full" else {}),
