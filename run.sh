@@ -54,7 +54,8 @@ compile_transformer_engine() {
   "${pip[@]}" install -c "$root/constraints.txt" "cuda-toolkit[nvcc,cccl]" ninja &&
     # Not from pip's cache: what was compiled there for another torch has the same name.
     "${pip[@]}" install -c "$root/constraints.txt" --no-cache-dir --no-build-isolation -v -e "$root[gpu]" &&
-    "$venv/bin/python" -c 'import transformer_engine.pytorch'
+    # After torch, as every run does: torch loads cuBLAS, which Transformer Engine alone does not find everywhere.
+    "$venv/bin/python" -c 'import torch, transformer_engine.pytorch'
 }
 
 install_transformer_engine() {

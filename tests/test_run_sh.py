@@ -22,7 +22,7 @@ case "$*" in
       cat "$here/broken"
       exit 1
     fi ;;
-  "-c import transformer_engine"*)
+  "-c import torch, transformer_engine"*)
     [ ! -e "$here/not_importable" ] || { cat "$here/not_importable"; exit 1; } ;;
   "-m megatron_sse.launch"*) echo "launched ${*:3}" ;;
   -c*) exit 0 ;;
