@@ -16,7 +16,7 @@ from megatron_sse.convert.request import Request as Convert
 from megatron_sse.data.builder.request import Request as DataBuild
 from megatron_sse.data.request import Request as DataInspect
 from megatron_sse.doctor.request import Request as Doctor
-from megatron_sse.errors import INTERRUPT_EXIT, USER_ERROR_EXIT, SharedUserError, UserError, describe_os_error
+from megatron_sse.errors import INTERRUPT_EXIT, USER_ERROR_EXIT, SharedUserError, UserError, describe_error
 from megatron_sse.evaluation.request import Request as Evaluate
 from megatron_sse.inference.request import Request as Generate
 from megatron_sse.inspection.request import Request as InspectStates
@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         # Such as a path that is too long, or a folder in the place of a file.
         logger.debug("%s", error, exc_info=True)
-        print(describe_os_error(error), file=sys.stderr)
+        print(describe_error(error), file=sys.stderr)
         return USER_ERROR_EXIT
 
 

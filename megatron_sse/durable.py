@@ -82,13 +82,6 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def describe(error: Exception) -> str:
-    """Return a message of one line, with the file, for an error of the file system."""
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split())
-
-
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's content, as hexadecimal digits."""
     digest = hashlib.sha256()

@@ -13,8 +13,10 @@ class UserError(Exception):
     """A setting, file or machine that does not fit. One line: key or path, what is wrong, what to change."""
 
 
-def describe_os_error(error: OSError) -> str:
-    """Return one line for an error of the system."""
+def describe_error(error: Exception) -> str:
+    """Return one line for an error; for one of the file system with the file."""
+    if not isinstance(error, OSError):
+        return " ".join(str(error).split())
     place = "" if error.filename is None else f"{str(error.filename)[:200]}: "
     return f"{place}{error.strerror or error}"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from megatron_sse.config import RunConfig
-from megatron_sse.durable import describe
+from megatron_sse.errors import describe_error
 from megatron_sse.run_folder import LOGS
 
 logger = logging.getLogger("megatron_sse")
@@ -81,7 +81,7 @@ class _File(WatchedFileHandler):
             self._error = error
         was_failing, self.is_failing = self.is_failing, self._error is not None
         if self._error is not None and not was_failing:
-            logger.warning("%s not written: %s", self.baseFilename, describe(self._error))
+            logger.warning("%s not written: %s", self.baseFilename, describe_error(self._error))
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]

@@ -24,7 +24,8 @@ from megatron_sse.checkpoint.shards import ShardWriter, Staging
 from megatron_sse.checkpoint.state import find_not_finite, get_num_steps, is_distributed, model_state, optimizer_state
 from megatron_sse.config import RunConfig, StageRun
 from megatron_sse.data.tokenizer import END_OF_DOCUMENT, VOCAB_SIZE
-from megatron_sse.durable import describe, fsync
+from megatron_sse.durable import fsync
+from megatron_sse.errors import describe_error
 from megatron_sse.installed import versions
 from megatron_sse.lease import Lease
 from megatron_sse.run_folder import CONFIG
@@ -191,7 +192,7 @@ class Saver:
                 self._check_lease()
                 made[0] = make_partial(self.folder, step)
             except OSError as error:
-                made[1] = describe(error)
+                made[1] = describe_error(error)
         dist.broadcast_object_list(made)
         partial, failed = made
         if failed is not None:
@@ -219,7 +220,7 @@ class Saver:
                 promote(partial, step_folder(self.folder, save.step), save.finite)
             # torch.save turns an OSError into a RuntimeError.
             except (OSError, RuntimeError) as error:
-                failed = describe(error)
+                failed = describe_error(error)
         if failed is not None:
             shutil.rmtree(partial, ignore_errors=True)
         return failed
@@ -245,7 +246,7 @@ class Saver:
             self._check_lease()
             prune(self.folder, max(keep_last, least), saved)
         except OSError as error:
-            logger.warning("old checkpoints were not deleted: %s", describe(error))
+            logger.warning("old checkpoints were not deleted: %s", describe_error(error))
 
 
 def _write_config(save: _Save, folder: Path) -> None:

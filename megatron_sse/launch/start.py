@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_sse.config import count_processes, load_config
-from megatron_sse.errors import INTERRUPT_EXIT, USER_ERROR_EXIT, UserError, describe_os_error
+from megatron_sse.errors import INTERRUPT_EXIT, USER_ERROR_EXIT, UserError, describe_error
 from megatron_sse.lease import refuse_if_held_here
 from megatron_sse.logs import flush_console, open_log, set_up_logging
 from megatron_sse.options import find_wrong_text
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
         try:
             prepare_data(config)
         except OSError as error:
-            raise UserError(describe_os_error(error)) from None
+            raise UserError(describe_error(error)) from None
         open_log(config, f"node_{nodes.rank}")
         set_number_of_threads(per_node, num_gpus)
         program = ["-m", "megatron_sse", "train", *arguments]

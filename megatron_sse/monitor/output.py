@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from megatron_sse.durable import describe
+from megatron_sse.errors import describe_error
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class Output:
         # torch turns some OSErrors into RuntimeErrors.
         except (OSError, RuntimeError) as error:
             if not self.is_failing:
-                logger.warning("%s not written: %s", self.name, describe(error))
+                logger.warning("%s not written: %s", self.name, describe_error(error))
             self.is_failing = True
             return
         if self.is_failing:

@@ -16,7 +16,7 @@ from typing import IO, Any
 from megatron_sse.data.builder.inputs import Unit
 from megatron_sse.data.builder.job import DocumentMaker, Job
 from megatron_sse.data.builder.parts import build_part
-from megatron_sse.errors import UserError
+from megatron_sse.errors import UserError, describe_error
 
 _BLOCK = 1 << 16
 Todo = Iterable[tuple[int, Unit]]
@@ -122,9 +122,9 @@ class _Worker:
 
 
 def describe(error: OSError) -> str:
-    """Return a message of one line for an error of the file system."""
-    place = error.filename or "the token file"
-    return f"{place}: {error.strerror or error}; fix this and run the same command to resume"
+    """Return a message of one line for an error of the file system, with what to do."""
+    place = "" if error.filename else "the token file: "
+    return f"{place}{describe_error(error)}; fix this and run the same command to resume"
 
 
 def serve(orders: IO[bytes], replies: IO[bytes]) -> None:
