@@ -94,30 +94,43 @@ class Lease:
     def check(self) -> None:
         """Raise LeaseLostError where another process has taken the lease over."""
         number = _number(self.file)
-        taken = [path for path in _files(self.name) if _number(path) > number]
+        files = [path for path in _files(self.name) if _number(path) >= number]
+        taken = [path for path in files if path != self.file or not self._is_own()]
         if taken:
-            raise LeaseLostError(f"{self.place} was taken over by {_holder_of(taken[-1])}, as this process stood still")
+            holder = _holder_of(taken[-1])
+            raise LeaseLostError(
+                f"{self.place} was taken over by {holder}, as this process stood still or the folder was moved"
+            )
+
+    def _is_own(self) -> bool:
+        """Check that the file is not another process's, which made it after ours had been moved or deleted."""
+        holder = _holder_of(self.file)
+        return holder == self.holder or not isinstance(holder, Holder)
 
     def _renew(self) -> None:
         while not self._ended.wait(RENEWED_EVERY):
+            try:
+                self.check()
+                self._touch()
+            except LeaseLostError as error:
+                return self.lost(error)
             # A file system that fails now may work again later.
-            with suppress(FileNotFoundError):
-                try:
-                    self.check()
-                    os.utime(self.file)
-                except LeaseLostError as error:
-                    return self.lost(error)
-                except FileNotFoundError:
-                    _write(self.file, self.holder)
-                except OSError:
-                    pass
+            except OSError:
+                pass
+
+    def _touch(self) -> None:
+        try:
+            os.utime(self.file)
+        except FileNotFoundError:
+            _write(self.file, self.holder)
 
     def release(self) -> None:
         """Give the lease back."""
         self._ended.set()
         self._thread.join()
         with suppress(OSError):
-            self.file.unlink()
+            if self._is_own():
+                self.file.unlink()
 
 
 @contextmanager

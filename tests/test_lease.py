@@ -13,6 +13,7 @@ import pytest
 from megatron_sse import lease
 from megatron_sse.errors import UserError
 from megatron_sse.lease import Holder, Lease, LeaseLostError, hold, refuse_if_held_here
+from megatron_sse.reading import read_json
 from tests.leases import elsewhere
 from tests.workers import fork_context
 
@@ -118,7 +119,7 @@ def test_a_holder_elsewhere_that_renews_keeps_its_lease(tmp_path: Path, monkeypa
     monkeypatch.setattr(lease, "STALE_AFTER", 120.0)
     monkeypatch.setattr(lease, "RENEWED_EVERY", 0.01)
     file = elsewhere(tmp_path / "training")
-    other = Lease(tmp_path, tmp_path / "training", file, Holder.of_this_process(), lambda error: None)
+    other = Lease(tmp_path, tmp_path / "training", file, read_json(file, Holder), lambda error: None)
     with pytest.raises(UserError, match="which process 12 on node7 .since .* is writing to"):
         hold(tmp_path, KEY, "training").__enter__()
     assert files(tmp_path) == ["training.lease_4"]
@@ -140,6 +141,20 @@ def test_a_holder_notices_that_it_lost_its_lease(tmp_path: Path, monkeypatch: py
         with pytest.raises(LeaseLostError, match="was taken over by process 12 on node7"):
             held.check()
     assert len(said) == 1 and files(tmp_path) == ["training.lease_4"]
+
+
+def test_the_lease_of_a_folder_that_was_moved_has_one_holder(tmp_path: Path) -> None:
+    name = tmp_path / "run/training"
+    with hold(name.parent, KEY, name.name) as first:
+        name.parent.rename(tmp_path / "moved")
+        first.check()
+        _, pipe = start_holder(name)
+        assert pipe.recv() == "held"
+        with pytest.raises(LeaseLostError, match=r"run was taken over by process \d+ on .*"):
+            first.check()
+    # Not deleted by the first.
+    assert files(name.parent) == ["training.lease_1"]
+    pipe.send("end")
 
 
 def test_of_two_that_come_at_once_at_most_one_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
