@@ -15,9 +15,9 @@ import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_sse.config import RunConfig
 from megatron_sse.config.derive import describe_run
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--ranks", type=int, default=1, help="processes of the run (default: 1)")
+    parser.add_argument("--ranks", type=int, help="processes of the run (default: one for each part of the layout)")
     parser.add_argument(
         "--transformer-engine",
         type=Path,
@@ -57,12 +57,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="rehearse_gpu_") as folder:
             overrides = [*SHORT, *options.overrides, f"monitor.folder={folder}"]
             config = load_config(options.config, overrides)
-            describe_run(config, options.ranks)
+            ranks = options.ranks or config.parallel.replica_size * (config.parallel.data or 1)
+            describe_run(config, ranks)
+            # In a process of its own, since it imports torch, which has to come after the guard.
+            if status := run_in_process(prepare, config):
+                return status
             load_guard()
-            return rehearse_ranks(config, options.ranks, install_stand_ins(options.ranks, options.transformer_engine))
+            return rehearse_ranks(config, ranks, install_stand_ins(ranks, options.transformer_engine))
     except UserError as error:
         print(f"rehearse_gpu: {error}", file=sys.stderr)
         return USER_ERROR_EXIT
+
+
+def prepare(config: RunConfig) -> None:
+    """Build the token files that the run asks for, as its launcher does; end with a line where that cannot be done."""
+    from megatron_sse.launch.prepare import prepare_data
+
+    try:
+        prepare_data(config)
+    except UserError as error:
+        print(f"rehearse_gpu: {error}", file=sys.stderr)
+        sys.exit(USER_ERROR_EXIT)
+
+
+def run_in_process(target: Callable[..., None], *arguments: Any) -> int:
+    """Call a function in a fork of this process; return its exit status."""
+    process = multiprocessing.get_context("fork").Process(target=target, args=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
 
 
 def install_stand_ins(num_ranks: int, transformer_engine: Path | None = None) -> Findings:
@@ -106,10 +130,7 @@ def rehearse_ranks(config: RunConfig, num_ranks: int, findings: Findings) -> int
 
     failed = False
     for rank in sorted({0, num_ranks - 1}):
-        process = multiprocessing.get_context("fork").Process(target=run, args=(rank,))
-        process.start()
-        process.join()
-        failed |= process.exitcode != 0
+        failed |= run_in_process(run, rank) != 0
     return 1 if failed else 0
 
 

@@ -184,7 +184,8 @@ class Trainer:
         sums_over = (self.groups.pp, self.groups.dp_cp)
         for group in sums_over:
             dist.all_reduce(totals_7, group=group)
-        loss, tokens, right, answers, balance_loss, num_layers, not_finite = totals_7.tolist()
+        loss, tokens, right, answers, balance_loss, num_layers, number = totals_7.tolist()
+        not_finite = int(number)
         losses = {"loss": loss / tokens if tokens else math.nan}
         if answers:
             losses["accuracy"] = right / answers

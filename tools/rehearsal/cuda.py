@@ -97,10 +97,10 @@ def install_cuda(gpu: GPU, num_gpus: int, note: Note) -> None:
 
 
 def made_up(dtype: torch.dtype) -> bool | int | float:
-    """Return what stands for a value of the GPU. Counts and flags that a run reads as integers mean "none" at 0."""
+    """Return what stands for a value of the GPU: a finite float; 0 for counts, which a run reads as integers."""
     if dtype == torch.bool:
         return True
-    return 1.0 if dtype.is_floating_point else 0
+    return 0.5 if dtype.is_floating_point else 0
 
 
 def install_generators() -> None:

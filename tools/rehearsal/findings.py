@@ -51,7 +51,7 @@ ONCE_A_STEP = {
     # The gradient norm, before the optimizer's step.
     (Kind.HOST_READ, "megatron/core/optimizer/clip_grads.py", "get_grad_norm_fp32"),
     # The losses, which are checked and reported.
-    (Kind.HOST_READ, "megatron_sse/training/step.py", "_mean_losses"),
+    (Kind.HOST_READ, "megatron_sse/training/step.py", "_reduce"),
 }
 
 

@@ -3,6 +3,7 @@
 import functools
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import megatron.core.tensor_parallel.random as megatron_random
@@ -45,6 +46,13 @@ def _install_megatron(num_ranks: int) -> None:
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: state
     megatron_random._set_cuda_rng_state = lambda *args, **kwargs: None
     torch.nn.Module._apply = _apply  # type: ignore[method-assign,assignment]
+    make_folder = save.Saver._make_folder
+
+    def make_own_folder(saver: save.Saver, step: int) -> Path:
+        # Rank 0, which makes the folder of a checkpoint and tells the others its name, is not there.
+        return make_folder(saver, step) or save.make_partial(saver.folder, step)
+
+    save.Saver._make_folder = make_own_folder  # type: ignore[method-assign,assignment]
     if num_ranks > 1:
         # The peers' parts are copies of this rank's: together they make up no complete tensors.
         preprocess = save.save_preprocess

@@ -1,6 +1,6 @@
 """The mode that sees every operation, notes those that make the host wait, and keeps apart fake and real tensors.
 
-What is on the GPU is fake, what is on the host is real. A value that would come from the GPU is 1.0 for a float, 0 for
+What is on the GPU is fake, what is on the host is real. A value that would come from the GPU is 0.5 for a float, 0 for
 an integer and True for a bool; a tensor that would be copied from there holds zeros.
 """
 
