@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megatron_sse.errors import UserError
+
 _BLOCK = 1 << 22
 # Of the names that a process gives to files and folders that are not complete.
 UNIQUE = r"[0-9a-f]{16}"
@@ -35,6 +37,13 @@ def write_durably(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     fsync(path.parent)
+
+
+def check_output(key: str, path: str) -> None:
+    """Raise UserError where the folder of a file to be written is not there, before what goes into it is computed."""
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise UserError(f"{key}: the folder {folder} was not found; make it, or name a file elsewhere")
 
 
 @contextmanager

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_sse.durable import create_file, output_file, write_durably
+from megatron_sse.errors import UserError
+from megatron_sse.inference.request import Request as Generate
+from megatron_sse.score.request import Request as Score
 
 
 def mode_of(path: Path) -> int:
@@ -73,3 +76,14 @@ def test_nothing_is_written_through_a_link_that_somebody_laid(tmp_path: Path) ->
     assert (tmp_path / "mine").read_bytes() == b"mine" and not (tmp_path / "latest").is_symlink()
     with pytest.raises(FileExistsError):
         create_file(tmp_path / "latest.tmp")
+
+
+def test_the_folder_of_an_output_is_looked_for_before_anything_is_computed(tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing" / "file")
+    for key, request in (
+        ("--save-cache", Generate(checkpoint="x", save_cache=missing)),
+        ("--output", Score(checkpoint="x", input="x", output=missing)),
+    ):
+        with pytest.raises(UserError, match=f"^{key}: the folder {tmp_path}/missing was not found; make it"):
+            request.check()
+    Generate(checkpoint="x", save_cache=str(tmp_path / "file")).check()

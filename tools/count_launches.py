@@ -1,6 +1,6 @@
 """Counts the Triton launches of an SSE layer, each compiled as it is really made, without a GPU.
 
-    python -m megatron_sse.tools.count_launches [--arch 80,90,100] [--tokens 4096] [--heads 16] [--dim 128]
+    python -m megatron_sse.tools.count_launches [--arch 80 90 100] [--tokens 4096] [--heads 16] [--dim 128]
         [--only-count] [--output X]
 
 The layer's convolution, routing, attention, norm and gate run forward and backward on fake CUDA tensors. A stand-in for
@@ -31,13 +31,14 @@ PARTITIONS, PICKS, CONVOLUTION = 4, 1, 4
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default="80,90,100")
-    parser.add_argument("--recurrences", default="gla,gdn")
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--dim", type=int, default=128)
+    all_gpus, kernels = (80, 90, 100), ("gla", "gdn")
+    parser.add_argument("--arch", type=int, nargs="+", choices=all_gpus, default=all_gpus, help="compute capabilities")
+    parser.add_argument("--recurrences", nargs="+", choices=kernels, default=kernels)
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of the layer (default: 4096)")
+    parser.add_argument("--heads", type=int, default=16, help="heads (default: 16)")
+    parser.add_argument("--dim", type=int, default=128, help="channels of keys and values of a head (default: 128)")
     parser.add_argument("--only-count", action="store_true", help="do not compile; warps and shared memory are 0")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help="Markdown file to write (default: the console)")
     options = parser.parse_args()
     try:
         load_guard()
@@ -47,7 +48,7 @@ def main() -> int:
     rows: list[tuple] = []
     waits: list[str] = []
     # An architecture at a time, each in its own process: the planners of launches ask for it once.
-    for arch in map(int, options.arch.split(",")):
+    for arch in options.arch:
         with multiprocessing.get_context("fork").Pool(1) as pool:
             more_rows, more_waits = pool.apply(count, (arch, options))
         rows, waits = rows + more_rows, waits + more_waits
@@ -78,7 +79,7 @@ def count(arch: int, options: argparse.Namespace) -> tuple[list[tuple], list[str
     launches = Launches()
     launches.install(GPUS[arch], compile=not options.only_count)
     rows = []
-    for recurrence in options.recurrences.split(","):
+    for recurrence in options.recurrences:
         launches.counts.clear()
         with Watch(findings):
             run_layer(recurrence, options.tokens, options.heads, options.dim)

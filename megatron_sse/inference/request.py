@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from megatron_sse.durable import check_output
 from megatron_sse.errors import UserError, found_by_all
 from megatron_sse.options import Command, option, positional
 
@@ -19,7 +20,9 @@ class ModelRequest(Command):
     checkpoint: str = positional("CHECKPOINT", "checkpoint, run folder or Hugging Face folder")
     chunk: int = option("N", "tokens of a sequence that go through the model at once", default=2048)
     precision: Literal["fp32", "bf16"] | None = option(help="compute in this format", unset="the checkpoint's")
-    any_length: bool = option(help="allow sequences longer than those that the model was trained on")
+    any_length: bool = option(
+        help="let softmax layers that see all positions have longer sequences than they were trained on"
+    )
 
     @property
     def world_size(self) -> int:
@@ -88,6 +91,8 @@ class Request(TextRequest):
         ):
             if not is_right:
                 raise UserError(f"{name}: got {value}, allowed {allowed}")
+        if self.save_cache:
+            check_output("--save-cache", self.save_cache)
         if self.world_size > 1 and (self.save_cache or self.load_cache or self.is_interactive):
             raise UserError(
                 f"got {self.world_size} processes, allowed 1 without prompts, with --save-cache and with --load-cache"

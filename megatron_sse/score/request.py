@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from megatron_sse.durable import check_output
 from megatron_sse.options import Command, option
 
 
@@ -14,3 +15,6 @@ class Request(Command):
     checkpoint: str = option("DIR", "checkpoint, run folder or Hugging Face folder")
     input: str = option("FILE", "safetensors file with input_ids, integers [B, L]; each sequence is one document")
     output: str = option("FILE", "safetensors file to write: logits, fp32 [B, L, vocabulary]")
+
+    def check(self) -> None:
+        check_output("--output", self.output)
