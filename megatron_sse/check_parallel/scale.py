@@ -18,7 +18,7 @@ HEADS_PER_RANK = 2
 HEAD_DIM = 16
 TOKENS = 128
 VOCABULARY = 250
-LARGEST_GRADIENT = 1e30
+LARGEST_GRADIENT = 1e12
 
 
 def scale(config: RunConfig, layouts: Layouts, as_is: bool) -> tuple[Values, list[str]]:

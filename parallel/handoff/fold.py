@@ -24,9 +24,11 @@ def take_over(transition: Tensor, state: Tensor) -> Tensor:
     A document that has inf or nan thus does not reach the documents after it: 0 * inf would be nan.
     """
     if transition.shape[-1] == 1:
-        return apply_transition(transition, state).masked_fill(transition == 0, 0)
-    is_reset = (transition == 0).all(-1, keepdim=True).all(-2, keepdim=True)
-    return apply_transition(transition, state).masked_fill(is_reset, 0)
+        is_reset = transition == 0
+    else:
+        is_reset = ~transition.any(-1, keepdim=True).any(-2, keepdim=True)
+    # In place, since a second tensor of the states' size would be the peak of the hand-off's memory.
+    return apply_transition(transition, state).masked_fill_(is_reset, 0)
 
 
 def fold(transition: Tensor, increment: Tensor, order: Order, entering: Tensor, first: Tensor | None = None) -> None:

@@ -104,7 +104,7 @@ def integers(folder: Path) -> None:
         (swap_shards, r"model.safetensors.index.json: lists .* in model-.*, which does not hold it$"),
         (take_shard_of_another_model, r"settings: model.norm.weight \(16 found, 32 expected\)$"),
         (remove_config, r"^SRC: .* holds no checkpoint; give the path of a checkpoint, of a folder of .*$"),
-        (damage_config, r"config.json: Invalid JSON: .*$"),
+        (damage_config, r"config.json: cannot be read as JSON .Invalid JSON: .*$"),
         (forget_a_setting, r"config.json: hidden_size: got None, allowed a number$"),
         (point_outside, r"model.safetensors.index.json: its weight_map does not name files of the folder$"),
         (keep_a_pickle_only, r"no model.safetensors and no .*; other formats of weights are not read$"),

@@ -20,6 +20,7 @@ from megatron_sse.evaluation.recall import sample_generator
 from megatron_sse.pretrained.logits import compute_logits
 from megatron_sse.pretrained.open import open_model
 from megatron_sse.pretrained.text import ByteTokenizer
+from megatron_sse.visible import make_visible
 from tests.data.files import write_tokens
 from tests.inference.support import make_checkpoint, model
 from tests.leases import alive_here
@@ -133,7 +134,7 @@ def test_needles_are_greedy_answers(
     (tmp_path / "prompt").write_text(prompt.prompt)
     tokens = ["--max-tokens", str(len(prompt.answer))]
     assert main(["generate", str(pure), "--prompt-file", str(tmp_path / "prompt"), *tokens]) == 0
-    assert capsys.readouterr().out.rstrip("\n") == said[0]
+    assert capsys.readouterr().out.rstrip("\n") == make_visible(said[0])
 
 
 def test_all_tasks_go_into_one_file(pure: Path, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

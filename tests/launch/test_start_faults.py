@@ -24,7 +24,7 @@ FAULTS: dict[str, tuple[Fault, tuple[int, int], str]] = {
     "interrupted before the processes meet": (Fault("interrupt", MEET, (0, 1)), (130, 130), INTERRUPTED),
     "interrupted while the others wait": (Fault("interrupt", GROUPS, (0, 1)), (130, 130), INTERRUPTED),
     "interrupted with the model": (Fault("interrupt", MODEL, (0, 1)), (130, 130), INTERRUPTED),
-    "terminated while groups are made": (Fault("terminate", GROUPS, (0, 1)), (0, 0), "I checkpoint: .*"),
+    "terminated while groups are made": (Fault("terminate", GROUPS, (0, 1)), (0, 0), "I there is no checkpoint"),
     "killed before the processes meet": (Fault("kill", MEET), (1, -9), MET),
     "killed while groups are made": (Fault("kill", GROUPS), (1, -9), r"E rank 0: .* no answer from rank 1"),
     "the first killed while groups are made": (Fault("kill", GROUPS, (0,)), (-9, 1), r"E rank 1: .* lost.*"),

@@ -80,7 +80,7 @@ def test_a_gpu_without_room_leaves_a_snapshot(tmp_path: Path) -> None:
 
 def test_a_run_without_room_says_what_to_change(tmp_path: Path) -> None:
     # This embedding exceeds any address space, so that its allocation fails.
-    config = small_run(tmp_path, model={"vocab_size": 1 << 43})
+    config = small_run(tmp_path, model={"vocab_size": 1 << 24, "hidden_size": 1 << 24, "ffn_hidden_size": 64})
     path = tmp_path / "run.yaml"
     path.write_text(config.to_yaml())
     command = [sys.executable, "-m", "megatron_sse", "train", str(path)]

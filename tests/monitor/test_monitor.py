@@ -130,9 +130,8 @@ def test_console_says_what_happens_and_where_things_are(tmp_path):
     assert steps[0].endswith("2s left")
     assert validation == "step 4/10 | validation loss 0.6931 | 1.500 bits per byte (single-byte frequencies: 4.500)"
     assert with_accuracy.startswith("step 4/10 | validation loss 0.6931 | accuracy 0.250 | 1.500 bits per byte")
-    assert len(rest) == 2
+    assert len(rest) == 1
     assert f"tensorboard --host 127.0.0.1 --logdir {tmp_path}/run/tensorboard" in rest[0]
-    assert f"{tmp_path}/run/checkpoints" in rest[1]
 
 
 def test_log_interval_gives_means_over_its_steps(tmp_path):

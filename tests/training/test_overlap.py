@@ -26,7 +26,7 @@ def train_and_save(folder: Path, sections: dict[str, Any], overlap: bool) -> tup
     parallel = {"distributed_optimizer": True, "overlap_gradients": overlap, "overlap_parameters": overlap}
     monitor = {"folder": str(folder / f"run_{overlap}")}
     run = start(small_run(folder, **sections, parallel=parallel, monitor=monitor))
-    run.saver.start_stage(run.config, {})
+    run.saver.start_stage(run.stage, {})
     [chunk] = run.trainer.chunks
     assert chunk.ddp_config.overlap_grad_reduce == chunk.ddp_config.overlap_param_gather == overlap
     trace = take_steps(run, STEPS)

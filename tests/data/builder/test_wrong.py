@@ -168,7 +168,7 @@ def test_tokenizers_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"template:1: cannot be read as a chat template"):
         run(tmp_path / "out", path, format="chat", chat_template=str(tmp_path / "template"))
     (folder / "tokenizer_config.json").write_text("[")
-    with pytest.raises(UserError, match=r"tokenizer_config\.json: Invalid JSON"):
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: cannot be read as JSON \(Invalid JSON"):
         run(tmp_path / "out", path, tokenizer=str(folder))
     (folder / "tokenizer_config.json").unlink()
     (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0"}))
