@@ -26,6 +26,8 @@ JSON_BYTES = 1 << 26
 YAML_BYTES = 1 << 20
 # Levels of nested lists and sections, and values in all of them with aliases (`*name`) expanded.
 YAML_DEPTH, YAML_VALUES = 32, 100_000
+# No setting has so many; Python refuses to read more than 4,300.
+_TOO_MANY_DIGITS = re.compile(r"[-+]?[0-9_]{100,}")
 
 
 class NotFoundError(UserError):
@@ -107,7 +109,6 @@ def parse_yaml(text: str, visit: Callable[[yaml.Node], object] | None = None) ->
         if visit is not None:
             visit(node)
         return loader.construct_document(node)
-    # Such as a number of thousands of digits.
     except (ValueError, RecursionError) as error:
         raise yaml.YAMLError(str(error)) from None
     finally:
@@ -149,6 +150,8 @@ class _Loader(yaml.SafeLoader):
             refuse(f"got the tag {event.tag!r}, allowed values without tags")
         if isinstance(event, yaml.ScalarEvent) and any(map(_is_no_text, event.value)):
             refuse("got a character that no text has")
+        if isinstance(event, yaml.ScalarEvent) and event.style is None and _TOO_MANY_DIGITS.fullmatch(event.value):
+            refuse("got a number of too many digits")
         self._level += 1
         if self._level > YAML_DEPTH:
             refuse("nested too deeply")

@@ -121,7 +121,8 @@ def _keys(node: yaml.Node, source: str, prefix: str, numbered: bool) -> Iterator
         line = key_node.start_mark.line + 1
         place = f"{source}:{line}" if numbered else source
         if not isinstance(key_node, yaml.ScalarNode) or not key_node.tag.endswith((":str", ":merge")):
-            raise UserError(f"{place}: {prefix or 'top level'}: got {show(key_node.value)} as a key, allowed a name")
+            got = show(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "a list or a section"
+            raise UserError(f"{place}: {prefix or 'top level'}: got {got} as a key, allowed a name")
         name = key_node.value
         dotted = f"{prefix}.{name}" if prefix else name
         if name in seen:

@@ -105,6 +105,10 @@ WRONG = {
         add_section("1: 2\n"),
         "14: top level: got '1' as a key, allowed a name",
     ),
+    "list as key": (
+        add_section("? [a, b]\n: 2\n"),
+        "14: top level: got a list or a section as a key, allowed a name",
+    ),
     "unknown kind of layer": (
         ("5*sse, softmax", "5*ssm, softmax"),
         "5: model.layers: got 'ssm', allowed sse, gla, gdn, kda, softmax",
