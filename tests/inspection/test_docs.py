@@ -20,7 +20,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The model has the sequence length and layer kinds of the quickstart's.
     make_checkpoint(tmp_path / "runs" / "quickstart", model("sse, softmax", softmax=SOFTMAX), 1024)
     make_checkpoint(tmp_path / "runs" / "recall_mqar", model(vocab_size=97))
-    (tmp_path / "megatron_sse").symlink_to(ROOT / "megatron_sse")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "tokens.txt").write_text("3 70 6 65\n1 80 1\n")
     monkeypatch.chdir(tmp_path)
     for command in commands:
