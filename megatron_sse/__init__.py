@@ -43,7 +43,11 @@ formulas S is a state.
 import logging
 import warnings
 
+from megatron_sse.late_compile import defer_compilation
+
 __version__ = "0.1.0"
+
+defer_compilation()
 
 # What Megatron-Core is known to say in every process although nothing is wrong; it would bury the warnings that count.
 for _message in (

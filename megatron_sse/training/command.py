@@ -1,5 +1,6 @@
 """The command `megatron-sse train`: one process of a training run."""
 
+import gc
 import logging
 import os
 import signal
@@ -45,6 +46,8 @@ def _train(config: RunConfig, rank: int, description: list[str], lease: Lease | 
     from megatron_sse.launch.prepare import prepare_data
     from megatron_sse.training.loop import train
 
+    # Imported modules stay. Each full garbage collection would look through them, while the other ranks wait.
+    gc.freeze()
     if "RANK" not in os.environ:
         prepare_data(config)
     try:
