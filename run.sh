@@ -116,6 +116,6 @@ case "${1:-}" in
     ;;
   *)
     setup
-    exec "$venv/bin/python" -m megatron_sse.launch "$@"
+    exec "$venv/bin/python" -m megatron_sse train "$@"
     ;;
 esac

@@ -42,10 +42,25 @@ formulas S is a state.
 
 import logging
 import warnings
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_sse.api import LoadedModel, RunPlan, TrainedRun, load, load_config, plan, train
 
 from megatron_sse.late_compile import defer_compilation
 
 __version__ = "0.1.0"
+__all__ = ["LoadedModel", "RunPlan", "TrainedRun", "load", "load_config", "plan", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """Return a name of megatron_sse.api, which is imported when it is needed: it loads torch and Megatron-Core."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from megatron_sse import api
+
+    return getattr(api, name)
+
 
 defer_compilation()
 

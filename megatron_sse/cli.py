@@ -15,14 +15,16 @@ from megatron_sse.checkpoint.request import Request as Inspect
 from megatron_sse.convert.request import Request as Convert
 from megatron_sse.data.builder.request import Request as DataBuild
 from megatron_sse.data.request import Request as DataInspect
+from megatron_sse.data.train_tokenizer.request import Request as TrainTokenizer
 from megatron_sse.doctor.request import Request as Doctor
 from megatron_sse.errors import INTERRUPT_EXIT, USER_ERROR_EXIT, SharedUserError, UserError, describe_error
 from megatron_sse.evaluation.request import Request as Evaluate
 from megatron_sse.inference.request import Request as Generate
+from megatron_sse.init.request import Request as Init
 from megatron_sse.inspection.request import Request as InspectStates
 from megatron_sse.logs import set_up_logging
 from megatron_sse.options import Command, find_wrong_text, parse
-from megatron_sse.plan.request import Request as Plan
+from megatron_sse.planning.request import Request as Plan
 from megatron_sse.plot.request import Request as Plot
 from megatron_sse.score.request import Request as Score
 from megatron_sse.training.request import Request as Train
@@ -32,6 +34,7 @@ logger = logging.getLogger(__name__)
 # In the order of --help. Beside each module `request` there is a module `command`, whose run() takes the request. It is
 # imported when it is needed, so that --help and wrong arguments are answered before torch is loaded.
 COMMANDS: tuple[type[Command], ...] = (
+    Init,
     Train,
     CheckParallel,
     Plan,
@@ -42,6 +45,7 @@ COMMANDS: tuple[type[Command], ...] = (
     Evaluate,
     DataBuild,
     DataInspect,
+    TrainTokenizer,
     Inspect,
     InspectStates,
     Plot,

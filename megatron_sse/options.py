@@ -18,11 +18,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import typing
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 _ARGUMENT = "argument"
+# A variable that argcomplete's shell function sets.
+_COMPLETION = "_ARGCOMPLETE"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +54,7 @@ class _Argument:
 
 
 def positional(metavar: str, help: str, default: Any = dataclasses.MISSING) -> Any:
-    """Declare a positional argument. A tuple takes all arguments that follow; it may be empty if it has a default."""
+    """Declare a positional argument, which may be left out if it has a default. A tuple takes all that follow."""
     return _field(_Argument(metavar, help, None, None, is_positional=True), default)
 
 
@@ -105,6 +108,11 @@ def parse(
     parser = argparse.ArgumentParser(prog=name, description=description)
     parser.add_argument("--version", action="version", version=version)
     _add_commands(parser, commands)
+    if _COMPLETION in os.environ:
+        # The shell asks what may come next; the package comes with the completion extra.
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
     options, rest = parser.parse_known_args(arguments)
     values = vars(options)
     request: type[Command] = values.pop("request")
@@ -152,8 +160,8 @@ def _add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]
     else:
         settings |= {"type": kind, "metavar": argument.metavar, "choices": choices}
     if argument.is_positional:
-        if is_many:
-            settings["nargs"] = "+" if is_required else "*"
+        if is_many or not is_required:
+            settings["nargs"] = ("+" if is_required else "*") if is_many else "?"
         parser.add_argument(field.name, **settings)
         return
     if is_many:

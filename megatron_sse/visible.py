@@ -1,4 +1,4 @@
-"""Text of unknown origin on a terminal: what would steer the terminal, or show text in another order, made visible."""
+"""Text on a terminal: numbers of things, and text of unknown origin with what would steer the terminal made visible."""
 
 import unicodedata
 
@@ -6,6 +6,12 @@ import unicodedata
 _BIDIRECTIONAL = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 # Controls, and halves of characters, which no stream can encode.
 _UNSEEN = ("Cc", "Cs")
+
+
+def count_of(number: int, noun: str) -> str:
+    """Return a number with its noun: 1 process, 2 processes, 1,200 tokens."""
+    plural = "" if number == 1 else "es" if noun.endswith(("s", "x", "ch")) else "s"
+    return f"{number:,} {noun}{plural}"
 
 
 def make_visible(text: str) -> str:

@@ -57,6 +57,15 @@ def init_groups(
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
+def groups_of_one(device: Device) -> ProcessGroupCollection:
+    """Return the groups of this process alone; the first call makes them."""
+    if not dist.is_initialized():
+        init_process_group(device)
+        return init_groups()
+    assert dist.get_world_size() == 1
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
 def split_by_node(group: ProcessGroup, ranks_per_node: int) -> tuple[ProcessGroup, ProcessGroup]:
     """Return two groups: this rank's node, and the ranks that have its place on the other nodes.
 

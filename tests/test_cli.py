@@ -15,8 +15,6 @@ QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 WRONG = [
     ([QUICKSTART, "training.steps=none"], "command line: training.steps: got 'none', allowed an integer\n"),
     (["missing.yaml"], "missing.yaml: not found\n"),
-    # Started without torchrun, one process cannot hold a context group of two.
-    ([QUICKSTART], "parallel: got 1 processes, allowed a multiple of 2 (parallel.tensor 1 x pipeline 1 x context 2)"),
 ]
 
 
@@ -27,27 +25,29 @@ def test_user_errors_are_one_line(arguments: list[str], message: str, capfd: pyt
     assert errors.startswith(message) and errors.count("\n") == 1
 
 
-def test_launcher_refuses_before_it_starts_processes() -> None:
-    command = [sys.executable, "-m", "megatron_sse.launch", QUICKSTART, "model.sse.num_head=4"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 2
-    assert run.stdout == ""
-    assert run.stderr.startswith("command line: model.sse.num_head: got an unknown key")
-    assert run.stderr.endswith("did you mean model.sse.num_heads?\n") and run.stderr.count("\n") == 1
+def test_a_process_of_a_layout_that_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Under torchrun a single process cannot hold a context group of two."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert main(["train", QUICKSTART]) == 2
+    message = "parallel: got 1 process, allowed a multiple of 2 (parallel.tensor 1 x pipeline 1 x context 2)\n"
+    assert capfd.readouterr().err == message
 
 
 def test_wrong_settings_are_answered_before_torch_is_loaded() -> None:
-    """Launcher and command report wrong settings within a fraction of a second."""
+    """A run with wrong settings is refused within a fraction of a second, and starts no process."""
     code = f"""
 import sys
 from megatron_sse import cli
-from megatron_sse.launch import start as launch
-wrong = [{QUICKSTART!r}, "model.sse.num_head=4"]
-assert launch.main(wrong) == cli.main(["train", *wrong]) == 2
+assert cli.main(["train", {QUICKSTART!r}, "model.sse.num_head=4"]) == 2
 assert not {{"torch", "numpy", "megatron"}} & set(sys.modules)
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (run.returncode, run.stderr.count("\n")) == (0, 2), run.stderr
+    assert (run.returncode, run.stdout) == (0, ""), run.stderr
+    assert run.stderr.startswith("command line: model.sse.num_head: got an unknown key")
+    assert run.stderr.endswith("did you mean model.sse.num_heads?\n") and run.stderr.count("\n") == 1
 
 
 def test_a_reader_that_leaves() -> None:
@@ -59,13 +59,10 @@ def test_a_reader_that_leaves() -> None:
     assert (process.stderr.read(), process.wait()) == ("", 141)
 
 
-@pytest.mark.parametrize("program", ["megatron_sse", "megatron_sse.launch"])
-def test_arguments_that_are_no_text(program: str) -> None:
-    rest = ["plan"] if program == "megatron_sse" else []
-    command = [sys.executable, "-m", program, *rest, b"caf\xe9.yaml"]
+def test_arguments_that_are_no_text() -> None:
+    command = [sys.executable, "-m", "megatron_sse", "train", b"caf\xe9.yaml"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    name = f"argument {len(rest) + 1}"
-    assert (run.returncode, run.stderr) == (2, f"{name}: got 'caf\\udce9.yaml', allowed text in UTF-8\n")
+    assert (run.returncode, run.stderr) == (2, "argument 2: got 'caf\\udce9.yaml', allowed text in UTF-8\n")
 
 
 def test_a_prompt_that_is_no_text(capfd: pytest.CaptureFixture[str]) -> None:

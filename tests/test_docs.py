@@ -51,7 +51,7 @@ def train(command: str, folder: Path) -> str:
         "training.steps=3" if part == "training.steps=2" and len(arguments) > 1 else part
         for part in RUNS[Path(arguments[0]).stem]
     ]
-    call = [sys.executable, "-m", "megatron_sse.launch", *arguments]
+    call = [sys.executable, "-m", "megatron_sse", "train", *arguments]
     done = subprocess.run(call, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, capture_output=True)
     assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
     return done.stdout
@@ -74,7 +74,7 @@ def test_training(command: str, folder: Path) -> None:
 
 
 def test_there_are_commands() -> None:
-    assert len(COMMANDS) == 6
+    assert len(COMMANDS) == 7
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megatron_sse.launch import start as launch
+from megatron_sse import cli
 from tests import numeric_faults as numeric
 from tests.training.support import small_run
 
@@ -64,7 +64,7 @@ def refused(change: Change, overrides: str, message: str, folder: Path, capfd: p
     """Check for exit status 2 and one line, before a process, a process group or a folder exists."""
     (folder / "run.yaml").write_text(small_run(folder).to_yaml())
     change(folder)
-    assert launch.main([str(folder / "run.yaml"), *overrides.format(folder=folder).split()]) == 2
+    assert cli.main(["train", str(folder / "run.yaml"), *overrides.format(folder=folder).split()]) == 2
     output, errors = capfd.readouterr()
     assert re.fullmatch(message.format(folder=re.escape(str(folder))) + "\n", errors), errors
     assert output == "" and not dist.is_initialized() and not (folder / "run/config.yaml").exists()

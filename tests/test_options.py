@@ -1,6 +1,10 @@
 """Commands whose options are declared as fields of a dataclass."""
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -28,6 +32,16 @@ class Draw(Command):
 
 def read(*arguments: str) -> Command:
     return parse([Draw], ["pen", "draw", *arguments], "name", "description", "1")
+
+
+def test_completion_in_the_shell(tmp_path: Path) -> None:
+    """What argcomplete's shell function asks for: commands, and the options of one."""
+    for line, expected in (("megatron-sse pl", {"plan", "plot"}), ("megatron-sse generate x --te", {"--temperature"})):
+        found = tmp_path / "found"
+        asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "\n"}
+        environment = os.environ | asked | {"_ARGCOMPLETE_STDOUT_FILENAME": str(found)}
+        subprocess.run([sys.executable, "-m", "megatron_sse"], env=environment, check=True)
+        assert {name.strip() for name in found.read_text().split("\n")} == expected
 
 
 def test_fields_become_arguments() -> None:

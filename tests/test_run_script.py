@@ -20,5 +20,5 @@ def test_a_symbolic_link_to_it_uses_its_own_checkout(tmp_path: Path) -> None:
     (elsewhere / "run.sh").symlink_to(os.path.relpath(checkout / "run.sh", elsewhere))
     done = subprocess.run([elsewhere / "run.sh", "a.yaml"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == f"{python} -m megatron_sse.launch a.yaml"
+    assert done.stdout.splitlines()[-1] == f"{python} -m megatron_sse train a.yaml"
     assert [path.name for path in elsewhere.iterdir()] == ["run.sh"]

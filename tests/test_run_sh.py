@@ -24,7 +24,7 @@ case "$*" in
     fi ;;
   "-c import torch, transformer_engine"*)
     [ ! -e "$here/not_importable" ] || { cat "$here/not_importable"; exit 1; } ;;
-  "-m megatron_sse.launch"*) echo "launched ${*:3}" ;;
+  "-m megatron_sse train"*) echo "launched ${*:4}" ;;
   -c*) exit 0 ;;
   *) echo "unexpected: $*" >&2; exit 1 ;;
 esac

@@ -4,6 +4,7 @@ from megatron_sse.config.checks import batch_problems
 from megatron_sse.config.problem import show
 from megatron_sse.config.run import RunConfig
 from megatron_sse.errors import UserError
+from megatron_sse.visible import count_of
 
 # Far above what a machine without GPUs can run, each with its own interpreter.
 _PROCESSES_PER_MACHINE = 256
@@ -18,13 +19,14 @@ def check_world_size(config: RunConfig, world_size: int) -> int:
     layout = f"parallel.tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context}"
     if world_size % parallel.replica_size:
         raise UserError(
-            f"parallel: got {world_size} processes, allowed a multiple of {parallel.replica_size} ({layout})"
+            f"parallel: got {count_of(world_size, 'process')}, allowed a multiple of {parallel.replica_size} ({layout})"
         )
     data_size = world_size // parallel.replica_size
     if parallel.data is not None and parallel.data != data_size:
         needed = parallel.replica_size * parallel.data
         raise UserError(
-            f"parallel.data: got {parallel.data}, allowed {data_size} with {world_size} processes ({needed} needed)"
+            f"parallel.data: got {parallel.data}, allowed {data_size} with {count_of(world_size, 'process')} "
+            f"({needed} needed)"
         )
     for key, given, allowed in batch_problems(config, data_size):
         raise UserError(f"{key}: got {show(given)}, allowed {allowed}")
@@ -47,16 +49,18 @@ def count_processes(config: RunConfig, num_nodes: int, num_gpus: int) -> int:
         world_size = size * (data or 1)
     if num_gpus and world_size > num_nodes * num_gpus:
         raise UserError(
-            f"parallel: got a layout of {world_size} processes, allowed {num_nodes * num_gpus}, one per GPU"
+            f"parallel: got a layout of {count_of(world_size, 'process')}, allowed {num_nodes * num_gpus}, one per GPU"
         )
     check_world_size(config, world_size)
     if not num_gpus and world_size > num_nodes * _PROCESSES_PER_MACHINE:
         raise UserError(
-            f"parallel: got a layout of {world_size} processes, allowed {num_nodes * _PROCESSES_PER_MACHINE}, "
-            f"{_PROCESSES_PER_MACHINE} on each machine without GPUs"
+            f"parallel: got a layout of {count_of(world_size, 'process')}, allowed "
+            f"{num_nodes * _PROCESSES_PER_MACHINE}, {_PROCESSES_PER_MACHINE} on each machine without GPUs"
         )
     if world_size % num_nodes:
-        raise UserError(f"parallel: got a layout of {world_size} processes, allowed a multiple of {num_nodes} nodes")
+        raise UserError(
+            f"parallel: got a layout of {count_of(world_size, 'process')}, allowed a multiple of {num_nodes} nodes"
+        )
     return world_size // num_nodes
 
 

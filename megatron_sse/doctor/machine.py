@@ -15,7 +15,8 @@ from megatron_sse.checkpoint.folders import checkpoint_folder, find_left_overs, 
 from megatron_sse.config import RunConfig
 from megatron_sse.config.weights import model_weights
 from megatron_sse.doctor.finding import BAD, GOOD, OPEN, Finding
-from megatron_sse.plan.ceilings import GIB
+from megatron_sse.planning.ceilings import GIB
+from megatron_sse.visible import count_of
 
 PACKAGE = "megatron-sse"
 
@@ -88,7 +89,9 @@ def check_disk(config: RunConfig) -> Iterator[Finding]:
     size, number = checkpoint_bytes(config), _checkpoints_to_come(config, folder)
     left = [file for path in find_left_overs(folder) for file in path.rglob("*") if file.is_file()]
     free = shutil.disk_usage(existing).free + sum(file.stat().st_size for file in left)
-    text = f"{free / GIB:,.1f} GiB free at {existing}, {number} checkpoints of {size / GIB:,.2f} GiB to come"
+    text = (
+        f"{free / GIB:,.1f} GiB free at {existing}, {count_of(number, 'checkpoint')} of {size / GIB:,.2f} GiB to come"
+    )
     if free < number * size:
         text += "; free some, set checkpoint.keep_last, or set monitor.folder to another disk"
     yield Finding(GOOD if free >= number * size else BAD, "disk", text)

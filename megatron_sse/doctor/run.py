@@ -12,7 +12,7 @@ import torch
 
 from megatron_sse.checkpoint.architecture import changed_settings
 from megatron_sse.checkpoint.data import changed_data, moved
-from megatron_sse.checkpoint.folders import find_all_damage, find_checkpoints, find_weights
+from megatron_sse.checkpoint.folders import describe_finished, find_all_damage, find_checkpoints, find_weights
 from megatron_sse.checkpoint.manifest import read_manifest
 from megatron_sse.checkpoint.verify import find_missing
 from megatron_sse.config import DataConfig, RunConfig, Source, count_processes, load_config, plan_stages
@@ -23,11 +23,12 @@ from megatron_sse.data.sources import name_sources, open_training, open_validati
 from megatron_sse.doctor.finding import BAD, GOOD, OPEN, Finding
 from megatron_sse.errors import UserError
 from megatron_sse.launch.nodes import find_nodes
-from megatron_sse.plan.ceilings import GIB
-from megatron_sse.plan.memory import rank_memory
-from megatron_sse.plan.search import HEADROOM
-from megatron_sse.plan.sizes import Sizes
+from megatron_sse.planning.ceilings import GIB
+from megatron_sse.planning.memory import rank_memory
+from megatron_sse.planning.search import HEADROOM
+from megatron_sse.planning.sizes import Sizes
 from megatron_sse.run_folder import CONFIG
+from megatron_sse.visible import count_of
 
 
 def check_layout(config: RunConfig) -> Iterator[Finding]:
@@ -38,7 +39,7 @@ def check_layout(config: RunConfig) -> Iterator[Finding]:
     except UserError as error:
         yield Finding(BAD, "processes", str(error))
         return
-    yield Finding(GOOD, "processes", f"{count} on this machine, {nodes.count} machine{'s' if nodes.count > 1 else ''}")
+    yield Finding(GOOD, "processes", f"{count} on this machine, {count_of(nodes.count, 'machine')}")
 
 
 def check_token_files(config: RunConfig) -> Iterator[Finding]:
@@ -81,13 +82,14 @@ def _check_source(key: str, source: Source, vocab_size: int) -> Iterator[Finding
     except UserError as error:
         yield Finding(BAD, key, str(error).removeprefix(f"{key}: "))
         return
-    text = f"{source.prefix}: {index.num_tokens:,} tokens, {len(index.offsets_D1) - 1:,} documents, ids in range"
+    documents = count_of(len(index.offsets_D1) - 1, "document")
+    text = f"{source.prefix}: {count_of(index.num_tokens, 'token')}, {documents}, ids in range"
     yield Finding(GOOD, key, text)
     if metadata is None:
         yield Finding(OPEN, "tokenizer", f"{source.prefix}.json not found: the tokenizer is not known")
     else:
         vocabulary = f"{metadata.vocab_size:,} tokens, model.vocab_size {vocab_size:,}"
-        yield Finding(GOOD, "tokenizer", f"{metadata.tokenizer}, {vocabulary}")
+        yield Finding(GOOD, "tokenizer", f"{source.prefix}: {metadata.tokenizer}, {vocabulary}")
 
 
 def check_checkpoints(config: RunConfig) -> Iterator[Finding]:
@@ -125,8 +127,7 @@ def _check_checkpoint(config: RunConfig, key: str, path: Path) -> Finding:
         advice = "give it as checkpoint.load_weights"
         return Finding(BAD, f"checkpoint.{key}", f"{path} has only weights; {advice}")
     if key == "resume" and manifest.step >= config.training.steps:
-        advice = "raise training.steps"
-        return Finding(BAD, f"checkpoint.{key}", f"{path}: all {config.training.steps} steps are done; {advice}")
+        return Finding(OPEN, f"checkpoint.{key}", f"{path}: {describe_finished(config.training.steps)}")
     if key == "resume" and (place := moved(path, config, plan_stages(config))):
         return Finding(BAD, f"checkpoint.{key}", place)
     if key == "resume" and config.checkpoint.changed_data == "refuse":

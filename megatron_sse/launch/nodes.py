@@ -33,13 +33,13 @@ def find_nodes(environment: Mapping[str, str]) -> Nodes:
     slurm = "NNODES" not in environment and "SLURM_NNODES" in environment
     count = _number(environment, "SLURM_NNODES" if slurm else "NNODES", 1, 1 << 20, default=1)
     port = _number(environment, "MASTER_PORT", 1, 65535, default=DEFAULT_PORT)
+    if slurm and environment.get("SLURM_LOCALID", "0") != "0":
+        raise UserError("SLURM_LOCALID: got a second task on this node, allowed one: srun --ntasks-per-node=1")
     if count == 1:
         return Nodes(1, 0, "localhost", port)
     rank = _number(environment, "SLURM_NODEID" if slurm else "NODE_RANK", 0, count - 1)
     address = environment.get("MASTER_ADDR", "")
     if slurm:
-        if environment.get("SLURM_LOCALID", "0") != "0":
-            raise UserError("SLURM_LOCALID: got a second task on this node, allowed one: srun --ntasks-per-node=1")
         address = address or first_host(environment.get("SLURM_JOB_NODELIST", ""))
     if not address:
         missing = "SLURM_JOB_NODELIST" if slurm else "MASTER_ADDR"

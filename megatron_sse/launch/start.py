@@ -1,70 +1,50 @@
-"""Start the processes of a run on this machine: `python -m megatron_sse.launch CONFIG [section.key=value ...]`."""
+"""Start the processes of a run on this machine."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shlex
-import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from megatron_sse.config import count_processes, load_config
-from megatron_sse.errors import INTERRUPT_EXIT, USER_ERROR_EXIT, UserError, describe_error
+import torch
+
+from megatron_sse.config import RunConfig, count_processes
+from megatron_sse.errors import UserError, describe_error
+from megatron_sse.launch.agent import run_processes
+from megatron_sse.launch.nodes import Nodes, find_nodes
+from megatron_sse.launch.prepare import prepare_data
 from megatron_sse.lease import refuse_if_held_here
-from megatron_sse.logs import flush_console, open_log, set_up_logging
-from megatron_sse.options import find_wrong_text
+from megatron_sse.logs import open_log
 from megatron_sse.run_folder import LEASE
 
-if TYPE_CHECKING:
-    from megatron_sse.launch.nodes import Nodes
 
+def start(config: RunConfig, program: Sequence[str]) -> int:
+    """Print torchrun's command for this machine's processes and run them; return the exit status of the first that
+    failed, or 0.
 
-def main(arguments: list[str]) -> int:
-    """Check the settings, print torchrun's command and run it. Exit statuses are those of cli.main."""
-    if not arguments or arguments[0].startswith("-"):
-        print("usage: run.sh CONFIG [section.key=value ...]", file=sys.stderr)
-        return USER_ERROR_EXIT
-    problem = find_wrong_text(arguments)
-    if problem is not None:
-        print(problem, file=sys.stderr)
-        return USER_ERROR_EXIT
-    set_up_logging(rank=0)
+    program: python's arguments for each process. Raises UserError where the machine, the data or a checkpoint does not
+    fit, before any process starts.
+    """
+    nodes = find_nodes(os.environ)
+    num_gpus = torch.cuda.device_count()
+    per_node = count_processes(config, nodes.count, num_gpus)
+    if nodes.count == 1:
+        # Rank 0 takes the lease; this only keeps a second launcher from writing anything.
+        refuse_if_held_here(Path(config.monitor.folder), "monitor.folder", LEASE)
     try:
-        config = load_config(arguments[0], arguments[1:])
-        # Imported late: a wrong setting is reported, and an interrupt handled, before torch is loaded.
-        import torch
-
-        from megatron_sse.launch.agent import run_processes
-        from megatron_sse.launch.nodes import find_nodes
-        from megatron_sse.launch.prepare import prepare_data
-
-        nodes = find_nodes(os.environ)
-        num_gpus = torch.cuda.device_count()
-        per_node = count_processes(config, nodes.count, num_gpus)
-        if nodes.count == 1:
-            # Rank 0 takes the lease; this only keeps a second launcher from writing anything.
-            refuse_if_held_here(Path(config.monitor.folder), "monitor.folder", LEASE)
-        try:
-            prepare_data(config)
-        except OSError as error:
-            raise UserError(describe_error(error)) from None
-        open_log(config, f"node_{nodes.rank}")
-        set_number_of_threads(per_node, num_gpus)
-        program = ["-m", "megatron_sse", "train", *arguments]
-        restarts = config.parallel.max_restarts
-        threads = os.environ.get("OMP_NUM_THREADS")
-        command = shlex.join(build_command(program, nodes, per_node, restarts))
-        with contextlib.suppress(OSError):
-            print(f"{f'OMP_NUM_THREADS={threads} ' if threads else ''}torchrun {command}", flush=True)
-        return run_processes(program, nodes, per_node, restarts, config.parallel.timeout_minutes)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return USER_ERROR_EXIT
-    except KeyboardInterrupt:
-        return INTERRUPT_EXIT
-    finally:
-        flush_console()
+        prepare_data(config)
+    except OSError as error:
+        raise UserError(describe_error(error)) from None
+    open_log(config, f"node_{nodes.rank}")
+    set_number_of_threads(per_node, num_gpus)
+    restarts = config.parallel.max_restarts
+    threads = os.environ.get("OMP_NUM_THREADS")
+    command = shlex.join(build_command(program, nodes, per_node, restarts))
+    with contextlib.suppress(OSError):
+        print(f"{f'OMP_NUM_THREADS={threads} ' if threads else ''}torchrun {command}", flush=True)
+    return run_processes(program, nodes, per_node, restarts, config.parallel.timeout_minutes)
 
 
 def set_number_of_threads(per_node: int, num_gpus: int) -> None:
@@ -80,7 +60,7 @@ def set_number_of_threads(per_node: int, num_gpus: int) -> None:
         print(f"uses {per_node} of {num_gpus} GPUs, as many as parallel and training.global_batch_size can feed")
 
 
-def build_command(program: list[str], nodes: Nodes, per_node: int, max_restarts: int) -> list[str]:
+def build_command(program: Sequence[str], nodes: Nodes, per_node: int, max_restarts: int) -> list[str]:
     """Return torchrun's arguments for the same processes; its meeting of this kind exchanges no pickles."""
     place = []
     if nodes.count > 1:

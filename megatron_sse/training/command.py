@@ -1,4 +1,4 @@
-"""The command `megatron-sse train`: one process of a training run."""
+"""The command `megatron-sse train`: starts the processes of a training run, and is each of them."""
 
 import gc
 import logging
@@ -18,10 +18,29 @@ logger = logging.getLogger(__name__)
 
 
 def run(request: Request) -> int:
-    """Train the model; returns the exit status. Raises UserError."""
+    """Start the run's processes, or be one of them where a launcher has set RANK; return the exit status.
+
+    Raises UserError.
+    """
+    try:
+        return _run_process(request.run_config) if "RANK" in os.environ else _start_processes(request)
+    finally:
+        flush_console()
+
+
+def _start_processes(request: Request) -> int:
+    # Imported late: torch and Megatron-Core.
+    from megatron_sse.launch.start import start
+    from megatron_sse.monitor.trackers import check_trackers
+
+    check_trackers(request.run_config)
+    return start(request.run_config, ["-m", "megatron_sse", request.command, request.config, *request.overrides])
+
+
+def _run_process(config: RunConfig) -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_launcher()
-    rank, config = int(os.environ.get("RANK", "0")), request.run_config
+    rank = int(os.environ["RANK"])
     description = describe_run(config, int(os.environ.get("WORLD_SIZE", "1")))
     if rank:
         return _train(config, rank, description, None)
@@ -43,14 +62,8 @@ def _train(config: RunConfig, rank: int, description: list[str], lease: Lease | 
         for line in ignored_settings(config):
             logger.warning(line)
     # Imported late: a world size that does not fit is reported before Megatron-Core is loaded.
-    from megatron_sse.launch.prepare import prepare_data
     from megatron_sse.training.loop import train
 
     # Imported modules stay. Each full garbage collection would look through them, while the other ranks wait.
     gc.freeze()
-    if "RANK" not in os.environ:
-        prepare_data(config)
-    try:
-        return train(config, lease)
-    finally:
-        flush_console()
+    return train(config, lease)

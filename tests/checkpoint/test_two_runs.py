@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_sse.launch import start as launch
+from megatron_sse import cli
 from tests.checkpoint.processes import STEP, Fault, Processes
 from tests.checkpoint.test_processes import newest, write_run
 from tests.leases import elsewhere
@@ -40,7 +40,7 @@ def test_a_second_run_is_refused_until_the_first_has_ended(tmp_path: Path, capfd
     try:
         before = contents(tmp_path / "run")
         codes, output = Processes(again, None, world_size=1).start().end()
-        status = launch.main([str(config)])
+        status = cli.main(["train", str(config)])
         after = contents(tmp_path / "run")
     finally:
         os.kill(pid, signal.SIGKILL)

@@ -65,6 +65,19 @@ def test_a_sound_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sorted(folder.rglob("*")) == before
 
 
+def test_a_finished_run(folder: Path) -> None:
+    (checkpoint,) = folder.rglob("iter_*")
+    done = f"{checkpoint}: all {STEPS} steps are done; raise training.steps to train longer"
+    assert marks(folder, f"training.steps={STEPS}")["checkpoint.resume"] == (OPEN, done)
+
+
+def test_lines_about_tokenizers_name_their_file(folder: Path) -> None:
+    assert marks(folder)["tokenizer"][1].startswith(f"{folder}/train.json not found")
+    fields = {"documents": 1, "tokens": 1, "bytes": 1, "unigram_bits_per_byte": 1.0}
+    (folder / "train.json").write_text(json.dumps({"tokenizer": "words", "vocab_size": 64, **fields}))
+    assert marks(folder)["tokenizer"] == (GOOD, f"{folder}/train: words, 64 tokens, model.vocab_size 64")
+
+
 def damage(pattern: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         path = max(folder.rglob(pattern), key=lambda path: path.stat().st_size)
@@ -96,7 +109,6 @@ WRONG: list[tuple[Callable[[Path], None], list[str], str, str]] = [
     (nothing, ["model.vocab_size=200"], "checkpoint.resume", "is of another model"),
     (damage("*.distcp", lambda data: data[:-1]), [], "checkpoint.resume", "the manifest says"),
     (damage("*.distcp", lambda data: data[:-1] + b"?"), [], "checkpoint.resume", "SHA-256"),
-    (nothing, [f"training.steps={STEPS}"], "checkpoint.resume", "raise training.steps"),
     (nothing, ["checkpoint.resume=nowhere"], "checkpoint", "nowhere not found"),
     (nothing, ["checkpoint.load_weights=nowhere", "checkpoint.resume=none"], "checkpoint", "nowhere not found"),
     (

@@ -24,6 +24,7 @@ WRONG_NODES = [
     ({"NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR: not set, allowed the first node's address"),
     ({"MASTER_PORT": "70000"}, "MASTER_PORT: got 70000, allowed a number from 1 to 65535"),
     (SLURM | {"SLURM_LOCALID": "1"}, "SLURM_LOCALID: got a second task on this node"),
+    ({"SLURM_NNODES": "1", "SLURM_LOCALID": "1"}, "SLURM_LOCALID: got a second task on this node"),
     ({"SLURM_NNODES": "2", "SLURM_NODEID": "0"}, "SLURM_JOB_NODELIST: not set"),
 ]
 

@@ -66,7 +66,7 @@ def plain_environment() -> dict[str, str]:
 def run(tmp_path: Path, plain_environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
     (tmp_path / "run.yaml").write_text(small_run(tmp_path, **SECTIONS).to_yaml())
     process = subprocess.Popen(
-        [sys.executable, "-m", "megatron_sse.launch", str(tmp_path / "run.yaml")],
+        [sys.executable, "-m", "megatron_sse", "train", str(tmp_path / "run.yaml")],
         env=plain_environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -44,8 +44,8 @@ def test_processes_per_node(overrides: str, nodes: int, gpus: int, expected: int
 WRONG_COUNTS = [
     ("parallel.tensor=4", 1, 2, "parallel: got a layout of 4 processes, allowed 2, one per GPU"),
     ("parallel.data=8", 1, 8, "parallel: got a layout of 16 processes, allowed 8, one per GPU"),
-    ("parallel.tensor=1", 2, 0, "parallel: got a layout of 1 processes, allowed a multiple of 2 nodes"),
-    ("parallel.data=100000 training.global_batch_size=100000", 1, 0, "parallel: got a layout of 200000 processes, .*"),
+    ("parallel.tensor=1", 2, 0, "parallel: got a layout of 1 process, allowed a multiple of 2 nodes"),
+    ("parallel.data=100000 training.global_batch_size=100000", 1, 0, "parallel: got a layout of 200,000 processes, .*"),
     ("training.global_batch_size=2", 2, 4, "training.global_batch_size: got 2, allowed a multiple of 4 .*"),
 ]
 

@@ -62,7 +62,7 @@ def start_launcher(folder: Path) -> subprocess.Popen[str]:
     """Start a run of two processes as a user does, as the leader of a session of its own."""
     config = write_run(folder, parallel={"data": 2})
     return subprocess.Popen(
-        [sys.executable, "-m", "megatron_sse.launch", str(config)],
+        [sys.executable, "-m", "megatron_sse", "train", str(config)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

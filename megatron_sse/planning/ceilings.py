@@ -7,9 +7,9 @@ from dataclasses import astuple, dataclass, replace
 from megatron_sse.config import RunConfig
 from megatron_sse.costs.flops import train_flops_per_token
 from megatron_sse.costs.gpus import Gpu
-from megatron_sse.plan.memory import Memory, kept_of_step, passes_under_way
-from megatron_sse.plan.sizes import Sizes
-from megatron_sse.plan.traffic import AXES
+from megatron_sse.planning.memory import Memory, kept_of_step, passes_under_way
+from megatron_sse.planning.sizes import Sizes
+from megatron_sse.planning.traffic import AXES
 
 GIB = 2**30
 

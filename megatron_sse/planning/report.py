@@ -10,11 +10,12 @@ from megatron_sse.config.derive import count_parameters, describe_run
 from megatron_sse.config.pattern import LAYER_KINDS
 from megatron_sse.costs.flops import forward_flops_per_token, mixer_flops, train_flops_per_token
 from megatron_sse.costs.gpus import Gpu
-from megatron_sse.plan.ceilings import GIB, StepTime
-from megatron_sse.plan.memory import Memory, kept_of_step
-from megatron_sse.plan.search import HEADROOM, LONGEST, Layout, with_settings
-from megatron_sse.plan.sizes import Sizes
-from megatron_sse.plan.traffic import AXES
+from megatron_sse.planning.ceilings import GIB, StepTime
+from megatron_sse.planning.memory import Memory, kept_of_step
+from megatron_sse.planning.search import HEADROOM, LONGEST, Layout, with_settings
+from megatron_sse.planning.sizes import Sizes
+from megatron_sse.planning.traffic import AXES
+from megatron_sse.visible import count_of
 
 MAX_STAGES = 8
 MAX_LAYOUTS = 15
@@ -112,13 +113,28 @@ def _time(layout: Layout, gpu: Gpu) -> list[str]:
     return lines
 
 
-def describe_search(layouts: list[Layout], num_gpus: int) -> list[str]:
-    """Return a line for each of the fastest layouts."""
+def describe_search(layouts: list[Layout], num_gpus: int, gpu: Gpu) -> list[str]:
+    """Return a line for each of the fastest layouts; where none fits, the nearest one and what it lacks.
+
+    layouts: what search_layouts returns.
+    """
     if not layouts:
-        return [f"no layout of {num_gpus} GPUs fits; more GPUs, a smaller micro-batch or a shorter sequence would help"]
-    head = f"{'tensor':>8}{'pipeline':>10}{'virtual':>9}{'context':>9}{'data':>6}  {'recompute':<10}{'GiB':>8}{'s':>10}"
-    lines = [f"layouts of {num_gpus} GPUs that fit, the fastest first ({len(layouts)} found)", head]
-    for layout in layouts[:MAX_LAYOUTS]:
+        return [f"no layout divides heads, layers, sequence and batch over {count_of(num_gpus, 'GPU')}"]
+    if layouts[0].fits(gpu):
+        number = len(layouts)
+        first = f"layouts of {count_of(num_gpus, 'GPU')} that fit, the fastest first ({number} found)"
+        return [first, *_table(layouts[:MAX_LAYOUTS])]
+    room = (1 - HEADROOM) * gpu.memory
+    lacks = f"it lacks {(layouts[0].peak - room) / GIB:,.1f} GiB of memory per GPU ({room / GIB:,.1f} there)"
+    advice = "more GPUs, a smaller micro-batch or a shorter sequence would help"
+    return [f"no layout of {count_of(num_gpus, 'GPU')} fits; the nearest:", *_table(layouts), f"{lacks}; {advice}"]
+
+
+def _table(layouts: list[Layout]) -> list[str]:
+    lines = [
+        f"{'tensor':>8}{'pipeline':>10}{'virtual':>9}{'context':>9}{'data':>6}  {'recompute':<10}{'GiB':>8}{'s':>10}"
+    ]
+    for layout in layouts:
         parallel, data = layout.sizes.config.parallel, layout.sizes.data_size
         lines.append(
             f"{parallel.tensor:>8}{parallel.pipeline:>10}{parallel.virtual_pipeline:>9}{parallel.context:>9}{data:>6}  "

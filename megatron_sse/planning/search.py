@@ -12,10 +12,10 @@ from pydantic import ValidationError
 from megatron_sse.config import RunConfig, check_world_size
 from megatron_sse.costs.gpus import Gpu
 from megatron_sse.errors import UserError
-from megatron_sse.plan.ceilings import StepTime, step_time
-from megatron_sse.plan.memory import Memory, rank_memory
-from megatron_sse.plan.sizes import Sizes
-from megatron_sse.plan.traffic import step_traffic
+from megatron_sse.planning.ceilings import StepTime, step_time
+from megatron_sse.planning.memory import Memory, rank_memory
+from megatron_sse.planning.sizes import Sizes
+from megatron_sse.planning.traffic import step_traffic
 
 # Share of the memory left free for CUDA's context, NCCL's buffers and fragmentation.
 HEADROOM = 0.1
@@ -50,17 +50,23 @@ def work_out(config: RunConfig, data_size: int, gpu: Gpu, per_node: int) -> Layo
 
 
 def search_layouts(config: RunConfig, num_gpus: int, gpu: Gpu, per_node: int) -> list[Layout]:
-    """Return the layouts of `num_gpus` GPUs that fit, the fastest first; micro-batch and global batch stay."""
-    found = []
+    """Return the layouts of `num_gpus` GPUs that fit, the fastest first; where none fits, the one that lacks least.
+
+    Micro-batch and global batch stay.
+    """
+    found = list(work_out_all(config, num_gpus, gpu, per_node))
+    fitting = [layout for layout in found if layout.fits(gpu)]
+    return sorted(fitting, key=lambda layout: layout.time.total) or sorted(found, key=lambda layout: layout.peak)[:1]
+
+
+def work_out_all(config: RunConfig, num_gpus: int, gpu: Gpu, per_node: int) -> Iterator[Layout]:
+    """Yield all layouts of `num_gpus` GPUs into which the model, its sequences and its batch divide."""
     for changed in _variants(config, num_gpus):
         try:
             data_size = check_world_size(changed, num_gpus)
         except UserError:
             continue
-        layout = work_out(changed, data_size, gpu, per_node)
-        if layout.fits(gpu):
-            found.append(layout)
-    return sorted(found, key=lambda layout: layout.time.total)
+        yield work_out(changed, data_size, gpu, per_node)
 
 
 def _variants(config: RunConfig, num_gpus: int) -> Iterator[RunConfig]:

@@ -10,8 +10,8 @@ from megatron_sse.config.derive import count_parameters
 from megatron_sse.model import build_model
 from megatron_sse.parallel.device import Device
 from megatron_sse.parallel.groups import destroy_groups, init_groups
-from megatron_sse.plan.parameters import chunk_buffers, stage_chunks
-from megatron_sse.plan.sizes import Sizes
+from megatron_sse.planning.parameters import chunk_buffers, stage_chunks
+from megatron_sse.planning.sizes import Sizes
 from tests.workers import run_workers
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass
 
 from megatron_sse.config import uses_distributed_optimizer
-from megatron_sse.plan.activations import Kept, end_activations, layer_activations
-from megatron_sse.plan.parameters import chunk_buffers, stage_chunks
-from megatron_sse.plan.sizes import FP32, Sizes
+from megatron_sse.planning.activations import Kept, end_activations, layer_activations
+from megatron_sse.planning.parameters import chunk_buffers, stage_chunks
+from megatron_sse.planning.sizes import FP32, Sizes
 
 # How many copies of a rank's states exclusive_scan holds at most, without and with the delta rule; counted by
 # tests/parallel/test_handoff_volume.py.

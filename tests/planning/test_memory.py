@@ -11,9 +11,9 @@ from megatron_sse.data.iterators import build_data_iterators
 from megatron_sse.parallel.groups import destroy_groups
 from megatron_sse.parallel.layout import TokenLayout
 from megatron_sse.parallel.sharding import ContextShard
-from megatron_sse.plan.activations import layer_activations
-from megatron_sse.plan.memory import kept_of_step, rank_memory
-from megatron_sse.plan.sizes import Sizes
+from megatron_sse.planning.activations import layer_activations
+from megatron_sse.planning.memory import kept_of_step, rank_memory
+from megatron_sse.planning.sizes import Sizes
 from megatron_sse.training.loop import Run
 from tests.training.support import small_run, start
 from tests.workers import run_workers

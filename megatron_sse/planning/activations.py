@@ -12,7 +12,7 @@ from typing import NamedTuple
 from megatron_sse.kernels.chunks import choose_chunk_size
 from megatron_sse.kernels.registry import KERNELS
 from megatron_sse.kernels.triton.rows import CHUNK_SIZE, choose_chunks_per_piece
-from megatron_sse.plan.sizes import FP32, Mixer, Sizes
+from megatron_sse.planning.sizes import FP32, Mixer, Sizes
 
 INT64 = 8
 

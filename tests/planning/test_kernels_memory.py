@@ -11,10 +11,10 @@ from megatron_sse.config import RunConfig
 from megatron_sse.model import SSEMixer, build_model
 from megatron_sse.parallel.groups import init_groups
 from megatron_sse.parallel.layout import TokenLayout
-from megatron_sse.plan.activations import recurrent_activations
-from megatron_sse.plan.sizes import Sizes
+from megatron_sse.planning.activations import recurrent_activations
+from megatron_sse.planning.sizes import Sizes
 from tests.model.support import cpu, run_config
-from tests.plan.test_memory import KeptTensors
+from tests.planning.test_memory import KeptTensors
 from tests.workers import run_workers
 
 pytest.importorskip("triton")

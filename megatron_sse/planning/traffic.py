@@ -8,8 +8,8 @@ from typing import NamedTuple
 from megatron_sse.config import attention_kind, uses_distributed_optimizer
 from megatron_sse.config.weights import embedding_weight
 from megatron_sse.parallel.handoff import handoff_bytes
-from megatron_sse.plan.parameters import Chunk, chunk_buffers, chunk_weights, stage_chunks
-from megatron_sse.plan.sizes import FP32, Sizes
+from megatron_sse.planning.parameters import Chunk, chunk_buffers, chunk_weights, stage_chunks
+from megatron_sse.planning.sizes import FP32, Sizes
 
 AXES = ("tensor", "pipeline", "context", "data")
 # Bytes summed once per step: seven fp64 sums of losses, tokens, answers, layers and ranks whose gradient is not finite,

@@ -8,11 +8,18 @@ from megatron_sse.cli import main
 from megatron_sse.config import load_config
 from megatron_sse.costs.gpus import GPUS
 from megatron_sse.errors import UserError
-from megatron_sse.plan.command import find_gpu
-from megatron_sse.plan.memory import passes_under_way, rank_memory
-from megatron_sse.plan.request import Request, parse_bytes
-from megatron_sse.plan.search import HEADROOM, longest_sequence, search_layouts, with_settings, work_out
-from megatron_sse.plan.sizes import Sizes
+from megatron_sse.planning.command import find_gpu
+from megatron_sse.planning.memory import passes_under_way, rank_memory
+from megatron_sse.planning.request import Request, parse_bytes
+from megatron_sse.planning.search import (
+    HEADROOM,
+    longest_sequence,
+    search_layouts,
+    with_settings,
+    work_out,
+    work_out_all,
+)
+from megatron_sse.planning.sizes import Sizes
 
 CONFIG = str(Path(__file__).resolve().parents[2] / "configs" / "sse_h_2b.yaml")
 H100 = GPUS["h100"]
@@ -37,7 +44,14 @@ def test_exit_status_says_whether_it_fits(capsys: pytest.CaptureFixture[str]) ->
     assert main(["plan", CONFIG, "--gpus", "8", "--memory", "8GiB"]) == 1
     assert "does NOT fit" in capsys.readouterr().out
     assert main(["plan", CONFIG, "--gpus", "8", "--memory", "1GiB", "--search"]) == 1
-    assert "no layout of 8 GPUs fits" in capsys.readouterr().out
+    first, _, nearest, last = capsys.readouterr().out.splitlines()
+    assert first == "no layout of 8 GPUs fits; the nearest:"
+    *_, peak, _ = nearest.split()
+    # Of 1 GiB a tenth is left free.
+    lacks = f"it lacks {float(peak) - 0.9:.1f} GiB of memory per GPU (0.9 there); more GPUs, "
+    assert "full" in nearest and last.startswith(lacks)
+    needed = [layout.peak for layout in work_out_all(load_config(CONFIG), 8, H100, per_node=8)]
+    assert float(peak) == pytest.approx(min(needed) / 2**30, abs=0.05) and len(needed) > 20
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_sse.config import RunConfig, uses_distributed_optimizer
 from megatron_sse.config.weights import Weight, embedding_weight, final_norm_weight, layer_weights, output_weight
-from megatron_sse.plan.sizes import FP32, Sizes
+from megatron_sse.planning.sizes import FP32, Sizes
 
 # Megatron-Core's distributed optimizer: every parameter starts at a multiple of this, and
 ALIGNMENT = 64

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from megatron_sse.plan.sizes import Sizes
-from megatron_sse.plan.traffic import step_traffic
-from tests.plan.counted import count_step
+from megatron_sse.planning.sizes import Sizes
+from megatron_sse.planning.traffic import step_traffic
+from tests.planning.counted import count_step
 from tests.training.support import small_run
 from tests.workers import run_workers
 
