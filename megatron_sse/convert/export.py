@@ -9,7 +9,7 @@ import torch
 from megatron_sse.checkpoint.names import TOKENS
 from megatron_sse.config import RunConfig
 from megatron_sse.convert.byte_tokenizer import write_byte_tokenizer
-from megatron_sse.data.metadata import TOKENIZER, TOKENIZER_SETTINGS
+from megatron_sse.data.metadata import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_SETTINGS
 from megatron_sse.errors import UserError
 from megatron_sse.hf import exported
 from megatron_sse.hf.dense_settings import FAMILIES, model_to_dense
@@ -29,7 +29,7 @@ _KEPT_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
     "generation_config.json",
 )
 _MODELING_FILES = ("modeling_megatron_sse.py", "network_megatron_sse.py")

@@ -21,7 +21,7 @@ class Request(Command):
     overrides: tuple[str, ...] = positional("model.sse.key=value", "SSE settings; only with --pattern", default=())
     to: str | None = option("KIND", "ours, hf, sse, llama, qwen2, qwen3 or mistral", unset="hf from ours, else ours")
     pattern: str | None = option("LAYERS", 'replace softmax layers by SSE layers: "5*sse, softmax"', unset="")
-    tolerance: float = option("X", "largest relative difference of the logits (root mean square)", default=1e-4)
+    tolerance: float = option("X", "largest relative difference of the logits, root mean square", default=1e-4)
 
     def check(self) -> None:
         if not 0 <= self.tolerance < math.inf:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +19,8 @@ Number = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 # The files of a tokenizer. Beside a token file their names come after its prefix and a dot.
 TOKENIZER, TOKENIZER_SETTINGS = "tokenizer.json", "tokenizer_config.json"
+# A chat template in a file of its own; older folders have it in the settings.
+CHAT_TEMPLATE = "chat_template.jinja"
 
 
 @dataclass
@@ -44,14 +47,41 @@ class Metadata:
     label_bytes: Number | None = None
     end: Number | None = None
 
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of text of a token, of those that count as labels."""
+        return (self.label_bytes or self.bytes) / max(1, self.label_tokens or self.tokens)
+
     def bits_per_byte(self, loss: float) -> float:
         """Convert a loss in nats per counted token to bits per counted byte of text."""
-        num_bytes = self.label_bytes or self.bytes
-        return loss / math.log(2) * (self.label_tokens or self.tokens) / num_bytes if num_bytes else math.nan
+        return BytesOfTokens.of_blend([(self, 1.0)]).bits_per_byte(loss)
 
     def write(self, path: Path) -> None:
         """Write the description as JSON."""
         path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class BytesOfTokens:
+    """How a loss per token becomes one per byte of text.
+
+    bytes_per_token: of those that count as labels. unigram_bits_per_byte: what frequencies of single tokens reach.
+    """
+
+    bytes_per_token: float
+    unigram_bits_per_byte: float
+
+    @classmethod
+    def of_blend(cls, files: Sequence[tuple[Metadata, float]]) -> BytesOfTokens:
+        """Return those of a blend of files, each with its weight: its share of the samples."""
+        total = sum(weight for _, weight in files)
+        num_bytes = sum(weight / total * file.bytes_per_token for file, weight in files)
+        bits = sum(weight / total * file.bytes_per_token * file.unigram_bits_per_byte for file, weight in files)
+        return cls(num_bytes, bits / num_bytes if num_bytes else math.nan)
+
+    def bits_per_byte(self, loss: float) -> float:
+        """Convert a loss in nats per token to bits per byte."""
+        return loss / math.log(2) / self.bytes_per_token if self.bytes_per_token else math.nan
 
 
 def read_metadata(prefix: str) -> Metadata | None:

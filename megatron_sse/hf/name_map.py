@@ -34,7 +34,8 @@ class Names:
 
 SSE_NAMES = Names("model.embeddings.weight", "attn", "attn_norm", "mlp_norm")
 DENSE_NAMES = Names("model.embed_tokens.weight", "self_attn", "input_layernorm", "post_attention_layernorm")
-
+# In all folders; none where it is tied to the embedding.
+OUTPUT = "lm_head.weight"
 
 # By our names in an SSE mixer. The halves of a low-rank pair are numbered 0 and 1 there.
 _MIXER_NAMES = {"out_proj.weight": "o_proj.weight", "router.proj.weight": "e_proj.weight"}
@@ -56,7 +57,7 @@ def model_links(model: ModelConfig, names: Names) -> list[Link]:
         ours, theirs = f"decoder.layers.{number}.", f"model.layers.{number}."
         links += [_layer_link(model, names, kind, weight, ours, theirs) for weight in layer_weights(model, kind)]
     if not model.tie_embeddings:
-        links.append(padded(output.name, Part("lm_head.weight", vocabulary), model.padded_vocab_size))
+        links.append(padded(output.name, Part(OUTPUT, vocabulary), model.padded_vocab_size))
     return links
 
 

@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,11 @@ from megatron_sse.inference.sampling import Sampler
 from megatron_sse.model.language_model import LanguageModel
 from megatron_sse.parallel.device import Device
 from megatron_sse.parallel.sharding import ContextShard
+from megatron_sse.pretrained.chat import Chat, Message, assistant_says, open_chat, user_says
 from megatron_sse.pretrained.network import build_and_load, inference_config, inference_groups
 from megatron_sse.pretrained.open import Model, open_model
 from megatron_sse.pretrained.text import Tokenizer, open_tokenizer
-from megatron_sse.visible import make_visible
+from megatron_sse.visible import count_of, make_visible
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +31,14 @@ logger = logging.getLogger(__name__)
 class _Job:
     """A request whose files have been read and found to fit.
 
-    tokenizer: None where token ids are read and printed. kept: the content of a saved cache.
+    tokenizer: None where token ids are read and printed. chat: None where texts are continued as they are.
+    kept: the content of a saved cache.
     """
 
     model: Model
     config: RunConfig
     tokenizer: Tokenizer | None
+    chat: Chat | None
     prompts: list[list[int]]
     kept: dict[str, Any] | None
 
@@ -68,11 +71,12 @@ def _prepare(request: Request) -> _Job:
     vocab_size, continues = config.model.vocab_size, request.load_cache is not None
     instead = ", or give token ids with --tokens"
     tokenizer = None if request.tokens is not None else open_tokenizer(model, instead)
+    chat = open_chat(model, tokenizer) if request.chat and tokenizer is not None else None
     if request.tokens is not None:
         prompts = read_tokens(request.tokens, vocab_size, continues)
     else:
         assert tokenizer is not None
-        prompts = read_prompts(request.prompts, request.prompt_files, tokenizer, continues)
+        prompts = read_prompts(request.prompts, request.prompt_files, tokenizer, continues, chat)
         for number, prompt in enumerate(prompts, 1):
             check_tokens(f"prompt {number}", prompt, vocab_size)
     kept = None if request.load_cache is None else read_cache(request.load_cache, _settings(config))
@@ -82,7 +86,7 @@ def _prepare(request: Request) -> _Job:
         raise UserError(f"--load-cache: got {num_sequences} prompts, allowed {len(before)}, one for each sequence")
     for prompt, num_before in zip(prompts, before, strict=False):
         _check_length(request, config, num_before + len(prompt))
-    return _Job(model, config, tokenizer, prompts, kept)
+    return _Job(model, config, tokenizer, chat, prompts, kept)
 
 
 def _settings(config: RunConfig) -> dict:
@@ -101,12 +105,13 @@ class _Session:
 
     def __init__(self, request: Request, job: _Job, net: LanguageModel, device: Device, shard: ContextShard):
         self.request, self.config, self.net, self.device, self.shard = request, job.config, net, device, shard
-        self.tokenizer = job.tokenizer
-        self.end = None if self.tokenizer is None else self.tokenizer.end
+        self.tokenizer, self.chat = job.tokenizer, job.chat
+        teller = self.chat or self.tokenizer
+        self.end = None if teller is None else teller.end
         self.sampler = Sampler(self.config.model.vocab_size, request.temperature, request.top_p, request.seed)
 
-    def answer(self, cache: Cache, prompts: Sequence[Sequence[int]]) -> None:
-        """Print what follows the prompts: one sequence token by token, several sequences at the end."""
+    def answer(self, cache: Cache, prompts: Sequence[Sequence[int]]) -> list[str]:
+        """Print what follows the prompts, one sequence token by token, several at the end; return it."""
         decoders = [self._decoder() for _ in prompts]
         texts = [""] * len(prompts)
         start = first = time.perf_counter()
@@ -132,17 +137,19 @@ class _Session:
                 _show(f"{text}\n" if self.tokenizer is None else f"--- {number}\n{text}\n")
         if not request.is_interactive:
             self._report(sum(map(len, prompts)), first - start, num_tokens, time.perf_counter() - first, cache)
+        return texts
 
     def talk(self, cache: Cache, lines: Iterable[str], is_terminal: bool) -> Cache:
-        """Continue after each line; lines and answers are one sequence until the model ends it. Return its cache."""
+        """Continue after each line; lines and answers are one sequence until the model ends it. Return its cache.
+
+        With --chat each line is the user's next turn.
+        """
         assert self.tokenizer is not None
-        lines = iter(lines)
-        while True:
-            if is_terminal:
-                print("> ", end="", file=sys.stderr, flush=True)
-            line = next(lines, None)
-            if line is None:
-                return cache
+        said: list[Message] = []
+        for line in _prompted(lines, is_terminal):
+            if self.chat is not None:
+                self._converse(self.chat, said, line.rstrip("\n"))
+                continue
             if cache.pending[0] and cache.pending[0][-1] == self.end:
                 cache = Cache(self.net, 1)
             text = line.rstrip("\n")
@@ -156,6 +163,21 @@ class _Session:
                 print(error, file=sys.stderr)
                 continue
             self.answer(cache, [prompt])
+        return cache
+
+    def _converse(self, chat: Chat, said: list[Message], line: str) -> None:
+        """Answer the user's next turn. The conversation is read anew, since a template may change what came before."""
+        said.append(user_says(line))
+        try:
+            prompt = chat.encode(said)
+            _check_length(self.request, self.config, len(prompt))
+        except UserError as error:
+            print(error, file=sys.stderr)
+            said.pop()
+            return
+        [text] = self.answer(Cache(self.net, 1), [prompt])
+        # A model writes how the template ends a turn, and the template would write it again.
+        said.append(assistant_says(text.removesuffix(chat.closing)))
 
     def _decoder(self) -> Callable[[int], str]:
         return (lambda token: f"{token} ") if self.tokenizer is None else self.tokenizer.stream()
@@ -164,11 +186,25 @@ class _Session:
         # The first token follows from the prompt's logits.
         each = after / max(num_tokens - 1, 1) * 1e3
         logger.info(
-            "prompts: %d tokens in %.2f s (%.0f a second); new: %d tokens, %.1f ms each; cache %.3f MB; "
-            "peak memory %.0f MB",
-            *(num_before, before, num_before / max(before, 1e-9), num_tokens, each),
+            "prompts: %s in %.2f s (%.1f a second); new: %s, %.1f ms each; cache %.3f MB; peak memory %.0f MB",
+            *(count_of(num_before, "token"), before, num_before / max(before, 1e-9)),
+            *(count_of(num_tokens, "token"), each),
             *(cache.num_bytes / 1e6, self.device.peak_memory_bytes() / 1e6),
         )
+
+
+def _prompted(lines: Iterable[str], is_terminal: bool) -> Iterator[str]:
+    """Yield lines; on a terminal say before the first how to end, and show a sign before each."""
+    lines = iter(lines)
+    if is_terminal:
+        print("Each line is a prompt. Ctrl-D ends.", file=sys.stderr)
+    while True:
+        if is_terminal:
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = next(lines, None)
+        if line is None:
+            return
+        yield line
 
 
 def _show(text: str) -> None:

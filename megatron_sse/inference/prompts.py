@@ -5,13 +5,17 @@ from pathlib import Path
 
 from megatron_sse.config import ModelConfig
 from megatron_sse.errors import UserError
+from megatron_sse.pretrained.chat import Chat, user_says
 from megatron_sse.pretrained.text import Tokenizer
 
 
-def read_prompts(texts: Sequence[str], files: Sequence[str], tokenizer: Tokenizer, continues: bool) -> list[list[int]]:
+def read_prompts(
+    texts: Sequence[str], files: Sequence[str], tokenizer: Tokenizer, continues: bool, chat: Chat | None = None
+) -> list[list[int]]:
     """Return the tokens of the given texts and of text files, one prompt each.
 
-    continues: whether they continue what a cache holds; then they may be empty. Raises UserError.
+    continues: whether they continue what a cache holds; then they may be empty. chat: renders each as what a user says
+    first; None to take the texts as they are. Raises UserError.
     """
     named = [(f"--prompt {number}", text) for number, text in enumerate(texts, 1)]
     for file in files:
@@ -19,9 +23,18 @@ def read_prompts(texts: Sequence[str], files: Sequence[str], tokenizer: Tokenize
             named.append((f"--prompt-file {file}", Path(file).read_text(encoding="utf-8")))
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompt-file: {file} cannot be read ({' '.join(str(error).split())})") from None
-    prompts = [tokenizer.encode(text, continues) for _, text in named]
-    for (name, _), prompt in zip(named, prompts, strict=True):
+    return encode_prompts(named, tokenizer, continues, chat)
+
+
+def encode_prompts(
+    named: Sequence[tuple[str, str]], tokenizer: Tokenizer, continues: bool, chat: Chat | None = None
+) -> list[list[int]]:
+    """Return the tokens of texts with their names; with `chat`, of what a user says. Otherwise like read_prompts."""
+    prompts = []
+    for name, text in named:
+        prompt = tokenizer.encode(text, continues) if chat is None else chat.encode([user_says(text)])
         _check_not_empty(name, prompt, continues)
+        prompts.append(prompt)
     return prompts
 
 

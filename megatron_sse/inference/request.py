@@ -59,6 +59,7 @@ class Request(TextRequest):
     temperature: float = option("X", "0 picks the likeliest token, more varies", default=0.0)
     top_p: float = option("X", "pick among the likeliest tokens that have this share of the probability", default=1.0)
     seed: int = option("N", "seed of the random numbers", default=0)
+    chat: bool = option(help="answer each prompt as what a user says, by the chat template kept with the model")
     context: int = option("N", "processes that share each long prompt", default=1)
     save_cache: str | None = option("FILE", "file to write the states of the sequences to", unset="")
     load_cache: str | None = option("FILE", "file of states to continue from", unset="")
@@ -91,6 +92,10 @@ class Request(TextRequest):
         ):
             if not is_right:
                 raise UserError(f"{name}: got {value}, allowed {allowed}")
+        given = {"--tokens": self.tokens, "--save-cache": self.save_cache, "--load-cache": self.load_cache}
+        for name, file in given.items() if self.chat else ():
+            if file is not None:
+                raise UserError(f"{name}: given with --chat, which renders whole conversations; leave one of them out")
         if self.save_cache:
             check_output("--save-cache", self.save_cache)
         if self.world_size > 1 and (self.save_cache or self.load_cache or self.is_interactive):

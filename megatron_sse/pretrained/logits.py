@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_sse.config import RunConfig
 from megatron_sse.hf.exported.network_megatron_sse import Network
+from megatron_sse.hf.name_map import OUTPUT
 from megatron_sse.installed import require
 from megatron_sse.parallel.layout import TokenLayout
 from megatron_sse.pretrained.network import build_and_load, inference_groups
@@ -59,7 +60,7 @@ def _by_network(model: Model, tokens_BL: Tensor) -> Tensor:
         for link in model.links
         for part in link.theirs
     }
-    output = weights.pop("lm_head.weight", weights["embeddings.weight"])
+    output = weights.pop(OUTPUT, weights["embeddings.weight"])
     network.load_state_dict(weights, assign=True)
     return network(network.embeddings(tokens_BL)) @ output.t()
 

@@ -19,7 +19,7 @@ from megatron_sse.errors import UserError
 from megatron_sse.hf.dense_settings import FAMILIES, model_from_dense
 from megatron_sse.hf.folder import CONFIG, HFWeights, read_json
 from megatron_sse.hf.links import Link, check_shapes, to_ours
-from megatron_sse.hf.name_map import DENSE_NAMES, SSE_NAMES, model_links
+from megatron_sse.hf.name_map import DENSE_NAMES, OUTPUT, SSE_NAMES, model_links
 from megatron_sse.hf.schema import FolderSchema, OwnSchema
 from megatron_sse.hf.sse_settings import MODEL_TYPE as SSE
 from megatron_sse.hf.sse_settings import model_from_sse
@@ -95,7 +95,7 @@ def _open_hf(folder: Path) -> Model:
 
     def unused(name: str) -> bool:
         # A tied output, and tables that older versions saved.
-        return (name == "lm_head.weight" and config.model.tie_embeddings) or name.endswith(".inv_freq")
+        return (name == OUTPUT and config.model.tie_embeddings) or name.endswith(".inv_freq")
 
     check_shapes(expected, weights, str(folder), unused)
     return Model(kind, folder, config, weights, links)

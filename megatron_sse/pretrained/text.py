@@ -27,6 +27,10 @@ class Tokenizer(Protocol):
         """Return a function that takes one token after the other and returns the text that each completes."""
         ...
 
+    def is_special(self, token: int) -> bool:
+        """Check whether a token stands for no text, such as the end of a turn."""
+        ...
+
 
 class ByteTokenizer:
     """A token per byte of UTF-8."""
@@ -40,6 +44,9 @@ class ByteTokenizer:
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         return lambda token: decoder.decode(bytes([token])) if token < END_OF_DOCUMENT else ""
 
+    def is_special(self, token: int) -> bool:
+        return token >= END_OF_DOCUMENT
+
 
 class FolderTokenizer:
     """One of transformers' tokenizers."""
@@ -51,6 +58,10 @@ class FolderTokenizer:
     def encode(self, text: str, continues: bool = False) -> list[int]:
         with foreign_errors("the tokenizer cannot encode a text"):
             return self.tokenizer.encode(text, add_special_tokens=not continues)
+
+    def is_special(self, token: int) -> bool:
+        added = self.tokenizer.added_tokens_decoder.get(token)
+        return added is not None and added.special
 
     def stream(self) -> Callable[[int], str]:
         tokens: list[int] = []

@@ -97,7 +97,33 @@ def test_a_text_that_has_ended_is_not_continued(
     assert run(capsys, str(pure), "--max-tokens", "5") == f"{bytes(tokens[:3]).decode()}\n" * 2
 
 
+def test_a_chat(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, pure: Path) -> None:
+    """Each prompt is rendered by the template; interactive, each line with all that was said before."""
+    one = "<|user|>\n{}\n<|assistant|>\n"
+    answer = run(capsys, str(pure), "--chat", "--prompt", "2 + 2?", "--max-tokens", "3")
+    assert answer == run(capsys, str(pure), "--prompt", one.format("2 + 2?"), "--max-tokens", "3")
+    answers = iter(["4", "6\n"])
+    monkeypatch.setattr(ByteTokenizer, "stream", lambda self: lambda token: next(answers))
+    asked: list[str] = []
+    encode = ByteTokenizer.encode
+
+    def note(self: ByteTokenizer, text: str, continues: bool = False) -> list[int]:
+        asked.append(text)
+        return encode(self, text, continues)
+
+    monkeypatch.setattr(ByteTokenizer, "encode", note)
+    lines = io.StringIO("2 + 2?\n3 + 3?\n")
+    monkeypatch.setattr(lines, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stdin", lines)
+    assert main(["generate", str(pure), "--chat", "--max-tokens", "1"]) == 0
+    said = capsys.readouterr()
+    first = one.format("2 + 2?")
+    assert asked == ["\n", first, first + "4\n" + one.format("3 + 3?")] and said.out == "4\n6\n\n"
+    assert "Each line is a prompt. Ctrl-D ends.\n> > > " in said.err
+
+
 WRONG = {
+    "chat of tokens": (["{model}", "--chat", "--tokens", "x"], "--tokens: given with --chat"),
     "no folder": (["{tmp}/none"], "CHECKPOINT: folder"),
     "empty prompt": (["{model}", "--prompt", ""], "--prompt 1: got an empty prompt"),
     "empty file": (["{model}", "--tokens", "/dev/null"], "which is empty"),

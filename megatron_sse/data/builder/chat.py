@@ -16,11 +16,29 @@ import numpy as np
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from megatron_sse.data.builder.encode import Encoder
+from megatron_sse.data.metadata import CHAT_TEMPLATE, TOKENIZER_SETTINGS
 from megatron_sse.errors import UserError
 
 # Rounds of all loops in one rendering; conversations have some thousand turns at most.
 MAX_ROUNDS = 1_000_000
-COLUMNS = ("messages", "prompt", "completion", "tools")
+# Where a record's turns are: as most write them, and as ShareGPT does.
+LISTS = MESSAGES, CONVERSATIONS = ("messages", "conversations")
+COLUMNS = (*LISTS, "prompt", "completion", "tools")
+# ShareGPT's names of who speaks, and those that its successors use.
+_SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "function_response": "tool",
+    "observation": "tool",
+}
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 # For the byte tokenizer, which has no special token but the end of a document.
 DEFAULT_TEMPLATE = """\
@@ -154,14 +172,18 @@ class Dialogue:
 
 
 def encode_record(record: Mapping[str, Any], template: Template | None, encoder: Encoder) -> Dialogue:
-    """Encode a record with `messages`, or with `prompt` and `completion`. Raises ChatError, or UserError."""
-    if record.get("messages") is not None:
+    """Encode a record with `messages`, ShareGPT's `conversations`, or `prompt` and `completion`.
+
+    Raises ChatError, or UserError.
+    """
+    name = next((name for name in LISTS if record.get(name) is not None), None)
+    if name is not None:
         if template is None:
             raise UserError(
-                "--chat-template: the tokenizer has none (chat_template.jinja, or chat_template in "
-                "tokenizer_config.json); give a file with one"
+                f"--chat-template: the tokenizer has none ({CHAT_TEMPLATE}, or chat_template in "
+                f"{TOKENIZER_SETTINGS}); give a file with one"
             )
-        messages = _check_messages(record["messages"])
+        messages = _check_messages(name, record[name])
         return _encode_messages(messages, record.get("tools"), template, encoder)
     prompt, completion = (_check_text(record, name) for name in ("prompt", "completion"))
     tokens_T, num_prompt = encoder.encode_parts(prompt, completion)
@@ -186,16 +208,45 @@ def _encode_messages(messages: list[dict[str, Any]], tools: Any, template: Templ
     return Dialogue(tokens_T, (span_T >= 0).astype(np.uint8), len(text.encode()), label_bytes)
 
 
-def _check_messages(messages: Any) -> list[dict[str, Any]]:
-    if not isinstance(messages, list) or not messages:
-        raise ChatError("messages: must be a list of at least one {role, content}")
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise ChatError(f"messages: {number}: must be an object with role and content")
-        if not isinstance(message.get("content"), str | list) and not message.get("tool_calls"):
-            raise ChatError(f"messages: {number}: has no content")
-    # A Parquet table holds every key in every row, with null where a message has none.
-    return [{name: value for name, value in message.items() if value is not None} for message in messages]
+def _check_messages(name: str, turns: Any) -> list[dict[str, Any]]:
+    if not isinstance(turns, list) or not turns:
+        raise ChatError(f"{name}: must be a list of at least one {{role, content}}")
+    messages = []
+    for number, turn in enumerate(turns, 1):
+        place = f"{name}: {number}"
+        if not isinstance(turn, dict):
+            raise ChatError(f"{place}: must be an object with role and content")
+        # A Parquet table holds every key in every row, with null where a message has none.
+        message = {key: value for key, value in turn.items() if value is not None}
+        if name == CONVERSATIONS and "from" in message:
+            message = _from_share_gpt(place, message)
+        if not isinstance(message.get("role"), str):
+            raise ChatError(f"{place}: must be an object with role and content")
+        if isinstance(message.get("content"), list):
+            message["content"] = _join_parts(place, message["content"])
+        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
+            raise ChatError(f"{place}: has no content")
+        messages.append(message)
+    return messages
+
+
+def _from_share_gpt(place: str, turn: dict[str, Any]) -> dict[str, Any]:
+    """Return {from, value} as {role, content}. Raises ChatError."""
+    speaker = turn["from"]
+    if not isinstance(speaker, str) or speaker not in _SPEAKERS:
+        raise ChatError(f"{place}: from: got {speaker!r}, allowed {', '.join(_SPEAKERS)}")
+    return {"role": _SPEAKERS[speaker]} | ({"content": turn["value"]} if "value" in turn else {})
+
+
+def _join_parts(place: str, parts: list[Any]) -> str:
+    """Return the text of content in parts, [{"type": "text", "text": ...}, ...]. Raises ChatError for a picture."""
+    texts = []
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise ChatError(f"{place}: content has a part of type {kind!r}, allowed text")
+        texts.append(part["text"])
+    return "".join(texts)
 
 
 def _check_text(record: Mapping[str, Any], name: str) -> str:
@@ -203,5 +254,6 @@ def _check_text(record: Mapping[str, Any], name: str) -> str:
     if isinstance(value, bytes):
         return value.decode("utf-8")
     if not isinstance(value, str):
-        raise ChatError(f"no messages, and {name} is {'missing' if value is None else type(value).__name__}, not text")
+        found = "missing" if value is None else type(value).__name__
+        raise ChatError(f"no messages or conversations, and {name} is {found}, not text")
     return value

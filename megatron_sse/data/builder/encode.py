@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_sse.data.metadata import TOKENIZER, TOKENIZER_SETTINGS
+from megatron_sse.data.metadata import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_SETTINGS
 from megatron_sse.data.tokenizer import END_OF_DOCUMENT, VOCAB_SIZE, encode_document
 from megatron_sse.errors import UserError, foreign_errors
 from megatron_sse.installed import require
@@ -216,7 +216,7 @@ def find_tokenizer(given: str) -> TokenizerFiles:
     path = path / TOKENIZER if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"--tokenizer: {path} not found; give bytes, a tokenizer.json or a folder with one")
-    config, jinja = path.with_name(TOKENIZER_SETTINGS), path.with_name("chat_template.jinja")
+    config, jinja = path.with_name(TOKENIZER_SETTINGS), path.with_name(CHAT_TEMPLATE)
     settings: dict[str, Any] = {}
     with suppress(NotFoundError):
         settings = read_json(config, dict[str, Any])

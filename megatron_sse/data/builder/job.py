@@ -83,7 +83,7 @@ class DocumentMaker:
             if self.job.has_mask:
                 assert isinstance(record, dict)
                 return self._make_chat(place, record, tally)
-            texts = self._texts(place, record, tally) if isinstance(record, dict) else record
+            texts = texts_of(place, record, self.job.field, tally) if isinstance(record, dict) else record
             if texts is None:
                 return None
             num_bytes = sum(len(text.encode()) for text in texts)
@@ -96,27 +96,14 @@ class DocumentMaker:
             return None
         return Document(self.encoder.encode(texts), num_bytes)
 
-    def _texts(self, place: Place, record: Mapping[str, Any], tally: Tally) -> list[str] | None:
-        value = record.get(self.job.field)
-        if isinstance(value, bytes):
-            text = decode(value, place, tally)
-            return None if text is None else [text]
-        if isinstance(value, str):
-            return [value]
-        name = self.job.field
-        if value is not None:
-            reason = f"field {name} is {type(value).__name__}, must be text"
-        else:
-            reason = f"field {name} missing (found: {', '.join(record) or 'none'}; choose another with --field)"
-            if name not in record and {"messages", "prompt"} & set(record):
-                reason += "; chats are read with --format chat"
-        tally.add(MISSING, place, reason)
-        return None
-
     def _make_chat(self, place: Place, record: Mapping[str, Any], tally: Tally) -> Document | None:
-        if record.get("messages") is None and not {"prompt", "completion"} & set(record):
+        if not any(record.get(name) is not None for name in chat.LISTS) and not {"prompt", "completion"} & set(record):
             found = ", ".join(record) or "none"
-            tally.add(MISSING, place, f"field messages missing, and no prompt and completion (found: {found})")
+            tally.add(
+                MISSING,
+                place,
+                f"field messages missing, no conversations, and no prompt and completion (found: {found})",
+            )
             return None
         try:
             made = chat.encode_record(record, self.template, self.encoder)
@@ -127,3 +114,21 @@ class DocumentMaker:
             tally.add(EMPTY, place, "empty answer")
             return None
         return Document(made.tokens_T, made.num_bytes, made.mask_T, made.label_bytes)
+
+
+def texts_of(place: Place, record: Mapping[str, Any], field: str, tally: Tally) -> list[str] | None:
+    """Return the text of a record, as a list of one; None, counted in `tally`, where it cannot be used."""
+    value = record.get(field)
+    if isinstance(value, bytes):
+        text = decode(value, place, tally)
+        return None if text is None else [text]
+    if isinstance(value, str):
+        return [value]
+    if value is not None:
+        reason = f"field {field} is {type(value).__name__}, must be text"
+    else:
+        reason = f"field {field} missing (found: {', '.join(record) or 'none'}; choose another with --field)"
+        if field not in record and {*chat.LISTS, "prompt"} & set(record):
+            reason += "; chats are read with --format chat"
+    tally.add(MISSING, place, reason)
+    return None

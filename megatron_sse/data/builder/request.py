@@ -14,6 +14,12 @@ MAX_WORKERS = 1024
 REFUSE, SKIP = "refuse", "skip"
 
 
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise UserError for a value of an option that is not among those allowed."""
+    if value not in allowed:
+        raise UserError(f"{name}: got {value}, allowed {', '.join(allowed)}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request(Command):
     """Make PREFIX.bin, .idx and .json of JSONL, Parquet, text files and folders of source files. In a folder that is
@@ -36,13 +42,9 @@ class Request(Command):
     unit_bytes: int = 1 << 24
 
     def check(self) -> None:
-        for name, value, allowed in (
-            ("--format", self.format, FORMATS),
-            ("--wrong", self.wrong, (REFUSE, SKIP)),
-            ("--empty", self.empty, (REFUSE, SKIP)),
-        ):
-            if value not in allowed:
-                raise UserError(f"{name}: got {value}, allowed {', '.join(allowed)}")
+        check_choice("--format", self.format, FORMATS)
+        check_choice("--wrong", self.wrong, (REFUSE, SKIP))
+        check_choice("--empty", self.empty, (REFUSE, SKIP))
         if self.workers is not None and not 1 <= self.workers <= MAX_WORKERS:
             raise UserError(f"--workers: got {self.workers}, allowed 1 to {MAX_WORKERS}")
         if self.tokenizer == BYTES and self.end is not None:

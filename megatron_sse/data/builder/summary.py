@@ -8,12 +8,14 @@ from megatron_sse.data.builder.encode import token_type
 from megatron_sse.data.builder.parts import Counts
 from megatron_sse.data.histogram import format_lengths
 from megatron_sse.data.metadata import Metadata
+from megatron_sse.visible import count_of
 
 
 def describe_metadata(metadata: Metadata) -> Iterator[str]:
     """Yield lines about the tokens of a file."""
     dtype = token_type(metadata.vocab_size)
-    yield f"{metadata.documents:,} documents, {metadata.tokens:,} tokens, {metadata.bytes:,} bytes of text"
+    documents, tokens = count_of(metadata.documents, "document"), count_of(metadata.tokens, "token")
+    yield f"{documents}, {tokens}, {metadata.bytes:,} bytes of text"
     yield f"tokenizer {metadata.tokenizer}: {metadata.vocab_size:,} tokens, {dtype}; model.vocab_size needs as many"
     per_byte = metadata.tokens / metadata.bytes
     yield f"{per_byte:.4f} tokens per byte, {metadata.unigram_bits_per_byte:.4f} bits per byte by frequency alone"

@@ -119,6 +119,17 @@ def test_chats_of_parquet_with_workers(tmp_path: Path) -> None:
         assert (tmp_path / f"table{suffix}").read_bytes() == (tmp_path / f"lines{suffix}").read_bytes()
 
 
+def test_share_gpt_and_content_in_parts(tmp_path: Path) -> None:
+    speakers = {"system": "system", "user": "human", "assistant": "gpt"}
+    share = [{"from": speakers[turn["role"]], "value": turn["content"]} for turn in TURNS]
+    parts = [turn | {"content": [{"type": "text", "text": part} for part in turn["content"]]} for turn in TURNS]
+    run(tmp_path / "plain", write_lines(tmp_path / "a.jsonl", [{"messages": TURNS}] * 3), format="chat")
+    rows = [{"conversations": share}, {"conversations": TURNS}, {"messages": parts}]
+    run(tmp_path / "other", write_lines(tmp_path / "b.jsonl", rows), format="chat")
+    for suffix in (".bin", ".mask"):
+        assert (tmp_path / f"other{suffix}").read_bytes() == (tmp_path / f"plain{suffix}").read_bytes()
+
+
 def test_a_template_that_changes_what_came_before_is_refused(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", [{"messages": TURNS[2:4]}, {"messages": TURNS[2:]}])
     options = {"format": "chat", "chat_template": str(tmp_path / "template.jinja")}

@@ -12,7 +12,7 @@ from megatron_sse.cli import main
 from tests.data.builder.support import TEXTS, documents, make_tokenizer, records, texts, write_lines
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs/data.md").read_text()
-COMMANDS = re.findall(r"^ +megatron-sse (data (?:build|inspect) [a-z].*)$", PAGE, re.MULTILINE)
+COMMANDS = re.findall(r"^ +megatron-sse (data (?:build|inspect|train-tokenizer) [a-z].*)$", PAGE, re.MULTILINE)
 
 
 def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -26,7 +26,7 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     Path("repos/one/good.py").write_bytes(b"good\n")
     [examples] = re.findall(r"^ +(\{\"messages.*)\n +(\{\"prompt.*)$", PAGE, re.MULTILINE)
     write_lines(Path("chats.jsonl"), [line.encode() for line in examples])
-    assert len(COMMANDS) == 5
+    assert len(COMMANDS) == 6
     for command in COMMANDS:
         assert main(shlex.split(command)) == 0
     assert texts(Path("data/texts")) == TEXTS and len(documents(Path("data/shards"))) == len(TEXTS)

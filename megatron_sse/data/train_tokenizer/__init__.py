@@ -1,0 +1,1 @@
+"""A tokenizer made of one's own texts, by the tokenizers library."""
