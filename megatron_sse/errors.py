@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 USER_ERROR_EXIT = 2
 # Too many steps were not finite; a restart would repeat them.
@@ -19,6 +20,11 @@ def describe_error(error: Exception) -> str:
         return " ".join(str(error).split())
     place = "" if error.filename is None else f"{str(error.filename)[:200]}: "
     return f"{place}{error.strerror or error}"
+
+
+def not_writable(key: str, folder: Path, error: OSError) -> UserError:
+    """Return the error for a folder that a setting or argument names and that cannot be written to."""
+    return UserError(f"{key}: got {folder}, allowed a folder that can be written to ({error.strerror})")
 
 
 @contextmanager

@@ -3,6 +3,9 @@
 import importlib.metadata
 import importlib.util
 import logging
+import shutil
+import sys
+from pathlib import Path
 
 from megatron_sse import __version__
 from megatron_sse.errors import UserError
@@ -23,6 +26,15 @@ def require(package: str, purpose: str, extra: str = "hf") -> None:
     """
     if importlib.util.find_spec(package) is None:
         raise UserError(f'{purpose}: needs {package}, which is not installed: pip install "megatron-sse[{extra}]"')
+
+
+def find_program(name: str) -> str:
+    """Return how to call a program of this environment from here: by its name where that finds it, else by its path."""
+    own = Path(sys.executable).absolute().with_name(name)
+    found = shutil.which(name)
+    if not own.exists() or (found is not None and Path(found).absolute() == own):
+        return name
+    return str(own.relative_to(Path.cwd())) if own.is_relative_to(Path.cwd()) else str(own)
 
 
 def has_pictures() -> bool:

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_sse.durable import create_file
-from megatron_sse.errors import UserError
+from megatron_sse.errors import UserError, not_writable
 from megatron_sse.reading import read_json
 
 logger = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ def hold(
     except OSError as error:
         if not inside:
             raise UserError(f"{key}: {place} cannot be written: {error.strerror}") from None
-        raise UserError(f"{key}: got {place}, allowed a folder that can be written to ({error.strerror})") from None
+        raise not_writable(key, place, error) from None
     try:
         yield lease
     finally:

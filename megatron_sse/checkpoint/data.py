@@ -136,8 +136,10 @@ def warn_of_changed_schedule(checkpoint: Path, config: RunConfig, learning_rate:
     if saved.learning_rate is not None and abs(saved.learning_rate - learning_rate) > 1e-9 * abs(learning_rate):
         logger.warning(
             "the learning rate jumps: the checkpoint's last step had %g, by this run's optimizer and training.steps it "
-            "is %g", saved.learning_rate, learning_rate,
-        )  # fmt: skip
+            "is %g; optimizer.schedule=constant optimizer.learning_rate=%g continues without a jump, and a run with "
+            "optimizer.schedule=constant or wsd can be made longer before its learning rate falls",
+            *(saved.learning_rate, learning_rate, saved.learning_rate),
+        )
     now = _validation_samples(config)
     if saved.validation_samples is not None and saved.validation_samples != now:
         text = "validation losses before the resume are of %d sequences, from here on of %d"

@@ -17,7 +17,7 @@ from megatron_sse.checkpoint.manifest import ManifestError, find_damage, read_ma
 from megatron_sse.checkpoint.names import ITERATION, LATEST, MANIFEST, PARTIAL, REMOVED, REPLACED, UNUSABLE, step_name
 from megatron_sse.config import RunConfig
 from megatron_sse.durable import UNIQUE, fsync, unique, write_durably
-from megatron_sse.errors import SharedUserError, UserError
+from megatron_sse.errors import SharedUserError, UserError, not_writable
 from megatron_sse.reading import read_bytes
 from megatron_sse.run_folder import CHECKPOINTS
 
@@ -151,7 +151,16 @@ def describe_resume(config: RunConfig) -> str:
         found = _best_first(checkpoint_folder(config), quiet=True)
     except UserError as error:
         return str(error)
-    return f"checkpoint: {found[0]} (run the same command to resume from it)" if found else "there is no checkpoint"
+    if not found:
+        return "there is no checkpoint"
+    if _step(found[0]) >= config.training.steps:
+        return f"checkpoint: {found[0]} ({describe_finished(config.training.steps)})"
+    return f"checkpoint: {found[0]} (run the same command to resume from it)"
+
+
+def describe_finished(steps: int) -> str:
+    """Return what all commands say about a run that has taken its `steps` steps."""
+    return f"all {steps} steps are done; raise training.steps to train longer"
 
 
 def check_named(config: RunConfig) -> None:
@@ -190,9 +199,7 @@ def check_writable(folder: Path) -> None:
                 raise
             _write_something(folder)
     except OSError as error:
-        raise UserError(
-            f"monitor.folder: got {folder.parent}, allowed a folder that can be written to ({error.strerror})"
-        ) from None
+        raise not_writable("monitor.folder", folder.parent, error) from None
 
 
 def _write_something(folder: Path) -> None:

@@ -3,12 +3,23 @@
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from megatron_sse.config.pattern import MAX_LAYERS, expand_pattern
 from megatron_sse.config.problem import show
 from megatron_sse.recurrence import RECURRENCES, Recurrence, RecurrenceName
+from megatron_sse.visible import make_visible
 
 KeyMap = Literal["softmax", "silu", "topk_softmax", "one_minus_decay"]
 Schedule = Literal["cosine", "wsd", "constant"]
@@ -31,6 +42,17 @@ Rate0 = Annotated[float, Field(ge=0, le=1000)]
 # What the process groups can count.
 Minutes = Annotated[float, Field(gt=0, le=100_000)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _check_name(text: str) -> str:
+    if not text or make_visible(text) != text or "\n" in text or "\t" in text:
+        allowed = "a name without control characters" if text else "a name that is not empty"
+        raise PydanticCustomError("setting", "{text}", {"text": f"got {show(text)}, allowed {allowed}"})
+    return text
+
+
+# Of files, folders and what else is shown on a terminal.
+Name = Annotated[str, AfterValidator(_check_name)]
 
 # Default of a setting that may be left out or null and is then derived from the others.
 DERIVED: Any = None
@@ -231,7 +253,7 @@ class Source(Section):
 
     weight: its share of the samples, relative to the other sources' weights."""
 
-    prefix: str | None = None
+    prefix: Name | None = None
     mqar: MQARTask | None = None
     needle: NeedleTask | None = None
     weight: Positive = 1.0
@@ -243,6 +265,11 @@ class Source(Section):
             text = f"got {' and '.join(given) or 'none of them'}, allowed one of {', '.join(SOURCES)}"
             raise PydanticCustomError("setting", "{text}", {"text": text})
         return self
+
+    @model_serializer(mode="wrap")
+    def _leave_out_null(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the other kinds of sources, which are null."""
+        return {name: value for name, value in write(self).items() if value is not None}
 
     @property
     def task(self) -> MQARTask | NeedleTask | None:
@@ -335,8 +362,8 @@ class OptimizerConfig(Section):
 
 
 class CheckpointConfig(Section):
-    resume: str = "auto"
-    load_weights: str | None = None
+    resume: Name = "auto"
+    load_weights: Name | None = None
     interval: Steps0 = 0
     keep_last: Count | None = None
     asynchronous: bool = True
@@ -357,9 +384,11 @@ Window = Annotated[list[int], BeforeValidator(_check_window)]
 
 
 class MonitorConfig(Section):
-    folder: str
+    folder: Name
     log_interval: Steps = 1
     tensorboard: bool = True
+    wandb: Name | None = None
+    mlflow: Name | None = None
     health_interval: Steps = 10
     spike_factor: NonNegative = 10.0
     straggler_factor: NonNegative = 1.3

@@ -1,8 +1,9 @@
-"""The monitor of a run: a line per step, TensorBoard scalars, and the settings that it used."""
+"""The monitor of a run: a line per step, its scalars in files and at trackers, and the settings that it used."""
 
 from __future__ import annotations
 
 import logging
+import shlex
 from pathlib import Path
 
 import torch
@@ -13,19 +14,22 @@ from megatron.core.utils import get_model_config
 from megatron_sse.config import RunConfig
 from megatron_sse.costs.flops import train_flops_per_token
 from megatron_sse.costs.gpus import peak_flops
-from megatron_sse.data.metadata import Metadata, read_metadata
+from megatron_sse.data.metadata import BytesOfTokens, read_metadata
 from megatron_sse.durable import write_durably
+from megatron_sse.installed import find_program
 from megatron_sse.monitor.events import Events
 from megatron_sse.monitor.health import collect_health
 from megatron_sse.monitor.line import Progress
 from megatron_sse.monitor.memory import MemoryWindow
+from megatron_sse.monitor.metrics import Metrics
 from megatron_sse.monitor.output import Output
 from megatron_sse.monitor.profile import ProfileWindow
 from megatron_sse.monitor.replicas import compare_replicas
 from megatron_sse.monitor.spikes import Spikes
 from megatron_sse.monitor.straggler import Stragglers
+from megatron_sse.monitor.trackers import start_trackers
 from megatron_sse.parallel.device import Device
-from megatron_sse.run_folder import CONFIG, TENSORBOARD
+from megatron_sse.run_folder import CONFIG, METRICS, TENSORBOARD
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +55,7 @@ class Monitor:
         self.spikes = Spikes(config.monitor.spike_factor) if config.monitor.spike_factor else None
         self.start_stage(config)
         self.peak_flops = peak_flops(device.description)
-        self.metadata = _validation_metadata(config)
+        self.bytes = bytes_of_validation(config)
         # Tokens and seconds since the last line, and the mean time of a step, in which recent steps weigh most.
         self.tokens, self.seconds = 0, 0.0
         self.mean_seconds: float | None = None
@@ -69,6 +73,8 @@ class Monitor:
             self._write_settings()
             if config.monitor.tensorboard:
                 self.events = Events(self.folder / TENSORBOARD, first_step)
+        self.metrics, self.metrics_output = Metrics(self.folder / METRICS, first_step), Output(METRICS)
+        self.trackers = start_trackers(config, first_step) if self.is_writer else []
 
     def start_stage(self, config: RunConfig) -> None:
         """Switch to the settings of a stage, whose sequence length decides the FLOPs per token."""
@@ -147,20 +153,23 @@ class Monitor:
         line = f"step {step}/{self.config.training.steps} | validation loss {loss:.4f}"
         if "accuracy" in means:
             line += f" | accuracy {means['accuracy']:.3f}"
-        if self.metadata is not None:
-            scalars["validation/bits_per_byte"] = bits = self.metadata.bits_per_byte(loss)
-            unigram = self.metadata.unigram_bits_per_byte
+        if self.bytes is not None:
+            scalars["validation/bits_per_byte"] = bits = self.bytes.bits_per_byte(loss)
+            unigram = self.bytes.unigram_bits_per_byte
             line += f" | {bits:.3f} bits per byte (single-byte frequencies: {unigram:.3f})"
         self._log(line)
         self._write(step, scalars)
 
     def close(self) -> None:
-        """End the reports, and log where TensorBoard events are."""
+        """End the reports, wait for what trackers have not been sent yet, and log where TensorBoard events are."""
         for window in self.windows:
             window.close()
+        for tracker in self.trackers:
+            tracker.close()
         if self.events is not None:
             events = self.folder / TENSORBOARD
-            self._log(f"TensorBoard events: {events} (tensorboard --host 127.0.0.1 --logdir {events})")
+            command = shlex.join([find_program("tensorboard"), "--host", "127.0.0.1", "--logdir", str(events)])
+            self._log(f"TensorBoard events: {events} ({command})")
 
     def _find_windows(self) -> list[ProfileWindow | MemoryWindow]:
         """Return the windows of steps to record on this rank."""
@@ -211,15 +220,23 @@ class Monitor:
         """Write scalars on rank 0, and the settings where they are missing, as after the folder was moved."""
         if self.is_writer and (self.settings_output.is_failing or not (self.folder / CONFIG).is_file()):
             self._write_settings()
-        if self.events is not None and scalars:
+        if not self.is_writer or not scalars:
+            return
+        with self.metrics_output.attempt():
+            self.metrics.write(step, scalars)
+        if self.events is not None:
             with self.events_output.attempt():
                 self.events.write(step, scalars)
+        for tracker in self.trackers:
+            tracker.write(step, scalars)
 
 
-def _validation_metadata(config: RunConfig) -> Metadata | None:
-    """Return the metadata of the validation file if there is exactly one.
+def bytes_of_validation(config: RunConfig) -> BytesOfTokens | None:
+    """Return what turns the validation loss into bits per byte; None where a file does not say it, and for tasks.
 
-    The loss over several files cannot be converted to bits per byte of one of them.
+    A held-out part of the training files is taken to be like the whole of them.
     """
-    files = config.data.validation or []
-    return read_metadata(files[0].prefix) if len(files) == 1 and files[0].prefix else None
+    blend = config.data.validation or (config.data.train if config.data.validation_share else [])
+    files = [(None if source.prefix is None else read_metadata(source.prefix), source.weight) for source in blend]
+    known = [(metadata, weight) for metadata, weight in files if metadata is not None]
+    return BytesOfTokens.of_blend(known) if known and len(known) == len(files) else None

@@ -12,10 +12,14 @@ logger = logging.getLogger(__name__)
 
 
 class Output:
-    """Something that the monitor writes. name: what it is, for the log."""
+    """Something that the monitor writes.
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    name: what it is, for the log. errors: what keeps it from being written; torch turns some OSErrors into
+    RuntimeErrors.
+    """
+
+    def __init__(self, name: str, errors: tuple[type[Exception], ...] = (OSError, RuntimeError)) -> None:
+        self.name, self.errors = name, errors
         self.is_failing = False
 
     @contextmanager
@@ -23,12 +27,15 @@ class Output:
         """Run the block; where it cannot write, log a warning, unless the attempt before failed as well."""
         try:
             yield
-        # torch turns some OSErrors into RuntimeErrors.
-        except (OSError, RuntimeError) as error:
-            if not self.is_failing:
-                logger.warning("%s not written: %s", self.name, describe_error(error))
-            self.is_failing = True
+        except self.errors as error:
+            self.fail(describe_error(error))
             return
         if self.is_failing:
             logger.warning("%s: written again", self.name)
             self.is_failing = False
+
+    def fail(self, reason: str) -> None:
+        """Log why something was not written, unless the attempt before failed as well."""
+        if not self.is_failing:
+            logger.warning("%s not written: %s", self.name, reason)
+        self.is_failing = True

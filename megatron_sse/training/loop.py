@@ -20,6 +20,7 @@ from megatron_sse.checkpoint.data import check_same_data, warn_of_changed_schedu
 from megatron_sse.checkpoint.folders import (
     check_writable,
     checkpoint_folder,
+    describe_finished,
     describe_resume,
     find_checkpoints,
     find_weights,
@@ -219,7 +220,7 @@ class Run:
         if step >= self.first_step and self.saver.newest != step:
             self._save_last(step)
         elif step < self.first_step and step >= training.steps and dist.get_rank() == 0:
-            logger.warning("nothing to do: %d of %d steps are done already", step, training.steps)
+            logger.warning("nothing to do: %s", describe_finished(training.steps))
         self.monitor.close()
         if dist.get_rank() == 0:
             logger.info("%s", describe_resume(self.config))

@@ -77,6 +77,18 @@ WRONG = {
         ("monitor:\n  folder: runs/test\n", ""),
         "1: monitor: got nothing, allowed a value, the key is required",
     ),
+    "empty folder": (
+        ("  folder: runs/test", "  folder: ''"),
+        "20: monitor.folder: got '', allowed a name that is not empty",
+    ),
+    "control characters in a name": (
+        ("  folder: runs/test", '  folder: "runs/\\e[2Jtest"'),
+        "20: monitor.folder: got 'runs/\\x1b[2Jtest', allowed a name without control characters",
+    ),
+    "control characters in a prefix": (
+        ("  train: corpora/train", '  train: "a\\nb"'),
+        "12: data.train.0.prefix: got 'a\\nb', allowed a name without control characters",
+    ),
     "fraction for a count": (("  steps: 10", "  steps: 1.5"), "15: training.steps: got 1.5, allowed an integer"),
     "bool for a count": (("  steps: 10", "  steps: true"), "15: training.steps: got true, allowed an integer"),
     "zero": (("  steps: 10", "  steps: 0"), "15: training.steps: got 0, allowed at least 1"),

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_sse.config import load_config
+from megatron_sse.config import Source, load_config
 from megatron_sse.costs.flops import train_flops_per_token
-from megatron_sse.data.metadata import Metadata
+from megatron_sse.data.metadata import BytesOfTokens, Metadata
 from megatron_sse.model import build_model
 from megatron_sse.monitor import Monitor
 from megatron_sse.monitor.health import find_mixers
+from megatron_sse.monitor.monitor import bytes_of_validation
 from megatron_sse.parallel.device import setup_device
 from megatron_sse.parallel.groups import init_groups
 from tests.data.files import run_config
@@ -142,6 +143,22 @@ def test_log_interval_gives_means_over_its_steps(tmp_path):
         8,
         pytest.approx(4000 / (0.25 * (5 + 6 + 7 + 8))),
     )
+
+
+def test_bits_per_byte_of_a_blend(tmp_path):
+    """Bytes of text add up by the files' shares of the samples."""
+    one, other = (Metadata("bytes", 257, 1, tokens, 200, bits) for tokens, bits in ((200, 4.0), (400, 6.0)))
+    blend = BytesOfTokens.of_blend([(one, 3.0), (other, 1.0)])
+    # Of 4 tokens 3 are of one byte and 1 of half a byte.
+    assert blend.bits_per_byte(math.log(2)) == pytest.approx(4 / 3.5)
+    assert blend.unigram_bits_per_byte == pytest.approx((3 * 4.0 + 0.5 * 6.0) / 3.5)
+    config = small_config(tmp_path)
+    config.data.validation.append(Source(prefix=str(tmp_path / "other"), weight=2.0))
+    assert bytes_of_validation(config) is None
+    Metadata("bytes", 257, 1, 200, 200, 1.0).write(tmp_path / "other.json")
+    assert bytes_of_validation(config).bytes_per_token == pytest.approx((200 / 300 + 2 * 1) / 3)
+    config.data.validation_share, config.data.train, config.data.validation = 0.1, config.data.validation[1:], None
+    assert bytes_of_validation(config) == BytesOfTokens(1.0, 1.0)
 
 
 def test_memory_steps_without_a_gpu_say_so(tmp_path):

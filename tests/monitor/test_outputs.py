@@ -1,6 +1,7 @@
 """What only watches a run: where it cannot be written, the run goes on, says so once, and tries again."""
 
 import contextlib
+import json
 import logging
 import re
 import shutil
@@ -142,6 +143,9 @@ def test_a_resumed_run_continues_the_curves(later: float, tmp_path: Path) -> Non
     expected = [1, 2, 3, 4, 5, 6, 7, 8]
     assert [step for step, _ in read_events(tmp_path / "run")["train/loss"]] == expected
     assert steps_of_events(tmp_path / "run") == expected
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == expected
+    assert all({"train/loss", "optimizer/learning_rate"} <= set(line) for line in lines)
 
 
 def write_run(folder: Path, **sections: Any) -> Path:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 from itertools import islice
 from pathlib import Path
@@ -158,21 +159,33 @@ def test_a_run_without_stages_goes_on_after_its_samples_with_another_batch(tmp_p
     longer = {"training": TRAINING | {"steps": 12}}
     [(log, expected)] = run_workers(1, continued, tmp_path / "other", longer, 3)
     assert len(log) == 1 and log[0].startswith("the learning rate jumps: the checkpoint's last step had 0.00"), log
+    [setting] = re.findall(r"; optimizer.schedule=constant optimizer.learning_rate=(\S+) continues", log[0])
+    assert f"last step had {setting}, " in log[0]
     assert len(seen) == 3 * 4 + 5 * 2 and seen == expected[: len(seen)]
 
 
 def test_a_finished_run_has_nothing_to_do(tmp_path: Path) -> None:
+    """Both times it closes with what doctor says of it."""
     small_run(tmp_path)
-    assert run_workers(1, finish_twice, tmp_path) == [(3, 0)]
+    [(taken, lines)] = run_workers(1, finish_twice, tmp_path)
+    done = "all 3 steps are done; raise training.steps to train longer"
+    closing = f"checkpoint: {tmp_path}/run/checkpoints/iter_0000003 ({done})"
+    assert taken == [3, 0] and lines == [closing, f"nothing to do: {done}", closing]
 
 
-def finish_twice(folder: Path) -> tuple[int, int]:
-    """Return the number of steps taken by a run of three steps, and by the same run started again."""
-    taken = []
+def finish_twice(folder: Path) -> tuple[list[int], list[str]]:
+    """Return the number of steps taken by a run of three steps, and by the same run started again, and their log."""
+    taken, lines = [], []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("megatron_sse.training.loop")
+    logger.setLevel(logging.INFO)
     for resume in (None, folder / "run/checkpoints/iter_0000003"):
         run: Run = start(small_run(folder, training={"steps": 3, "global_batch_size": 4, "precision": "fp32"}), resume)
         before = run.consumed_samples
+        logger.addHandler(handler)
         run.run(Signals())
+        logger.removeHandler(handler)
         taken.append((run.consumed_samples - before) // 4)
         destroy_groups()
-    return taken[0], taken[1]
+    return taken, lines
