@@ -23,11 +23,16 @@ from megatron_sse.evaluation.read import Reader
 
 @dataclass(frozen=True)
 class Bucket:
-    """Loss, in nats per token, of the tokens that have `first` to 2 x `first` - 1 tokens of their piece before them."""
+    """Loss, in nats per token, of the tokens that have `first` to 2 x `first` - 1 tokens of their piece before them.
+
+    error: its standard error, by the number of tokens and the spread of their losses; tokens that resemble each other
+    make it larger than this.
+    """
 
     first: int
     tokens: int
     loss: float
+    error: float
 
 
 @dataclass(frozen=True)
@@ -70,20 +75,27 @@ def measure_losses(reader: Reader, file: TokenFile, length: int, num_tokens: int
     labels_T = np.concatenate([tokens[1:] for tokens in pieces]) if pieces else np.zeros(0, dtype=np.int64)
     # begin_p1: where the labels of each piece start in labels_T.
     begin_p1 = np.cumsum([0, *map(len, fed)])
-    sums_b, counts_b = np.zeros((2, 64))
+    sums_b, squares_b, counts_b = np.zeros((3, 64))
     for sequence_w, place_w, logits_wv in reader.logits(fed, counted):
         label_w = torch.from_numpy(labels_T[begin_p1[sequence_w] + place_w]).to(logits_wv.device)
         loss_w = cross_entropy(logits_wv, label_w, reduction="none").double().cpu().numpy()
         # The label at `place` has place + 1 tokens before it; bucket k is for 2^k to 2^(k+1) - 1 of them.
         power_w = np.floor(np.log2(place_w + 1)).astype(np.int64)
         sums_b += np.bincount(power_w, loss_w, minlength=64)
+        squares_b += np.bincount(power_w, loss_w**2, minlength=64)
         counts_b += np.bincount(power_w, minlength=64)
     tokens = int(counts_b.sum())
     loss = float(sums_b.sum() / tokens) if tokens else math.nan
-    buckets = [Bucket(1 << int(k), int(counts_b[k]), sums_b[k] / counts_b[k]) for k in np.flatnonzero(counts_b)]
+    buckets = [_bucket(int(k), sums_b[k], squares_b[k], int(counts_b[k])) for k in np.flatnonzero(counts_b)]
     metadata = read_metadata(file.prefix)
     bits = None if metadata is None else metadata.bits_per_byte(loss)
     return Losses(file.prefix, length, tokens, loss, bits, buckets)
+
+
+def _bucket(power: int, sum_: float, squares: float, count: int) -> Bucket:
+    mean = sum_ / count
+    variance = max(0.0, squares / count - mean**2)
+    return Bucket(1 << power, count, mean, math.sqrt(variance / count))
 
 
 def cut_documents(file: TokenFile, length: int, num_tokens: int) -> tuple[list[np.ndarray], list[np.ndarray]]:

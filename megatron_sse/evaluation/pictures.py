@@ -8,27 +8,36 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from megatron_sse.evaluation.needles import Found
-from megatron_sse.evaluation.perplexity import Losses
+from megatron_sse.evaluation.perplexity import Bucket, Losses
 from megatron_sse.evaluation.recall import Recalled
 from megatron_sse.evaluation.report import show_depth
 from megatron_sse.reports.style import save_picture
 
 
 def draw_losses(path: Path, results: Sequence[Losses]) -> None:
-    """Draw a line for each length: the loss by number of tokens before."""
+    """Draw a line for each length: the loss by number of tokens before, in a band of two standard errors."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for losses in results:
-        firsts = [bucket.first for bucket in losses.buckets]
-        axes.plot(firsts, [bucket.loss for bucket in losses.buckets], marker="o", label=f"pieces of {losses.length:,}")
+        buckets = [bucket for bucket in losses.buckets if _is_filled(bucket, losses.length)]
+        firsts, means = [bucket.first for bucket in buckets], [bucket.loss for bucket in buckets]
+        [line] = axes.plot(firsts, means, marker="o", label=f"pieces of {losses.length:,}")
+        low, high = ([bucket.loss + sign * bucket.error for bucket in buckets] for sign in (-2, 2))
+        axes.fill_between(firsts, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("tokens before, from this many to twice as many")
     axes.set_ylabel("loss, nats per token")
     axes.set_title(results[0].file)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(title="band: two standard errors")
     save_picture(figure, path, dpi=120)
+
+
+def _is_filled(bucket: Bucket, length: int) -> bool:
+    """Check whether pieces of `length` reach half of a bucket's numbers of tokens; the last one may hold a single."""
+    reached = min(2 * bucket.first - 1, length) - bucket.first + 1
+    return 2 * reached >= bucket.first
 
 
 def draw_recall(path: Path, results: Sequence[Recalled]) -> None:

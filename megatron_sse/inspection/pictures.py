@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -19,6 +19,8 @@ from megatron_sse.reports.style import COLOURS, SHARE_NORM, STYLE, save_picture
 
 # Rows with more cells than this show no numbers.
 _MOST_NUMBERS = 16
+# In the order of their colours.
+_BANKS = ("shared bank", "partitions")
 
 
 def draw_all(folder: Path, layers: Sequence[Layer]) -> None:
@@ -95,7 +97,7 @@ def _draw_growth(axes: Axes, layers: Sequence[Layer]) -> None:
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set(title="as the text is read; deeper layers are lighter", xlabel="tokens", ylabel="effective rank")
     axes.set_ylim(bottom=0)
-    axes.legend()
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 
 def _value(rank: Rank, name: str) -> float:
@@ -103,35 +105,49 @@ def _value(rank: Rank, name: str) -> float:
 
 
 def _draw_half_lives(path: Path, layers: Sequence[Layer]) -> None:
-    """Draw for each layer the range from the 10th to the 90th percentile and the median; infinite ones at the top."""
-    kinds = [
-        ("shared bank, tokens", lambda memory: memory.shared),
-        ("partitions, tokens", lambda memory: memory.sparse_tokens),
-        ("partitions, writes", lambda memory: memory.sparse_writes),
-    ]
-    found = {
-        name: {layer.layer: spread for layer in layers if layer.half_life and (spread := get(layer.half_life))}
-        for name, get in kinds
+    """Draw for each layer the range from the 10th to the 90th percentile and the median: those in tokens in one plot,
+    those in writes to a partition in another."""
+    kinds = {
+        "tokens": [("shared bank", lambda memory: memory.shared), ("partitions", lambda memory: memory.sparse_tokens)],
+        "writes": [("partitions", lambda memory: memory.sparse_writes)],
     }
-    finite = [value for spreads in found.values() for x in spreads.values() for value in _ends(x) if value < math.inf]
+    found = {
+        unit: {
+            name: {layer.layer: spread for layer in layers if layer.half_life and (spread := get(layer.half_life))}
+            for name, get in parts
+        }
+        for unit, parts in kinds.items()
+    }
+    # Models without partitions have none in writes.
+    found = {unit: parts for unit, parts in found.items() if unit == "tokens" or any(parts.values())}
+    width = max(5.0, 2 + 0.5 * len(layers))
+    figure = Figure(figsize=(width * len(found), 4), layout="constrained")
+    figure.suptitle("half-life of states: 10th to 90th percentile, dot: median")
+    for axes, (unit, parts) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+        _draw_spreads(axes, layers, parts)
+        axes.set_ylabel(f"half-life in {unit}" + (" to the partition" if unit == "writes" else ""))
+    save_picture(figure, path)
+
+
+def _draw_spreads(axes: Axes, layers: Sequence[Layer], parts: Mapping[str, Mapping[int, Spread]]) -> None:
+    """Draw the bars of one unit, side by side for each layer; infinite ones at the top."""
+    finite = [value for spreads in parts.values() for x in spreads.values() for value in _ends(x) if value < math.inf]
     # Infinite half-lives are drawn at `top`, above all finite ones.
     top = 4 * max(finite, default=1.0)
-    figure = Figure(figsize=(max(6.4, 2 + 0.5 * len(layers)), 4), layout="constrained")
-    axes = figure.subplots()
-    for number, (name, spreads) in enumerate(found.items()):
+    for number, (name, spreads) in enumerate(parts.items()):
         if not spreads:
             continue
-        # Three bars for each layer, side by side.
-        place = [layer + 0.22 * (number - 1) for layer in spreads]
+        place = [layer + 0.22 * (number - (len(parts) - 1) / 2) for layer in spreads]
         low, middle, high = ([min(value, top) for value in x] for x in zip(*map(_ends, spreads.values()), strict=True))
-        axes.vlines(place, low, high, color=COLOURS[number], linewidth=4, alpha=0.4)
-        axes.plot(place, middle, "o", color=COLOURS[number], label=name)
+        colour = COLOURS[_BANKS.index(name)]
+        axes.vlines(place, low, high, color=colour, linewidth=4, alpha=0.4)
+        axes.plot(place, middle, "o", color=colour, label=name)
     axes.set_yscale("log")
     several_decades = max(finite, default=1.0) > 1000 * min(finite, default=1.0)
     axes.yaxis.set_major_locator(LogLocator(subs=(1,) if several_decades else (1, 2, 5), numticks=12))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    if any(value == math.inf for spreads in found.values() for x in spreads.values() for value in _ends(x)):
+    if any(value == math.inf for spreads in parts.values() for x in spreads.values() for value in _ends(x)):
         axes.axhline(top, color="#555555", linestyle="--", linewidth=1)
         axes.set_ylim(top=1.3 * top)
         axes.text(1.005, top, "inf", transform=axes.get_yaxis_transform(), va="center")
@@ -140,9 +156,8 @@ def _draw_half_lives(path: Path, layers: Sequence[Layer]) -> None:
         axes.set_yticks([], minor=True)
     axes.set_xticks([layer.layer for layer in layers], [f"{layer.layer}\n{layer.kind}" for layer in layers])
     axes.set_xlim(0.5, len(layers) + 0.5)
-    axes.set(title="half-life of states: 10th to 90th percentile, dot: median", xlabel="layer", ylabel="tokens, writes")
-    figure.legend(loc="outside lower center", ncols=3)
-    save_picture(figure, path)
+    axes.set_xlabel("layer")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
 
 
 def _ends(spread: Spread) -> tuple[float, float, float]:

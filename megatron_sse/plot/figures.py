@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
 
@@ -21,6 +22,8 @@ from megatron_sse.reports.style import COLOURS, STYLE, label_steps, save_picture
 
 WIDTH, HEIGHT = 6.4, 3.6
 COLUMNS = 3
+# Points of validation losses.
+VALIDATION: dict[str, Any] = {"linestyle": "", "marker": "o", "mec": "white", "ms": 6, "zorder": 4}
 # A curve with at least this many points is drawn faint, with its running mean.
 MANY = 40
 
@@ -53,7 +56,7 @@ CURVE_PLOTS = [
     CurvePlot(
         "loss",
         "Loss",
-        "Faint: each step; line: running mean; dots: validation.",
+        "Faint: each step; line: running mean.",
         "train/loss",
         "nats per token",
         smooth=True,
@@ -95,9 +98,12 @@ def draw_all(runs: list[RunLog], folder: Path) -> list[Picture]:
             note = "Each partition's share of the writes times the number of partitions: 1 where all get the same."
             pictures.append(_draw_side_by_side(runs, draw_loads, folder / "partition_load.png", "Partition load", note))
         if any(run.entropies() for run in runs):
-            note = "Entropy of the router's probabilities. Dashed: all equally likely; 0: always the same one."
+            note = "What the entropy of the router's probabilities misses to ln N. 0: all partitions equally likely; "
+            note += "ln N: always the same one."
             pictures.append(
-                _draw_side_by_side(runs, draw_entropy, folder / "router_entropy.png", "Router entropy", note)
+                _draw_side_by_side(
+                    runs, draw_entropy, folder / "router_entropy.png", "Router entropy, ln N minus it", note
+                )
             )
         pictures.append(_draw_layouts(runs, folder / "layouts.png"))
     return pictures
@@ -115,7 +121,7 @@ def _draw_curves(plot: CurvePlot, runs: list[RunLog], folder: Path) -> Picture:
         line = {"color": COLOURS[number % len(COLOURS)], "linestyle": style, "linewidth": width}
         _draw_curve(axes, curve, run.name, line, plot.smooth)
         if plot.name == "loss":
-            axes.plot(*_columns(run.curve("validation/loss")), "o", color=line["color"], mec="white", ms=6, zorder=4)
+            axes.plot(*_columns(run.curve("validation/loss")), color=line["color"], **VALIDATION)
     axes.set(ylabel=plot.unit, title=plot.title)
     label_steps(axes)
     if plot.log:
@@ -127,7 +133,11 @@ def _draw_curves(plot: CurvePlot, runs: list[RunLog], folder: Path) -> Picture:
         axes.set_ylim(bottom=0)
     if plot.name == "throughput":
         axes.yaxis.set_major_formatter(EngFormatter(sep=" "))
-    figure.legend(loc="outside lower center", ncols=min(COLUMNS, len(runs)))
+    entries, names = axes.get_legend_handles_labels()
+    if plot.name == "loss" and any(run.curve("validation/loss") for run in runs):
+        # One entry for all runs, whose points have the colours of their lines.
+        entries, names = [*entries, Line2D([], [], color="#777777", **VALIDATION)], [*names, "validation"]
+    figure.legend(entries, names, loc="outside lower center", ncols=min(COLUMNS, len(names)))
     path = folder / f"{plot.name}.png"
     save_picture(figure, path)
     return Picture(path, plot.title, plot.note)

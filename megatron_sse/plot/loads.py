@@ -14,6 +14,8 @@ from megatron_sse.plot.read import Curve, RunLog
 from megatron_sse.reports.style import SHARE_NORM, label_steps
 
 MOST_LABELS = 12
+# Rows of a heat map that can be numbered.
+MOST_ROWS = 40
 
 
 def draw_loads(axes: Axes, run: RunLog) -> None:
@@ -39,13 +41,20 @@ def draw_loads(axes: Axes, run: RunLog) -> None:
 
 
 def _label_layers(axes: Axes, sizes: dict[int, int]) -> None:
-    """Draw a line between layers, the first on top, and their numbers (from 1), only some where there are many."""
+    """Draw a line between layers, the first on top, with the numbers of layers and, where there is room, of their
+    partitions (both from 1)."""
     borders = np.cumsum([0, *sizes.values()])
     for border in borders[1:-1]:
         axes.axhline(border, color="white", linewidth=1.5)
     every = -(-len(sizes) // MOST_LABELS)
     axes.set_yticks((borders[:-1] + borders[1:])[::every] / 2, [str(layer) for layer in sizes][::every])
     axes.tick_params(axis="y", length=0)
+    if borders[-1] <= MOST_ROWS:
+        numbers = [str(number + 1) for size in sizes.values() for number in range(size)]
+        axes.set_yticks(np.arange(borders[-1]) + 0.5, numbers, minor=True)
+        axes.tick_params(axis="y", which="minor", length=0, labelsize=6, labelcolor="#555555")
+        # Left of the partitions' numbers.
+        axes.tick_params(axis="y", which="major", pad=16)
     axes.invert_yaxis()
 
 
@@ -56,18 +65,22 @@ def _edges(steps: list[int]) -> list[float]:
 
 
 def draw_entropy(axes: Axes, run: RunLog) -> None:
-    """Draw a line for each layer; deeper layers are lighter."""
+    """Draw what each layer's entropy misses to ln N: routers near ln N differ, too. Deeper layers are lighter."""
     axes.set_title(run.name)
     entropies = run.entropies()
     if not entropies:
         _say_nothing(axes)
         return
+    most = {layer: math.log(len(partitions)) for layer, partitions in run.shares().items()}
     colours = matplotlib.colormaps["viridis"].resampled(len(entropies))
-    for number, curve in enumerate(entropies.values()):
-        _line(axes, curve, colours(number))
-    num_partitions = max(len(partitions) for partitions in run.shares().values())
-    axes.axhline(math.log(num_partitions), color="#555555", linestyle="--", linewidth=1)
-    axes.set(ylabel="nats", ylim=(0, 1.08 * math.log(num_partitions) or 1))
+    for number, (layer, curve) in enumerate(entropies.items()):
+        _line(axes, [(step, most[layer] - value) for step, value in curve], colours(number))
+    axes.set_ylabel("ln N - entropy, nats")
+    axes.set_ylim(bottom=0)
+    highest = max(most.values())
+    if axes.get_ylim()[1] > 0.7 * highest:
+        axes.axhline(highest, color="#555555", linestyle="--", linewidth=1)
+        axes.set_ylim(top=1.08 * highest or 1)
     label_steps(axes)
     layers = list(entropies)
     norm = BoundaryNorm(np.arange(len(layers) + 1) - 0.5, len(layers))

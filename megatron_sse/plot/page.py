@@ -36,9 +36,9 @@ def write_page(runs: list[RunLog], pictures: list[Picture], folder: Path) -> Pat
     """Write index.html into `folder` and return its path."""
     title = "megatron-sse: " + ", ".join(run.name for run in runs)
     body = [f"<h1>{escape(title)}</h1>", "<h2>Runs</h2>", _table(*_results(runs))]
+    body += ["<h2>Pictures</h2>", '<div class="pictures">', *map(_figure, pictures), "</div>"]
     if len(runs) > 1:
         body += ["<h2>Settings that differ</h2>", _table(*_differences(runs))]
-    body += ["<h2>Pictures</h2>", '<div class="pictures">', *map(_figure, pictures), "</div>"]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
     path = folder / "index.html"
     lines = ["<!DOCTYPE html>", f'<html lang="en"><head>{head}<style>{STYLE}</style></head><body>', *body]
