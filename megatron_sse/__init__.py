@@ -44,10 +44,10 @@ import logging
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from megatron_sse.late_compile import defer_compilation
+
 if TYPE_CHECKING:
     from megatron_sse.api import LoadedModel, RunPlan, TrainedRun, load, load_config, plan, train
-
-from megatron_sse.late_compile import defer_compilation
 
 __version__ = "0.1.0"
 __all__ = ["LoadedModel", "RunPlan", "TrainedRun", "load", "load_config", "plan", "train"]

@@ -76,13 +76,11 @@ def test_wandb_gets_each_step_once(tmp_path: Path) -> None:
 def steps_of(file: Path) -> list[int]:
     """Return the steps in a file of an offline run."""
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
-    store, steps = DataStore(), []
-    store.open_for_scan(str(file))
-    while (data := store.scan_data()) is not None:
+    steps = []
+    for content in records_of(file.read_bytes()):
         record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+        record.ParseFromString(content)
         if record.HasField("history"):
             values = {
                 item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item
@@ -90,6 +88,23 @@ def steps_of(file: Path) -> list[int]:
             assert values["train/loss"] == 1 / values["_step"] and values["validation/loss"] == 2 / values["_step"]
             steps.append(values["_step"])
     return steps
+
+
+def records_of(data: bytes) -> Iterator[bytes]:
+    """Yield the records of LevelDB's log format, which starts with 7 bytes of W&B's own and has blocks of 32 KiB."""
+    place, record = 7, b""
+    while place + 7 <= len(data):
+        left = 32768 - place % 32768
+        if left < 7:
+            place += left
+            continue
+        length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        record += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        # A full record, or the last part of one.
+        if kind in (1, 4):
+            yield record
+            record = b""
 
 
 class Broken(Tracker):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from megatron_sse.data.builder.request import REFUSE, SKIP, check_choice
 from megatron_sse.errors import UserError
@@ -42,5 +42,5 @@ class Request(Command):
                 f"--vocab-size: got {self.vocab_size}, allowed {least} ({NUM_BYTES} bytes and the special tokens) to "
                 "2^24"
             )
-        if Path(self.output).exists():
+        if os.path.lexists(self.output):
             raise UserError(f"--output: {self.output} exists and is not overwritten; name another folder")
