@@ -19,7 +19,7 @@ def draw_losses(path: Path, results: Sequence[Losses]) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for losses in results:
-        buckets = [bucket for bucket in losses.buckets if _is_filled(bucket, losses.length)]
+        buckets = [bucket for bucket in losses.buckets if is_filled(bucket, losses.length)]
         firsts, means = [bucket.first for bucket in buckets], [bucket.loss for bucket in buckets]
         [line] = axes.plot(firsts, means, marker="o", label=f"pieces of {losses.length:,}")
         low, high = ([bucket.loss + sign * bucket.error for bucket in buckets] for sign in (-2, 2))
@@ -34,7 +34,7 @@ def draw_losses(path: Path, results: Sequence[Losses]) -> None:
     save_picture(figure, path, dpi=120)
 
 
-def _is_filled(bucket: Bucket, length: int) -> bool:
+def is_filled(bucket: Bucket, length: int) -> bool:
     """Check whether pieces of `length` reach half of a bucket's numbers of tokens; the last one may hold a single."""
     reached = min(2 * bucket.first - 1, length) - bucket.first + 1
     return 2 * reached >= bucket.first

@@ -16,6 +16,8 @@ from megatron_sse.data.metadata import Metadata
 from megatron_sse.data.tasks.mqar import make_recall
 from megatron_sse.evaluation import command, needles
 from megatron_sse.evaluation.needles import make_samples
+from megatron_sse.evaluation.perplexity import Bucket
+from megatron_sse.evaluation.pictures import is_filled
 from megatron_sse.evaluation.recall import sample_generator
 from megatron_sse.pretrained.logits import compute_logits
 from megatron_sse.pretrained.open import open_model
@@ -64,6 +66,14 @@ def expected_losses(folder: Path, prefix: str, length: int) -> dict[int, list[fl
     return found
 
 
+@pytest.mark.parametrize(
+    ("first", "length", "shown"),
+    [(512, 512, False), (512, 700, False), (512, 800, True), (256, 512, True), (1, 1, True)],
+)
+def test_a_last_row_that_is_hardly_filled_is_not_drawn(first: int, length: int, shown: bool) -> None:
+    assert is_filled(Bucket(first, 10, 1.0, 0.1), length) == shown
+
+
 @pytest.mark.parametrize("kind", ["pure", "hybrid"])
 def test_perplexity_by_position(kind: str, request: pytest.FixtureRequest, prefix: str, tmp_path: Path) -> None:
     folder = request.getfixturevalue(kind)
@@ -76,7 +86,9 @@ def test_perplexity_by_position(kind: str, request: pytest.FixtureRequest, prefi
             first: len(values) for first, values in expected.items()
         }
         for bucket in losses["buckets"]:
-            assert abs(bucket["loss"] - np.mean(expected[bucket["first"]])) < 1e-5
+            values = expected[bucket["first"]]
+            assert abs(bucket["loss"] - np.mean(values)) < 1e-5
+            assert abs(bucket["error"] - np.std(values) / np.sqrt(len(values))) < 1e-4
         every = [loss for values in expected.values() for loss in values]
         assert losses["tokens"] == len(every) == 71 - 2 - 10
         assert abs(losses["loss"] - np.mean(every)) < 1e-5

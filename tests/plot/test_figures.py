@@ -7,6 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 from megatron.core.parallel_state import RankGenerator
 
+from megatron_sse.plot import figures
 from megatron_sse.plot.figures import running_mean
 from megatron_sse.plot.layouts import Layout, draw_layout, find_layout
 from megatron_sse.plot.loads import draw_entropy, draw_loads
@@ -28,6 +29,15 @@ def test_loads_are_shares_against_the_even_one(tmp_path: Path) -> None:
     assert [label.get_text() for label in axes.get_yticklabels(minor=True)] == ["1", "2", "3", "4"] * 2
     corners = axes.collections[0].get_coordinates()
     assert corners[0, :, 0].tolist() == [0, 10, 20, 30, 40, 50, 60]
+
+
+def test_the_legend_of_the_loss_names_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, Figure] = {}
+    monkeypatch.setattr(figures, "save_picture", lambda figure, path: drawn.update({path.stem: figure}))
+    run = read(write_run(tmp_path / "run"))
+    figures.draw_all([run, RunLog("other", run.settings, {"train/loss": [(1, 2.0)]})], tmp_path)
+    legends = {name: [text.get_text() for text in drawn[name].legends[0].get_texts()] for name in ("loss", "memory")}
+    assert legends == {"loss": ["run", "other", "validation"], "memory": ["run", "other"]}
 
 
 def test_entropy_has_a_line_for_each_layer(tmp_path: Path) -> None:
