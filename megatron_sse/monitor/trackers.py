@@ -63,6 +63,8 @@ class WandbTracker(Tracker):
             resume="allow",
             dir=folder,
             config=config.model_dump(mode="json"),
+            # The run's console stays as it is.
+            settings=wandb.Settings(console="off"),
         )
         return self.run.id
 
@@ -70,7 +72,11 @@ class WandbTracker(Tracker):
         self.run.log(scalars, step=step)
 
     def end(self) -> None:
+        import wandb
+
         self.run.finish()
+        # Wait for the process in which the library writes and sends.
+        wandb.teardown()
 
 
 class MlflowTracker(Tracker):
