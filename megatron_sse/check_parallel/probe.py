@@ -13,6 +13,7 @@ from megatron_sse.data.batch import Batch
 from megatron_sse.model.language_model import LanguageModel
 from megatron_sse.model.router import Router
 from megatron_sse.parallel.layout import TokenLayout
+from megatron_sse.parallel.linear_cross_entropy import TokenScores
 
 EMBEDDING, OUTPUT = "embedding", "output"
 
@@ -87,8 +88,8 @@ class Probe:
         number = self.numbers[id(kwargs["packed_seq_params"])]
         self._keep(layer_row(layer.layer_number), number, output[0])
 
-    def _after_chunk(self, module: Any, args: Any, loss_BL: Tensor) -> None:
-        self._keep(OUTPUT, self.running, loss_BL.t())
+    def _after_chunk(self, module: Any, args: Any, scores_BL: TokenScores) -> None:
+        self._keep(OUTPUT, self.running, scores_BL.loss.t())
 
     def _keep(self, row: str, number: int, output_LB: Tensor) -> None:
         piece = self.piece(number, len(output_LB))

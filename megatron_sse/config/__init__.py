@@ -1,7 +1,14 @@
 """The settings of a run: from YAML to a checked RunConfig."""
 
 from megatron_sse.config.context import attends_over_context, attention_kind, choose_layout
-from megatron_sse.config.derive import overlaps_gradients, overlaps_parameters, uses_distributed_optimizer
+from megatron_sse.config.derive import (
+    choose_loss_chunk,
+    fuses_loss,
+    overlaps_gradients,
+    overlaps_parameters,
+    recomputed_parts,
+    uses_distributed_optimizer,
+)
 from megatron_sse.config.ignored import ignored_settings
 from megatron_sse.config.load import load_config
 from megatron_sse.config.megatron import transformer_settings
@@ -43,13 +50,16 @@ __all__ = [
     "attention_kind",
     "check_world_size",
     "choose_layout",
+    "choose_loss_chunk",
     "count_processes",
+    "fuses_loss",
     "ignored_settings",
     "load_config",
     "longest_stage",
     "overlaps_gradients",
     "overlaps_parameters",
     "plan_stages",
+    "recomputed_parts",
     "stage_of_step",
     "transformer_settings",
     "uses_distributed_optimizer",

@@ -9,6 +9,11 @@ from megatron_sse.config.weights import model_weights
 from megatron_sse.config.world_size import check_world_size
 from megatron_sse.errors import UserError
 
+# A chunk's logits in fp32, where training.loss_chunk is null. The weight's gradient is read and written once for each
+# chunk, so that small chunks are slow: from a few thousand tokens on, the matrix products take longer than that.
+LOGIT_BYTES = 1 << 30
+MIN_LOSS_CHUNK = 128
+
 
 def count_parameters(model: ModelConfig) -> dict[str, int]:
     """Return the number of parameters by part: embedding, output, norms, mlp and the mixers by kind of layer.
@@ -29,9 +34,28 @@ def uses_distributed_optimizer(config: RunConfig) -> bool:
     return config.parallel.distributed_optimizer or config.training.precision == "bf16"
 
 
+def choose_loss_chunk(config: RunConfig) -> int:
+    """Return for how many tokens the logits exist at the same time: training.loss_chunk, or what LOGIT_BYTES allow."""
+    if config.training.loss_chunk is not None:
+        return config.training.loss_chunk
+    fp32_row = 4 * config.model.padded_vocab_size // config.parallel.tensor
+    return max(MIN_LOSS_CHUNK, LOGIT_BYTES // fp32_row // MIN_LOSS_CHUNK * MIN_LOSS_CHUNK)
+
+
+def recomputed_parts(config: RunConfig) -> list[str]:
+    """Return the parts of every layer that the backward pass computes again, of RECOMPUTED_PARTS.
+
+    They do not overlap with training.recompute: full, which computes complete layers again.
+    """
+    recompute = config.training.recompute
+    if recompute in ("none", "full"):
+        return []
+    return recompute if isinstance(recompute, list) else [recompute]
+
+
 def fuses_loss(config: RunConfig, on_gpu: bool) -> bool:
-    """Check whether the cross entropy is fused. Not in fp32: Megatron-Core's fused gradient is rounded to bf16."""
-    return config.training.precision == "bf16" and _given(config.training.fused_loss, on_gpu)
+    """Check whether the operations of the cross entropy are fused."""
+    return _given(config.training.fused_loss, on_gpu)
 
 
 def overlaps_gradients(config: RunConfig, on_gpu: bool) -> bool:

@@ -62,7 +62,7 @@ def _find(config: RunConfig) -> Iterator[str]:
         yield from _changed(config.monitor, "monitor", ["profile_ranks"], reason)
     if config.data.validation is None and not config.data.validation_share:
         yield from _changed(training, "training", _VALIDATION_SETTINGS, "there is no validation data")
-    yield from _overlap_and_fusion(config)
+    yield from _overlap(config)
     if optimizer.warmup_steps > training.steps:
         yield f"optimizer.schedule is ignored: the warm-up has {optimizer.warmup_steps} steps, the run {training.steps}"
     if optimizer.schedule == "constant":
@@ -71,11 +71,8 @@ def _find(config: RunConfig) -> Iterator[str]:
         yield f"optimizer.decay_steps is ignored: optimizer.schedule is {optimizer.schedule}, not wsd"
 
 
-def _overlap_and_fusion(config: RunConfig) -> Iterator[str]:
-    parallel, training = config.parallel, config.training
-    if training.precision == "fp32":
-        reason = "training.precision is fp32, and the fused gradient is rounded to bf16"
-        yield from _changed(training, "training", ["fused_loss"], reason)
+def _overlap(config: RunConfig) -> Iterator[str]:
+    parallel = config.parallel
     if not uses_distributed_optimizer(config):
         yield from _changed(parallel, "parallel", ["overlap_parameters"], "parallel.distributed_optimizer is false")
     elif parallel.overlap_gradients is False:

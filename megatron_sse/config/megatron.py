@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_sse.config.context import KINDS, attention_kind
-from megatron_sse.config.derive import fuses_loss, fuses_swiglu
+from megatron_sse.config.derive import fuses_swiglu, recomputed_parts
 from megatron_sse.config.problem import Problem, show
 from megatron_sse.config.run import RunConfig
 
@@ -96,7 +96,6 @@ def transformer_settings(config: RunConfig, on_gpu: bool = False) -> dict[str, A
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.training.precision]
     # A model without softmax layers has no attention heads, but Megatron-Core requires a number.
     num_heads = model.softmax.num_heads or model.sse.num_heads
-    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     interleaved = parallel.virtual_pipeline > 1
     settings = dict(
         num_layers=model.num_layers,
@@ -132,16 +131,25 @@ def transformer_settings(config: RunConfig, on_gpu: bool = False) -> dict[str, A
         # On two stages the interleaved schedule mixes up its batched sends and receives: gradients would be wrong.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
-        cross_entropy_loss_fusion=fuses_loss(config, on_gpu),
         bias_activation_fusion=fuses_swiglu(config, on_gpu),
         # Older releases of torch needed the host to wait for the GPU after every batch of sends and receives.
         batch_p2p_sync=False,
         calculate_per_token_loss=True,
         hetereogenous_dist_checkpoint=True,
-        **(recompute if config.training.recompute == "full" else {}),
+        **_recompute(config),
     )
     # This one is also chosen where it is null.
     return settings | model.transformer | {"cp_comm_type": attention_kind(config)}
+
+
+def _recompute(config: RunConfig) -> dict[str, Any]:
+    """Return what Megatron-Core's layers compute again in the backward pass. Our mixers see to themselves."""
+    if config.training.recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    # Its "layernorm" fails in 0.16 without Transformer Engine.
+    if "mlp" in recomputed_parts(config):
+        return {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
+    return {}
 
 
 def _leave(weight: torch.Tensor) -> None:

@@ -328,12 +328,33 @@ class Stage(Section):
     decay_steps: Steps0 | None = None
 
 
+RECOMPUTED_PARTS = ("mixer", "mlp")
+
+
+def _check_recompute(value: Any) -> Any:
+    if value in ("none", "full", *RECOMPUTED_PARTS):
+        return value
+    if isinstance(value, list) and value and all(part in RECOMPUTED_PARTS for part in value):
+        if len(set(value)) == len(value):
+            return value
+    text = (
+        f"got {show(value)}, allowed none, full, or parts of a layer: {', '.join(RECOMPUTED_PARTS)}, or a list of them"
+    )
+    raise PydanticCustomError("setting", "{text}", {"text": text})
+
+
+# none, full, a part of a layer, or several.
+Recompute = Annotated[str | list[str], BeforeValidator(_check_recompute)]
+
+
 class TrainingConfig(Section):
     steps: Steps = DERIVED
     global_batch_size: Count
     micro_batch_size: Count = 1
     precision: Literal["fp32", "bf16"] = "bf16"
-    recompute: Literal["none", "full"] = "none"
+    recompute: Recompute = "none"
+    # None: chosen by choose_loss_chunk.
+    loss_chunk: Count | None = None
     # None: on GPUs.
     fused_loss: bool | None = None
     fused_swiglu: bool | None = None

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_sse.config.schema import RotaryScaling
 from megatron_sse.model.convolution import InputConvolution
+from megatron_sse.model.recompute import recomputed
 from megatron_sse.parallel.layout import TokenLayout
 from megatron_sse.parallel.routes import reroute
 from megatron_sse.parallel.zigzag import ZigzagLayout
@@ -37,12 +38,14 @@ class SoftmaxAttention(SelfAttention):
         pg_collection: ProcessGroupCollection | None = None,
         rotary_scaling: RotaryScaling | None = None,
         name: str | None = None,
+        recompute: bool = False,
     ):
         # The configuration is shared by all layers; Transformer Engine reads the window from it.
         config = copy.copy(config)
         # Megatron counts the tokens before the token itself.
         config.window_size = None if window is None else (window - 1, 0)
         super().__init__(config, submodules, layer_number, AttnMaskType.causal, cp_comm_type, pg_collection)
+        self.recompute = recompute
         self.input_convolution = None
         if input_convolution:
             self.input_convolution = InputConvolution(config, input_convolution, layer_number, self.pg_collection)
@@ -52,11 +55,13 @@ class SoftmaxAttention(SelfAttention):
         self, hidden_states: Tensor, attention_mask: Tensor | None, packed_seq_params: TokenLayout, **unused
     ) -> tuple[Tensor, Tensor | None]:
         """Return the output for hidden_states [L, B, d] (a part of L under sequence parallelism), and a bias."""
-        layout = packed_seq_params
+        return recomputed(self._mix, hidden_states, packed_seq_params, self.recompute and self.training)
+
+    def _mix(self, hidden_states: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor | None]:
         if self.input_convolution is not None:
             hidden_states = self.input_convolution(hidden_states, layout)
         if layout.shard.size == 1 or layout.in_zigzag or not self.core_attention.wants_zigzag:
-            return self._attend(hidden_states, attention_mask, layout)
+            return self._attend(hidden_states, layout)
         groups = self.pg_collection
         if self.config.sequence_parallel:
             group, zigzag = groups.tp_cp, layout.to_zigzag(groups.tp.rank(), groups.tp.size())
@@ -64,14 +69,12 @@ class SoftmaxAttention(SelfAttention):
             group, zigzag = groups.cp, layout.to_zigzag()
         x_Rc = reroute(hidden_states.flatten(0, 1), zigzag.route, group)
         batch_size = len(zigzag.position_BL)
-        out, bias = self._attend(x_Rc.unflatten(0, (-1, batch_size)), attention_mask, zigzag)
+        out, bias = self._attend(x_Rc.unflatten(0, (-1, batch_size)), zigzag)
         return reroute(out.flatten(0, 1), zigzag.route.back, group).view_as(hidden_states), bias
 
-    def _attend(
-        self, hidden_states: Tensor, attention_mask: Tensor | None, layout: TokenLayout | ZigzagLayout
-    ) -> tuple[Tensor, Tensor | None]:
+    def _attend(self, hidden_states: Tensor, layout: TokenLayout | ZigzagLayout) -> tuple[Tensor, Tensor | None]:
         rotary = self._rotary_angles(layout.position_BL) if self.rotary_base else None
-        return super().forward(hidden_states, attention_mask, rotary_pos_emb=rotary, packed_seq_params=layout)
+        return super().forward(hidden_states, None, rotary_pos_emb=rotary, packed_seq_params=layout)
 
     def _rotary_angles(self, position_BL: Tensor) -> Tensor:
         """Return angles [L, B, 1, head dim], fp32."""

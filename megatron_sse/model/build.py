@@ -21,6 +21,9 @@ from megatron_sse.config import (
     ModelConfig,
     RunConfig,
     choose_layout,
+    choose_loss_chunk,
+    fuses_loss,
+    recomputed_parts,
     transformer_settings,
 )
 from megatron_sse.config.mixer import MixerSpec
@@ -34,6 +37,7 @@ from megatron_sse.model.mixer import SSEMixer
 from megatron_sse.parallel.device import Device
 from megatron_sse.parallel.groups import split_by_node
 from megatron_sse.parallel.handoff import HandOff
+from megatron_sse.parallel.linear_cross_entropy import OutputLayer
 from megatron_sse.parallel.sharding import ContextShard
 
 logger = logging.getLogger(__name__)
@@ -58,15 +62,22 @@ def build_model(
         backend = replace(backend, core_attention=core_attention)
     hand_off = make_hand_off(config, groups)
     transformer = transformer_config(config, backend, device)
+    output = OutputLayer(
+        vocab_size=config.model.vocab_size,
+        group=groups.tp,
+        sequence_parallel=transformer.sequence_parallel,
+        chunk=choose_loss_chunk(config),
+        fused=fuses_loss(config, device.type == "cuda"),
+        accumulate=backend.fuse_gradient_accumulation,
+    )
     weights = {weight.name: weight for weight in model_weights(config.model)}
     model_parallel_cuda_manual_seed(config.training.seed)
     num_chunks = config.parallel.virtual_pipeline
     chunks = []
     with torch.device(device.type):
         for stage in range(num_chunks):
-            chunk = _build_chunk(
-                config.model, transformer, backend, hand_off, groups, stage if num_chunks > 1 else None
-            )
+            vp_stage = stage if num_chunks > 1 else None
+            chunk = _build_chunk(config, transformer, backend, hand_off, output, groups, vp_stage)
             # Transformer Engine's modules take use_cpu_initialization to mean that they are born on the CPU.
             chunk.to(device.type)
             bind_weights(chunk, weights, groups)
@@ -95,10 +106,11 @@ def make_hand_off(config: RunConfig, groups: ProcessGroupCollection) -> HandOff:
 
 
 def _build_chunk(
-    model: ModelConfig,
+    config: RunConfig,
     transformer: TransformerConfig,
     backend: Backend,
     hand_off: HandOff,
+    output: OutputLayer,
     groups: ProcessGroupCollection,
     vp_stage: int | None,
 ) -> LanguageModel:
@@ -108,16 +120,18 @@ def _build_chunk(
     num_chunks = transformer.virtual_pipeline_model_parallel_size or 1
     is_last = pp_rank == pp_size - 1 and vp_stage in (None, num_chunks - 1)
     first = get_transformer_layer_offset(transformer, vp_stage, pp_rank)
-    kinds = model.layer_kinds()[first : first + get_num_layers_to_build(transformer, vp_stage, pp_rank)]
+    kinds = config.model.layer_kinds()[first : first + get_num_layers_to_build(transformer, vp_stage, pp_rank)]
     block = TransformerBlockSubmodules(
-        layer_specs=[layer_spec(kind, model, backend, hand_off) for kind in kinds], layer_norm=backend.norm
+        layer_specs=[layer_spec(kind, config, backend, hand_off) for kind in kinds], layer_norm=backend.norm
     )
-    return build_language_model(model, transformer, block, groups, is_first, is_last, vp_stage)
+    return build_language_model(config.model, transformer, block, groups, output, is_first, is_last, vp_stage)
 
 
-def layer_spec(kind: str, model: ModelConfig, backend: Backend, hand_off: HandOff) -> ModuleSpec:
+def layer_spec(kind: str, config: RunConfig, backend: Backend, hand_off: HandOff) -> ModuleSpec:
     """Return a transformer layer with the mixer of `kind` (pattern.LAYER_KINDS) and a SwiGLU MLP."""
+    model = config.model
     mixer = _softmax_spec(model, backend) if kind == "softmax" else _sse_spec(kind, model, backend, hand_off)
+    mixer.params["recompute"] = "mixer" in recomputed_parts(config)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(

@@ -1,7 +1,7 @@
 """Megatron-Core's language model around our layers: the one file that names GPTModel, and where releases differ."""
 
 import functools
-from typing import Any, TypeAlias
+from typing import Any
 
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -9,13 +9,65 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from megatron_sse.config import ModelConfig
 from megatron_sse.model.backend import Backend
+from megatron_sse.parallel.layout import TokenLayout
+from megatron_sse.parallel.linear_cross_entropy import OutputLayer, TokenScores, score_tokens
 
-# What the rest of the package may use of it: embedding, decoder.layers, decoder.final_layernorm, output_layer,
-# pg_collection, forward(), compute_language_model_loss(), shared_embedding_or_output_weight(), sharded_state_dict().
-LanguageModel: TypeAlias = GPTModel
+
+class LanguageModel(GPTModel):
+    """A pipeline stage's chunk of the model.
+
+    What the rest of the package may use of Megatron-Core's: embedding, decoder.layers, decoder.final_layernorm,
+    output_layer, pre_process, post_process, pg_collection, shared_embedding_or_output_weight(), sharded_state_dict().
+
+    output: how the output layer is split and computed; set on the last stage when the model is built.
+    """
+
+    output: OutputLayer
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        position_ids: None = None,
+        attention_mask: None = None,
+        *,
+        packed_seq_params: TokenLayout,
+        labels: Tensor | None = None,
+        likeliest: bool = False,
+        runtime_gather_output: bool = False,
+    ) -> Tensor | TokenScores:
+        """Run this stage.
+
+        Args:
+            input_ids: int64 [B, L], this context rank's tokens. The next two, which Megatron-Core's models take, are
+                not used: packed_seq_params has the positions and documents.
+            labels: int64 [B, L], what should follow each token.
+            likeliest: also find the likeliest tokens.
+            runtime_gather_output: return the logits of all tensor ranks.
+
+        Returns:
+            hidden states [L, B, d] on all stages but the last, and there the scores of `labels`, [B, L], or without
+            labels this tensor rank's part of the logits, [B, L, v].
+        """
+        hidden_LBd = self.embedding(input_ids, None) if self.pre_process else None
+        hidden_LBd = self.decoder(hidden_LBd, None, packed_seq_params=packed_seq_params)
+        if not self.post_process:
+            return hidden_LBd
+        weight_vd = self.output_weight()
+        if labels is None:
+            logits_LBv, _ = self.output_layer(hidden_LBd, weight=weight_vd, runtime_gather_output=runtime_gather_output)
+            return logits_LBv.transpose(0, 1).contiguous()
+        scores = score_tokens(hidden_LBd, weight_vd, labels.t(), self.output, likeliest)
+        return TokenScores(scores.loss.t(), None if scores.likeliest is None else scores.likeliest.t())
+
+    def output_weight(self) -> Tensor:
+        """Return the output layer's weight on this rank: its own, or the embedding that it is tied to."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
 
 
 def build_language_model(
@@ -23,12 +75,13 @@ def build_language_model(
     transformer: TransformerConfig,
     layers: TransformerBlockSubmodules,
     groups: ProcessGroupCollection,
+    output: OutputLayer,
     is_first: bool,
     is_last: bool,
     vp_stage: int | None,
 ) -> LanguageModel:
     """Build the chunk of a pipeline stage: `layers`, on the first stage the embedding, on the last the output layer."""
-    return GPTModel(
+    chunk = LanguageModel(
         transformer,
         layers,
         vocab_size=model.padded_vocab_size,
@@ -40,6 +93,8 @@ def build_language_model(
         pg_collection=groups,
         vp_stage=vp_stage,
     )
+    chunk.output = output
+    return chunk
 
 
 def mlp_spec(backend: Backend) -> Any:

@@ -25,6 +25,7 @@ from megatron_sse.model.convolution import InputConvolution
 from megatron_sse.model.features import constant_decay, delta_decay, gate_decay, map_key, map_query
 from megatron_sse.model.metrics import LayerMetrics
 from megatron_sse.model.projections import LowRank
+from megatron_sse.model.recompute import recomputed
 from megatron_sse.model.router import AttachLoss, Router
 from megatron_sse.parallel.collectives import sum_gradient
 from megatron_sse.parallel.handoff import HandOff, exclusive_scan
@@ -49,11 +50,13 @@ class SSEMixer(MegatronModule):
         input_convolution: int,
         cp_comm_type: str | None = None,
         name: str | None = None,
+        recompute: bool = False,
     ):
         super().__init__(config)
         self.exchange = partial(exclusive_scan, hand_off=hand_off)
         self.layer_number, self.spec, self.settings = layer_number, spec, spec.settings
         self.num_partitions = spec.num_partitions
+        self.recompute = recompute
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         self.num_heads = spec.settings.num_heads // self.tp_group.size()
         self.num_value_heads = self.num_heads * spec.group_size
@@ -125,7 +128,9 @@ class SSEMixer(MegatronModule):
         Returns:
             the output, of the same shape, and no bias.
         """
-        layout = packed_seq_params
+        return recomputed(self._mix, hidden_states, packed_seq_params, self.recompute and self.training)
+
+    def _mix(self, hidden_states: Tensor, layout: TokenLayout) -> tuple[Tensor, None]:
         if self.input_convolution is not None:
             hidden_states = self.input_convolution(hidden_states, layout)
         shared, sparse, v_THV = self._bank_inputs(hidden_states, layout)

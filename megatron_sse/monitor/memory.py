@@ -74,7 +74,7 @@ def advise(config: RunConfig) -> str:
     changes = []
     if training.micro_batch_size > 1:
         changes.append(f"training.micro_batch_size={training.micro_batch_size // 2}")
-    if training.recompute == "none":
+    if training.recompute != "full":
         changes.append("training.recompute=full")
     changes += [f"parallel.context={2 * parallel.context}", "more parallel.tensor or parallel.pipeline"]
     return f"to save memory: {', '.join(changes)}; `megatron-sse plan` with the same settings shows what fits"

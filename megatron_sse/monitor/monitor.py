@@ -84,6 +84,10 @@ class Monitor:
             self.spikes.forget()
         self.flops_per_token = train_flops_per_token(config.model, config.data.sequence_length)
 
+    def reports_health(self, step: int) -> bool:
+        """Check whether the layers' health is reported after step `step`, counted from 1."""
+        return step % self.config.monitor.health_interval == 0
+
     def before_step(self, step: int) -> None:
         """Prepare for step `step`, counted from 1."""
         for window in self.windows:
@@ -138,7 +142,7 @@ class Monitor:
             self._write(step, progress.scalars() | counts)
         if self.stragglers is not None:
             self.stragglers.step()
-        if step % monitor.health_interval == 0:
+        if self.reports_health(step):
             self._report_health(step)
         if monitor.replica_check and step % monitor.replica_check == 0:
             self._compare_replicas(step)

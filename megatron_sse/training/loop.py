@@ -207,6 +207,7 @@ class Run:
             started = time.perf_counter()
             set_learning_rate(self.trainer.optimizer, rate := self.learning_rate(step))
             self._seed(step)
+            self.trainer.measures_health = self.monitor.reports_health(step)
             result = self.trainer.train_step(batches)
             self.consumed_samples += self.stage.config.training.global_batch_size
             self._report(step, result, rate, time.perf_counter() - started)

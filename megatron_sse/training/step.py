@@ -24,8 +24,7 @@ from megatron_sse.config import RunConfig, overlaps_gradients, overlaps_paramete
 from megatron_sse.data.batch import Batch
 from megatron_sse.model import SSEMixer
 from megatron_sse.model.attention import SoftmaxAttention
-from megatron_sse.model.language_model import LanguageModel
-from megatron_sse.parallel.vocabulary import likeliest_tokens
+from megatron_sse.training.objective import LanguageModelling, Objective
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,11 @@ ALL_MASKED = Skip(
 )
 
 
+# Sums over micro-batches and ranks that every objective has beside its own: counted tokens, balance losses and the
+# number of layers that have one, and ranks whose gradient is not finite.
+TOKENS, BALANCE_LOSS, LAYERS, NOT_FINITE_RANKS = "tokens", "balance_loss", "layers", "ranks_not_finite"
+
+
 @dataclass(frozen=True)
 class StepResult:
     """The result of one step, the same on every rank but for grad_norm where replicas differ.
@@ -70,7 +74,8 @@ class StepResult:
 class Trainer:
     """The model of this rank, its optimizer, and the settings to run a step.
 
-    chunks: the model chunks in DDP. num_micro_batches: per data-parallel rank and step.
+    chunks: the model chunks in DDP. num_micro_batches: per data-parallel rank and step. measures_health: whether layers
+    compute in the next step what the monitor reports of their health; the run sets it.
     """
 
     def __init__(
@@ -81,6 +86,8 @@ class Trainer:
         optimizer: MegatronOptimizer,
     ) -> None:
         self.groups, self.chunks, self.optimizer = groups, chunks, optimizer
+        self.objective: Objective = LanguageModelling()
+        self.measures_health = True
         self.start_stage(config)
         self.mixers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, SSEMixer)]
         settings = chunks[0].config
@@ -110,12 +117,12 @@ class Trainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         for mixer in self.mixers:
-            mixer.metrics.reset()
-        loss_sums = self._run_schedule(self._scale(islice(batches, self.num_micro_batches)), forward_only=False)
+            mixer.metrics.reset(self.measures_health)
+        sums = self._run_schedule(self._scale(islice(batches, self.num_micro_batches)), training=True)
 
         self.optimizer.prepare_grads()
         grad_norm = self.optimizer.get_grad_norm()
-        losses, skip = self._reduce(loss_sums, grad_norm)
+        losses, skip = self._reduce(sums, grad_norm)
         if skip is None:
             clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), self.config.optimizer.clip_grad, grad_norm)
             self.optimizer.step_with_ready_grads()
@@ -130,12 +137,12 @@ class Trainer:
         """
         for chunk in self.chunks:
             chunk.eval()
-        loss_sums: list[Tensor] = []
+        sums: list[dict[str, Tensor]] = []
         for first in batches:
             micro_batches = chain([first], islice(batches, self.num_micro_batches - 1))
-            loss_sums += self._run_schedule(micro_batches, forward_only=True)
-        means, _ = self._reduce(loss_sums)
-        return {name: means[name] for name in ("loss", "accuracy") if name in means}
+            sums += self._run_schedule(micro_batches, training=False)
+        means, _ = self._reduce(sums)
+        return {name: mean for name, mean in means.items() if name != BALANCE_LOSS}
 
     def _scale(self, micro_batches: Iterator[Batch]) -> Iterator[Batch]:
         """Yield micro-batches with the scale of the layers' own losses set."""
@@ -146,56 +153,72 @@ class Trainer:
             batch.layout.layer_loss_scale = loss_scale * batch.loss_tokens
             yield batch
 
-    def _run_schedule(self, micro_batches: Iterator[Batch], forward_only: bool) -> list[Tensor]:
-        score_step = partial(forward_and_score, vocab_size=self.config.model.vocab_size)
+    def _run_schedule(self, micro_batches: Iterator[Batch], training: bool) -> list[dict[str, Tensor]]:
+        """Return each micro-batch's sums: filled on the last pipeline stage, empty on the others."""
         virtual_size = self.config.parallel.virtual_pipeline
         run = get_forward_backward_func(self.groups.pp.size(), virtual_size if virtual_size > 1 else None)
         return run(
-            forward_step_func=score_step if forward_only else forward_step,
+            forward_step_func=partial(self._forward_step, training=training),
             # Each virtual stage iterates over all micro-batches itself.
             data_iterator=list(tee(one_ahead(micro_batches), len(self.chunks))),
             model=self.chunks,
             num_microbatches=self.num_micro_batches,
             seq_length=self.config.data.sequence_length,
             micro_batch_size=self.config.training.micro_batch_size,
-            forward_only=forward_only,
+            forward_only=not training,
             p2p_communicator=self.communicator,
             pg_collection=self.groups,
         )
 
-    def _reduce(self, loss_sums: list[Tensor], grad_norm: float = 0.0) -> tuple[dict[str, float], Skip | None]:
+    def _forward_step(self, batches: Iterator[Batch], model: Any, training: bool) -> tuple[Any, Any]:
+        """Return this stage's output for the next micro-batch, and the function that makes the last one's a loss.
+
+        The function returns what Megatron-Core's schedules ask for: loss, number of tokens, and what is reported.
+        """
+        batch = next(batches)
+
+        def add_up(output: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            found = self.objective.loss(output, batch)
+            return found.loss, found.tokens, {TOKENS: found.tokens, **found.sums}
+
+        return self.objective.forward(model, batch, training), add_up
+
+    def _reduce(self, sums: list[dict[str, Tensor]], grad_norm: float = 0.0) -> tuple[dict[str, float], Skip | None]:
         """Return means over all ranks, and why the step has to be skipped, the same on every rank.
 
-        loss_sums: for each micro-batch [2] (sum of losses, tokens) or [4] (also right answers, answers); filled on the
-        last pipeline stage, empty on the others. grad_norm: this rank's. Replicas have the same, unless a bit flipped
-        on one of them.
+        sums: of each micro-batch, on the last pipeline stage. grad_norm: this rank's. Replicas have the same, unless a
+        bit flipped on one of them.
         """
-        totals_7 = torch.zeros(7, dtype=torch.float64, device=self.optimizer.get_loss_scale().device)
-        for loss_sum in loss_sums:
-            totals_7[: len(loss_sum)] += loss_sum
+        names = (TOKENS, *self.objective.sums, BALANCE_LOSS, LAYERS, NOT_FINITE_RANKS)
+        total_of = {name: torch.zeros((), dtype=torch.float64, device=self._device) for name in names}
+        for parts in sums:
+            for name, part in parts.items():
+                total_of[name] += part
         for mixer in self.mixers:
             means = mixer.metrics.means()
             if "balance_loss" in means:
-                totals_7[4] += means["balance_loss"]
-                totals_7[5] += 1
+                total_of[BALANCE_LOSS] += means["balance_loss"]
+                total_of[LAYERS] += 1
         if not math.isfinite(grad_norm):
-            totals_7[6] += 1
+            total_of[NOT_FINITE_RANKS] += 1
+        totals = torch.stack(list(total_of.values()))
         # Not over the tensor group, whose ranks all have the same sums.
         sums_over = (self.groups.pp, self.groups.dp_cp)
         for group in sums_over:
-            dist.all_reduce(totals_7, group=group)
-        loss, tokens, right, answers, balance_loss, num_layers, number = totals_7.tolist()
-        not_finite = int(number)
-        losses = {"loss": loss / tokens if tokens else math.nan}
-        if answers:
-            losses["accuracy"] = right / answers
-        if num_layers:
-            losses["balance_loss"] = balance_loss / num_layers
-        if 0 < not_finite < math.prod(group.size() for group in sums_over):
+            dist.all_reduce(totals, group=group)
+        total = dict(zip(names, totals.tolist(), strict=True))
+        losses = self.objective.means(total, total[TOKENS])
+        if total[LAYERS]:
+            losses[BALANCE_LOSS] = total[BALANCE_LOSS] / total[LAYERS]
+        if 0 < total[NOT_FINITE_RANKS] < math.prod(group.size() for group in sums_over):
             return losses, REPLICAS_DIFFER
-        if not tokens:
+        if not total[TOKENS]:
             return losses, ALL_MASKED
-        return losses, NOT_FINITE if not_finite or not math.isfinite(losses["loss"]) else None
+        return losses, NOT_FINITE if total[NOT_FINITE_RANKS] or not math.isfinite(losses["loss"]) else None
+
+    @property
+    def _device(self) -> torch.device:
+        return self.optimizer.get_loss_scale().device
 
 
 def one_ahead(micro_batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -223,45 +246,3 @@ def wrap_model(config: RunConfig, chunks: list[Any], groups: ProcessGroupCollect
         DistributedDataParallel(chunk.config, settings, chunk, disable_bucketing=stage > 0, pg_collection=groups)
         for stage, chunk in enumerate(chunks)
     ]
-
-
-def forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
-    """Return this stage's output for the next micro-batch, and the function that turns the last stage's into a loss."""
-    batch = next(batches)
-    output = model(batch.tokens_BL, None, None, labels=batch.labels_BL, packed_seq_params=batch.layout)
-    return output, partial(sum_losses, batch.loss_mask_BL)
-
-
-def forward_and_score(batches: Iterator[Batch], model: Any, vocab_size: int) -> tuple[Tensor, Any]:
-    """Run forward_step; where there are answers of tasks, the last stage also counts the right ones."""
-    batch = next(batches)
-    if batch.answers_BL is None:
-        return forward_step(iter([batch]), model)
-    output = model(batch.tokens_BL, None, None, packed_seq_params=batch.layout)
-    return output, partial(score, model.module, batch, vocab_size)
-
-
-def score(network: LanguageModel, batch: Batch, vocab_size: int, logits_BLv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what sum_losses does, with the numbers of right answers and of answers appended to what is reported.
-
-    logits_BLv: for this tensor rank's part of the vocabulary.
-    """
-    answers_BL = batch.answers_BL
-    assert answers_BL is not None
-    token_w = likeliest_tokens(logits_BLv[answers_BL], vocab_size, network.pg_collection.tp)
-    right = (token_w == batch.labels_BL[answers_BL]).sum()
-    # Last, since it overwrites the logits. It expects labels [B, L] with logits [L, B, v]: B and L are swapped here in
-    # both, and in the loss that it returns.
-    loss_LB = network.compute_language_model_loss(batch.labels_BL.T, logits_BLv)
-    loss, tokens, sums_2 = sum_losses(batch.loss_mask_BL, loss_LB.T)
-    return loss, tokens, torch.cat([sums_2, torch.stack([right, answers_BL.sum()])])
-
-
-def sum_losses(loss_mask_BL: Tensor, loss_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the summed loss, its number of tokens, and both as a tensor to report.
-
-    Megatron-Core later divides the gradient by the tokens of all ranks.
-    """
-    loss = (loss_BL.float() * loss_mask_BL).sum()
-    tokens = loss_mask_BL.sum()
-    return loss, tokens.int(), torch.stack([loss.detach(), tokens])

@@ -387,8 +387,6 @@ IGNORED = {
     "model.layers=[5*gla,softmax] model.sse.num_partitions=8": "model.sse.num_partitions is ignored: "
     "model.layers has no sse layer",
     "model.sse.num_partitions=0 model.sse.form=mask": "model.sse.form is ignored: model.sse.num_partitions is 0",
-    "training.precision=fp32 training.fused_loss=true": "training.fused_loss is ignored: training.precision is fp32, "
-    "and the fused gradient is rounded to bf16",
     "training.precision=fp32 parallel.overlap_parameters=true": "parallel.overlap_parameters is ignored: "
     "parallel.distributed_optimizer is false",
     "parallel.overlap_gradients=false parallel.overlap_parameters=true": "parallel.overlap_parameters is ignored: "

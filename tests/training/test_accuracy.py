@@ -49,7 +49,9 @@ def count_one_by_one(run: Run) -> dict[str, float]:
     for position in range(TRAINING["global_batch_size"] * TRAINING["validation_batches"]):
         batch = make_batch([sample := samples[position]], reset_at_documents=True)
         counts_L = batch.loss_mask_BL[0] > 0
-        losses += net(batch.tokens_BL, None, None, labels=batch.labels_BL, packed_seq_params=batch.layout)[0, counts_L]
+        losses += net(batch.tokens_BL, None, None, labels=batch.labels_BL, packed_seq_params=batch.layout).loss[
+            0, counts_L
+        ]
         # The labels of a text are its own tokens.
         if sample.labels_E1 is not None:
             logits_Lv = net(batch.tokens_BL, None, None, packed_seq_params=batch.layout)[0, :, :VOCAB]

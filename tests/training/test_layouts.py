@@ -68,7 +68,8 @@ class OneProcess:
 def run_one_process(folder: Path, sections: dict[str, Any]) -> OneProcess:
     small_run(folder, data=DATA, **sections)
     [(losses, parts, _)] = run_workers(1, train, folder, sections, NUM_CONTEXT_STEPS)
-    assert losses[-1] < losses[0] - 0.1
+    # Random tokens: only how often documents end can be learned.
+    assert losses[-1] < losses[0] - 0.02
     return OneProcess(folder, sections, losses, {name: part.gradient for name, part in parts.items()})
 
 
@@ -107,6 +108,12 @@ RECOMPUTED = [
     (4, {"context": 2, "tensor": 2}),
 ]
 
+PARTS: list[tuple[int, dict[str, Any], str | list[str]]] = [
+    (1, {}, ["mixer", "mlp"]),
+    (2, {"tensor": 2, "sequence": True}, ["mlp", "mixer"]),
+    (2, {"context": 2, "layout": "zigzag"}, "mixer"),
+]
+
 HAND_OFFS = [
     (2, {"context": 2, "hand_off": "p2p", "layout": "zigzag"}),
     (4, {"context": 4, "hand_off": "allgather"}),
@@ -126,6 +133,13 @@ def test_recomputed_like_one_process(
     compare(world_size, parallel, "full", deep, flat, NUM_STEPS)
 
 
+@pytest.mark.parametrize(("world_size", "parallel", "recompute"), PARTS, ids=str)
+def test_with_parts_recomputed_like_one_process(
+    world_size: int, parallel: dict[str, Any], recompute: str | list[str], deep: OneProcess, flat: OneProcess
+) -> None:
+    compare(world_size, parallel, recompute, deep, flat, num_steps=3)
+
+
 @pytest.mark.parametrize(("world_size", "parallel"), HAND_OFFS, ids=str)
 def test_hand_offs_like_one_process(
     world_size: int, parallel: dict[str, Any], deep: OneProcess, flat: OneProcess
@@ -140,7 +154,7 @@ def test_eight_processes_like_one(deep: OneProcess, flat: OneProcess) -> None:
 def compare(
     world_size: int,
     parallel: dict[str, Any],
-    recompute: str,
+    recompute: str | list[str],
     deep: OneProcess,
     flat: OneProcess,
     num_steps: int | None = None,

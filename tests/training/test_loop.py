@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from megatron_sse.model import metrics
 from megatron_sse.parallel.groups import destroy_groups
 from megatron_sse.training.loop import Run, Signals
 from tests.training.support import small_run, start
@@ -76,12 +77,21 @@ def test_interval_keep_last_and_the_end_of_the_time(
     assert names == [*(f"iter_{step:07d}" for step in saved[-2:]), "latest"]
 
 
-def validation_losses(folder: Path, sections: dict[str, Any]) -> list[tuple[int, float]]:
+def validation_losses(folder: Path, sections: dict[str, Any]) -> tuple[list[tuple[int, float]], list[int]]:
+    """Return the validations, and the steps in which layers measure their health, once per layer and micro-batch."""
     run = start(small_run(folder, **sections))
     reported: list[tuple[int, float]] = []
+    measured: list[int] = []
     run.monitor.validation = lambda step, means: reported.append((step, means["loss"]))  # type: ignore[method-assign]
-    run.run(Signals())
-    return reported
+
+    def describe(*parts: Any, describe: Any = metrics._describe) -> Any:
+        measured.append(1 + run.consumed_samples // 4)
+        return describe(*parts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "_describe", describe)
+        run.run(Signals())
+    return reported, measured
 
 
 @pytest.mark.parametrize("parallel", [{}, {"pipeline": 2}], ids=str)
@@ -97,12 +107,14 @@ def test_validation_comes_at_its_interval_and_at_the_end(tmp_path: Path, paralle
         },
         "data": {"train": train, "validation": train, "sequence_length": 16},
         "checkpoint": {"resume": "none"},
+        "monitor": {"health_interval": 2},
     }
     small_run(tmp_path)
-    [expected] = run_workers(1, validation_losses, tmp_path, sections)
+    [(expected, measured)] = run_workers(1, validation_losses, tmp_path, sections)
+    assert measured == [2] * 4 + [4] * 4
     assert [step for step, _ in expected] == [2, 4, 5]
     assert expected[-1][1] < expected[0][1]
-    for reported in run_workers(2, validation_losses, tmp_path, sections | {"parallel": parallel}):
+    for reported, _ in run_workers(2, validation_losses, tmp_path, sections | {"parallel": parallel}):
         assert [step for step, _ in reported] == [2, 4, 5]
         assert [loss for _, loss in reported] == pytest.approx([loss for _, loss in expected], rel=1e-5)
 

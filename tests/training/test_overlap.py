@@ -8,7 +8,7 @@ import torch
 
 from megatron_sse.checkpoint.folders import checkpoint_folder, step_folder
 from megatron_sse.checkpoint.full_weights import read_weights
-from megatron_sse.config import overlaps_gradients, overlaps_parameters, transformer_settings
+from megatron_sse.config import fuses_loss, overlaps_gradients, overlaps_parameters, transformer_settings
 from tests.checkpoint.support import Trace, save, take_steps
 from tests.training.support import small_run, start
 from tests.workers import run_workers
@@ -67,10 +67,10 @@ def test_fused_operations_train_alike(tmp_path: Path) -> None:
     [
         ({"training": {"precision": "bf16"}}, True, (True, True, True, True)),
         ({"training": {"precision": "bf16"}}, False, (False, False, False, False)),
-        ({}, True, (False, True, True, False)),
-        ({"parallel": {"distributed_optimizer": True}}, True, (False, True, True, True)),
-        ({"parallel": {"distributed_optimizer": True, "overlap_gradients": False}}, True, (False, True, False, False)),
-        ({"parallel": {"distributed_optimizer": True, "overlap_parameters": False}}, True, (False, True, True, False)),
+        ({}, True, (True, True, True, False)),
+        ({"parallel": {"distributed_optimizer": True}}, True, (True, True, True, True)),
+        ({"parallel": {"distributed_optimizer": True, "overlap_gradients": False}}, True, (True, True, False, False)),
+        ({"parallel": {"distributed_optimizer": True, "overlap_parameters": False}}, True, (True, True, True, False)),
         ({"training": {"precision": "bf16", "fused_loss": False}}, True, (False, True, True, True)),
         ({"training": {"fused_swiglu": True}}, False, (False, True, False, False)),
     ],
@@ -79,5 +79,5 @@ def test_fused_operations_train_alike(tmp_path: Path) -> None:
 def test_defaults(tmp_path: Path, sections: dict[str, Any], on_gpu: bool, expected: tuple[bool, ...]) -> None:
     config = small_run(tmp_path, **sections)
     settings = transformer_settings(config, on_gpu)
-    fused = settings["cross_entropy_loss_fusion"], settings["bias_activation_fusion"]
+    fused = fuses_loss(config, on_gpu), settings["bias_activation_fusion"]
     assert (*fused, overlaps_gradients(config, on_gpu), overlaps_parameters(config, on_gpu)) == expected
