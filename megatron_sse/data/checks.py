@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType
 
+from megatron_sse.data.made import Made, MadeFolder, made_folder
 from megatron_sse.data.metadata import read_metadata
 from megatron_sse.errors import UserError
 
@@ -40,18 +43,22 @@ class TokenFile:
     """A checked file, or a part of it: the documents whose tokens begin and end at `offsets_D1`.
 
     mask_path: the loss mask's file, uint8 per token, 1 where the token counts as a label; None where all count.
+    made: for what is worked out of the file.
     """
 
     prefix: str
     index: Index
     offsets_D1: np.ndarray
     mask_path: Path | None
+    made: MadeFolder = MadeFolder()
 
 
 def check_token_file(key: str, prefix: str, vocab_size: int) -> TokenFile:
     """Check the file that the setting `key` names, and return it. Raises UserError."""
     check_exists(key, prefix)
-    index = read_index(Path(prefix + ".idx"))
+    made = made_folder(prefix)
+    kept = made.get("index", partial(_make_index, prefix))
+    index = Index(np.dtype(kept.facts["dtype"]), kept.facts["bin_bytes"], kept.arrays["offsets"])
     bin_path = Path(prefix + ".bin")
     size = bin_path.stat().st_size
     if size != index.bin_bytes:
@@ -65,12 +72,25 @@ def check_token_file(key: str, prefix: str, vocab_size: int) -> TokenFile:
             f"model.vocab_size: {vocab_size} given, but {prefix}.json says {metadata.vocab_size} "
             f"(tokenizer {metadata.tokenizer}); set model.vocab_size: {metadata.vocab_size}"
         )
-    if index.num_tokens:
+    if not 0 <= kept.facts["lowest"] <= kept.facts["highest"] < vocab_size:
         check_token_ids(key, bin_path, index.dtype, vocab_size)
     mask = Path(prefix + ".mask") if metadata is not None and metadata.loss_mask else None
     if mask is not None and (not mask.is_file() or mask.stat().st_size != index.num_tokens):
         raise UserError(f"{mask}: missing, or not {index.num_tokens} bytes (one per token); build {prefix} again")
-    return TokenFile(prefix, index, index.offsets_D1, mask)
+    return TokenFile(prefix, index, index.offsets_D1, mask, made)
+
+
+def _make_index(prefix: str) -> Made:
+    """Return a checked index, and the lowest and highest token ids of the file (of the ranges that are checked)."""
+    index = read_index(Path(prefix + ".idx"))
+    lowest = highest = 0
+    bin_path = Path(prefix + ".bin")
+    # A file of another size is refused by whoever asked.
+    if index.num_tokens and bin_path.stat().st_size == index.bin_bytes:
+        for _, chunk_T in _checked_chunks(bin_path, index.dtype):
+            lowest, highest = min(lowest, int(chunk_T.min())), max(highest, int(chunk_T.max()))
+    facts = {"dtype": index.dtype.str, "bin_bytes": index.bin_bytes, "lowest": lowest, "highest": highest}
+    return Made({"offsets": index.offsets_D1}, facts)
 
 
 def check_exists(key: str, prefix: str) -> None:
@@ -115,6 +135,18 @@ def read_index(path: Path) -> Index:
 
 def check_token_ids(key: str, path: Path, dtype: np.dtype, vocab_size: int) -> None:
     """Raise UserError where a token is not in 0 to vocab_size - 1."""
+    for first, chunk_T in _checked_chunks(path, dtype):
+        if chunk_T.max() < vocab_size and chunk_T.min() >= 0:
+            continue
+        place = int(np.argmax((chunk_T >= vocab_size) | (chunk_T < 0)))
+        raise UserError(
+            f"{key}: {path} holds token id {chunk_T[place]} at token {first + place}, allowed are 0 to "
+            f"model.vocab_size - 1 = {vocab_size - 1}; set model.vocab_size to that of the tokenizer"
+        )
+
+
+def _checked_chunks(path: Path, dtype: np.dtype) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the tokens whose ids are checked, in chunks, with the place of each chunk's first token."""
     tokens_T = np.memmap(path, dtype=dtype, mode="r")
     ranges = [(0, len(tokens_T))]
     if tokens_T.nbytes > CHECKED_BYTES:
@@ -123,11 +155,4 @@ def check_token_ids(key: str, path: Path, dtype: np.dtype, vocab_size: int) -> N
         logger.info("%s: token ids checked in the first and last %d of %d tokens", path, half, len(tokens_T))
     for begin, end in ranges:
         for first in range(begin, end, CHUNK_TOKENS):
-            chunk_T = tokens_T[first : min(first + CHUNK_TOKENS, end)]
-            if chunk_T.max() < vocab_size and chunk_T.min() >= 0:
-                continue
-            position = first + int(np.argmax((chunk_T >= vocab_size) | (chunk_T < 0)))
-            raise UserError(
-                f"{key}: {path} holds token id {tokens_T[position]} at token {position}, allowed are 0 to "
-                f"model.vocab_size - 1 = {vocab_size - 1}; set model.vocab_size to that of the tokenizer"
-            )
+            yield first, tokens_T[first : min(first + CHUNK_TOKENS, end)]

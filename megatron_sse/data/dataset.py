@@ -43,7 +43,7 @@ class TokenDataset:
         self.dtype = file.index.dtype
         self.mask_T = np.memmap(file.mask_path, np.uint8, mode="r") if file.mask_path else None
         self.room = data.sequence_length + 1
-        self.packing = pack(data, file.offsets_D1)
+        self.packing = pack(data, file.offsets_D1, file.made)
 
     def __len__(self) -> int:
         return self.packing.account.samples

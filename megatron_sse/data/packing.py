@@ -7,12 +7,13 @@ reads and one more, which is the label of the last. The examples below use room 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
 import numpy as np
 
 from megatron_sse.config import DataConfig
+from megatron_sse.data.made import Made, MadeFolder
 
 Pieces = list[tuple[int, int]]
 
@@ -46,20 +47,32 @@ class Account:
 class Packing(Protocol):
     """Which tokens of a file each sample holds."""
 
-    account: Account
+    @property
+    def account(self) -> Account: ...
 
     def pieces(self, sample: int) -> Pieces:
         """Return each piece's first token in the file and number of tokens, in their order in the sample."""
 
 
-def pack(data: DataConfig, offsets_D1: np.ndarray) -> Packing:
-    """Return samples of data.sequence_length + 1 tokens from documents whose tokens begin and end at `offsets_D1`."""
+def pack(data: DataConfig, offsets_D1: np.ndarray, made: MadeFolder = MadeFolder()) -> Packing:  # noqa: B008
+    """Return samples of data.sequence_length + 1 tokens from documents whose tokens begin and end at `offsets_D1`.
+
+    made: where the result is kept.
+    """
     room = data.sequence_length + 1
-    if data.packing == "best_fit":
-        return Packed(offsets_D1, best_fit(split_long(offsets_D1, room, data.long_documents == "continue"), room), room)
-    if data.long_documents == "cut":
-        return Packed(offsets_D1, cut_in_order(offsets_D1, room), room)
-    return Windows(offsets_D1, room)
+    first, last = int(offsets_D1[0]), int(offsets_D1[-1])
+
+    def fill() -> Made:
+        if data.packing == "best_fit":
+            table = best_fit(split_long(offsets_D1, room, data.long_documents == "continue"), room)
+        else:
+            table = cut_in_order(offsets_D1, room)
+        return fill_samples(offsets_D1, table, room)
+
+    if data.packing == "in_order" and data.long_documents == "continue":
+        return Windows(offsets_D1, room)
+    kept = made.get(f"{data.packing}-{data.long_documents}-{room}-{first}-{last}", fill)
+    return Packed(**kept.arrays, account=Account(**kept.facts))
 
 
 class Windows:
@@ -103,26 +116,38 @@ class PieceTable:
     sample_p: np.ndarray
 
 
+@dataclass(frozen=True)
 class Packed:
-    """Samples made of pieces that know their sample; the rest of each sample is padding."""
+    """Samples made of pieces; the rest of each sample is padding.
 
-    def __init__(self, offsets_D1: np.ndarray, table: PieceTable, room: int) -> None:
-        # Pieces sorted by sample, and where each sample's begin: for sample_p 1 0 1, order 1 0 2 and first 0 1 3.
-        order_p = np.argsort(table.sample_p, kind="stable")
-        samples = int(table.sample_p[order_p[-1]]) + 1 if len(order_p) else 0
-        self.begin_p, self.length_p = table.begin_p[order_p], table.length_p[order_p]
-        self.first_n1 = np.searchsorted(table.sample_p[order_p], np.arange(samples + 1))
-        tokens, held = int(offsets_D1[-1] - offsets_D1[0]), int(table.length_p.sum())
-        # A piece that continues a document starts with the last token of the piece before: it is held twice.
-        shared = int((table.begin_p > offsets_D1[table.document_p]).sum())
-        whole = int((table.length_p == np.diff(offsets_D1)[table.document_p]).sum())
-        documents = len(offsets_D1) - 1
-        padding, dropped = samples * room - held, tokens - (held - shared)
-        self.account = Account(samples, tokens, documents, padding, dropped, documents - whole)
+    begin_p, length_p: as in PieceTable, sorted by sample. first_n1: each sample's first piece, and the number of all.
+    """
+
+    begin_p: np.ndarray
+    length_p: np.ndarray
+    first_n1: np.ndarray
+    account: Account
 
     def pieces(self, sample: int) -> Pieces:
         chosen = slice(self.first_n1[sample], self.first_n1[sample + 1])
         return list(zip(self.begin_p[chosen].tolist(), self.length_p[chosen].tolist(), strict=True))
+
+
+def fill_samples(offsets_D1: np.ndarray, table: PieceTable, room: int) -> Made:
+    """Return the arrays of a Packed, and its account, from pieces that know their sample."""
+    # Pieces sorted by sample, and where each sample's begin: for sample_p 1 0 1, order 1 0 2 and first 0 1 3.
+    order_p = np.argsort(table.sample_p, kind="stable")
+    samples = int(table.sample_p[order_p[-1]]) + 1 if len(order_p) else 0
+    first_n1 = np.searchsorted(table.sample_p[order_p], np.arange(samples + 1))
+    tokens, held = int(offsets_D1[-1] - offsets_D1[0]), int(table.length_p.sum())
+    # A piece that continues a document starts with the last token of the piece before: it is held twice.
+    shared = int((table.begin_p > offsets_D1[table.document_p]).sum())
+    whole = int((table.length_p == np.diff(offsets_D1)[table.document_p]).sum())
+    documents = len(offsets_D1) - 1
+    padding, dropped = samples * room - held, tokens - (held - shared)
+    account = Account(samples, tokens, documents, padding, dropped, documents - whole)
+    arrays = {"begin_p": table.begin_p[order_p], "length_p": table.length_p[order_p], "first_n1": first_n1}
+    return Made(arrays, asdict(account))
 
 
 def split_long(offsets_D1: np.ndarray, room: int, keep_rest: bool) -> PieceTable:
