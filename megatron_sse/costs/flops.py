@@ -18,12 +18,21 @@ def train_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
 
 def forward_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     """Return the operations of one forward pass per token of a sequence of one document."""
-    # The rows that pad the vocabulary are not counted.
-    total = 2.0 * model.hidden_size * model.vocab_size
+    total = output_flops(model)
     for kind in model.layer_kinds():
         weights = sum(weight.size for weight in layer_weights(model, kind) if weight.multiplied)
         total += 2.0 * weights + _attention_flops(model, kind, sequence_length)
     return total
+
+
+def output_flops(model: ModelConfig) -> float:
+    """Return the forward operations per token of the output layer, without the rows that pad the vocabulary."""
+    return 2.0 * model.hidden_size * model.vocab_size
+
+
+def mlp_flops(model: ModelConfig) -> float:
+    """Return the forward operations per token of a layer's MLP: gate, up and down."""
+    return 6.0 * model.hidden_size * model.ffn_hidden_size
 
 
 def mixer_flops(model: ModelConfig, kind: str, sequence_length: int) -> float:

@@ -1,14 +1,17 @@
 """Bytes that autograd keeps of a micro-batch on one rank, added up over what each module saves.
 
 There are two sets of kernels: "torch", which runs without a GPU, cuts rows into padded fp32 chunks and keeps those;
-"triton", with Transformer Engine's norms, keeps the inputs as they are and the states between pieces. Every sequence
-counts as one document; each further document in it would add at most a chunk per bank.
+"triton", with Transformer Engine's norms, keeps the inputs as they are and the states between pieces. Documents cost at
+most a chunk for each bank.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import reduce
 from typing import NamedTuple
 
+from megatron_sse.config import recomputed_parts
 from megatron_sse.kernels.chunks import choose_chunk_size
 from megatron_sse.kernels.registry import KERNELS
 from megatron_sse.kernels.triton.rows import CHUNK_SIZE, choose_chunks_per_piece
@@ -23,20 +26,46 @@ class Kept(NamedTuple):
     values: int
     states: int = 0
 
-    def plus(self, values: int) -> Kept:
-        return Kept(self.values + values, self.states)
+    def plus(self, values: int, states: int = 0) -> Kept:
+        return Kept(self.values + values, self.states + states)
 
 
-def layer_activations(sizes: Sizes, kind: str) -> Kept:
-    """Return what a layer keeps without recomputation."""
-    hidden, inner = sizes.config.model.hidden_size, sizes.config.model.ffn_hidden_size // sizes.config.parallel.tensor
-    # Both norms with their outputs, and the MLP: gate and up (2 x inner), and what SwiGLU makes of them (3 x inner).
-    own = 2 * (_norm(sizes) + sizes.stream_tokens * hidden * sizes.element) + sizes.tokens * 5 * inner * sizes.element
+def add(kept: Iterable[Kept]) -> Kept:
+    """Return the sum."""
+    return reduce(lambda one, other: one.plus(*other), kept, Kept(0))
+
+
+def layer_activations(sizes: Sizes, kind: str) -> dict[str, Kept]:
+    """Return what the parts of a layer keep without recomputation: its norms, and RECOMPUTED_PARTS."""
+    inner = sizes.config.model.ffn_hidden_size // sizes.config.parallel.tensor
+    mixer = Kept(_softmax(sizes)) if kind == "softmax" else recurrent_activations(sizes, kind)
     # Torch keeps a copy for each token that the convolution looks back at.
     width = sizes.config.model.input_convolution
-    own += sizes.stream_tokens * hidden * sizes.element * (width if sizes.kernels == "torch" else min(width, 1))
-    mixer = Kept(_softmax(sizes)) if kind == "softmax" else recurrent_activations(sizes, kind)
-    return mixer.plus(own)
+    convolution = sizes.stream_bytes * (width if sizes.kernels == "torch" else min(width, 1))
+    return {
+        # Both norms with their outputs, which are the inputs of mixer and MLP.
+        "norms": Kept(2 * (_norm(sizes) + sizes.stream_bytes)),
+        "mixer": mixer.plus(convolution),
+        # Gate and up (2 x inner), and what SwiGLU makes of them (3 x inner).
+        "mlp": Kept(sizes.tokens * 5 * inner * sizes.element),
+    }
+
+
+def kept_of_layer(sizes: Sizes, kind: str) -> Kept:
+    """Return what a layer keeps with this run's recomputation."""
+    if sizes.config.training.recompute == "full":
+        return Kept(sizes.stream_bytes)
+    again = recomputed_parts(sizes.config)
+    return add(part for name, part in layer_activations(sizes, kind).items() if name not in again)
+
+
+def recomputed_of_layer(sizes: Sizes, kind: str) -> Kept:
+    """Return what the backward pass makes again at one time: a layer, or the largest of its parts."""
+    parts = layer_activations(sizes, kind)
+    if sizes.config.training.recompute == "full":
+        return add(parts.values())
+    again = recomputed_parts(sizes.config)
+    return max((parts[name] for name in again), key=sum, default=Kept(0))
 
 
 def end_activations(sizes: Sizes, is_first: bool, is_last: bool) -> int:
@@ -45,7 +74,7 @@ def end_activations(sizes: Sizes, is_first: bool, is_last: bool) -> int:
     if is_last:
         model = sizes.config.model
         kept += _norm(sizes) + sizes.stream_tokens * model.hidden_size * sizes.element
-        kept += sizes.tokens * (FP32 * model.padded_vocab_size // sizes.config.parallel.tensor + INT64 + 1)
+        kept += sizes.tokens * (INT64 + FP32)  # labels, and one sum for each
     return kept
 
 
@@ -135,8 +164,8 @@ def _picks(sizes: Sizes, mixer: Mixer) -> int:
 
 
 def _segments(sizes: Sizes, mixer: Mixer) -> int:
-    """Return the number of (document, bank) pairs, with one document in each slot of each sequence."""
-    return sizes.config.training.micro_batch_size * sizes.num_slots * (1 + mixer.partitions)
+    """Return the number of (document, bank) pairs. A document in several slots counts in each."""
+    return sizes.fragments * (1 + mixer.partitions)
 
 
 def _states(sizes: Sizes, mixer: Mixer, pieces: int) -> int:

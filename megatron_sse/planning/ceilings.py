@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass, replace
 
-from megatron_sse.config import RunConfig
-from megatron_sse.costs.flops import train_flops_per_token
+from megatron_sse.config import RunConfig, recomputed_parts
+from megatron_sse.costs.flops import (
+    forward_flops_per_token,
+    mixer_flops,
+    mlp_flops,
+    output_flops,
+    train_flops_per_token,
+)
 from megatron_sse.costs.gpus import Gpu
 from megatron_sse.planning.memory import Memory, kept_of_step, passes_under_way
 from megatron_sse.planning.sizes import Sizes
@@ -42,11 +48,9 @@ def step_time(sizes: Sizes, memory: Memory, sent: dict[str, int], stage: int, gp
     training, parallel = config.training, config.parallel
     tokens = training.global_batch_size * config.data.sequence_length
     num_gpus = sizes.data_size * parallel.replica_size
-    flops = train_flops_per_token(config.model, config.data.sequence_length) * tokens / num_gpus
-    if training.recompute == "full":
-        # Forward, forward again and backward (2 x forward): 4 in place of 3.
-        flops *= 4 / 3
-    products = flops / gpu.flops
+    flops = train_flops_per_token(config.model, sizes.document) * tokens / num_gpus
+    # Forward, backward (2 x forward), and what the backward pass computes again.
+    products = flops * (1 + recomputed_share(sizes) / 3) / gpu.flops
     moved = _bytes_moved(sizes, memory, stage) / gpu.bandwidth
     # Share of a pipeline's steady time for filling and draining it; virtual stages divide it.
     bubble = (parallel.pipeline - 1) / (parallel.virtual_pipeline * sizes.num_micro_batches)
@@ -59,17 +63,29 @@ def step_time(sizes: Sizes, memory: Memory, sent: dict[str, int], stage: int, gp
     )
 
 
+def recomputed_share(sizes: Sizes) -> float:
+    """Return the share of a forward pass's operations that the backward pass computes again: at least the logits."""
+    model = sizes.config.model
+    forward = forward_flops_per_token(model, sizes.document)
+    if sizes.config.training.recompute == "full":
+        return 1.0
+    parts = {
+        "mixer": sum(mixer_flops(model, kind, sizes.document) for kind in model.layer_kinds()),
+        "mlp": model.num_layers * mlp_flops(model),
+    }
+    return (output_flops(model) + sum(parts[part] for part in recomputed_parts(sizes.config))) / forward
+
+
 def _bytes_moved(sizes: Sizes, memory: Memory, stage: int) -> float:
     """Return the bytes moved to and from memory in a step.
 
     These are the weights in each pass, activations (written, read, and the same for their gradients), and everything
     that the optimizer holds.
     """
-    training = sizes.config.training
     without = replace(sizes, config=_without_recompute(sizes))
     passes = passes_under_way(without, stage) / sizes.config.parallel.virtual_pipeline
     kept = sum(kept_of_step(without, stage)) / passes
-    forwards = 2 if training.recompute == "full" else 1
+    forwards = 1 + recomputed_share(sizes)
     per_micro_batch = (1 + forwards) * memory.weights + (3 + forwards) * kept
     return sizes.num_micro_batches * per_micro_batch + 2 * (memory.weights + memory.gradients + memory.optimizer)
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from megatron_sse.config import RunConfig, check_world_size, longest_stage
 from megatron_sse.costs.gpus import GPUS, Gpu
+from megatron_sse.planning.documents import count_documents
 from megatron_sse.planning.report import describe_layout, describe_search
 from megatron_sse.planning.request import Request, parse_bytes
 from megatron_sse.planning.search import Layout, longest_sequence, search_layouts, work_out
@@ -20,20 +21,25 @@ def run(request: Request) -> int:
         print(f"for stage {number} of {len(config.stages)}, which has the longest sequences")
     if request.search:
         config, num_gpus = _planned_run(config, request.gpus)
-        layouts = search_layouts(config, num_gpus, gpu, request.gpus_per_node)
+        documents = count_documents(config, request.documents)
+        layouts = search_layouts(config, num_gpus, gpu, request.gpus_per_node, documents)
         print("\n".join(describe_search(layouts, num_gpus, gpu)))
         return 0 if layouts and layouts[0].fits(gpu) else 1
-    layout = plan_run(config, request.gpus, gpu, request.gpus_per_node)
+    layout = plan_run(config, request.gpus, gpu, request.gpus_per_node, request.documents)
     sizes = layout.sizes
     print("\n".join(describe_layout(layout, gpu, longest_sequence(sizes.config, sizes.data_size, gpu))))
     return 0 if layout.fits(gpu) else 1
 
 
-def plan_run(config: RunConfig, num_gpus: int | None, gpu: Gpu, per_node: int) -> Layout:
+def plan_run(config: RunConfig, num_gpus: int | None, gpu: Gpu, per_node: int, documents: int | None = None) -> Layout:
     """Return what a run needs on `num_gpus` GPUs, by default as many as its layout needs; with stages, what the one
-    with the longest sequences needs. Raises UserError where they do not divide."""
+    with the longest sequences needs. Raises UserError where they do not divide.
+
+    documents: of a sequence, by default as count_documents finds.
+    """
     config, num_gpus = _planned_run(config, num_gpus)
-    return work_out(config, check_world_size(config, num_gpus), gpu, per_node)
+    documents = count_documents(config, documents)
+    return work_out(config, check_world_size(config, num_gpus), gpu, per_node, documents)
 
 
 def _planned_run(config: RunConfig, num_gpus: int | None) -> tuple[RunConfig, int]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
-from megatron_sse.config import uses_distributed_optimizer
-from megatron_sse.planning.activations import Kept, end_activations, layer_activations
+from megatron_sse.config import choose_loss_chunk, uses_distributed_optimizer
+from megatron_sse.model.metrics import DECAYS_AT_ONCE
+from megatron_sse.planning.activations import INT64, Kept, add, end_activations, kept_of_layer, recomputed_of_layer
 from megatron_sse.planning.parameters import chunk_buffers, stage_chunks
 from megatron_sse.planning.sizes import FP32, Sizes
 
@@ -18,8 +19,14 @@ HAND_OFF_COPIES = {False: 4.2, True: 5.1}
 class Memory:
     """Memory of a rank in bytes.
 
-    optimizer: moments, in bf16 runs also the fp32 weights. activations: kept for the backward passes to come, without
-    states. hand_off: buffers of one hand-off. working: gradients of the largest activations.
+    Held all the time:
+        optimizer: moments, in bf16 runs also the fp32 weights. activations, states: kept for the backward passes to
+        come, of tokens and of recurrences. tables: documents, tokens and labels of the micro-batches under way.
+    Held while a layer is computed:
+        recomputed: what the backward pass makes again of it. hand_off: buffers of one hand-off. metrics: of a step that
+        reports the layers' health. working: gradients of the largest activations.
+    Held while the loss is computed:
+        logits: of a chunk of tokens, with the gradients of the output layer's input and weight.
     """
 
     weights: int
@@ -27,19 +34,27 @@ class Memory:
     optimizer: int
     activations: int
     states: int
+    tables: int
+    recomputed: int
     hand_off: int
+    metrics: int
     working: int
+    logits: int
 
     @property
     def total(self) -> int:
-        return sum(astuple(self))
+        """Memory at the fullest moment: in a layer, or in the loss."""
+        held = self.weights + self.gradients + self.optimizer + self.activations + self.states + self.tables
+        return held + max(self.recomputed + self.hand_off + self.metrics + self.working, self.logits)
 
 
 def rank_memory(sizes: Sizes, stage: int) -> Memory:
     """Return the memory of a rank of a pipeline stage."""
-    buffers = [buffer for chunk in stage_chunks(sizes.config, stage) for buffer in chunk_buffers(sizes, chunk)]
+    chunks = stage_chunks(sizes.config, stage)
+    buffers = [buffer for chunk in chunks for buffer in chunk_buffers(sizes, chunk)]
     shards = sizes.gradient_ranks if uses_distributed_optimizer(sizes.config) else 1
     kept = kept_of_step(sizes, stage)
+    kinds = {kind for chunk in chunks for kind in chunk.kinds}
     return Memory(
         weights=sum(buffer.padded * buffer.width for buffer in buffers),
         gradients=sum(buffer.padded * FP32 for buffer in buffers),
@@ -47,29 +62,23 @@ def rank_memory(sizes: Sizes, stage: int) -> Memory:
         optimizer=sum(buffer.padded * FP32 * (2 if buffer.width == FP32 else 3) // shards for buffer in buffers),
         activations=kept.values,
         states=kept.states,
+        tables=_tables(sizes, stage),
+        recomputed=max(sum(recomputed_of_layer(sizes, kind)) for kind in kinds),
         hand_off=_hand_off(sizes),
-        working=_working(sizes, stage),
+        metrics=max(_metrics(sizes, kind) for kind in kinds),
+        working=sizes.tokens * sizes.element * 2 * sizes.config.model.ffn_hidden_size // sizes.config.parallel.tensor,
+        logits=_logits(sizes) if chunks[-1].is_last else 0,
     )
 
 
 def kept_of_step(sizes: Sizes, stage: int) -> Kept:
     """Return the activations of all micro-batches whose backward pass is still to come."""
-    config = sizes.config
-    recompute = config.training.recompute == "full"
-    chunks = stage_chunks(config, stage)
-    layers = [layer_activations(sizes, kind) for chunk in chunks for kind in chunk.kinds]
-    values, states = (sum(part) for part in zip(*layers, strict=True))
-    if recompute:
-        values, states = len(layers) * sizes.stream_bytes, 0
-    values += sum(end_activations(sizes, chunk.is_first, chunk.is_last) for chunk in chunks)
+    chunks = stage_chunks(sizes.config, stage)
+    kept = add(kept_of_layer(sizes, kind) for chunk in chunks for kind in chunk.kinds)
+    kept = kept.plus(sum(end_activations(sizes, chunk.is_first, chunk.is_last) for chunk in chunks))
     passes = passes_under_way(sizes, stage)
-    # `passes` counts passes of one chunk each; values and states are of all chunks of the stage.
-    kept = Kept(values * passes // len(chunks), states * passes // len(chunks))
-    if recompute:
-        # One layer at a time is recomputed.
-        largest = max(layers, key=sum)
-        kept = Kept(kept.values + largest.values, largest.states)
-    return kept
+    # `passes` counts passes of one chunk each; what is kept is of all chunks of the stage.
+    return Kept(kept.values * passes // len(chunks), kept.states * passes // len(chunks))
 
 
 def passes_under_way(sizes: Sizes, stage: int) -> int:
@@ -81,6 +90,20 @@ def passes_under_way(sizes: Sizes, stage: int) -> int:
     # Warm-up of the interleaved schedule; then one forward pass alternates with one backward pass.
     warm_up = 2 * (pipeline - stage - 1) + (chunks - 1) * pipeline
     return min(warm_up + 1, sizes.num_micro_batches * chunks)
+
+
+def table_bytes(sizes: Sizes) -> int:
+    """Return the bytes of a micro-batch's Batch: its tokens and labels, and where its documents are."""
+    length, batch = sizes.config.data.sequence_length, sizes.config.training.micro_batch_size
+    # Fragment, position and document, token and label, and the loss mask; a slot's columns.
+    own = sizes.tokens * (5 * INT64 + FP32) + length // sizes.config.parallel.context * INT64
+    # Columns and documents of all ranks' keys, for softmax layers.
+    return own + length * INT64 * (1 + batch) + INT64 * (sizes.fragments + 1)
+
+
+def _tables(sizes: Sizes, stage: int) -> int:
+    # One more than is under way: the next one is made ahead.
+    return table_bytes(sizes) * min(passes_under_way(sizes, stage) + 1, sizes.num_micro_batches)
 
 
 def _hand_off(sizes: Sizes) -> int:
@@ -97,9 +120,27 @@ def _hand_off(sizes: Sizes) -> int:
     return largest
 
 
-def _working(sizes: Sizes, stage: int) -> int:
+def _metrics(sizes: Sizes, kind: str) -> int:
+    """Return the bytes that a layer's health takes: decays in fp32 and their exponentials, and the router's entropy."""
+    if kind == "softmax":
+        return 0
+    mixer = sizes.of_mixer(kind)
+    decays = mixer.decays if mixer.spec.recurrence.delta_rule else mixer.keys
+    return FP32 * (2 * min(sizes.tokens * decays, DECAYS_AT_ONCE) + 3 * sizes.tokens * mixer.partitions)
+
+
+def _logits(sizes: Sizes) -> int:
+    """Return the most bytes of the loss in its backward pass (parallel/linear_cross_entropy.py)."""
     model, tensor = sizes.config.model, sizes.config.parallel.tensor
-    widths = [2 * model.ffn_hidden_size // tensor]
-    if stage == sizes.config.parallel.pipeline - 1:
-        widths.append(model.padded_vocab_size // tensor)
-    return sizes.tokens * sizes.element * max(widths)
+    rows = model.padded_vocab_size // tensor
+    logits = min(choose_loss_chunk(sizes.config), sizes.tokens) * rows
+    weight = rows * model.hidden_size * sizes.element
+    if sizes.element < FP32:
+        # Logits in both types; then their gradient, and what the chunk adds to the weight's.
+        chunk = max(logits * (sizes.element + FP32), logits * sizes.element + weight)
+    else:
+        # Autograd gets a weight gradient of zeros at the end.
+        chunk = max(logits * FP32, weight)
+    hidden = sizes.tokens * model.hidden_size * sizes.element
+    # Under sequence parallelism the input of all tokens is gathered.
+    return chunk + hidden * (2 if sizes.config.parallel.sequence else 1)

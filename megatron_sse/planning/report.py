@@ -3,20 +3,40 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from megatron_sse.config import RunConfig
 from megatron_sse.config.derive import count_parameters, describe_run
 from megatron_sse.config.pattern import LAYER_KINDS
-from megatron_sse.costs.flops import forward_flops_per_token, mixer_flops, train_flops_per_token
+from megatron_sse.costs.flops import forward_flops_per_token, mixer_flops, mlp_flops, train_flops_per_token
 from megatron_sse.costs.gpus import Gpu
 from megatron_sse.planning.ceilings import GIB, StepTime
-from megatron_sse.planning.memory import Memory, kept_of_step
+from megatron_sse.planning.memory import rank_memory
 from megatron_sse.planning.search import HEADROOM, LONGEST, Layout, with_settings
-from megatron_sse.planning.sizes import Sizes
 from megatron_sse.planning.traffic import AXES
 from megatron_sse.visible import count_of
 
+# Rows of the table of memory, by the moment at which it is held.
+ALL_THE_TIME, IN_A_LAYER, IN_THE_LOSS = "held all the time", "while a layer is computed", "while the loss is computed"
+MOMENTS = {
+    ALL_THE_TIME: ["weights", "gradients", "optimizer", "activations", "states", "tables"],
+    IN_A_LAYER: ["recomputed", "hand_off", "metrics", "working"],
+    IN_THE_LOSS: ["logits"],
+}
+_MORE_RANKS = "more parallel.context, or parallel.tensor with parallel.sequence"
+SMALLER_WITH = {
+    "weights": "more parallel.tensor or parallel.pipeline",
+    "gradients": "more parallel.tensor or parallel.pipeline",
+    "optimizer": "parallel.distributed_optimizer: true and more GPUs",
+    "activations": f"training.recompute: full, a smaller training.micro_batch_size, or {_MORE_RANKS}",
+    "states": "training.recompute: mixer or full, or fewer model.sse.num_partitions",
+    "tables": "more parallel.context",
+    "recomputed": f"a smaller training.micro_batch_size, or {_MORE_RANKS}",
+    "hand_off": "parallel.hand_off: p2p, or fewer model.sse.num_partitions",
+    "metrics": _MORE_RANKS,
+    "working": _MORE_RANKS,
+    "logits": "a smaller training.loss_chunk, or more parallel.tensor",
+}
 MAX_STAGES = 8
 MAX_LAYOUTS = 15
 
@@ -26,7 +46,8 @@ def describe_layout(layout: Layout, gpu: Gpu, longest: int) -> list[str]:
     config, sizes = layout.sizes.config, layout.sizes
     num_gpus = sizes.data_size * config.parallel.replica_size
     tables = [
-        [line for line in describe_run(config, num_gpus) if not line.startswith("parameters")],
+        [line for line in describe_run(config, num_gpus) if not line.startswith("parameters")]
+        + [f"documents         {sizes.documents:,} in a sequence"],
         _parameters(config),
         _memory(layout, gpu, longest),
         _operations(config),
@@ -47,18 +68,34 @@ def _memory(layout: Layout, gpu: Gpu, longest: int) -> list[str]:
     stages = _shown_stages(len(layout.memory))
     columns = [f"stage {stage}" for stage in stages]
     lines = [f"{'memory of a GPU, GiB':<28}" + "".join(f"{name:>12}" for name in columns)]
-    for field in fields(Memory):
-        values = [getattr(layout.memory[stage], field.name) for stage in stages]
-        lines.append(_row(field.name.replace("_", " "), values))
+    for group, names in MOMENTS.items():
+        lines.append(f"  {group}")
+        for name in names:
+            values = [getattr(layout.memory[stage], name) for stage in stages]
+            lines.append(_row(f"  {name.replace('_', ' ')}", values))
     lines.append(_row("total", [layout.memory[stage].total for stage in stages]))
     other = "none" if layout.sizes.config.training.recompute == "full" else "full"
     lines.append(_row(f"with recompute: {other}", [_total_with(layout, stage, other) for stage in stages]))
     room = (1 - HEADROOM) * gpu.memory
     verdict = "fits" if layout.fits(gpu) else "does NOT fit"
     lines.append(f"  {verdict}: {layout.peak / GIB:,.1f} GiB of {room / GIB:,.1f} ({gpu.name}, 10 % left free)")
+    if not layout.fits(gpu):
+        lines.append(f"  {_advice(layout)}")
     more = " or more" if longest >= LONGEST // 2 else ""
     lines.append(f"  longest sequence that fits: {longest:,} tokens{more}" if longest else "  no sequence fits")
     return lines
+
+
+def _advice(layout: Layout) -> str:
+    """Return which part of the memory is the largest on the fullest stage, and what makes it smaller."""
+    memory = max(layout.memory, key=lambda memory: memory.total)
+    # What is not held at the fullest moment limits nothing.
+    in_layer, in_loss = MOMENTS[IN_A_LAYER], MOMENTS[IN_THE_LOSS]
+    layer, loss = (sum(getattr(memory, name) for name in names) for names in (in_layer, in_loss))
+    names = [*MOMENTS[ALL_THE_TIME], *(in_layer if layer >= loss else in_loss)]
+    largest = max(names, key=lambda name: getattr(memory, name))
+    share = getattr(memory, largest) / memory.total
+    return f"largest: {largest.replace('_', ' ')}, {share:.0%}; smaller with {SMALLER_WITH[largest]}"
 
 
 def _shown_stages(number: int) -> list[int]:
@@ -67,9 +104,8 @@ def _shown_stages(number: int) -> list[int]:
 
 def _total_with(layout: Layout, stage: int, recompute: str) -> int:
     """Return a stage's total memory with this setting of training.recompute."""
-    sizes, memory = layout.sizes, layout.memory[stage]
-    other = Sizes(with_settings(sizes.config, training={"recompute": recompute}), sizes.data_size)
-    return memory.total - memory.activations - memory.states + sum(kept_of_step(other, stage))
+    config = with_settings(layout.sizes.config, training={"recompute": recompute})
+    return rank_memory(replace(layout.sizes, config=config), stage).total
 
 
 def _row(name: str, values: list[int]) -> str:
@@ -86,7 +122,7 @@ def _operations(config: RunConfig) -> list[str]:
             continue
         count = mixer_flops(model, kind, length)
         lines.append(f"  {f'{kind} layer, forward':<26}{count / 1e6:>18,.1f}  {used[kind]} in the model")
-    lines.append(f"  {'MLP, forward':<26}{6 * model.hidden_size * model.ffn_hidden_size / 1e6:>18,.1f}")
+    lines.append(f"  {'MLP, forward':<26}{mlp_flops(model) / 1e6:>18,.1f}")
     lines.append(f"  {'model, forward':<26}{forward_flops_per_token(model, length) / 1e6:>18,.1f}")
     lines.append(f"  {'model, training':<26}{train_flops_per_token(model, length) / 1e6:>18,.1f}")
     return lines
@@ -121,12 +157,11 @@ def describe_search(layouts: list[Layout], num_gpus: int, gpu: Gpu) -> list[str]
     if not layouts:
         return [f"no layout divides heads, layers, sequence and batch over {count_of(num_gpus, 'GPU')}"]
     if layouts[0].fits(gpu):
-        number = len(layouts)
-        first = f"layouts of {count_of(num_gpus, 'GPU')} that fit, the fastest first ({number} found)"
+        first = f"layouts of {count_of(num_gpus, 'GPU')} that fit, the fastest first ({len(layouts)} found)"
         return [first, *_table(layouts[:MAX_LAYOUTS])]
     room = (1 - HEADROOM) * gpu.memory
     lacks = f"it lacks {(layouts[0].peak - room) / GIB:,.1f} GiB of memory per GPU ({room / GIB:,.1f} there)"
-    advice = "more GPUs, a smaller micro-batch or a shorter sequence would help"
+    advice = f"more GPUs, a smaller micro-batch or a shorter sequence would help; {_advice(layouts[0])}"
     return [f"no layout of {count_of(num_gpus, 'GPU')} fits; the nearest:", *_table(layouts), f"{lacks}; {advice}"]
 
 
@@ -136,8 +171,10 @@ def _table(layouts: list[Layout]) -> list[str]:
     ]
     for layout in layouts:
         parallel, data = layout.sizes.config.parallel, layout.sizes.data_size
+        recompute = layout.sizes.config.training.recompute
+        name = "+".join(recompute) if isinstance(recompute, list) else recompute
         lines.append(
             f"{parallel.tensor:>8}{parallel.pipeline:>10}{parallel.virtual_pipeline:>9}{parallel.context:>9}{data:>6}  "
-            f"{layout.sizes.config.training.recompute:<10}{layout.peak / GIB:>8.1f}{layout.time.total:>10.4g}"
+            f"{name:<10}{layout.peak / GIB:>8.1f}{layout.time.total:>10.4g}"
         )
     return lines

@@ -28,11 +28,13 @@ class Request(ConfigRequest):
     tflops: float | None = option("X", "1e12 operations per second of a GPU", unset="those of the kind")
     bandwidth: float | None = option("X", "TB per second of a GPU's memory", unset="those of the kind")
     gpus_per_node: int = option("N", "GPUs of a machine", default=8)
+    documents: int | None = option("N", "documents of a sequence", unset="as in the token files, or 1")
     search: bool = option(help="rank the layouts that fit")
 
     def check(self) -> None:
         super().check()
-        for name, number in (("gpus", self.gpus), ("gpus-per-node", self.gpus_per_node)):
+        numbers = {"gpus": self.gpus, "gpus-per-node": self.gpus_per_node, "documents": self.documents}
+        for name, number in numbers.items():
             if number is not None and not 1 <= number <= _MAX_GPUS:
                 raise UserError(f"--{name}: got {number}, allowed 1 to {_MAX_GPUS}")
         if self.gpu not in GPUS:

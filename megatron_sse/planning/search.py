@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_sse.config import RunConfig, check_world_size
+from megatron_sse.config.schema import RECOMPUTED_PARTS
 from megatron_sse.costs.gpus import Gpu
 from megatron_sse.errors import UserError
 from megatron_sse.planning.ceilings import StepTime, step_time
@@ -20,6 +21,8 @@ from megatron_sse.planning.traffic import step_traffic
 # Share of the memory left free for CUDA's context, NCCL's buffers and fragmentation.
 HEADROOM = 0.1
 LONGEST = 1 << 26
+# What is tried for training.recompute.
+RECOMPUTE = ("none", "mlp", "mixer", list(RECOMPUTED_PARTS), "full")
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,9 @@ class Layout:
         return self.peak <= (1 - HEADROOM) * gpu.memory
 
 
-def work_out(config: RunConfig, data_size: int, gpu: Gpu, per_node: int) -> Layout:
-    """Return memory, traffic and time of one layout."""
-    sizes = Sizes(config, data_size)
+def work_out(config: RunConfig, data_size: int, gpu: Gpu, per_node: int, documents: int = 1) -> Layout:
+    """Return memory, traffic and time of one layout. documents: of a sequence."""
+    sizes = Sizes(config, data_size, documents=documents)
     stages = range(config.parallel.pipeline)
     memory = [rank_memory(sizes, stage) for stage in stages]
     sent = [step_traffic(sizes, stage) for stage in stages]
@@ -49,24 +52,24 @@ def work_out(config: RunConfig, data_size: int, gpu: Gpu, per_node: int) -> Layo
     return Layout(sizes, memory, sent, max(times, key=lambda time: time.total))
 
 
-def search_layouts(config: RunConfig, num_gpus: int, gpu: Gpu, per_node: int) -> list[Layout]:
+def search_layouts(config: RunConfig, num_gpus: int, gpu: Gpu, per_node: int, documents: int = 1) -> list[Layout]:
     """Return the layouts of `num_gpus` GPUs that fit, the fastest first; where none fits, the one that lacks least.
 
-    Micro-batch and global batch stay.
+    Micro-batch and global batch stay. documents: of a sequence.
     """
-    found = list(work_out_all(config, num_gpus, gpu, per_node))
+    found = list(work_out_all(config, num_gpus, gpu, per_node, documents))
     fitting = [layout for layout in found if layout.fits(gpu)]
     return sorted(fitting, key=lambda layout: layout.time.total) or sorted(found, key=lambda layout: layout.peak)[:1]
 
 
-def work_out_all(config: RunConfig, num_gpus: int, gpu: Gpu, per_node: int) -> Iterator[Layout]:
+def work_out_all(config: RunConfig, num_gpus: int, gpu: Gpu, per_node: int, documents: int = 1) -> Iterator[Layout]:
     """Yield all layouts of `num_gpus` GPUs into which the model, its sequences and its batch divide."""
     for changed in _variants(config, num_gpus):
         try:
             data_size = check_world_size(changed, num_gpus)
         except UserError:
             continue
-        yield work_out(changed, data_size, gpu, per_node)
+        yield work_out(changed, data_size, gpu, per_node, documents)
 
 
 def _variants(config: RunConfig, num_gpus: int) -> Iterator[RunConfig]:
@@ -74,7 +77,7 @@ def _variants(config: RunConfig, num_gpus: int) -> Iterator[RunConfig]:
     for tensor, pipeline, context in product(divisors, repeat=3):
         if num_gpus % (tensor * pipeline * context):
             continue
-        for virtual, recompute in product((1, 2) if pipeline > 1 else (1,), ("none", "full")):
+        for virtual, recompute in product((1, 2) if pipeline > 1 else (1,), RECOMPUTE):
             parallel = {
                 "tensor": tensor,
                 "sequence": tensor > 1,
@@ -98,7 +101,10 @@ def with_settings(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
 
 
 def longest_sequence(config: RunConfig, data_size: int, gpu: Gpu) -> int:
-    """Return the number of tokens of the longest sequence that fits in this layout; 0 for none, at most LONGEST."""
+    """Return the number of tokens of the longest sequence of one document that fits in this layout.
+
+    0 for none, at most LONGEST.
+    """
     parallel = config.parallel
     # Lengths must be divisible by this, whichever layout of the sequence is chosen.
     step = 2 * parallel.context * (parallel.tensor if parallel.sequence else 1)

@@ -14,11 +14,16 @@ FP32 = 4
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a rank of a run sees. data_size: ranks that work on different sequences. kernels: as in activations.py."""
+    """What a rank of a run sees.
+
+    data_size: ranks that work on different sequences. kernels: as in activations.py. documents: of a sequence, on
+    average.
+    """
 
     config: RunConfig
     data_size: int
     kernels: str = "triton"
+    documents: int = 1
 
     @cached_property
     def element(self) -> int:
@@ -61,6 +66,19 @@ class Sizes:
     @property
     def num_slots(self) -> int:
         return len(self.chain) // self.config.parallel.context
+
+    @property
+    def document(self) -> int:
+        """Tokens of a document, which is all that softmax layers attend to."""
+        return max(1, self.config.data.sequence_length // self.documents)
+
+    @property
+    def fragments(self) -> int:
+        """Parts of documents that lie in one slot, in a rank's part of a micro-batch."""
+        slots = len(self.chain)
+        # Documents spread evenly over the slots, each of which begins a fragment.
+        per_slot = 1 + (self.documents - 1) // slots
+        return self.config.training.micro_batch_size * self.num_slots * per_slot
 
     def of_mixer(self, kind: str) -> Mixer:
         """Return the sizes of an SSE layer on one tensor rank."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import NamedTuple
 
-from megatron_sse.config import attention_kind, uses_distributed_optimizer
+from megatron_sse.config import attention_kind, recomputed_parts, uses_distributed_optimizer
 from megatron_sse.config.weights import embedding_weight
 from megatron_sse.parallel.handoff import handoff_bytes
 from megatron_sse.planning.parameters import Chunk, chunk_buffers, chunk_weights, stage_chunks
@@ -28,13 +28,15 @@ class Passes(NamedTuple):
 def step_traffic(sizes: Sizes, stage: int, context_rank: int = 0) -> dict[str, int]:
     """Return the bytes that a rank of a pipeline stage sends in one optimizer step, for each of AXES."""
     config, sent = sizes.config, Counter(dict.fromkeys(AXES, 0))
-    parallel, passes = config.parallel, 2 if config.training.recompute == "full" else 1
+    parallel, again = config.parallel, recomputed_parts(config)
     for chunk in stage_chunks(config, stage):
         for kind in chunk.kinds:
-            for axis, bytes_ in (
-                ("tensor", _layer_over_tensor(sizes, kind)),
-                ("context", _layer_over_context(sizes, kind, context_rank)),
+            for axis, part, bytes_ in (
+                ("tensor", "mlp", _mlp_over_tensor(sizes)),
+                ("tensor", "mixer", _mixer_over_tensor(sizes, kind)),
+                ("context", "mixer", _mixer_over_context(sizes, kind, context_rank)),
             ):
+                passes = 2 if config.training.recompute == "full" or part in again else 1
                 sent[axis] += sizes.num_micro_batches * (passes * bytes_.forward + bytes_.backward)
         ends = _ends_over_tensor(sizes, chunk.is_first, chunk.is_last)
         sent["tensor"] += sizes.num_micro_batches * ends
@@ -61,14 +63,19 @@ def exchange(size: int, ranks: int) -> int:
     return size * (ranks - 1) // ranks
 
 
-def _layer_over_tensor(sizes: Sizes, kind: str) -> Passes:
-    """Return what a layer sends over the tensor group for its split matrices, heads and router."""
+def _mlp_over_tensor(sizes: Sizes) -> Passes:
+    """Return what an input matrix split by columns and an output matrix split by rows send over the tensor group."""
+    stream = sizes.config.model.hidden_size * sizes.element * sizes.tokens
+    columns, rows = _columns(sizes, stream), _rows(sizes, stream)
+    return Passes(columns.forward + rows.forward, columns.backward + rows.backward)
+
+
+def _mixer_over_tensor(sizes: Sizes, kind: str) -> Passes:
+    """Return what a mixer sends over the tensor group for its split matrices, heads and router."""
     config, tokens = sizes.config, sizes.tokens
     tensor, sequence = config.parallel.tensor, config.parallel.sequence
-    stream = config.model.hidden_size * sizes.element * tokens
-    # Mixer and MLP each have an input matrix split by columns and an output matrix split by rows.
-    forward = 2 * (_columns(sizes, stream).forward + _rows(sizes, stream).forward)
-    backward = 2 * (_columns(sizes, stream).backward + _rows(sizes, stream).backward)
+    # Its matrices are split as those of the MLP.
+    forward, backward = _mlp_over_tensor(sizes)
     if sequence:
         # Tensor ranks hold parts of the sequence, on all context ranks.
         part = config.data.sequence_length // (config.parallel.context * tensor)
@@ -139,8 +146,8 @@ def _summed_gradients(sizes: Sizes, stage: int) -> int:
     return all_reduce(FP32 * summed, config.parallel.tensor)
 
 
-def _layer_over_context(sizes: Sizes, kind: str, rank: int) -> Passes:
-    """Return what a layer sends over the context group: states, or keys and values, and halos of convolutions."""
+def _mixer_over_context(sizes: Sizes, kind: str, rank: int) -> Passes:
+    """Return what a mixer sends over the context group: states, or keys and values, and halos of convolutions."""
     config, ranks = sizes.config, sizes.config.parallel.context
     if ranks == 1:
         return Passes(0, 0)

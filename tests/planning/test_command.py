@@ -9,6 +9,7 @@ from megatron_sse.config import load_config
 from megatron_sse.costs.gpus import GPUS
 from megatron_sse.errors import UserError
 from megatron_sse.planning.command import find_gpu
+from megatron_sse.planning.documents import count_documents
 from megatron_sse.planning.memory import passes_under_way, rank_memory
 from megatron_sse.planning.request import Request, parse_bytes
 from megatron_sse.planning.search import (
@@ -20,6 +21,7 @@ from megatron_sse.planning.search import (
     work_out_all,
 )
 from megatron_sse.planning.sizes import Sizes
+from tests.data.files import write_tokens
 
 CONFIG = str(Path(__file__).resolve().parents[2] / "configs" / "sse_h_2b.yaml")
 H100 = GPUS["h100"]
@@ -89,14 +91,14 @@ def test_longest_sequence_is_the_longest() -> None:
 
 
 def test_search_finds_what_fits_and_ranks_it() -> None:
-    config = load_config(CONFIG, ["data.sequence_length=131072", "training.global_batch_size=32"])
+    config = load_config(CONFIG, ["data.sequence_length=262144", "training.global_batch_size=32"])
     found = search_layouts(config, 16, H100, per_node=8)
     times = [layout.time.total for layout in found]
     assert times == sorted(times) and len(found) > 5
     for layout in found:
         assert layout.fits(H100)
         assert layout.sizes.data_size * layout.sizes.config.parallel.replica_size == 16
-    # One GPU cannot hold the activations of 131,072 tokens.
+    # One GPU cannot hold the activations of 262,144 tokens.
     assert all(layout.sizes.config.parallel.replica_size > 1 for layout in found)
     assert {layout.sizes.config.parallel.context for layout in found} >= {2, 4, 8}
 
@@ -105,12 +107,56 @@ def test_time_is_the_ceilings() -> None:
     config = load_config(CONFIG, ["training.recompute=none"])
     time = work_out(config, 8, H100, per_node=8).time
     tokens = 256 * 8192
-    assert time.products == pytest.approx(9552.0e6 * tokens / 8 / 989e12, rel=1e-3)
+    # The backward pass computes the logits again: 2 x 2048 x 151,936 operations.
+    assert time.products == pytest.approx((9552.0e6 + 622.3e6) * tokens / 8 / 989e12, rel=1e-3)
     # Twelve bytes of gradients and weights for each of 8 ranks' parameters, at NVLink's 450 GB/s.
     assert time.data == pytest.approx(7 / 8 * 6 * 1_837_236_096 / 450e9, rel=1e-2)
     assert work_out(config, 16, H100, per_node=8).time.data > 8 * time.data
     recomputed = work_out(load_config(CONFIG), 8, H100, per_node=8).time
-    assert recomputed.products == pytest.approx(time.products * 4 / 3)
+    assert recomputed.products == pytest.approx(9552.0e6 * 4 / 3 * tokens / 8 / 989e12, rel=1e-3)
+    # 6 x 2048 x 8192 operations in each of 18 layers.
+    mlp = work_out(load_config(CONFIG, ["training.recompute=mlp"]), 8, H100, per_node=8).time
+    assert mlp.products - time.products == pytest.approx(18 * 100.7e6 * tokens / 8 / 989e12, rel=1e-2)
+
+
+MILLION = ["data.sequence_length=1048576", "training.global_batch_size=1"]
+
+
+def test_a_million_tokens_fit_on_eight_gpus_of_80_gib(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", CONFIG, "--gpus", "8", "--memory", "80GiB", "--search", *MILLION]) == 0
+    assert "layouts of 8 GPUs that fit" in capsys.readouterr().out
+    million = str(Path(CONFIG).with_name("sse_h_2b_1m.yaml"))
+    assert main(["plan", million]) == 0
+    assert "2 sequences of 1,048,576" in capsys.readouterr().out
+
+
+def test_advice_is_about_what_is_largest_and_helps(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", CONFIG, "--gpus", "8", "parallel.context=8", *MILLION]
+    assert main([*arguments, "training.loss_chunk=131072"]) == 1
+    text = capsys.readouterr().out
+    assert "largest: logits, 83%; smaller with a smaller training.loss_chunk, or more parallel.tensor" in text
+    assert main(arguments) == 0
+    assert main([*arguments, "training.recompute=none"]) == 1
+    text = capsys.readouterr().out
+    assert "largest: activations, 96%; smaller with training.recompute: full" in text
+    # Where no layout fits, the nearest is shown with the same advice.
+    assert main(["plan", CONFIG, "--gpus", "8", "--memory", "8GiB", "--search", *MILLION]) == 1
+    first, _, nearest, last = capsys.readouterr().out.splitlines()
+    assert first == "no layout of 8 GPUs fits; the nearest:" and "full" in nearest
+    assert last.startswith("it lacks ") and "largest: " in last
+
+
+def test_documents_are_those_of_the_token_file(tmp_path: Path) -> None:
+    write_tokens(str(tmp_path / "train"), [[1] * 100] * 10)
+    config = load_config(CONFIG, [f"data.train={tmp_path}/train", "data.sequence_length=1024"])
+    assert count_documents(config, None) == 11
+    assert count_documents(config, 3) == 3
+    assert count_documents(load_config(CONFIG), None) == 1
+    joined = load_config(CONFIG, [f"data.train={tmp_path}/train", "data.reset_at_documents=false"])
+    assert count_documents(joined, None) == 1
+    one, many = (work_out(config, 8, H100, 8, documents) for documents in (1, 8))
+    # Softmax layers attend to less, and there are more segments.
+    assert many.time.products < one.time.products and many.peak >= one.peak
 
 
 def test_passes_under_way_follow_the_schedules() -> None:
