@@ -337,9 +337,7 @@ def _check_recompute(value: Any) -> Any:
     if isinstance(value, list) and value and all(part in RECOMPUTED_PARTS for part in value):
         if len(set(value)) == len(value):
             return value
-    text = (
-        f"got {show(value)}, allowed none, full, or parts of a layer: {', '.join(RECOMPUTED_PARTS)}, or a list of them"
-    )
+    text = f"got {show(value)}, allowed none, full, one of {', '.join(RECOMPUTED_PARTS)}, or a list of these"
     raise PydanticCustomError("setting", "{text}", {"text": text})
 
 

@@ -190,7 +190,8 @@ class Trainer:
         bit flipped on one of them.
         """
         names = (TOKENS, *self.objective.sums, BALANCE_LOSS, LAYERS, NOT_FINITE_RANKS)
-        total_of = {name: torch.zeros((), dtype=torch.float64, device=self._device) for name in names}
+        device = self.optimizer.get_loss_scale().device
+        total_of = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
         for parts in sums:
             for name, part in parts.items():
                 total_of[name] += part
@@ -207,18 +208,15 @@ class Trainer:
         for group in sums_over:
             dist.all_reduce(totals, group=group)
         total = dict(zip(names, totals.tolist(), strict=True))
+        not_finite = int(total[NOT_FINITE_RANKS])
         losses = self.objective.means(total, total[TOKENS])
         if total[LAYERS]:
             losses[BALANCE_LOSS] = total[BALANCE_LOSS] / total[LAYERS]
-        if 0 < total[NOT_FINITE_RANKS] < math.prod(group.size() for group in sums_over):
+        if 0 < not_finite < math.prod(group.size() for group in sums_over):
             return losses, REPLICAS_DIFFER
         if not total[TOKENS]:
             return losses, ALL_MASKED
-        return losses, NOT_FINITE if total[NOT_FINITE_RANKS] or not math.isfinite(losses["loss"]) else None
-
-    @property
-    def _device(self) -> torch.device:
-        return self.optimizer.get_loss_scale().device
+        return losses, NOT_FINITE if not_finite or not math.isfinite(losses["loss"]) else None
 
 
 def one_ahead(micro_batches: Iterator[Batch]) -> Iterator[Batch]:

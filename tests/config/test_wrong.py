@@ -237,6 +237,10 @@ WRONG = {
 
 # override: the error after "command line: "
 WRONG_OVERRIDES = {
+    "training.recompute=mixers": "training.recompute: got 'mixers', allowed none, full, one of mixer, mlp, or a list "
+    "of these",
+    "training.recompute=[mlp,mlp]": "training.recompute: got ['mlp', 'mlp'], allowed none, full, one of mixer, mlp, "
+    "or a list of these",
     "training.steps=ten": "training.steps: got 'ten', allowed an integer",
     "training.step=3": "training.step: got an unknown key, ...; did you mean training.steps?",
     "steps=3": "steps: got an unknown key, ...; did you mean training.steps?",

@@ -25,24 +25,25 @@ CONVOLUTION = MODEL | {"sse": MODEL["sse"] | {"short_convolution": 3, "num_value
 DELTA = MODEL | {"layers": "sse", "sse": MODEL["sse"] | {"recurrence": "gdn", "own_read_router": True}}
 SHARED_KEYS = MODEL | {"softmax": MODEL["softmax"] | {"num_kv_heads": 1, "qk_norm": False}, "tie_embeddings": True}
 FULL = {"recompute": "full"}
+BOTH = {"recompute": ["mixer", "mlp"]}
 BF16 = {"precision": "bf16"}
 
 # Number of processes, layout, model, training.
 RUNS: list[tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
-    (2, {"tensor": 2}, MODEL, {}),
+    (2, {"tensor": 2}, MODEL, {"recompute": "mlp"}),
     (2, {"tensor": 2, "sequence": True}, DELTA, {}),
     (2, {"tensor": 2}, SHARED_KEYS, FULL),
     (2, {"tensor": 2, "sequence": True}, CONVOLUTION, BF16 | FULL),
     (2, {"pipeline": 2}, SHARED_KEYS, {}),
     (2, {"pipeline": 2, "virtual_pipeline": 2}, MODEL, BF16),
-    (2, {"context": 2}, CONVOLUTION, {}),
+    (2, {"context": 2}, CONVOLUTION, {"recompute": "mixer"}),
     (2, {"context": 2, "hand_off": "p2p", "layout": "zigzag"}, DELTA, {}),
     (2, {"context": 2, "hand_off_wire": "bf16"}, MODEL | {"layers": "gla"}, FULL),
     (2, {}, MODEL, {}),
     (2, {"distributed_optimizer": True}, MODEL, {}),
     (2, {}, MODEL, BF16),
     (4, {"context": 4, "hand_off": "allgather", "distributed_optimizer": True}, MODEL, {}),
-    (4, {"context": 2, "tensor": 2, "sequence": True, "layout": "zigzag"}, CONVOLUTION, BF16),
+    (4, {"context": 2, "tensor": 2, "sequence": True, "layout": "zigzag"}, CONVOLUTION, BF16 | BOTH),
     (4, {"context": 2, "pipeline": 2}, MODEL, FULL),
     (4, {"context": 4, "hand_off": "two_level", "context_per_node": 2}, MODEL, {}),
     (4, {"tensor": 2, "sequence": True, "pipeline": 2}, SHARED_KEYS, BF16),
