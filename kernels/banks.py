@@ -73,18 +73,18 @@ class BankInputs:
 
 @dataclass(frozen=True)
 class BankOutputs:
-    """What was read from the banks, and their states at the documents' ends.
+    """What was read from the banks, and their states at the ends of the spans.
 
     shared_THV: from the shared bank; where picked_TPHV is None, the sum over all banks.
     picked_TPHV: from each picked partition, weighted; in mask form from all N. None where there are no partitions, and
         where a decode step has added them to shared_THV.
-    final_DAHKV: states [D, A, H, K, V], fp32 (fp64 for fp64 inputs); None after a decode step, which changes the
-        states in place.
+    final_YAHKV: states of each span's last document [Y, A, H, K, V], fp32 (fp64 for fp64 inputs); None after a decode
+        step, which changes the states in place.
     """
 
     shared_THV: Tensor
     picked_TPHV: Tensor | None
-    final_DAHKV: Tensor | None
+    final_YAHKV: Tensor | None
 
     @property
     def o_THV(self) -> Tensor:
@@ -159,13 +159,13 @@ def _scale(x: Tensor, scale_TP: Tensor) -> Tensor:
     return x * scale_TP.view(*scale_TP.shape, *[1] * (x.dim() - 2))
 
 
-def by_segment(state_DAHKV: Tensor) -> Tensor:
-    """Return states [S, H, K, V] in the order of join_segments: all documents' shared banks, then their partitions."""
-    return torch.cat((state_DAHKV[:, 0], state_DAHKV[:, 1:].flatten(0, 1)))
+def by_segment(state_YAHKV: Tensor) -> Tensor:
+    """Return states [S, H, K, V] in the order of join_segments: all spans' shared banks, then their partitions."""
+    return torch.cat((state_YAHKV[:, 0], state_YAHKV[:, 1:].flatten(0, 1)))
 
 
-def by_document(state_SHKV: Tensor, num_documents: int) -> Tensor:
-    """Return states [D, A, H, K, V] from those in the order of join_segments."""
-    shared, sparse = state_SHKV[:num_documents, None], state_SHKV[num_documents:]
-    num_partitions = sparse.shape[0] // num_documents
-    return torch.cat((shared, sparse.unflatten(0, (num_documents, num_partitions))), dim=1)
+def by_span(state_SHKV: Tensor, num_spans: int) -> Tensor:
+    """Return states [Y, A, H, K, V] from those in the order of join_segments."""
+    shared, sparse = state_SHKV[:num_spans, None], state_SHKV[num_spans:]
+    num_partitions = sparse.shape[0] // num_spans
+    return torch.cat((shared, sparse.unflatten(0, (num_spans, num_partitions))), dim=1)

@@ -44,7 +44,7 @@ def run_chunks(
 
     Args:
         act: from chunks [G, C, c] of each of `rows` to what they do.
-        rows: [R, H, c] each, all fp32 or all fp64.
+        rows: [R, H, c] each, all fp32 or all fp64. Where the segments have resets, log decays are -inf at these.
         segments, initial_SHKV: as in the recurrences.
     """
     num_rows, num_heads = rows[0].shape[:2]
@@ -57,7 +57,39 @@ def run_chunks(
     else:
         assert initial_SHKV is None
         entering, final_SHKV = scan_spans(transition, increment, grid.chunks, segments.edges)
-    return from_chunks(torch.baddbmm(within, query, entering.flatten(0, 1)), grid), final_SHKV
+    entering = entering.flatten(0, 1)
+    if segments.resets is None:
+        return from_chunks(torch.baddbmm(within, query, entering), grid), final_SHKV
+    assert grid.chunks.resets is not None
+    start_G1 = grid.chunks.start_M[:, None]
+    position_GC = start_G1 + torch.arange(grid.chunks.size, device=start_G1.device)
+    behind_GC = segments.resets.inside(start_G1, position_GC + 1)
+    behind = behind_GC.repeat_interleave(num_heads, 0)[..., None]
+    o = _ReadBeforeResets.apply(within, query, entering, behind)
+    return from_chunks(o, grid), grid.chunks.resets.settle(final_SHKV)
+
+
+class _ReadBeforeResets(torch.autograd.Function):
+    """within + query entering, without the product for rows behind a reset.
+
+    Their queries are zero, but what enters may be inf or nan, and its product with zero would be nan. Where it is, the
+    rows in front of the reset become nan, and no query of the chunk gets a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, within, query, entering, behind):
+        ctx.save_for_backward(query, entering, behind)
+        return torch.bmm(query, entering).masked_fill_(behind, 0).add_(within)
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, entering, behind = ctx.saved_tensors
+        grad_read = grad.masked_fill(behind, 0)
+        grad_query = torch.bmm(grad_read, entering.transpose(-1, -2))
+        # Gradients of one row's query reach the others' keys, times zero.
+        low, high = entering.amin((-1, -2), keepdim=True), entering.amax((-1, -2), keepdim=True)
+        grad_query.masked_fill_(behind | ~(low.isfinite() & high.isfinite()), 0)
+        return grad, grad_query, torch.bmm(query.transpose(-1, -2), grad_read), None
 
 
 class _InBlocks(torch.autograd.Function):

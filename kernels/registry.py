@@ -4,6 +4,7 @@ The oracle (reference.py) and the decode step (decode.py) follow the facts of th
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from megatron_sse.kernels import gdn, gla, kda
 from megatron_sse.kernels.banks import BankInputs
 from megatron_sse.kernels.chunks import ChunkAction, run_chunks
+from megatron_sse.kernels.resets import find_bad_rows
 from megatron_sse.kernels.segments import Segments
 from megatron_sse.recurrence import RECURRENCES
 
@@ -39,7 +41,7 @@ if KERNELS.keys() != RECURRENCES.keys():
 def run_recurrence(
     bank: BankInputs, v_THV: Tensor, segments: Segments, initial_SHKV: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Run the recurrence that a bank's inputs say, in torch, restarted in every segment.
+    """Run the recurrence that a bank's inputs say, in torch, restarted in every segment and where documents start.
 
     Args:
         bank: with as many key heads as value heads; keys of the delta rule normalised.
@@ -50,9 +52,15 @@ def run_recurrence(
     Returns:
         o_THV in v's dtype and final_SHKV; all arithmetic and the states are in fp32, or fp64 where an input is.
     """
-    dtype = torch.promote_types(bank.q_THK.dtype, torch.float32)
-    gates = [bank.g if bank.recurrence.channel_decay else bank.g[..., None]]
-    gates += [] if bank.beta_TH is None else [bank.beta_TH[..., None]]
-    rows = tuple(x.to(dtype) for x in (bank.q_THK, bank.k_THK, v_THV, *gates))
-    o_THV, final_SHKV = run_chunks(KERNELS[bank.recurrence.name].act, rows, segments, initial_SHKV)
+    dtype, act = torch.promote_types(bank.q_THK.dtype, torch.float32), KERNELS[bank.recurrence.name].act
+    g = bank.g if bank.recurrence.channel_decay else bank.g[..., None]
+    beta = [] if bank.beta_TH is None else [bank.beta_TH[..., None]]
+    if segments.resets is not None:
+        bad_R = find_bad_rows(g, bank.q_THK, bank.k_THK, v_THV, *beta)
+        resets = segments.resets.spoil(segments.by_position(bad_R), segments.offsets_S1)
+        segments = replace(segments, resets=resets)
+        # Nothing is left of what was there before a document's first row.
+        g = g.masked_fill(segments.by_row(resets.starts_R)[:, None, None], -torch.inf)
+    rows = tuple(x.to(dtype) for x in (bank.q_THK, bank.k_THK, v_THV, g, *beta))
+    o_THV, final_SHKV = run_chunks(act, rows, segments, initial_SHKV)
     return o_THV.to(v_THV.dtype), final_SHKV

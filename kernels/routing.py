@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_sse.kernels.backend import use_triton
-from megatron_sse.kernels.segments import Segments
+from megatron_sse.kernels.segments import Segments, Spans
 
 
 @dataclass(frozen=True)
@@ -88,38 +88,28 @@ def join_routes(writes: Routes, reads: Routes) -> Routes:
     return Routes(writes.prob_TN, bank_TP, weight_TP, writes.num_writers, reads.num_readers, writes.num_writers)
 
 
-def join_segments(bank_TP: Tensor, document_T: Tensor, documents: Segments, num_partitions: int) -> Segments:
-    """Return the segments of all banks: the documents' shared banks, then their partitions.
-
-    Rows 0 .. T - 1 are the tokens as the shared bank sees them, row T + t * P + p is token t's pick p.
-    """
-    num_tokens, num_documents = bank_TP.shape[0], documents.num_segments
-    # For 3 tokens of one document with one pick each, in the partitions 1 0 1: order 1 0 2 and offsets 0 1 3, so
-    # row_R is 0 1 2 | 4 | 3 5 and the segments' offsets are 0 3 4 6: shared bank, partition 0, partition 1.
-    order, offsets = sort_by_segment(bank_TP, document_T, num_documents, num_partitions)
-    row_R = torch.cat((torch.arange(num_tokens, device=order.device), num_tokens + order))
-    edges = documents.edges and documents.edges.of_banks(num_documents, num_partitions)
-    return Segments(torch.cat((documents.offsets_S1, num_tokens + offsets[1:])), row_R, edges)
+def join_segments(bank_TP: Tensor, spans: Spans, num_partitions: int) -> Segments:
+    """Return the segments of all banks that the picks `bank_TP` go to (see Spans.segments_of_banks)."""
+    order, offsets = sort_by_segment(bank_TP, spans.span_T, spans.num_spans, num_partitions)
+    return spans.segments_of_banks(order, offsets, bank_TP.shape[1], num_partitions)
 
 
-def sort_by_segment(
-    bank_TP: Tensor, document_T: Tensor, num_documents: int, num_partitions: int
-) -> tuple[Tensor, Tensor]:
-    """Order the picks (t * P + p) by (document, partition, position).
+def sort_by_segment(bank_TP: Tensor, span_T: Tensor, num_spans: int, num_partitions: int) -> tuple[Tensor, Tensor]:
+    """Order the picks (t * P + p) by (span, partition, position).
 
     Args:
         bank_TP: int64 picks.
-        document_T: int64, each token's document.
+        span_T: int64, each token's span.
 
     Returns:
-        order [T * P], the pick at each sorted position, and offsets [documents * partitions + 1] of the segments.
+        order [T * P], the pick at each sorted position, and offsets [spans * partitions + 1] of the segments.
     """
     if use_triton(bank_TP):
         from megatron_sse.kernels.triton.routing import sort_by_segment as sort
 
-        return sort(bank_TP, document_T, num_documents, num_partitions)
-    segment = (document_T[:, None] * num_partitions + bank_TP).flatten()
+        return sort(bank_TP, span_T, num_spans, num_partitions)
+    segment = (span_T[:, None] * num_partitions + bank_TP).flatten()
     sorted_segment, order = segment.sort(stable=True)
     # offsets[s] is the first sorted position whose segment is s or later, also where segment s has no pick.
-    edges = torch.arange(num_documents * num_partitions + 1, device=segment.device)
+    edges = torch.arange(num_spans * num_partitions + 1, device=segment.device)
     return order, torch.searchsorted(sorted_segment, edges)

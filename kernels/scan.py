@@ -20,7 +20,10 @@ def apply_transition(transition: Tensor, state: Tensor) -> Tensor:
 
 
 class _Scan(torch.autograd.Function):
-    """y[m + 1] = a[m] y[m] + u[m], but the segment's initial state where one starts; and what leaves each segment."""
+    """y[m + 1] = a[m] y[m] + u[m], but the segment's initial state where one starts; and what leaves each segment.
+
+    Where a document starts in piece m, a[m] is zero: y[m + 1] = u[m], whatever y[m] is.
+    """
 
     @staticmethod
     def forward(ctx, a, u, initial_S, pieces):
@@ -37,6 +40,8 @@ class _Scan(torch.autograd.Function):
         grad_a = None
         if ctx.needs_input_grad[0]:
             grad_a = grad_u @ y.transpose(-1, -2) if a.shape[-1] > 1 else (grad_u * y).sum(-1, keepdim=True)
+            if ctx.pieces.resets is not None:
+                grad_a = _empty(grad_a, ctx.pieces.resets.inside_M)
         return grad_a, grad_u, grad_initial_S if ctx.needs_input_grad[2] else None, None
 
 
@@ -65,8 +70,17 @@ def _run_torch(a: Tensor, u: Tensor, initial_S: Tensor | None, pieces: Pieces, r
         segment = pieces.segment_M[m]
         # Pieces of a wave belong to different segments, so no two of them write the same state.
         y[m] = state_S[segment]
-        state_S[segment] = apply_transition(a[m], y[m]) + u[m]
+        kept = apply_transition(a[m], y[m])
+        if pieces.resets is not None:
+            # Selected, since y may be inf or nan, and zero times that would be nan.
+            kept.masked_fill_(pieces.resets.inside_M[m][:, None, None, None], 0)
+        state_S[segment] = kept + u[m]
     return y, state_S
+
+
+def _empty(state: Tensor, where: Tensor) -> Tensor:
+    """Return states [..., H, K, V] with zeros `where` (bool [...])."""
+    return state.masked_fill(where[..., None, None, None], 0)
 
 
 def _waves(pieces: Pieces) -> Sequence[Tensor | slice]:
@@ -96,7 +110,7 @@ def scan_states(
         initial_S: [S, H, K, V], the state that enters each segment; None for zeros.
 
     Returns:
-        entering [M, H, K, V] and final [S, H, K, V].
+        entering [M, H, K, V] and final [S, H, K, V], after the segments' last rows (see PieceResets.settle).
     """
     return _Scan.apply(transition_M, increment_M, initial_S, pieces)
 
@@ -121,13 +135,17 @@ def scan_spans(transition_M: Tensor, increment_M: Tensor, pieces: Pieces, edges:
     (entering, before), (final, whole) = (x.split((value_dim, columns), dim=-1) for x in (entering, final))
 
     # A span in which a document starts passes on nothing of what entered it: its transition is zero.
-    leaving = whole[edges.exit_FU].masked_fill(~edges.carries_FU[..., None, None, None], 0)
-    arriving = edges.exchange(leaving.flatten(1, 2), final[edges.exit_FU].flatten(1, 2))
-    arriving = arriving.view(*edges.entry_FU.shape, *shape[1:]).masked_fill(
-        ~edges.continues_FU[..., None, None, None], 0
-    )
-    # States enter the first segment of each span and bank; all other segments start from zero.
-    initial = zeros.index_copy(0, edges.entry_FU.flatten(), arriving.flatten(0, 1))
+    leaving = _empty(whole[edges.span_FU], ~edges.carries_FU)
+    settled = final if pieces.resets is None else pieces.resets.settle(final)
+    arriving = edges.exchange(leaving.flatten(1, 2), settled[edges.span_FU].flatten(1, 2))
+    arriving = _empty(arriving.view(*edges.span_FU.shape, *shape[1:]), ~edges.continues_FU)
+    # Every segment is of one span and bank, so that each gets a state.
+    initial = zeros.index_copy(0, edges.span_FU.flatten(), arriving.flatten(0, 1))
     # Linear in what enters: the state that enters a piece is the local one plus the product of the pieces before it.
-    entering = entering + apply_transition(before, initial[pieces.segment_M])
-    return entering, final + apply_transition(whole, initial)
+    if pieces.resets is None:
+        return entering + apply_transition(before, initial[pieces.segment_M]), final + apply_transition(whole, initial)
+    started_M, started_S = pieces.resets.before_M, pieces.resets.inside_S
+    # The transitions behind a reset are zero already. They are selected as well, for the sake of their gradients.
+    passed_M = apply_transition(_empty(before, started_M), initial[pieces.segment_M])
+    passed_S = apply_transition(_empty(whole, started_S), initial)
+    return entering + _empty(passed_M, started_M), final + _empty(passed_S, started_S)

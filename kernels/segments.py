@@ -1,6 +1,6 @@
 """Which rows each segment has, and the grid of chunks laid over them.
 
-A segment is the tokens of one (document, bank). The table of offsets has a fixed size, empty segments included, and
+A segment is the tokens of one (span, bank). The table of offsets has a fixed size, empty segments included, and
 every shape here follows from sizes known on the host, so nothing waits for the device.
 """
 
@@ -10,35 +10,33 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_sse.kernels.resets import PieceResets, Resets, find_resets
+
 
 @dataclass(frozen=True)
 class Edges:
-    """Segments that continue in tokens held elsewhere, for each of F spans (runs of consecutive tokens) here.
+    """Spans that continue in tokens held elsewhere, for each of F slots here.
 
-    entry_FU, exit_FU: int64, the segments that come first and last in each span, U of them side by side.
-    continues_FU: bool, whether the first one began before the span.
-    carries_FU: bool, whether it is also the last one, so that what enters the span also leaves it.
+    span_FU: int64, the spans in each slot, U of them side by side.
+    continues_FU: bool, whether the span's first document began before the span.
+    carries_FU: bool, whether this document fills the span, so that what enters the span also leaves it.
     exchange: given what each span does to the state that enters it, S -> transition S + state, with transition
         [F, U * H, K, 1 or K] and state [F, U * H, K, V], returns the states that enter the spans [F, U * H, K, V].
     """
 
-    entry_FU: Tensor
+    span_FU: Tensor
     continues_FU: Tensor
-    exit_FU: Tensor
     carries_FU: Tensor
     exchange: Callable[[Tensor, Tensor], Tensor]
 
-    def of_banks(self, num_documents: int, num_partitions: int) -> "Edges":
-        """Return the edges of segments: document d's shared bank is segment d, its sparse ones start at D + d * N."""
-
-        # With D = 2 and N = 3, document 0 is segment 0 and segments 2 3 4, document 1 is segment 1 and segments 5 6 7.
-        def segments(document_FU: Tensor) -> Tensor:
-            sparse = num_documents + document_FU[..., None] * num_partitions
-            sparse = sparse + torch.arange(num_partitions, device=document_FU.device)
-            return torch.cat((document_FU[..., None], sparse), dim=-1).flatten(1)
-
+    def of_banks(self, num_spans: int, num_partitions: int) -> "Edges":
+        """Return the edges of segments: span y's shared bank is segment y, its sparse ones start at Y + y * N."""
+        # With Y = 2 and N = 3, span 0 is segment 0 and segments 2 3 4, span 1 is segment 1 and segments 5 6 7.
+        sparse = num_spans + self.span_FU[..., None] * num_partitions
+        sparse = sparse + torch.arange(num_partitions, device=self.span_FU.device)
+        segment_FU = torch.cat((self.span_FU[..., None], sparse), dim=-1).flatten(1)
         continues, carries = (x.repeat_interleave(1 + num_partitions, 1) for x in (self.continues_FU, self.carries_FU))
-        return Edges(segments(self.entry_FU), continues, segments(self.exit_FU), carries, self.exchange)
+        return Edges(segment_FU, continues, carries, self.exchange)
 
 
 @dataclass(frozen=True)
@@ -48,15 +46,79 @@ class Segments:
     offsets_S1: int64 [S + 1], segment s holds the sorted positions offsets[s] .. offsets[s + 1] - 1.
     row_R: int64 [R], the input row at each sorted position; None where the rows are already sorted.
     edges: segments that continue elsewhere; None where all are complete.
+    resets: documents that start inside segments; None where each segment is of one document.
     """
 
     offsets_S1: Tensor
     row_R: Tensor | None = None
     edges: Edges | None = None
+    resets: Resets | None = None
 
     @property
     def num_segments(self) -> int:
         return self.offsets_S1.shape[0] - 1
+
+    def by_row(self, x_R: Tensor) -> Tensor:
+        """Return values at sorted positions by row."""
+        return x_R if self.row_R is None else torch.empty_like(x_R).index_copy(0, self.row_R, x_R)
+
+    def by_position(self, x_R: Tensor) -> Tensor:
+        """Return values of rows by sorted position."""
+        return x_R if self.row_R is None else x_R[self.row_R]
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Runs of consecutive tokens that one state per bank goes through, from the first token to the last.
+
+    In generation each sequence is a span, since its state is kept. In training a slot of each sequence is one, or all
+    tokens are where there are no other context ranks: documents are then resets inside the spans.
+
+    offsets_Y1: int64 [Y + 1], the spans' offsets over the tokens; no span is empty where document_T is given.
+    span_T: int64, the span of each token.
+    document_T: int64, the document of each token; None where each span is one document.
+    edges: spans that continue elsewhere; None where all are complete.
+    """
+
+    offsets_Y1: Tensor
+    span_T: Tensor
+    document_T: Tensor | None = None
+    edges: Edges | None = None
+
+    @property
+    def num_spans(self) -> int:
+        return self.offsets_Y1.shape[0] - 1
+
+    def segments(self) -> Segments:
+        """Return the segments of one bank that all tokens meet."""
+        return Segments(self.offsets_Y1, None, self.edges, self._resets(self.offsets_Y1, None, 0))
+
+    def segments_of_banks(self, order: Tensor, offsets: Tensor, num_picks: int, num_partitions: int) -> Segments:
+        """Return the segments of all banks: the spans' shared banks, then their partitions.
+
+        Rows 0 .. T - 1 are the tokens as the shared bank sees them, row T + t * P + p is token t's pick p. order,
+        offsets: of the picks, as from sort_by_segment.
+        """
+        # For 3 tokens of one span with one pick each, in the partitions 1 0 1: order 1 0 2 and offsets 0 1 3, so
+        # row_R is 0 1 2 | 4 | 3 5 and the segments' offsets are 0 3 4 6: shared bank, partition 0, partition 1.
+        num_tokens = len(self.span_T)
+        token_T = torch.arange(num_tokens, device=order.device)
+        row_R = torch.cat((token_T, num_tokens + order))
+        offsets_S1 = torch.cat((self.offsets_Y1, num_tokens + offsets[1:]))
+        token_R = torch.cat((token_T, order // num_picks))
+        edges = self.edges and self.edges.of_banks(self.num_spans, num_partitions)
+        return Segments(offsets_S1, row_R, edges, self._resets(offsets_S1, token_R, num_partitions))
+
+    def _resets(self, offsets_S1: Tensor, token_R: Tensor | None, num_partitions: int) -> Resets | None:
+        """Return the resets of segments whose position r holds token token_R[r]; None for the tokens in order."""
+        if self.document_T is None:
+            return None
+        first_Y, last_Y = self.document_T[self.offsets_Y1[:-1]], self.document_T[self.offsets_Y1[1:] - 1]
+        document_R, span_R = self.document_T, self.span_T
+        if token_R is not None:
+            document_R, span_R = document_R[token_R], span_R[token_R]
+        first_S, last_S = (torch.cat((x, x.repeat_interleave(num_partitions))) for x in (first_Y, last_Y))
+        return find_resets(document_R, first_Y[span_R], offsets_S1, first_S, last_S)
 
 
 @dataclass(frozen=True)
@@ -71,6 +133,7 @@ class Pieces:
     step_M: int64, the number of the piece in its segment, from 0.
     first_S, last_S: int64, the first and the last piece of each segment (of an empty one: any valid index).
     empty_S: bool.
+    resets: of documents that start inside the segments; None where each segment is of one document.
     """
 
     size: int
@@ -81,6 +144,7 @@ class Pieces:
     first_S: Tensor
     last_S: Tensor
     empty_S: Tensor
+    resets: PieceResets | None
 
 
 def cut(segments: Segments, num_rows: int, size: int) -> Pieces:
@@ -95,15 +159,22 @@ def cut(segments: Segments, num_rows: int, size: int) -> Pieces:
     segment_M = torch.searchsorted(piece_offsets_S1[1:].contiguous(), piece_M, right=True).clamp(max=num_segments - 1)
     step_M = piece_M - piece_offsets_S1[segment_M]
     start_M, segment_end_M = offsets_S1[segment_M] + step_M * size, offsets_S1[segment_M + 1]
+    end_M = torch.minimum(start_M + size, segment_end_M)
+    resets, of_pieces = segments.resets, None
+    if resets is not None:
+        before_M = resets.inside(offsets_S1[segment_M], start_M)
+        inside_S = resets.inside(offsets_S1[:-1], offsets_S1[1:])
+        of_pieces = PieceResets(resets.inside(start_M, end_M), before_M, inside_S, resets.stays_S, resets.spoiled_S)
     return Pieces(
         size=size,
         start_M=start_M,
-        end_M=torch.minimum(start_M + size, segment_end_M),
+        end_M=end_M,
         segment_M=segment_M,
         step_M=step_M,
         first_S=piece_offsets_S1[:-1].clamp(max=len(piece_M) - 1),
         last_S=(piece_offsets_S1[1:] - 1).clamp(min=0),
         empty_S=pieces_S == 0,
+        resets=of_pieces,
     )
 
 
@@ -113,7 +184,8 @@ class ChunkGrid:
 
     chunks: the segments' pieces of C rows.
     row: int64 [G * H * C], the input row and head (r * H + h) of each place, R * H where the place is padding.
-    place: int64 [R * H], the place ((g * H + h) * C + c) of each input row and head.
+    place: int64 [R * H], the place ((g * H + h) * C + c) of each input row and head; G * H * C for spoiled rows, which
+        have none (see Resets).
     """
 
     num_heads: int
@@ -132,40 +204,43 @@ def make_grid(segments: Segments, num_rows: int, num_heads: int, chunk_size: int
     valid_GC = position_GC < chunks.end_M[:, None]
     # Padding must still read a valid entry of row_R; its result is replaced below.
     position_GC = position_GC.clamp(max=max(num_rows - 1, 0))
+    if segments.resets is not None:
+        valid_GC &= ~segments.resets.spoiled_R[position_GC]
     row_GC = position_GC if segments.row_R is None else segments.row_R[position_GC]
     # Heads are batch entries of the products: row r of head h is entry r * H + h of the flat input.
     row_GHC = row_GC[:, None] * num_heads + torch.arange(num_heads, device=device)[:, None]
-    row = torch.where(valid_GC[:, None], row_GHC, num_rows * num_heads).flatten()
+    padding = num_rows * num_heads
+    row = torch.where(valid_GC[:, None], row_GHC, padding).flatten()
 
     # All padding writes to the last entry, which is dropped: which of the writes wins does not matter.
-    place = torch.empty(num_rows * num_heads + 1, dtype=torch.int64, device=device)
+    place = torch.full((padding + 1,), row.shape[0], dtype=torch.int64, device=device)
     place.scatter_(0, row, torch.arange(row.shape[0], device=device))
     return ChunkGrid(num_heads, chunks, row, place[:-1])
 
 
 class _TakeRows(torch.autograd.Function):
-    """Rows by index, a zero row where the index is out by one; each is taken at most once: backward is a take too."""
+    """Rows by index, `missing` where the index is out by one; each is taken at most once: backward is a take too."""
 
     @staticmethod
-    def forward(ctx, x, index, inverse):
+    def forward(ctx, x, index, inverse, missing):
         ctx.save_for_backward(index, inverse)
-        return _take(x, index)
+        return _take(x, index, missing)
 
     @staticmethod
     def backward(ctx, grad):
         index, inverse = ctx.saved_tensors
-        return _take(grad, inverse), None, None
+        return _take(grad, inverse, 0.0), None, None, None
 
 
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    return torch.cat((x, x.new_zeros(1, *x.shape[1:]))).index_select(0, index)
+def _take(x: Tensor, index: Tensor, missing: float) -> Tensor:
+    return torch.cat((x, x.new_full((1, *x.shape[1:]), missing))).index_select(0, index)
 
 
 def to_chunks(x: Tensor, grid: ChunkGrid) -> Tensor:
     """Return rows [R, H, c] as chunks [G * H, C, c], with zeros for padding."""
-    return _TakeRows.apply(x.flatten(0, 1), grid.row, grid.place).unflatten(0, (-1, grid.chunks.size))
+    return _TakeRows.apply(x.flatten(0, 1), grid.row, grid.place, 0.0).unflatten(0, (-1, grid.chunks.size))
 
 
 def from_chunks(x: Tensor, grid: ChunkGrid) -> Tensor:
-    """Return chunks [G * H, C, c] as rows [R, H, c]."""
-    return _TakeRows.apply(x.flatten(0, 1), grid.place, grid.row).unflatten(0, (-1, grid.num_heads))
+    """Return chunks [G * H, C, c] as rows [R, H, c], with nan for spoiled rows."""
+    return _TakeRows.apply(x.flatten(0, 1), grid.place, grid.row, torch.nan).unflatten(0, (-1, grid.num_heads))

@@ -1,17 +1,18 @@
 """Sparse State Expansion over a recurrence: one shared bank and N partitions (arXiv 2507.16577, section 3).
 
 Two parallel forms with one result. `mask`: N + 1 virtual heads, what a token did not pick is zeroed; work grows with N.
-`varlen`: the picks sorted by (document, partition, position), one segment each; work grows with the picks, not with N.
+`varlen`: the picks sorted by (span, partition, position), one segment each; work grows with the picks, not with N.
+A span is a run of tokens, and the documents that start in it reset the states: work does not grow with the documents.
 """
 
 import torch
 from torch import Tensor
 
 from megatron_sse.kernels.backend import use_triton
-from megatron_sse.kernels.banks import BEFORE_NORM, BankInputs, BankOutputs, Picks, by_document, by_segment
+from megatron_sse.kernels.banks import BEFORE_NORM, BankInputs, BankOutputs, Picks, by_segment, by_span
 from megatron_sse.kernels.registry import KERNELS, run_recurrence
 from megatron_sse.kernels.routing import Routes, join_segments
-from megatron_sse.kernels.segments import Edges, Segments
+from megatron_sse.kernels.segments import Edges, Spans
 
 
 def sse_attention(
@@ -19,14 +20,15 @@ def sse_attention(
     sparse: BankInputs | None,
     v_THV: Tensor,
     routes: Routes | None,
-    offsets_D1: Tensor,
-    document_T: Tensor,
+    offsets_Y1: Tensor,
+    span_T: Tensor,
+    document_T: Tensor | None = None,
     *,
     form: str = "varlen",
     gate: str = "post_norm",
     weight_writes: bool = True,
     weight_reads: bool = True,
-    initial_DAHKV: Tensor | None = None,
+    initial_YAHKV: Tensor | None = None,
     edges: Edges | None = None,
 ) -> BankOutputs:
     """Read the shared bank and the picked partitions after writing to them.
@@ -37,18 +39,20 @@ def sse_attention(
             sparse and routes are None where there are no partitions: plain gated linear attention or delta rule.
         v_THV: values, seen by all banks.
         routes: the tokens' picks.
-        offsets_D1: int64 [D + 1], the documents' offsets over the tokens. document_T: int64 [T], each token's document.
+        offsets_Y1: int64 [Y + 1], the spans' offsets over the tokens. span_T: int64, each token's span.
+        document_T: int64, each token's document, which starts from empty states inside a span, and of which no value
+            reaches another one, inf and nan included; None where each span is one document.
         form: "varlen" or "mask".
         gate: "post_norm": the picks' weights scale what is written and read, after the normalisation; "reference"
             (delta rule only): they scale k and q before the normalisation, which cancels them, as the authors do.
         weight_writes, weight_reads: whether the picks' probabilities scale writes and reads.
-        initial_DAHKV: states [D, A, H, K, V] that enter the documents; None for zeros.
-        edges: documents that continue in tokens held elsewhere; excludes initial_DAHKV.
+        initial_YAHKV: states [Y, A, H, K, V] that enter the spans' first documents; None for zeros.
+        edges: spans that continue in tokens held elsewhere; excludes initial_YAHKV.
 
     Raises KeyError for a form or gate that does not exist.
     """
     is_mask, before_norm = {"varlen": False, "mask": True}[form], BEFORE_NORM[gate]
-    documents = Segments(offsets_D1, edges=edges)
+    spans = Spans(offsets_Y1, span_T, document_T, edges)
     recurrence = shared.recurrence
     if recurrence.delta_rule:
         shared = shared.normalize()
@@ -62,16 +66,16 @@ def sse_attention(
         from megatron_sse.kernels.triton_attention import attend_banks
 
         picks = picks.spread() if picks is not None and is_mask else picks
-        return attend_banks(shared, sparse, v_THV, picks, documents, document_T, initial_DAHKV)
+        return attend_banks(shared, sparse, v_THV, picks, spans, initial_YAHKV)
     shared = shared.expand_heads(v_THV.shape[1])
     if sparse is None or picks is None:
-        initial = None if initial_DAHKV is None else initial_DAHKV[:, 0]
-        o_THV, final = run_recurrence(shared, v_THV, documents, initial)
+        initial = None if initial_YAHKV is None else initial_YAHKV[:, 0]
+        o_THV, final = run_recurrence(shared, v_THV, spans.segments(), initial)
         return BankOutputs(o_THV, None, final[:, None])
     sparse = sparse.expand_heads(v_THV.shape[1])
     if is_mask:
-        return _run_mask(shared, sparse, v_THV, picks.spread(), documents, initial_DAHKV)
-    return _run_varlen(shared, sparse, v_THV, picks, documents, document_T, initial_DAHKV)
+        return _run_mask(shared, sparse, v_THV, picks.spread(), spans, initial_YAHKV)
+    return _run_varlen(shared, sparse, v_THV, picks, spans, initial_YAHKV)
 
 
 def _join(shared: BankInputs, sparse: BankInputs, v: Tensor, v_sparse: Tensor, dim: int) -> tuple[BankInputs, Tensor]:
@@ -85,28 +89,30 @@ def _join(shared: BankInputs, sparse: BankInputs, v: Tensor, v_sparse: Tensor, d
     return BankInputs(q, k, g, beta), v
 
 
-def _run_varlen(shared, sparse, v_THV, picks, documents, document_T, initial_DAHKV):
+def _run_varlen(shared, sparse, v_THV, picks, spans, initial_YAHKV):
     """Run one recurrence over the rows of all banks: row t < T is the shared bank's, row T + t * P + p a pick."""
     num_tokens, num_picks = picks.bank_TP.shape
-    segments = join_segments(picks.bank_TP, document_T, documents, picks.num_partitions)
+    segments = join_segments(picks.bank_TP, spans, picks.num_partitions)
     picked = sparse.map(lambda x: x[:, None].expand(-1, num_picks, *x.shape[1:]))
     picked, v_picked = picks.apply(picked, v_THV[:, None].expand(-1, num_picks, *v_THV.shape[1:]))
     # Token t's pick p lands in row T + t * P + p, as join_segments expects.
     joined, v = _join(shared, picked.map(lambda x: x.flatten(0, 1)), v_THV, v_picked.flatten(0, 1), dim=0)
 
-    o, final = run_recurrence(joined, v, segments, None if initial_DAHKV is None else by_segment(initial_DAHKV))
+    o, final = run_recurrence(joined, v, segments, None if initial_YAHKV is None else by_segment(initial_YAHKV))
     picked_TPHV = picks.weigh(o[num_tokens:].unflatten(0, (num_tokens, num_picks)))
-    return BankOutputs(o[:num_tokens].to(v_THV.dtype), picked_TPHV, by_document(final, documents.num_segments))
+    return BankOutputs(o[:num_tokens].to(v_THV.dtype), picked_TPHV, by_span(final, spans.num_spans))
 
 
-def _run_mask(shared, sparse, v_THV, picks, documents, initial_DAHKV):
-    """Run all banks as heads, [T, A * H, ...], with one segment per document."""
+def _run_mask(shared, sparse, v_THV, picks, spans, initial_YAHKV):
+    """Run all banks as heads, [T, A * H, ...], with one segment per span."""
     num_partitions, num_heads = picks.num_partitions, v_THV.shape[1]
     picked = sparse.map(lambda x: x[:, None].expand(-1, num_partitions, *x.shape[1:]))
     picked, v_picked = picks.apply(picked, v_THV[:, None].expand(-1, num_partitions, *v_THV.shape[1:]))
     joined, v = _join(shared, picked.map(lambda x: x.flatten(1, 2)), v_THV, v_picked.flatten(1, 2), dim=1)
 
-    o, final = run_recurrence(joined, v, documents, None if initial_DAHKV is None else initial_DAHKV.flatten(1, 2))
+    o, final = run_recurrence(
+        joined, v, spans.segments(), None if initial_YAHKV is None else initial_YAHKV.flatten(1, 2)
+    )
     picked_TPHV = picks.weigh(o[:, num_heads:].unflatten(1, (num_partitions, num_heads)))
-    final_DAHKV = final.unflatten(1, (1 + num_partitions, num_heads))
-    return BankOutputs(o[:, :num_heads].to(v_THV.dtype), picked_TPHV, final_DAHKV)
+    final_YAHKV = final.unflatten(1, (1 + num_partitions, num_heads))
+    return BankOutputs(o[:, :num_heads].to(v_THV.dtype), picked_TPHV, final_YAHKV)

@@ -1,23 +1,26 @@
 """SSE attention with Triton kernels: a recurrence's operators on pieces, and between them the scan over pieces."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron_sse.kernels.banks import BankInputs, BankOutputs, Picks, by_document, by_segment
+from megatron_sse.kernels.banks import BankInputs, BankOutputs, Picks, by_segment, by_span
+from megatron_sse.kernels.resets import Resets, find_bad_rows
 from megatron_sse.kernels.routing import join_segments
 from megatron_sse.kernels.scan import scan_pieces, scan_spans
-from megatron_sse.kernels.segments import Segments
+from megatron_sse.kernels.segments import Segments, Spans
 from megatron_sse.kernels.triton import gdn, gla
-from megatron_sse.kernels.triton.rows import choose_chunks_per_piece, make_rows
+from megatron_sse.kernels.triton.rows import Rows, choose_chunks_per_piece, make_rows
 
 
 class Operators(NamedTuple):
     """A recurrence's functions over rows, piece by piece.
 
     prepare: takes the inputs and T, returns the arguments that all others take first.
+    with_inputs: returns these arguments with other inputs, for `attend`.
     summarize: returns what each piece does to the state that enters it: transition and increment.
     attend: returns the outputs [R, HV, V], given the entering states.
     summarize_backward: returns the gradients of the entering states through the pieces' own outputs.
@@ -26,6 +29,7 @@ class Operators(NamedTuple):
     """
 
     prepare: Callable
+    with_inputs: Callable
     summarize: Callable
     attend: Callable
     summarize_backward: Callable
@@ -43,10 +47,20 @@ def _gdn_arguments(inputs: list[Tensor], num_tokens: int) -> tuple:
 # By recurrence: those that kernels.registry says to have Triton kernels.
 OPERATORS = {
     "gla": Operators(
-        _gla_arguments, gla.gla_summarize, gla.gla_attend, gla.gla_summarize_backward, gla.gla_attend_backward
+        prepare=_gla_arguments,
+        with_inputs=lambda arguments, inputs: (*inputs, arguments[-1]),
+        summarize=gla.gla_summarize,
+        attend=gla.gla_attend,
+        summarize_backward=gla.gla_summarize_backward,
+        attend_backward=gla.gla_attend_backward,
     ),
     "gdn": Operators(
-        _gdn_arguments, gdn.gdn_summarize, gdn.gdn_attend, gdn.gdn_summarize_backward, gdn.gdn_attend_backward
+        prepare=_gdn_arguments,
+        with_inputs=lambda arguments, inputs: (inputs, *arguments[1:]),
+        summarize=gdn.gdn_summarize,
+        attend=gdn.gdn_attend,
+        summarize_backward=gdn.gdn_summarize_backward,
+        attend_backward=gdn.gdn_attend_backward,
     ),
 }
 
@@ -56,58 +70,96 @@ def attend_banks(
     sparse: BankInputs | None,
     v_THV: Tensor,
     picks: Picks | None,
-    documents: Segments,
-    document_T: Tensor,
-    initial_DAHKV: Tensor | None,
+    spans: Spans,
+    initial_YAHKV: Tensor | None,
 ) -> BankOutputs:
     """Compute kernels.sse.sse_attention; for the delta rule, q and k have to be normalised already.
 
     picks: all partitions where the form is mask.
     """
     num_tokens, num_heads = v_THV.shape[:2]
-    segments, num_picks = documents, 0
+    segments, num_picks = spans.segments() if picks is None else None, 0
     # The shared bank's rows write and read with factor 1, the picks' rows with their own.
     scales = [v_THV.new_ones(num_tokens, dtype=torch.float32)] * 3
     if picks is not None:
         num_picks = picks.bank_TP.shape[1]
-        segments = join_segments(picks.bank_TP, document_T, documents, picks.num_partitions)
+        segments = join_segments(picks.bank_TP, spans, picks.num_partitions)
         of_picks = (picks.writes, picks.write_scale, picks.read_scale)
         scales = [torch.cat((ones, x.flatten())) for ones, x in zip(scales, of_picks, strict=True)]
+    assert segments is not None
+    if segments.resets is not None:
+        segments, scales = _spoil(segments, scales, shared, sparse, v_THV, num_picks)
     # About as many programs as share a piece: one for each head and 64 value channels.
     programs_per_piece = num_heads * -(-v_THV.shape[-1] // 64)
     chunks_per_piece = choose_chunks_per_piece(num_tokens * (1 + num_picks), programs_per_piece)
     rows = make_rows(segments, num_tokens, num_picks, chunks_per_piece)
 
-    initial = None if initial_DAHKV is None else by_segment(initial_DAHKV)
+    initial = None if initial_YAHKV is None else by_segment(initial_YAHKV)
     operators = OPERATORS[shared.recurrence.name]
     # Products take queries and keys in the values' dtype, so they are cast before the kernels read them.
     shared, sparse = (bank.cast(v_THV.dtype) for bank in (shared, sparse or shared))
     banks = (*shared.tensors, *sparse.tensors)
-    o_RHV, final = _Recurrence.apply(operators, rows, segments.edges, initial, *banks, v_THV, *scales)
+    o_RHV, final = _Recurrence.apply(operators, rows, segments, initial, *banks, v_THV, *scales)
+    final = final if rows.pieces.resets is None else rows.pieces.resets.settle(final)
     picked_TPHV = o_RHV[num_tokens:].unflatten(0, (num_tokens, num_picks)) if num_picks else None
-    return BankOutputs(o_RHV[:num_tokens], picked_TPHV, by_document(final, documents.num_segments))
+    return BankOutputs(o_RHV[:num_tokens], picked_TPHV, by_span(final, spans.num_spans))
+
+
+def _spoil(
+    segments: Segments,
+    scales: list[Tensor],
+    shared: BankInputs,
+    sparse: BankInputs | None,
+    v_THV: Tensor,
+    num_picks: int,
+) -> tuple[Segments, list[Tensor]]:
+    """Return segments that know the rows which are not finite, and finite scales.
+
+    The kernels multiply by zero what belongs to other documents, so nothing that they read may be inf or nan.
+    """
+    assert segments.resets is not None
+    shared_R = find_bad_rows(shared.g, shared.q_THK, shared.k_THK, v_THV, *shared.tensors[3:])
+    bad_R = shared_R
+    if sparse is not None and num_picks:
+        sparse_R = find_bad_rows(sparse.g, sparse.q_THK, sparse.k_THK, v_THV, *sparse.tensors[3:])
+        bad_R = torch.cat((shared_R, sparse_R.repeat_interleave(num_picks)))
+    for scale in scales:
+        bad_R = bad_R | ~scale.detach().isfinite()
+    resets = segments.resets.spoil(segments.by_position(bad_R), segments.offsets_S1)
+    spoiled_R = segments.by_row(resets.spoiled_R)
+    return replace(segments, resets=resets), [scale.masked_fill(spoiled_R, 0) for scale in scales]
 
 
 class _Recurrence(torch.autograd.Function):
     """The recurrence: outputs by row and final states by segment."""
 
     @staticmethod
-    def forward(ctx, operators, rows, edges, initial_SHKV, *tensors):
+    def forward(ctx, operators, rows, segments, initial_SHKV, *tensors):
         inputs = [*(x.contiguous() for x in tensors), *rows.tables]
         arguments = operators.prepare(inputs, rows.num_tokens)
         transition, increment = operators.summarize(*arguments)
         ctx.handed_on = None
-        if edges is None:
+        if segments.edges is None:
             entering, final = scan_pieces(transition, increment, initial_SHKV, rows.pieces, reverse=False)
         else:
             # The exchange with other ranks is differentiable itself: its graph is kept, and run in backward.
             with torch.enable_grad():
-                graph = scan_spans(transition, increment.requires_grad_(), rows.pieces, edges)
+                graph = scan_spans(transition, increment.requires_grad_(), rows.pieces, segments.edges)
             ctx.handed_on = increment, graph
             entering, final = (x.detach() for x in graph)
+        reading = arguments
+        if segments.resets is not None:
+            entering, spoiled_R = _keep_finite(entering, rows, segments.resets)
+            # Spoiled rows are read as zeros from here on, and with a factor of nan, which makes their outputs nan.
+            read, row, token = (len(tensors) + x for x in (-1, 0, 1))
+            inputs[token] = inputs[token].masked_fill(spoiled_R, -1)
+            spoiled_rows = torch.zeros_like(spoiled_R).index_copy(0, inputs[row].long(), spoiled_R)
+            with_nan = [*inputs]
+            with_nan[read] = inputs[read].masked_fill(spoiled_rows, torch.nan)
+            reading = operators.with_inputs(arguments, with_nan)
         ctx.save_for_backward(transition, entering, *inputs)
         ctx.operators, ctx.rows, ctx.has_initial = operators, rows, initial_SHKV is not None
-        return operators.attend(*arguments, entering), final
+        return operators.attend(*reading, entering), final
 
     @staticmethod
     def backward(ctx, grad_o_RHV, grad_final):
@@ -129,6 +181,20 @@ class _Recurrence(torch.autograd.Function):
         grad_v = shared[-1] if sparse[-1] is None else shared[-1] + sparse[-1]
         banks = (*shared[:-1], *sparse[:-1])
         return None, None, None, grad_initial if ctx.has_initial else None, *banks, grad_v, None, grad_write, grad_read
+
+
+def _keep_finite(entering_M: Tensor, rows: Rows, resets: Resets) -> tuple[Tensor, Tensor]:
+    """Return the states that enter the pieces with zeros for those that hold inf or nan, and which rows are spoiled.
+
+    Spoiled are, at sorted positions, the rows that read such a state, besides those that are spoiled already.
+    """
+    pieces, position_R = rows.pieces, torch.arange(len(rows.row_R), device=rows.row_R.device)
+    flat_M = entering_M.flatten(1)
+    bad_M = ~(flat_M.amin(1).isfinite() & flat_M.amax(1).isfinite())
+    # Ends never fall: a row's piece is the first that ends behind it.
+    piece_R = torch.searchsorted(pieces.end_M, position_R, right=True)
+    reads_R = ~resets.inside(pieces.start_M[piece_R], position_R + 1)
+    return entering_M.masked_fill(bad_M[:, None, None, None], 0), resets.spoiled_R | (bad_M[piece_R] & reads_R)
 
 
 def _by_token(grad_R: Tensor, num_tokens: int) -> tuple[Tensor, Tensor | None]:

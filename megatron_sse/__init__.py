@@ -17,12 +17,13 @@ Tensor names end with their dims, outermost first, one letter each; shapes in do
     P  picks of a token
     Q  queries of a block
     R  rows: of a recurrence's inputs, of a rank's hidden states, of a cache of keys and values
-    S  segments: the tokens of one document and bank
+    S  segments: the tokens of one span and bank
     T  flat tokens, t = b * L + l
     U  units side by side that do not interact, such as banks x heads
     V  value channels of a head
     W  tokens that a convolution looks at
     X  places of a pool of cached sequences
+    Y  spans: runs of tokens that one state per bank goes through
     Z  programs or blocks of a kernel's launch whose results are summed afterwards
     b  bins of a histogram
     c  channels of a convolution, or any other features

@@ -29,14 +29,12 @@ from megatron_sse.parallel.zigzag import ZigzagLayout
 class SlotEdges:
     """Which documents cross the edges of this rank's slots, per slot and sequence, [F, B].
 
-    entry: int64, the first fragment of the slot. continues: bool, its document began in an earlier slot.
-    exit: int64, the last fragment of the slot. carries: bool, one document that began earlier fills the slot, so
-    that the state which enters the slot also leaves it.
+    span: int64, the span of the slot. continues: bool, its first document began in an earlier slot. carries: bool, one
+    document that began earlier fills the slot, so that the state which enters the slot also leaves it.
     """
 
-    entry_FB: Tensor
+    span_FB: Tensor
     continues_FB: Tensor
-    exit_FB: Tensor
     carries_FB: Tensor
 
 
@@ -55,6 +53,9 @@ class TokenLayout(PackedSeqParams):
         max_document: tokens of the longest fragment.
         offsets_D1: int64 [D + 1], fragment d holds the flat tokens offsets[d] to offsets[d + 1].
         document_T: int64 [T], the fragment of each flat token.
+        offsets_Y1: int64 [Y + 1], the spans that a state of each bank goes through: all flat tokens at once, or the
+            slots of each sequence under context parallelism. Their number does not depend on the documents.
+        span_T: int64 [T], the span of each flat token.
         position_BL: int64 [B, L], position inside the full document, also where it began on another rank.
         edges: which documents cross the edges of the slots; None without context parallelism.
         column_L: int64 [L], position in the sequence of each token; key_column_E, for all ranks one after the other.
@@ -76,6 +77,8 @@ class TokenLayout(PackedSeqParams):
     max_document: int
     offsets_D1: Tensor
     document_T: Tensor
+    offsets_Y1: Tensor
+    span_T: Tensor
     position_BL: Tensor
     edges: SlotEdges | None
     column_L: Tensor
@@ -124,9 +127,10 @@ class TokenLayout(PackedSeqParams):
         sizes_D = np.diff(offsets_D1)
         document_T = np.repeat(np.arange(len(sizes_D)), sizes_D)
         document_BFL = document_T.reshape(starts_BFL.shape)
-        # Entries 0 | 1 and exits 0 | 2: only the first slot is filled by one document that began earlier (carries).
-        entry_BF, exit_BF = document_BFL[:, :, 0], document_BFL[:, :, -1]
-        edges = (entry_BF, continues_BF, exit_BF, continues_BF & (entry_BF == exit_BF))
+        # First fragments 0 | 1, last ones 0 | 2: one document that began earlier fills the first slot alone (carries).
+        # States that cross ranks enter and leave slots, so each is a span of its own; in between, documents are resets.
+        span_BF = np.arange(continues_BF.size).reshape(continues_BF.shape) if shard.size > 1 else np.zeros((1, 1), int)
+        edges = (span_BF, continues_BF, continues_BF & (document_BFL[:, :, 0] == document_BFL[:, :, -1]))
         return cls(
             shard=shard,
             starts_BE=starts_BE,
@@ -137,6 +141,8 @@ class TokenLayout(PackedSeqParams):
             max_document=int(sizes_D.max()),
             offsets_D1=to_device(offsets_D1, device),
             document_T=to_device(document_T, device),
+            offsets_Y1=to_device(np.linspace(0, document_T.size, span_BF.size + 1, dtype=np.int64), device),
+            span_T=to_device(np.repeat(span_BF.ravel(), document_T.size // span_BF.size), device),
             position_BL=to_device(position_BE[:, column_L], device),
             edges=SlotEdges(*(to_device(edge.T, device) for edge in edges)) if shard.size > 1 else None,
             column_L=to_device(column_L, device),
@@ -167,10 +173,9 @@ class TokenLayout(PackedSeqParams):
         """
         edges = None
         if self.edges is not None:
-            crossing = self.edges
-            borders = crossing.entry_FB, crossing.continues_FB, crossing.exit_FB, crossing.carries_FB
-            edges = Edges(*borders, exchange)
-        return sse_attention(shared, sparse, v_THV, routes, self.offsets_D1, self.document_T, edges=edges, **options)
+            edges = Edges(self.edges.span_FB, self.edges.continues_FB, self.edges.carries_FB, exchange)
+        packing = self.offsets_Y1, self.span_T, self.document_T
+        return sse_attention(shared, sparse, v_THV, routes, *packing, edges=edges, **options)
 
     def convolve(
         self,

@@ -31,10 +31,10 @@ def edges_behind(initial_UKV: Tensor, exchange: Exchange, rank: int) -> Edges:
         entering_1UKV = exchange(transition, state_1UKV)
         return initial_1UKV if rank == 0 else entering_1UKV
 
-    # The part has one fragment, segment 0, which is its first and its last.
+    # The part is one span of one document.
     only = torch.zeros(1, 1, dtype=torch.int64, device=initial_UKV.device)
     continues = torch.ones_like(only, dtype=torch.bool)
-    return Edges(only, continues, only, continues, enter)
+    return Edges(only, continues, continues, enter)
 
 
 def of_last_rank(x: Tensor, group: ProcessGroup) -> Tensor:

@@ -1,4 +1,7 @@
-"""Benchmark of the chunked recurrences against the token-by-token oracle, on random packed documents."""
+"""Benchmark of the chunked recurrences on random packed documents, against the token-by-token oracle.
+
+With --packing, it compares documents as resets inside one span (training) with a span for each document (generation).
+"""
 
 import argparse
 import platform
@@ -7,13 +10,18 @@ import subprocess
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron_sse.kernels import BankInputs, Routes, route, sse_attention
+from megatron_sse.kernels.chunks import choose_chunk_size
 from megatron_sse.kernels.reference import reference_sse
+from megatron_sse.kernels.routing import join_segments
+from megatron_sse.kernels.segments import Spans, cut
+from megatron_sse.kernels.triton.rows import CHUNK_SIZE
 from megatron_sse.recurrence import RECURRENCES
 
 # Largest error of the chunked form, relative to the oracle in the same precision, with which times are reported.
@@ -33,6 +41,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=20, help="repeats of the chunked form")
     parser.add_argument("--oracle-repeats", type=int, default=3)
     parser.add_argument("--least-ratio", type=float, default=0.0, help="exit with 1 below this ratio")
+    parser.add_argument("--packing", action="store_true", help="compare numbers of documents and of partitions instead")
+    parser.add_argument("--largest-growth", type=float, default=float("inf"), help="exit with 1 where resets cost more")
     return parser.parse_args()
 
 
@@ -56,20 +66,28 @@ class Problem:
             g = leaf(torch.nn.functional.logsigmoid(decays) / 16)
             return BankInputs(q, k, g, leaf(torch.rand(tokens, heads)) if facts.delta_rule else None)
 
-        self.shared, self.sparse = bank(), bank()
+        self.shared, self.sparse = bank(), bank() if args.partitions else None
         self.v_THV = leaf(torch.randn(tokens, heads, dim))
-        self.prob_TN = leaf(torch.randn(tokens, args.partitions).softmax(-1))
+        self.prob_TN = leaf(torch.randn(tokens, args.partitions).softmax(-1)) if args.partitions else None
         self.grad_o = torch.randn(tokens, heads, dim, dtype=dtype)
         self.picks = args.picks
         # Documents of equal length, packed into one sequence.
         self.offsets_D1 = torch.linspace(0, tokens, args.documents + 1).long()
         self.document_T = torch.repeat_interleave(torch.arange(args.documents), self.offsets_D1.diff())
 
-    def routes(self) -> Routes:
-        return route(self.prob_TN, self.picks, self.picks)
+    def routes(self) -> Routes | None:
+        return None if self.prob_TN is None else route(self.prob_TN, self.picks, self.picks)
 
-    def chunked(self, form: str) -> Tensor:
-        packing = (self.offsets_D1, self.document_T)
+    def spans(self, resets: bool) -> Spans:
+        """Return one span in which documents are resets, or a span for each document."""
+        if resets:
+            whole = torch.stack((self.offsets_D1[0], self.offsets_D1[-1]))
+            return Spans(whole, torch.zeros_like(self.document_T), self.document_T)
+        return Spans(self.offsets_D1, self.document_T)
+
+    def chunked(self, form: str, resets: bool = True) -> Tensor:
+        spans = self.spans(resets)
+        packing = (spans.offsets_Y1, spans.span_T, spans.document_T)
         return sse_attention(self.shared, self.sparse, self.v_THV, self.routes(), *packing, form=form).o_THV
 
     def oracle(self) -> Tensor:
@@ -83,6 +101,31 @@ class Problem:
         if backward:
             torch.autograd.grad(o, self.leaves, self.grad_o)
         return time.process_time() - start
+
+    def num_chunks(self, resets: bool) -> tuple[int, int]:
+        """Return the chunks of the torch form, and of the Triton kernels."""
+        spans, routes = self.spans(resets), self.routes()
+        picks = 0 if routes is None else self.picks
+        segments = spans.segments() if routes is None else join_segments(routes.bank_TP, spans, routes.num_partitions)
+        rows = len(self.v_THV) * (1 + picks)
+        sizes = choose_chunk_size(rows, segments.num_segments), CHUNK_SIZE
+        of_torch, of_triton = (len(cut(segments, rows, size).start_M) for size in sizes)
+        return of_torch, of_triton
+
+    def kept_bytes(self, resets: bool) -> int:
+        """Return the bytes that a forward pass keeps for backward, without the inputs."""
+        known = {leaf.untyped_storage().data_ptr() for leaf in self.leaves}
+        storages: dict[int, Tensor] = {}
+
+        def keep(x: Tensor) -> Tensor:
+            if x.untyped_storage().data_ptr() not in known:
+                storages[x.untyped_storage().data_ptr()] = x
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            o = self.chunked("varlen", resets)
+        assert o.requires_grad
+        return sum(x.untyped_storage().nbytes() for x in storages.values())
 
 
 def check(problem: Problem, form: str) -> None:
@@ -124,11 +167,45 @@ def measure(problem: Problem, recurrence: str, backward: bool, args: argparse.Na
     return ratios
 
 
+def compare_packings(args: argparse.Namespace) -> None:
+    """Print a line for each number of partitions and documents; exit with 1 where resets grow more than allowed."""
+    print(
+        "\n| recurrence | N | documents | ms: spans, resets | MiB kept: spans, resets | chunks: spans, resets", end=""
+    )
+    print(" | Triton's chunks: spans, resets |\n|---|---|---|---|---|---|---|")
+    worst = 0.0
+    for recurrence, args.partitions in product(RECURRENCES, (0, 4, 64)):
+        problems = {}
+        for args.documents in (1, 16, 128):
+            problems[args.documents] = Problem(recurrence, args)
+        times: dict[tuple[int, bool], list[float]] = {}
+        # Neighbours in time are compared, since other processes come and go.
+        for repeat, (documents, problem), resets in product(range(args.repeats + 1), problems.items(), (False, True)):
+            seconds = problem.seconds(partial(problem.chunked, "varlen", resets), backward=True)
+            if repeat:  # the first one warms up
+                times.setdefault((documents, resets), []).append(1e3 * seconds)
+        costs: dict[tuple[int, bool], tuple[float, ...]] = {}
+        for documents, problem in problems.items():
+            for resets in (False, True):
+                sizes = problem.kept_bytes(resets) / 2**20, *problem.num_chunks(resets)
+                costs[documents, resets] = (statistics.median(times[documents, resets]), *sizes)
+            pairs = zip(costs[documents, False], costs[documents, True], strict=True)
+            cells = " | ".join(f"{spans:,.0f}, {resets:,.0f}" for spans, resets in pairs)
+            print(f"| {recurrence} | {args.partitions} | {documents} | {cells} |", flush=True)
+            growth = [now / alone for now, alone in zip(costs[documents, True], costs[1, True], strict=True)]
+            worst = max(worst, *growth)
+    print(f"\nAgainst one document, resets cost at most {worst:.2f} times the time, bytes or chunks.")
+    if worst > args.largest_growth:
+        raise SystemExit(f"allowed {args.largest_growth:g}")
+
+
 def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
     print(f"commit {commit()}, torch {torch.__version__}, python {platform.python_version()}, {cpu_name()}")
     print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in vars(args).items()))
+    if args.packing:
+        return compare_packings(args)
     print("\n| recurrence | form | pass | chunked CPU ms: median (p10, p90) | oracle CPU ms: median | ratio |")
     print("|---|---|---|---|---|---|")
     ratios = []

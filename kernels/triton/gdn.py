@@ -40,6 +40,7 @@ class GdnInputs(NamedTuple):
     read_R: Tensor
     row_R: Tensor
     token_R: Tensor
+    run_R: Tensor
     chunk_start_G: Tensor
     chunk_end_G: Tensor
     piece_start_M: Tensor
@@ -299,6 +300,7 @@ def _signature(kernel: triton.JITFunction, constants: dict, dtype: torch.dtype) 
     types |= dict.fromkeys((f"{name}_ptr" for name in tables.split()), "*i64") | {
         "row_ptr": "*i32",
         "token_ptr": "*i32",
+        "run_ptr": "*i32",
     }
     types |= {"num_tokens": "i32", "num_rows": "i32"} | dict.fromkeys(constants, "constexpr")
     return {name: types.get(name, "*fp32") for name in kernel.arg_names}

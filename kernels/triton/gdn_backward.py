@@ -13,6 +13,8 @@ import triton.language as tl
 from megatron_sse.kernels.triton.gdn_forward import (
     load_gate,
     load_rows,
+    load_runs,
+    load_starts,
     load_tile,
     pair_decay,
     store_gate,
@@ -77,13 +79,13 @@ def gdn_states_backward_kernel(
         first = start + (num_chunks - 1 - done) * C
         place = first + within
         valid = place < end
-        row, token = load_rows(row_ptr, token_ptr, place, valid)
+        row, token, is_read = load_rows(row_ptr, token_ptr, place, valid)
         sorted_row = head.to(tl.int64) * num_rows + first
         key_row = token * H + head // (HV // H)
-        k = load_tile(k1_ptr, key_row, valid, key, K).to(dtype)
+        k = load_tile(k1_ptr, key_row, is_read, key, K).to(dtype)
         to_end = load_gate(gates_ptr, 3, head, first, within, valid, num_rows, HV)
         grad_d = to_end[:, None] * tl.dot(k, grad_state.to(dtype), input_precision="ieee")
-        grad_o = load_tile(grad_o_ptr, row * HV + head, valid, column, V).to(tl.float32)
+        grad_o = load_tile(grad_o_ptr, row * HV + head, is_read, column, V).to(tl.float32)
         grad_o *= tl.load(read_ptr + row, mask=valid, other=0.0)[:, None]
         scores = load_tile(scores_ptr + sorted_row * C, within, valid, within, C)
         grad_d = tl.dot(tl.trans(scores), grad_o.to(dtype), grad_d, input_precision="ieee")
@@ -97,7 +99,7 @@ def gdn_states_backward_kernel(
         beta = load_gate(gates_ptr, 1, head, first, within, valid, num_rows, HV)
         from_start = load_gate(gates_ptr, 2, head, first, within, valid, num_rows, HV)
         grad_state *= load_gate(gates_ptr, 2, head, tl.minimum(first + C, end), -1, True, num_rows, HV)
-        q = load_tile(q1_ptr, key_row, valid, key, K).to(dtype)
+        q = load_tile(q1_ptr, key_row, is_read, key, K).to(dtype)
         grad_o = ((SCALE * from_start)[:, None] * grad_o).to(dtype)
         grad_state = tl.dot(tl.trans(q), grad_o, grad_state, input_precision="ieee")
         grad_change = (-(beta * from_start)[:, None] * grad_change).to(dtype)
@@ -115,6 +117,7 @@ def gdn_scores_backward_kernel(
     read_ptr,
     row_ptr,
     token_ptr,
+    run_ptr,
     chunk_start_ptr,
     chunk_end_ptr,
     scores_ptr,
@@ -152,7 +155,7 @@ def gdn_scores_backward_kernel(
     within = tl.arange(0, C)
     place = start + within
     valid = place < end
-    row, token = load_rows(row_ptr, token_ptr, place, valid)
+    row, token, is_read = load_rows(row_ptr, token_ptr, place, valid)
     sorted_row = head.to(tl.int64) * num_rows + start
     write = tl.load(write_ptr + row, mask=valid, other=0.0)
     beta = load_gate(gates_ptr, 1, head, start, within, valid, num_rows, HV)
@@ -163,12 +166,12 @@ def gdn_scores_backward_kernel(
     for first in tl.range(0, V, BV):
         column = first + tl.arange(0, BV)
         d = load_tile(d_ptr + sorted_row * V, within, valid, column, V)
-        grad_o = load_tile(grad_o_ptr, row * HV + head, valid, column, V).to(dtype)
+        grad_o = load_tile(grad_o_ptr, row * HV + head, is_read, column, V).to(dtype)
         grad_scores = tl.dot(grad_o, tl.trans(d), grad_scores, input_precision="ieee")
         grad_change = load_tile(grad_change_ptr + sorted_row * V, within, valid, column, V)
         grad_met = tl.dot(grad_change, tl.trans(d), grad_met, input_precision="ieee")
         grad_change = grad_change.to(tl.float32)
-        v = load_tile(v_ptr, token * HV + head, valid, column, V).to(tl.float32)
+        v = load_tile(v_ptr, token * HV + head, is_read, column, V).to(tl.float32)
         grad_written += tl.sum(grad_change * v, axis=1)
         grad_v = (write * beta)[:, None] * grad_change
         store_tile(grad_v_ptr, row * HV + head, valid, column, grad_v, V)
@@ -176,11 +179,12 @@ def gdn_scores_backward_kernel(
 
     met = tl.zeros((C, C), dtype=tl.float32)
     for first in tl.range(0, K, BK):
-        k = load_tile(k1_ptr, token * H + head // (HV // H), valid, first + tl.arange(0, BK), K).to(dtype)
+        k = load_tile(k1_ptr, token * H + head // (HV // H), is_read, first + tl.arange(0, BK), K).to(dtype)
         met = tl.dot(k, tl.trans(k), met, input_precision="ieee")
 
     t, s = within[:, None], within[None, :]
-    decay = pair_decay(load_gate(gates_ptr, 0, head, start, within, valid, num_rows, HV), C)
+    run, _, _ = load_runs(run_ptr, start, end, C)
+    decay = pair_decay(load_gate(gates_ptr, 0, head, start, within, valid, num_rows, HV), run, C)
     scores = load_tile(scores_ptr + sorted_row * C, within, valid, within, C).to(tl.float32)
     read = tl.load(read_ptr + row, mask=valid, other=0.0)
     # scores holds its decay already, so its product with its gradient is the gradient of the pair's summed log decay.
@@ -249,7 +253,7 @@ def gdn_keys_backward_kernel(
     within = tl.arange(0, C)
     place = start + within
     valid = place < end
-    row, token = load_rows(row_ptr, token_ptr, place, valid)
+    row, token, is_read = load_rows(row_ptr, token_ptr, place, valid)
     sorted_row = head.to(tl.int64) * num_rows + start
     key_row = token * H + head // (HV // H)
     key = block * BK + tl.arange(0, BK)
@@ -263,12 +267,12 @@ def gdn_keys_backward_kernel(
     for first in tl.range(0, V, BV):
         column = first + tl.arange(0, BV)
         state = load_tile(states_ptr + matrix, key, key < K, column, V)
-        grad_o = load_tile(grad_o_ptr, row * HV + head, valid, column, V).to(dtype)
+        grad_o = load_tile(grad_o_ptr, row * HV + head, is_read, column, V).to(dtype)
         grad_q = tl.dot(grad_o, tl.trans(state), grad_q, input_precision="ieee")
     grad_q *= (SCALE * from_start)[:, None]
-    q = load_tile(q1_ptr, key_row, valid, key, K).to(tl.float32)
+    q = load_tile(q1_ptr, key_row, is_read, key, K).to(tl.float32)
     store_gate(sums_ptr, 0, head, start, within, valid, tl.sum(q * grad_q, axis=1), num_rows, HV)
-    k = load_tile(k1_ptr, key_row, valid, key, K).to(dtype)
+    k = load_tile(k1_ptr, key_row, is_read, key, K).to(dtype)
     grad_scores = load_tile(grad_scores_ptr + sorted_row * C, within, valid, within, C)
     grad_q = tl.dot(grad_scores, k, grad_q, input_precision="ieee")
     store_gate(sums_ptr, 3, head, start, within, valid, tl.sum(q * grad_q, axis=1), num_rows, HV)
@@ -287,7 +291,7 @@ def gdn_keys_backward_kernel(
         grad_k = tl.dot(d, tl.trans(grad_state), grad_k, input_precision="ieee")
         grad_decay += tl.sum(state.to(tl.float32) * grad_state.to(tl.float32), axis=1)
     # q, k and the scores' gradients are loaded twice: kept in registers in between, they would spill.
-    k = load_tile(k1_ptr, key_row, valid, key, K).to(dtype)
+    k = load_tile(k1_ptr, key_row, is_read, key, K).to(dtype)
     grad_decay = tl.where(within == 0, tl.sum(grad_decay, axis=0), 0.0)
     store_gate(sums_ptr, 4, head, start, within, valid, grad_decay, num_rows, HV)
     grad_recall *= from_start[:, None]
@@ -298,7 +302,7 @@ def gdn_keys_backward_kernel(
     store_gate(sums_ptr, 2, head, start, within, valid, k_leaving, num_rows, HV)
 
     grad_k -= load_gate(gates_ptr, 1, head, start, within, valid, num_rows, HV)[:, None] * grad_recall
-    q = load_tile(q1_ptr, key_row, valid, key, K).to(tl.float32)
+    q = load_tile(q1_ptr, key_row, is_read, key, K).to(tl.float32)
     grad_scores = load_tile(grad_scores_ptr + sorted_row * C, within, valid, within, C)
     grad_k = tl.dot(tl.trans(grad_scores), (read[:, None] * q).to(dtype), grad_k, input_precision="ieee")
     grad_met = load_tile(grad_met_ptr + sorted_row * C, within, valid, within, C)
@@ -313,6 +317,7 @@ def gdn_gates_backward_kernel(
     writes_ptr,
     read_ptr,
     row_ptr,
+    run_ptr,
     chunk_start_ptr,
     chunk_end_ptr,
     gates_ptr,
@@ -356,6 +361,7 @@ def gdn_gates_backward_kernel(
     grad_g += tl.cumsum(k_leaving, axis=0) - k_leaving + decay * tl.sum(grad_decay, axis=0)
     grad_g += load_gate(grad_gates_ptr, 0, head, start, within, valid, num_rows, HV)
     grad_beta = load_gate(grad_gates_ptr, 1, head, start, within, valid, num_rows, HV) - k_entering
-    tl.store(grad_g_ptr + row * HV + head, writes * grad_g, mask=valid)
+    grad_g = tl.where(load_starts(run_ptr, start + within, valid), 0.0, writes * grad_g)
+    tl.store(grad_g_ptr + row * HV + head, grad_g, mask=valid)
     tl.store(grad_beta_ptr + row * HV + head, writes * grad_beta, mask=valid)
     tl.store(grad_read_ptr + row * HV + head, grad_read, mask=valid)

@@ -4,7 +4,8 @@ Inside a chunk of C rows that the state S enters, with F the decay from the chun
 chunk's end, and P between two rows: what is written is d = inverse @ (beta (write v - F (k S))), with
 inverse = (1 + tril(beta k k^T P, -1))^-1. Then o = read (F q S / sqrt(K) + scores @ d) with
 scores = tril(q k^T P) / sqrt(K), and S <- F_last S + (E k)^T d.
-Every decay is the exponential of its own sum of log decays. `gates` holds g, beta, F and E in sorted order.
+Every decay is the exponential of its own sum of log decays, and zero where a document starts in between. `gates` holds
+g, beta, F and E in sorted order.
 """
 
 import triton
@@ -13,10 +14,29 @@ import triton.language as tl
 
 @triton.jit
 def load_rows(row_ptr, token_ptr, place, valid):
-    """Load the rows and tokens at the sorted positions `place`, int64."""
+    """Load the rows and tokens at the sorted positions `place`, int64, and whether the rows are read: not as zeros."""
     row = tl.load(row_ptr + place, mask=valid, other=0).to(tl.int64)
-    token = tl.load(token_ptr + place, mask=valid, other=0).to(tl.int64)
-    return row, token
+    token = tl.load(token_ptr + place, mask=valid, other=-1).to(tl.int64)
+    return row, token, token >= 0
+
+
+@triton.jit
+def load_runs(run_ptr, start, end, C: tl.constexpr):
+    """Load the runs (see rows.Rows) of a chunk's rows [C], the run before the first row, and that of the last row.
+
+    Rows of the run before see the state that enters the chunk, and those of the last run reach the one that leaves it.
+    """
+    place = start + tl.arange(0, C)
+    run = tl.load(run_ptr + place, mask=place < end, other=-1)
+    before = tl.load(run_ptr + start - 1, mask=start > 0, other=0)
+    return run, before, tl.load(run_ptr + end - 1)
+
+
+@triton.jit
+def load_starts(run_ptr, place, valid):
+    """Load whether a document starts at the rows at the sorted positions `place`."""
+    run = tl.load(run_ptr + place, mask=valid, other=0)
+    return run != tl.load(run_ptr + place - 1, mask=valid & (place > 0), other=0)
 
 
 @triton.jit
@@ -60,11 +80,14 @@ def store_gate(gates_ptr, which: tl.constexpr, head, first, row, valid, x, num_r
 
 
 @triton.jit
-def pair_decay(g, C: tl.constexpr):
-    """Return exp(g_{s + 1} + ... + g_t) for s <= t and zero elsewhere, [C, C]; each sum is added up on its own."""
+def pair_decay(g, run, C: tl.constexpr):
+    """Return exp(g_{s + 1} + ... + g_t) for s <= t of one run and zero elsewhere, [C, C].
+
+    Each sum is added up on its own.
+    """
     t, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     sums = tl.cumsum(tl.where(t > s, g[:, None], 0.0), axis=0)
-    return tl.where(t >= s, tl.exp(sums), 0.0)
+    return tl.where((t >= s) & (run[:, None] == run[None, :]), tl.exp(sums), 0.0)
 
 
 @triton.jit
@@ -122,6 +145,7 @@ def gdn_gates_kernel(
     writes_ptr,
     row_ptr,
     token_ptr,
+    run_ptr,
     chunk_start_ptr,
     chunk_end_ptr,
     gates_ptr,
@@ -139,16 +163,20 @@ def gdn_gates_kernel(
     if start >= num_tokens:
         g1_ptr, beta1_ptr = g2_ptr, beta2_ptr
     place, head = start + tl.arange(0, C), tl.arange(0, BH)
-    row, token = load_rows(row_ptr, token_ptr, place, place < end)
+    row, token, is_read = load_rows(row_ptr, token_ptr, place, place < end)
     writes = tl.load(writes_ptr + row, mask=place < end, other=0.0)[:, None]
-    # Selected, not multiplied: a log decay may be -inf.
-    g = tl.where(writes > 0, load_tile(g1_ptr, token, place < end, head, HV), 0.0)
-    beta = load_tile(beta1_ptr, token, place < end, head, HV) * writes
+    # Selected, not multiplied: a log decay may be -inf. What resets do is masked by the runs, so that they have none.
+    decaying = (writes > 0) & ~load_starts(run_ptr, place, place < end)[:, None]
+    g = tl.where(decaying, load_tile(g1_ptr, token, is_read, head, HV), 0.0)
+    beta = load_tile(beta1_ptr, token, is_read, head, HV) * writes
     # The decay to the chunk's end sums the rows after each row: the same loads, one position further.
-    row, token = load_rows(row_ptr, token_ptr, place + 1, place + 1 < end)
+    row, token, is_read = load_rows(row_ptr, token_ptr, place + 1, place + 1 < end)
     writes = tl.load(writes_ptr + row, mask=place + 1 < end, other=0.0)[:, None]
-    later_g = tl.where(writes > 0, load_tile(g1_ptr, token, place + 1 < end, head, HV), 0.0)
-    from_start, to_end = tl.exp(tl.cumsum(g, axis=0)), tl.exp(tl.cumsum(later_g, axis=0, reverse=True))
+    decaying = (writes > 0) & ~load_starts(run_ptr, place + 1, place + 1 < end)[:, None]
+    later_g = tl.where(decaying, load_tile(g1_ptr, token, is_read, head, HV), 0.0)
+    run, before, last = load_runs(run_ptr, start, end, C)
+    from_start = tl.where((run == before)[:, None], tl.exp(tl.cumsum(g, axis=0)), 0.0)
+    to_end = tl.where((run == last)[:, None], tl.exp(tl.cumsum(later_g, axis=0, reverse=True)), 0.0)
 
     # `gates` is [4, HV, R]: for one head, neighbouring positions are neighbours in memory.
     matrix = num_rows.to(tl.int64) * HV
@@ -167,6 +195,7 @@ def gdn_prepare_kernel(
     q2_ptr,
     k2_ptr,
     token_ptr,
+    run_ptr,
     chunk_start_ptr,
     chunk_end_ptr,
     gates_ptr,
@@ -191,18 +220,20 @@ def gdn_prepare_kernel(
         q1_ptr, k1_ptr = q2_ptr, k2_ptr
     within = tl.arange(0, C)
     valid = start + within < end
-    token = tl.load(token_ptr + start + within, mask=valid, other=0).to(tl.int64)
+    token = tl.load(token_ptr + start + within, mask=valid, other=-1).to(tl.int64)
+    is_read = token >= 0
     # Neighbouring value heads share a key head.
     key_row = token * H + head // (HV // H)
     met = tl.zeros((C, C), dtype=tl.float32)
     scores = tl.zeros((C, C), dtype=tl.float32)
     for first in tl.range(0, K, BK):
         column = first + tl.arange(0, BK)
-        q = load_tile(q1_ptr, key_row, valid, column, K).to(dtype)
-        k = load_tile(k1_ptr, key_row, valid, column, K).to(dtype)
+        q = load_tile(q1_ptr, key_row, is_read, column, K).to(dtype)
+        k = load_tile(k1_ptr, key_row, is_read, column, K).to(dtype)
         met = tl.dot(k, tl.trans(k), met, input_precision="ieee")
         scores = tl.dot(q, tl.trans(k), scores, input_precision="ieee")
-    decay = pair_decay(load_gate(gates_ptr, 0, head, start, within, valid, num_rows, HV), C)
+    run, _, _ = load_runs(run_ptr, start, end, C)
+    decay = pair_decay(load_gate(gates_ptr, 0, head, start, within, valid, num_rows, HV), run, C)
     tile = (head.to(tl.int64) * num_rows + start) * C
     store_tile(scores_ptr + tile, within, valid, within, scores * decay * SCALE, C)
     beta = load_gate(gates_ptr, 1, head, start, within, valid, num_rows, HV)
@@ -271,16 +302,16 @@ def gdn_summarize_kernel(
     for first in range(start, end, C):
         place = first + within
         valid = place < end
-        row, token = load_rows(row_ptr, token_ptr, place, valid)
+        row, token, is_read = load_rows(row_ptr, token_ptr, place, valid)
         sorted_row = head.to(tl.int64) * num_rows + first
-        k = load_tile(k1_ptr, token * H + head // (HV // H), valid, key, K).to(dtype)
+        k = load_tile(k1_ptr, token * H + head // (HV // H), is_read, key, K).to(dtype)
         inverse = load_tile(inverse_ptr + sorted_row * C, within, valid, within, C)
         beta = load_gate(gates_ptr, 1, head, first, within, valid, num_rows, HV)
         from_start = load_gate(gates_ptr, 2, head, first, within, valid, num_rows, HV)
         to_end = load_gate(gates_ptr, 3, head, first, within, valid, num_rows, HV)
         # The full chunk's decay is that from its start to its last row, at position min(first + C, end) - 1.
         decay = load_gate(gates_ptr, 2, head, tl.minimum(first + C, end), -1, True, num_rows, HV)
-        v = load_tile(v_ptr, token * HV + head, valid & is_increment, column, V).to(tl.float32)
+        v = load_tile(v_ptr, token * HV + head, is_read & is_increment, column, V).to(tl.float32)
         v *= tl.load(write_ptr + row, mask=valid, other=0.0)[:, None]
         d = write_chunk(state, k, v, inverse, beta, from_start)
         state = hand_on(state, k, d, to_end, decay)
@@ -343,17 +374,17 @@ def gdn_attend_kernel(
     for first in range(start, end, C):
         place = first + within
         valid = place < end
-        row, token = load_rows(row_ptr, token_ptr, place, valid)
+        row, token, is_read = load_rows(row_ptr, token_ptr, place, valid)
         # inverse, scores, d and the gates are stored by head and then by sorted position.
         sorted_row = head.to(tl.int64) * num_rows + first
         key_row = token * H + head // (HV // H)
-        k = load_tile(k1_ptr, key_row, valid, key, K).to(dtype)
+        k = load_tile(k1_ptr, key_row, is_read, key, K).to(dtype)
         inverse = load_tile(inverse_ptr + sorted_row * C, within, valid, within, C)
         beta = load_gate(gates_ptr, 1, head, first, within, valid, num_rows, HV)
         from_start = load_gate(gates_ptr, 2, head, first, within, valid, num_rows, HV)
         to_end = load_gate(gates_ptr, 3, head, first, within, valid, num_rows, HV)
         decay = load_gate(gates_ptr, 2, head, tl.minimum(first + C, end), -1, True, num_rows, HV)
-        v = load_tile(v_ptr, token * HV + head, valid, column, V).to(tl.float32)
+        v = load_tile(v_ptr, token * HV + head, is_read, column, V).to(tl.float32)
         v *= tl.load(write_ptr + row, mask=valid, other=0.0)[:, None]
         d = write_chunk(state, k, v, inverse, beta, from_start)
         if STORE:
@@ -361,7 +392,7 @@ def gdn_attend_kernel(
             store_tile(d_ptr + sorted_row * V, within, valid, column, d, V)
             chunk += 1
         else:
-            q = load_tile(q1_ptr, key_row, valid, key, K).to(dtype)
+            q = load_tile(q1_ptr, key_row, is_read, key, K).to(dtype)
             scores = load_tile(scores_ptr + sorted_row * C, within, valid, within, C)
             o = (SCALE * from_start)[:, None] * tl.dot(q, state.to(dtype), input_precision="ieee")
             o = tl.dot(scores, d.to(dtype), o, input_precision="ieee")

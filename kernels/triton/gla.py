@@ -4,7 +4,7 @@ Every operator takes the same inputs first (R rows, T tokens, H key heads, HV va
     q1, k1, q2, k2 [T, H, K]: queries and keys of the shared bank (1) and of the partitions (2); v [T, HV, V].
     g1, g2 [T, H, K]: log decays, fp32, <= 0.
     writes_R, write_R, read_R: fp32, by row; they multiply the log decays, the values written, and the outputs.
-    row_R, token_R: int32; chunk_start_G, chunk_end_G, piece_start_M, piece_end_M, chunk_M: int64; see rows.Rows.
+    row_R, token_R, run_R: int32; chunk_start_G, chunk_end_G, piece_start_M, piece_end_M, chunk_M: int64; see rows.Rows.
     num_tokens: chunks and pieces that start at this position or later belong to partitions.
 All are contiguous. States and their gradients are fp32; q, k, v, outputs and the tensors between kernels share one
 dtype.
@@ -63,7 +63,7 @@ _VARIANTS = {gla_summarize_kernel: "REVERSE", gla_intra_kernel: "STEEP"}
 # exp(-sum) would overflow in fp16, or cost digits in fp32.
 _MILD = {torch.bfloat16: 40.0, torch.float16: 6.0, torch.float32: 8.0}
 _POINTERS = {
-    "*i32": ("row", "token", "steep"),
+    "*i32": ("row", "token", "run", "steep"),
     "*i64": ("chunk_start", "chunk_end", "piece_start", "piece_end", "chunk"),
     "*fp32": (
         *("g1", "g2", "grad_g", "writes", "write", "read", "factor", "decay", "through"),
@@ -155,7 +155,7 @@ def _launch(kernel, places: int, x: dict[str, Any], variant: bool = False) -> No
 
 
 _INPUTS = (
-    *("q1", "k1", "g1", "q2", "k2", "g2", "v", "writes", "write", "read", "row", "token"),
+    *("q1", "k1", "g1", "q2", "k2", "g2", "v", "writes", "write", "read", "row", "token", "run"),
     *("chunk_start", "chunk_end", "piece_start", "piece_end", "chunk", "num_tokens"),
 )
 _SCHEMA = ", ".join(f"Tensor {name}" for name in _INPUTS[:-1]) + ", SymInt num_tokens"

@@ -59,10 +59,10 @@ def gla_states_kernel(
         position_C = start + i * CHUNK + tl.arange(0, CHUNK)
         valid_C = position_C < end
         row_C = tl.load(row_ptr + position_C, mask=valid_C, other=0)
-        token_C = tl.load(token_ptr + position_C, mask=valid_C, other=0)
+        token_C = tl.load(token_ptr + position_C, mask=valid_C, other=-1)
         write_C = tl.load(write_ptr + row_C, mask=valid_C, other=0.0)
         b_key = load_rows(key_ptr, position_C, valid_C, key_head, num_heads, dim_K, K)
-        b_v = load_rows(v_ptr, token_C, valid_C, head, num_value_heads, dim_V, V)
+        b_v = load_rows(v_ptr, token_C, token_C >= 0, head, num_value_heads, dim_V, V)
         offset_K = ((chunk + i) * num_heads + key_head) * K + dim_K
         b_decay = tl.load(decay_ptr + offset_K, mask=dim_K < K, other=0.0)
         b_v = (b_v.to(tl.float32) * write_C[:, None]).to(dtype)
@@ -124,12 +124,12 @@ def gla_inter_kernel(
         position_C = start + i * CHUNK + tl.arange(0, CHUNK)
         valid_C = position_C < end
         row_C = tl.load(row_ptr + position_C, mask=valid_C, other=0)
-        token_C = tl.load(token_ptr + position_C, mask=valid_C, other=0)
+        token_C = tl.load(token_ptr + position_C, mask=valid_C, other=-1)
         write_C = tl.load(write_ptr + row_C, mask=valid_C, other=0.0)
         read_C = tl.load(read_ptr + row_C, mask=valid_C, other=0.0)
         b_query = load_rows(query_ptr, position_C, valid_C, key_head, num_heads, dim_K, K)
-        b_v = load_rows(v_ptr, token_C, valid_C, head, num_value_heads, dim_V, V)
-        b_grad_o = load_rows(grad_o_ptr, row_C, valid_C, head, num_value_heads, dim_V, V)
+        b_v = load_rows(v_ptr, token_C, token_C >= 0, head, num_value_heads, dim_V, V)
+        b_grad_o = load_rows(grad_o_ptr, row_C, token_C >= 0, head, num_value_heads, dim_V, V)
         offset_KV, _ = state_offsets(chunk + i, head, num_value_heads, dim_K, dim_V, K, V)
         b_state = tl.load(chunk_states_ptr + offset_KV, mask=mask_KV, other=0.0)
         offset_K = ((chunk + i) * num_heads + key_head) * K + dim_K
@@ -209,14 +209,14 @@ def gla_values_kernel(
         position_C = start + i * CHUNK + tl.arange(0, CHUNK)
         valid_C = position_C < end
         row_C = tl.load(row_ptr + position_C, mask=valid_C, other=0)
-        token_C = tl.load(token_ptr + position_C, mask=valid_C, other=0)
+        token_C = tl.load(token_ptr + position_C, mask=valid_C, other=-1)
         write_C = tl.load(write_ptr + row_C, mask=valid_C, other=0.0)
         read_C = tl.load(read_ptr + row_C, mask=valid_C, other=0.0)
         b_query = load_rows(query_ptr, position_C, valid_C, key_head, num_heads, dim_K, K)
         b_key = load_rows(key_ptr, position_C, valid_C, key_head, num_heads, dim_K, K)
         b_scores = load_rows(scores_ptr, position_C, valid_C, key_head, num_heads, dim_C, CHUNK)
-        b_v = load_rows(v_ptr, token_C, valid_C, head, num_value_heads, dim_V, V)
-        b_grad_o = load_rows(grad_o_ptr, row_C, valid_C, head, num_value_heads, dim_V, V)
+        b_v = load_rows(v_ptr, token_C, token_C >= 0, head, num_value_heads, dim_V, V)
+        b_grad_o = load_rows(grad_o_ptr, row_C, token_C >= 0, head, num_value_heads, dim_V, V)
         offset_K = ((chunk + i) * num_heads + key_head) * K + dim_K
         b_decay = tl.load(decay_ptr + offset_K, mask=dim_K < K, other=0.0)
 

@@ -12,6 +12,7 @@ import triton.language as tl
 from megatron_sse.kernels.triton.gla_tiles import (
     load_log_decays,
     load_rows,
+    load_runs,
     pairs_inside,
     state_offsets,
     store_rows,
@@ -31,6 +32,7 @@ def gla_summarize_kernel(
     factor_ptr,
     row_ptr,
     token_ptr,
+    run_ptr,
     piece_start_ptr,
     piece_end_ptr,
     transition_ptr,
@@ -78,10 +80,11 @@ def gla_summarize_kernel(
         position_C = chunk_start + tl.arange(0, CHUNK)
         valid_C = position_C < chunk_end
         row_C = tl.load(row_ptr + position_C, mask=valid_C, other=0)
-        token_C = tl.load(token_ptr + position_C, mask=valid_C, other=0)
+        token_C = tl.load(token_ptr + position_C, mask=valid_C, other=-1)
         factor_C = tl.load(factor_ptr + row_C, mask=valid_C, other=0.0)
+        run_C, before, last = load_runs(run_ptr, chunk_start, chunk_end, CHUNK)
         b_g = load_log_decays(
-            g_ptr, writes_ptr, row_ptr, token_ptr, position_C, chunk_end, key_head, num_heads, dim_K, K
+            g_ptr, writes_ptr, row_ptr, token_ptr, run_ptr, position_C, chunk_end, key_head, num_heads, dim_K, K
         )
         total = tl.sum(b_g, 0)
         total_K += total
@@ -90,22 +93,27 @@ def gla_summarize_kernel(
         else:
             # The state decays by a row's g before the row writes: its key is decayed by the rows after it alone.
             b_next = load_log_decays(
-                g_ptr, writes_ptr, row_ptr, token_ptr, position_C + 1, chunk_end, key_head, num_heads, dim_K, K
+                g_ptr, writes_ptr, row_ptr, token_ptr, run_ptr, position_C + 1, chunk_end, key_head, num_heads, dim_K, K
             )
             b_sum = sum_to_end(b_next, CHUNK)
-        b_x = load_rows(x_ptr, token_C, valid_C, key_head, num_heads, dim_K, K)
+        b_x = load_rows(x_ptr, token_C, token_C >= 0, key_head, num_heads, dim_K, K)
         b_x = (b_x.to(tl.float32) * tl.exp(b_sum) * SCALE).to(dtype)
-        b_y = load_rows(y_ptr, row_C if REVERSE else token_C, valid_C, head, num_value_heads, dim_V, V)
+        # Only rows that no reset separates from the chunk's border meet the state there.
+        b_x = tl.where((run_C == (before if REVERSE else last))[:, None], b_x, 0.0)
+        b_y = load_rows(y_ptr, row_C if REVERSE else token_C, token_C >= 0, head, num_value_heads, dim_V, V)
         b_y = (b_y.to(tl.float32) * factor_C[:, None]).to(dtype)
         # The chunk's rows were decayed to its border, so the state is decayed by the chunk and their product is added.
-        b_state = tl.dot(tl.trans(b_x), b_y, b_state * tl.exp(total)[:, None], input_precision=PRECISION)
+        b_decay = tl.where(before == last, tl.exp(total), 0.0)
+        b_state = tl.dot(tl.trans(b_x), b_y, b_state * b_decay[:, None], input_precision=PRECISION)
 
     offset_KV, mask_KV = state_offsets(piece, head, num_value_heads, dim_K, dim_V, K, V)
     tl.store(state_ptr + offset_KV, b_state, mask=mask_KV)
     if not REVERSE:
         # All blocks of V have the same transition, so only the first stores it.
         offset_K = (piece.to(tl.int64) * num_value_heads + head) * K + dim_K
-        tl.store(transition_ptr + offset_K, tl.exp(total_K), mask=(dim_K < K) & (block % blocks_v == 0))
+        _, before, last = load_runs(run_ptr, start, end, CHUNK)
+        b_decay = tl.where(before == last, tl.exp(total_K), 0.0)
+        tl.store(transition_ptr + offset_K, b_decay, mask=(dim_K < K) & (block % blocks_v == 0))
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -119,6 +127,7 @@ def gla_prepare_kernel(
     writes_ptr,
     row_ptr,
     token_ptr,
+    run_ptr,
     chunk_start_ptr,
     chunk_end_ptr,
     query_ptr,
@@ -137,9 +146,9 @@ def gla_prepare_kernel(
 ):
     """Compute what needs no state for a chunk of one key head.
 
-    These are decayed queries and keys [.., H, K] and scores [.., H, C] by position, the chunk's decay [G, H, K], and
-    whether it is steep [G, H]: then a channel decays below exp(-MILD), the scores stored here are not valid, and
-    gla_steep_scores_kernel replaces them.
+    These are decayed queries and keys [.., H, K] and scores [.., H, C] by position, the chunk's decay [G, H, K], all
+    zero where a document starts in between, and whether the chunk is steep [G, H]: then a channel decays below
+    exp(-MILD), the scores stored here are not valid, and gla_steep_scores_kernel replaces them.
     """
     chunk, head = tl.program_id(0), tl.program_id(1)
     start, end = tl.load(chunk_start_ptr + chunk), tl.load(chunk_end_ptr + chunk)
@@ -151,31 +160,39 @@ def gla_prepare_kernel(
         q_ptr, k_ptr, g_ptr = q2_ptr, k2_ptr, g2_ptr
     position_C = start + tl.arange(0, CHUNK)
     valid_C = position_C < end
-    token_C = tl.load(token_ptr + position_C, mask=valid_C, other=0)
+    token_C = tl.load(token_ptr + position_C, mask=valid_C, other=-1)
+    run_C, before, last = load_runs(run_ptr, start, end, CHUNK)
 
     dtype = query_ptr.dtype.element_ty
     b_scores = tl.zeros([CHUNK, CHUNK], tl.float32)
     lowest_K = tl.zeros([BLOCK_K], tl.float32)
     for first in range(0, K, BLOCK_K):
         dim_K = first + tl.arange(0, BLOCK_K)
-        b_next = load_log_decays(g_ptr, writes_ptr, row_ptr, token_ptr, position_C + 1, end, head, num_heads, dim_K, K)
-        b_k = load_rows(k_ptr, token_C, valid_C, head, num_heads, dim_K, K).to(tl.float32)
-        b_key = b_k * tl.exp(sum_to_end(b_next, CHUNK))
+        b_next = load_log_decays(
+            g_ptr, writes_ptr, row_ptr, token_ptr, run_ptr, position_C + 1, end, head, num_heads, dim_K, K
+        )
+        b_k = load_rows(k_ptr, token_C, token_C >= 0, head, num_heads, dim_K, K).to(tl.float32)
+        b_key = tl.where((run_C == last)[:, None], b_k * tl.exp(sum_to_end(b_next, CHUNK)), 0.0)
         store_rows(key_ptr, position_C, valid_C, head, num_heads, dim_K, K, b_key)
 
-        b_g = load_log_decays(g_ptr, writes_ptr, row_ptr, token_ptr, position_C, end, head, num_heads, dim_K, K)
+        b_g = load_log_decays(
+            g_ptr, writes_ptr, row_ptr, token_ptr, run_ptr, position_C, end, head, num_heads, dim_K, K
+        )
         b_sum = sum_from_start(b_g, CHUNK)
-        b_q = load_rows(q_ptr, token_C, valid_C, head, num_heads, dim_K, K).to(tl.float32) * SCALE
+        b_q = load_rows(q_ptr, token_C, token_C >= 0, head, num_heads, dim_K, K).to(tl.float32) * SCALE
         b_query = (b_q * tl.exp(b_sum)).to(dtype)
-        store_rows(query_ptr, position_C, valid_C, head, num_heads, dim_K, K, b_query)
+        b_entering = tl.where((run_C == before)[:, None], b_query, 0.0)
+        store_rows(query_ptr, position_C, valid_C, head, num_heads, dim_K, K, b_entering)
         total_K = tl.sum(b_g, 0)
-        tl.store(decay_ptr + (chunk.to(tl.int64) * num_heads + head) * K + dim_K, tl.exp(total_K), mask=dim_K < K)
+        b_decay = tl.where(before == last, tl.exp(total_K), 0.0)
+        tl.store(decay_ptr + (chunk.to(tl.int64) * num_heads + head) * K + dim_K, b_decay, mask=dim_K < K)
         lowest_K = tl.minimum(lowest_K, total_K)
 
         # exp(sum_t - sum_s) as the product of q exp(sum_t) and k exp(-sum_s), which may grow as far as MILD allows.
         b_grown = (b_k * tl.exp(tl.minimum(-b_sum, MILD))).to(dtype)
         b_scores = tl.dot(b_query, tl.trans(b_grown), b_scores, input_precision=PRECISION)
-    b_scores = tl.where(pairs_inside(CHUNK, CHUNK), b_scores, 0.0)
+    same_CC = run_C[:, None] == run_C[None, :]
+    b_scores = tl.where(pairs_inside(CHUNK, CHUNK) & same_CC, b_scores, 0.0)
     store_rows(scores_ptr, position_C, valid_C, head, num_heads, tl.arange(0, CHUNK), CHUNK, b_scores)
     tl.store(steep_ptr + chunk * num_heads + head, (tl.min(lowest_K, 0) < -MILD).to(tl.int32))
 
@@ -225,13 +242,13 @@ def gla_output_kernel(
         position_C = start + i * CHUNK + tl.arange(0, CHUNK)
         valid_C = position_C < end
         row_C = tl.load(row_ptr + position_C, mask=valid_C, other=0)
-        token_C = tl.load(token_ptr + position_C, mask=valid_C, other=0)
+        token_C = tl.load(token_ptr + position_C, mask=valid_C, other=-1)
         write_C = tl.load(write_ptr + row_C, mask=valid_C, other=0.0)
         read_C = tl.load(read_ptr + row_C, mask=valid_C, other=0.0)
         b_query = load_rows(query_ptr, position_C, valid_C, key_head, num_heads, dim_K, K)
         b_key = load_rows(key_ptr, position_C, valid_C, key_head, num_heads, dim_K, K)
         b_scores = load_rows(scores_ptr, position_C, valid_C, key_head, num_heads, dim_C, CHUNK)
-        b_v = load_rows(v_ptr, token_C, valid_C, head, num_value_heads, dim_V, V)
+        b_v = load_rows(v_ptr, token_C, token_C >= 0, head, num_value_heads, dim_V, V)
         offset_K = ((chunk + i) * num_heads + key_head) * K + dim_K
         b_decay = tl.load(decay_ptr + offset_K, mask=dim_K < K, other=0.0)
 

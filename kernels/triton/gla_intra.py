@@ -4,12 +4,15 @@ import triton
 import triton.language as tl
 
 from megatron_sse.kernels.triton.gla_tiles import (
+    load_decaying,
     load_log_decays,
     load_rows,
+    load_runs,
     pairs_across,
     pairs_inside,
     store_rows,
     sum_from_start,
+    sum_later,
     sum_to_end,
 )
 
@@ -25,6 +28,7 @@ def gla_intra_kernel(
     writes_ptr,
     row_ptr,
     token_ptr,
+    run_ptr,
     chunk_start_ptr,
     chunk_end_ptr,
     steep_ptr,
@@ -66,18 +70,22 @@ def gla_intra_kernel(
     position_C, dim_C = start + tl.arange(0, CHUNK), tl.arange(0, CHUNK)
     valid_C = position_C < end
     row_C = tl.load(row_ptr + position_C, mask=valid_C, other=0)
-    token_C = tl.load(token_ptr + position_C, mask=valid_C, other=0)
-    writes_C = tl.load(writes_ptr + row_C, mask=valid_C, other=0.0)
+    token_C = tl.load(token_ptr + position_C, mask=valid_C, other=-1)
+    run_C, before, last = load_runs(run_ptr, start, end, CHUNK)
+    decaying_C = load_decaying(writes_ptr, row_ptr, run_ptr, position_C, end)
     dtype = grad_scores_ptr.dtype.element_ty
 
     b_grad_scores = _load_groups(grad_scores_ptr, position_C, valid_C, head, num_heads, dim_C, CHUNK, GROUPS)
+    b_grad_scores = tl.where(run_C[:, None] == run_C[None, :], b_grad_scores, 0.0)
     # A row's score with itself has no decay, so it is kept out of the gradient of g.
     own_C = tl.sum(tl.where(pairs_inside(CHUNK, 1), b_grad_scores, 0.0), 1)
     b_met = tl.where(pairs_inside(CHUNK, 1), 0.0, b_grad_scores)
-    b_q = load_rows(q_ptr, token_C, valid_C, head, num_heads, dim_K, K).to(tl.float32) * SCALE
-    b_k = load_rows(k_ptr, token_C, valid_C, head, num_heads, dim_K, K).to(tl.float32)
-    b_g = load_log_decays(g_ptr, writes_ptr, row_ptr, token_ptr, position_C, end, head, num_heads, dim_K, K)
-    b_next = load_log_decays(g_ptr, writes_ptr, row_ptr, token_ptr, position_C + 1, end, head, num_heads, dim_K, K)
+    b_q = load_rows(q_ptr, token_C, token_C >= 0, head, num_heads, dim_K, K).to(tl.float32) * SCALE
+    b_k = load_rows(k_ptr, token_C, token_C >= 0, head, num_heads, dim_K, K).to(tl.float32)
+    b_g = load_log_decays(g_ptr, writes_ptr, row_ptr, token_ptr, run_ptr, position_C, end, head, num_heads, dim_K, K)
+    b_next = load_log_decays(
+        g_ptr, writes_ptr, row_ptr, token_ptr, run_ptr, position_C + 1, end, head, num_heads, dim_K, K
+    )
     b_sum = sum_from_start(b_g, CHUNK)
     if STEEP:
         b_grad_q, b_grad_k = _steep(b_q, b_k, b_g, b_next, b_met, dtype, CHUNK, MILD, PRECISION)
@@ -88,23 +96,25 @@ def gla_intra_kernel(
     b_crossing = b_q * b_grad_q - b_k * b_grad_k
 
     b_inter = _load_groups(grad_query_ptr, position_C, valid_C, head, num_heads, dim_K, K, GROUPS) * tl.exp(b_sum)
+    b_inter = tl.where((run_C == before)[:, None], b_inter, 0.0)
     b_crossing += b_q * b_inter
     # Stored are gradients of the plain q and k: SCALE is part of q here.
     b_grad_q += own_C[:, None] * b_k + b_inter
     store_rows(grad_q_ptr, row_C, valid_C, head, num_heads, dim_K, K, b_grad_q * SCALE)
     b_inter = _load_groups(grad_key_ptr, position_C, valid_C, head, num_heads, dim_K, K, GROUPS)
-    b_inter *= tl.exp(sum_to_end(b_next, CHUNK))
+    b_inter = tl.where((run_C == last)[:, None], b_inter * tl.exp(sum_to_end(b_next, CHUNK)), 0.0)
     b_grad_k += own_C[:, None] * b_q + b_inter
     store_rows(grad_k_ptr, row_C, valid_C, head, num_heads, dim_K, K, b_grad_k)
 
     # Rows up to j - 1 reach the leaving state through g_j: an exclusive sum from the chunk's start.
     b_leaving = b_k * b_inter
-    b_grad_g = tl.cumsum(b_crossing, 0, reverse=True) + tl.cumsum(b_leaving, 0) - b_leaving
+    next_C = tl.load(run_ptr + position_C + 1, mask=position_C + 1 < end, other=-1)
+    b_grad_g = sum_later(b_crossing, run_C != next_C) + tl.cumsum(b_leaving, 0) - b_leaving
     through_K = tl.zeros([BLOCK_K], tl.float32)
     for group in tl.static_range(GROUPS):
         offset_K = ((chunk.to(tl.int64) * num_heads + head) * GROUPS + group) * K + dim_K
         through_K += tl.load(through_ptr + offset_K, mask=dim_K < K, other=0.0)
-    b_grad_g = (b_grad_g + through_K[None, :]) * writes_C[:, None]
+    b_grad_g = tl.where(decaying_C[:, None], b_grad_g + through_K[None, :], 0.0)
     store_rows(grad_g_ptr, row_C, valid_C, head, num_heads, dim_K, K, b_grad_g)
 
 

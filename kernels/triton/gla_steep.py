@@ -11,6 +11,7 @@ import triton.language as tl
 from megatron_sse.kernels.triton.gla_tiles import (
     load_log_decays,
     load_rows,
+    load_runs,
     pairs_across,
     pairs_inside,
     store_rows,
@@ -30,6 +31,7 @@ def gla_steep_scores_kernel(
     writes_ptr,
     row_ptr,
     token_ptr,
+    run_ptr,
     chunk_start_ptr,
     chunk_end_ptr,
     steep_ptr,
@@ -55,16 +57,21 @@ def gla_steep_scores_kernel(
         q_ptr, k_ptr, g_ptr = q2_ptr, k2_ptr, g2_ptr
     position_C = start + tl.arange(0, CHUNK)
     valid_C = position_C < end
-    token_C = tl.load(token_ptr + position_C, mask=valid_C, other=0)
+    token_C = tl.load(token_ptr + position_C, mask=valid_C, other=-1)
+    run_C, _, _ = load_runs(run_ptr, start, end, CHUNK)
     dtype = scores_ptr.dtype.element_ty
 
     b_scores = tl.zeros([CHUNK, CHUNK], tl.float32)
     for first in range(0, K, BLOCK_K):
         dim_K = first + tl.arange(0, BLOCK_K)
-        b_q = load_rows(q_ptr, token_C, valid_C, head, num_heads, dim_K, K).to(tl.float32) * SCALE
-        b_k = load_rows(k_ptr, token_C, valid_C, head, num_heads, dim_K, K).to(tl.float32)
-        b_g = load_log_decays(g_ptr, writes_ptr, row_ptr, token_ptr, position_C, end, head, num_heads, dim_K, K)
-        b_next = load_log_decays(g_ptr, writes_ptr, row_ptr, token_ptr, position_C + 1, end, head, num_heads, dim_K, K)
+        b_q = load_rows(q_ptr, token_C, token_C >= 0, head, num_heads, dim_K, K).to(tl.float32) * SCALE
+        b_k = load_rows(k_ptr, token_C, token_C >= 0, head, num_heads, dim_K, K).to(tl.float32)
+        b_g = load_log_decays(
+            g_ptr, writes_ptr, row_ptr, token_ptr, run_ptr, position_C, end, head, num_heads, dim_K, K
+        )
+        b_next = load_log_decays(
+            g_ptr, writes_ptr, row_ptr, token_ptr, run_ptr, position_C + 1, end, head, num_heads, dim_K, K
+        )
         for level in tl.static_range(2):
             b_scores += _scores_across(b_q, b_k, b_g, b_next, dtype, CHUNK, 32 >> level, PRECISION)
         # Blocks of 16 rows that are mild: q exp(sum) times k exp(-sum), as in chunks that are not steep.
@@ -77,6 +84,7 @@ def gla_steep_scores_kernel(
                 b_scores += _scores_across(b_q, b_k, b_g, b_next, dtype, CHUNK, 8 >> level, PRECISION)
             # A row meets itself without decay.
             b_scores += tl.where(pairs_inside(CHUNK, 1), tl.sum(b_q * b_k, 1)[:, None], 0.0)
+    b_scores = tl.where(run_C[:, None] == run_C[None, :], b_scores, 0.0)
     store_rows(scores_ptr, position_C, valid_C, head, num_heads, tl.arange(0, CHUNK), CHUNK, b_scores)
 
 

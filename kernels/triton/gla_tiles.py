@@ -31,17 +31,43 @@ def state_offsets(index, head, heads, dim_K, dim_V, K: tl.constexpr, V: tl.const
 
 
 @triton.jit
-def load_log_decays(g_ptr, writes_ptr, row_ptr, token_ptr, position_C, end, head, heads, dim_K, K: tl.constexpr):
-    """Load the log decays [C, K] of the rows at these positions, in fp32.
+def load_decaying(writes_ptr, row_ptr, run_ptr, position_C, end):
+    """Load which rows at these positions decay the state [C].
 
-    They are zero (no decay) where a row does not write, and at positions from `end` on.
+    Those do not that do not write, and those at which a document starts: what a reset does is masked by the runs.
     """
     valid_C = position_C < end
-    token_C = tl.load(token_ptr + position_C, mask=valid_C, other=0)
-    # Whether a row writes is known by row, its log decay by token: the picks of a token share it.
     writes_C = tl.load(writes_ptr + tl.load(row_ptr + position_C, mask=valid_C, other=0), mask=valid_C, other=0.0)
+    run_C = tl.load(run_ptr + position_C, mask=valid_C, other=0)
+    run_before_C = tl.load(run_ptr + position_C - 1, mask=valid_C & (position_C > 0), other=0)
+    return (writes_C > 0) & (run_C == run_before_C)
+
+
+@triton.jit
+def load_log_decays(
+    g_ptr, writes_ptr, row_ptr, token_ptr, run_ptr, position_C, end, head, heads, dim_K, K: tl.constexpr
+):
+    """Load the log decays [C, K] of the rows at these positions, in fp32; zero (no decay) from `end` on."""
+    token_C = tl.load(token_ptr + position_C, mask=position_C < end, other=-1)
+    # Whether a row decays is known by row, its log decay by token: the picks of a token share it.
+    decaying_C = load_decaying(writes_ptr, row_ptr, run_ptr, position_C, end)
     # Selected, not multiplied: a log decay may be -inf.
-    return tl.where(writes_C[:, None] > 0, load_rows(g_ptr, token_C, valid_C, head, heads, dim_K, K), 0.0)
+    return tl.where(decaying_C[:, None], load_rows(g_ptr, token_C, token_C >= 0, head, heads, dim_K, K), 0.0)
+
+
+@triton.jit
+def load_runs(run_ptr, start, end, C: tl.constexpr):
+    """Load the runs (see rows.Rows) of the rows start .. end - 1 of a chunk or piece, at most C of them.
+
+    Returns the rows' runs [C], the run before the first row, and that of the last row. Rows of the run before see the
+    state that enters, rows of the last run reach the one that leaves; where the two differ nothing passes through.
+    Run 0 is before the first row of all, and before and behind an empty piece.
+    """
+    position_C = start + tl.arange(0, C)
+    run_C = tl.load(run_ptr + position_C, mask=position_C < end, other=-1)
+    before = tl.load(run_ptr + start - 1, mask=(start > 0) & (start < end), other=0)
+    last = tl.load(run_ptr + end - 1, mask=start < end, other=0)
+    return run_C, before, last
 
 
 @triton.jit
@@ -75,6 +101,24 @@ def sum_to_end(b_next, SIZE: tl.constexpr):
     last_C1 = (tl.arange(0, C) % SIZE == SIZE - 1)[:, None]
     b_inside = tl.where(last_C1, 0.0, b_next)
     return tl.reshape(tl.cumsum(tl.reshape(b_inside, [C // SIZE, SIZE, K]), 1, reverse=True), [C, K])
+
+
+@triton.jit
+def _join_sums(first, first_ends, second, second_ends):
+    """Join the sums of two neighbouring stretches of rows; `ends` says whether a run ends inside a stretch."""
+    return tl.where(second_ends > 0, second, first + second), first_ends | second_ends
+
+
+@triton.jit
+def sum_later(b_x, last_C):
+    """Return, for each row, the sum [C, K] over the rows of its run from it to the run's end.
+
+    last_C: whether the row is the last of its run. A difference of two sums over the chunk would leave rounding of
+    other documents.
+    """
+    b_ends = tl.broadcast_to(last_C.to(tl.int32)[:, None], b_x.shape)
+    b_sum, _ = tl.associative_scan((b_x, b_ends), 0, _join_sums, reverse=True)
+    return b_sum
 
 
 @triton.jit

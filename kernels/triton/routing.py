@@ -1,9 +1,9 @@
 """The router's picks and their order by segment: a counting sort, whose sizes all follow from what the host knows.
 
 A pick's place in the order is `base + until + rank`. `base`: picks in earlier segments, less those of the same bank in
-earlier documents. `until`: picks of the same bank in earlier blocks of picks. `rank`: those earlier in its own block.
-For example, picks a b a | b a (two documents, blocks of 4): sorted a a b | a b. The last a has base 3 - 2 (3 picks in
-the first document, of which 2 are a), until 2 (the first block's), rank 0: place 3.
+earlier spans. `until`: picks of the same bank in earlier blocks of picks. `rank`: those earlier in its own block.
+For example, picks a b a | b a (two spans, blocks of 4): sorted a a b | a b. The last a has base 3 - 2 (3 picks in
+the first span, of which 2 are a), until 2 (the first block's), rank 0: place 3.
 """
 
 import torch
@@ -67,9 +67,9 @@ def count_picks_kernel(
 
 
 @triton.jit
-def count_before_documents_kernel(
+def count_before_spans_kernel(
     bank_ptr,
-    document_ptr,
+    span_ptr,
     until_ptr,
     before_ptr,
     num_blocks,
@@ -79,21 +79,21 @@ def count_before_documents_kernel(
     TILE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Count the picks per bank before each document's first token, [D + 1, N]; program (document, block of banks)."""
-    document = tl.program_id(0).to(tl.int64)
+    """Count the picks per bank before each span's first token, [Y + 1, N]; program (span, block of banks)."""
+    span = tl.program_id(0).to(tl.int64)
     bank = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    end = tl.load(document_ptr + document) * P
+    end = tl.load(span_ptr + span) * P
     block = end // BLOCK
-    # First the blocks that end before the document, then the part of the block in which it starts.
+    # First the blocks that end before the span, then the part of the block in which it starts.
     b_before = tl.load(until_ptr + bank.to(tl.int64) * (num_blocks + 1) + block, mask=bank < N, other=0)
     b_before += _count(bank_ptr, block * BLOCK, end, bank, BLOCK, TILE, BLOCK_N)
-    tl.store(before_ptr + document * N + bank, b_before, mask=bank < N)
+    tl.store(before_ptr + span * N + bank, b_before, mask=bank < N)
 
 
 @triton.jit
 def place_picks_kernel(
     bank_ptr,
-    document_ptr,
+    span_ptr,
     until_ptr,
     base_ptr,
     order_ptr,
@@ -117,9 +117,9 @@ def place_picks_kernel(
         # Compared in tiles: all pairs of a block at once would not fit into registers.
         earlier = (b_bank[:, None] == b_other.to(tl.int32)) & (other < own[:, None])
         b_rank += tl.sum(earlier.to(tl.int32), axis=1)
-    b_document = tl.load(document_ptr + pick // P, mask=inside, other=0)
+    b_span = tl.load(span_ptr + pick // P, mask=inside, other=0)
     b_until = tl.load(until_ptr + b_bank.to(tl.int64) * (num_blocks + 1) + block, mask=inside, other=0)
-    b_base = tl.load(base_ptr + b_document * N + b_bank, mask=inside, other=0)
+    b_base = tl.load(base_ptr + b_span * N + b_bank, mask=inside, other=0)
     tl.store(order_ptr + b_base + b_until + b_rank, pick, mask=inside)
 
 
@@ -154,11 +154,9 @@ def _(prob_TN, num_picks):
 
 
 @torch.library.custom_op("megatron_sse::sort_by_segment", mutates_args=())
-def sort_by_segment(
-    bank_TP: Tensor, document_T: Tensor, num_documents: int, num_partitions: int
-) -> tuple[Tensor, Tensor]:
-    """Compute kernels.routing.sort_by_segment, for documents that follow each other (document_T never falls)."""
-    bank_TP, document_T, device = bank_TP.contiguous(), document_T.contiguous(), bank_TP.device
+def sort_by_segment(bank_TP: Tensor, span_T: Tensor, num_spans: int, num_partitions: int) -> tuple[Tensor, Tensor]:
+    """Compute kernels.routing.sort_by_segment, for spans that follow each other (span_T never falls)."""
+    bank_TP, span_T, device = bank_TP.contiguous(), span_T.contiguous(), bank_TP.device
     num_picks, picks_per_token = bank_TP.numel(), bank_TP.shape[1]
     counting = _count_constants(num_partitions)
     num_blocks, bank_blocks = triton.cdiv(num_picks, PICK_BLOCK), triton.cdiv(num_partitions, counting["BLOCK_N"])
@@ -168,26 +166,26 @@ def sort_by_segment(
     # Picks per bank in the blocks before each block; the last column is their total.
     until_NZ1 = torch.nn.functional.pad(count_NZ.cumsum(1, dtype=torch.int32), (1, 0))
 
-    start_D1 = torch.searchsorted(document_T, torch.arange(num_documents + 1, device=device))
-    before_D1N = torch.empty(num_documents + 1, num_partitions, dtype=torch.int32, device=device)
-    count_before_documents_kernel[(num_documents + 1, bank_blocks)](
-        bank_TP, start_D1, until_NZ1, before_D1N, num_blocks, P=picks_per_token, **counting, **OPTIONS
+    start_Y1 = torch.searchsorted(span_T, torch.arange(num_spans + 1, device=device))
+    before_Y1N = torch.empty(num_spans + 1, num_partitions, dtype=torch.int32, device=device)
+    count_before_spans_kernel[(num_spans + 1, bank_blocks)](
+        bank_TP, start_Y1, until_NZ1, before_Y1N, num_blocks, P=picks_per_token, **counting, **OPTIONS
     )
-    offsets = torch.nn.functional.pad(before_D1N.diff(dim=0).flatten().cumsum(0), (1, 0))
-    # What a pick's `until` counts of earlier documents lies in their segments, so it is taken off here.
-    base_DN = offsets[:-1] - before_D1N[:-1].flatten()
+    offsets = torch.nn.functional.pad(before_Y1N.diff(dim=0).flatten().cumsum(0), (1, 0))
+    # What a pick's `until` counts of earlier spans lies in their segments, so it is taken off here.
+    base_YN = offsets[:-1] - before_Y1N[:-1].flatten()
 
     order = torch.empty(num_picks, dtype=torch.int64, device=device)
     constants = _place_constants(num_partitions, picks_per_token)
     place_picks_kernel[(num_blocks,)](
-        bank_TP, document_T, until_NZ1, base_DN, order, num_picks, num_blocks, **constants, **OPTIONS
+        bank_TP, span_T, until_NZ1, base_YN, order, num_picks, num_blocks, **constants, **OPTIONS
     )
     return order, offsets
 
 
 @sort_by_segment.register_fake
-def _(bank_TP, document_T, num_documents, num_partitions):
-    return bank_TP.new_empty(bank_TP.numel()), bank_TP.new_empty(num_documents * num_partitions + 1)
+def _(bank_TP, span_T, num_spans, num_partitions):
+    return bank_TP.new_empty(bank_TP.numel()), bank_TP.new_empty(num_spans * num_partitions + 1)
 
 
 def compile_cases(arch: int) -> list[tuple[triton.JITFunction, dict, dict, dict]]:
@@ -195,14 +193,14 @@ def compile_cases(arch: int) -> list[tuple[triton.JITFunction, dict, dict, dict]
     bank, sizes = {"bank_ptr": "*i64"}, {"num_picks": "i32", "num_blocks": "i32"}
     top = {"prob_ptr": "*fp32"} | bank | {"num_tokens": "i32"}
     count = bank | {"count_ptr": "*i32"} | sizes
-    documents = bank | {"document_ptr": "*i64", "until_ptr": "*i32"}
-    before = documents | {"before_ptr": "*i32", "num_blocks": "i32"}
-    place = documents | {"base_ptr": "*i64", "order_ptr": "*i64"} | sizes
+    spans = bank | {"span_ptr": "*i64", "until_ptr": "*i32"}
+    before = spans | {"before_ptr": "*i32", "num_blocks": "i32"}
+    place = spans | {"base_ptr": "*i64", "order_ptr": "*i64"} | sizes
     cases = []
     for n, p in ((4, 1), (6, 2), (256, 8)):
         counting = _count_constants(n)
         cases.append((top_banks_kernel, top, _top_constants(n, p), OPTIONS))
         cases.append((count_picks_kernel, count, counting, OPTIONS))
-        cases.append((count_before_documents_kernel, before, counting | {"P": p}, OPTIONS))
+        cases.append((count_before_spans_kernel, before, counting | {"P": p}, OPTIONS))
         cases.append((place_picks_kernel, place, _place_constants(n, p), OPTIONS))
     return cases

@@ -23,7 +23,10 @@ class Rows:
     """R = T (1 + P) rows sorted by segment; the shared bank's segments come first, at the positions 0 .. T - 1.
 
     num_tokens: T.
-    row_R, token_R: int32, the row and the token at each sorted position.
+    row_R, token_R: int32, the row and the token at each sorted position; the token is -1 for spoiled rows (see
+        kernels.resets), which kernels read as zeros.
+    run_R: int32, how many documents have started inside segments up to this position. Rows of one chunk with the same
+        number are of the same document.
     chunks: the segments in chunks of CHUNK_SIZE rows, G of them.
     pieces: the segments in pieces of several chunks, M of them, the unit of the scan between them.
     chunk_M: int64, the first chunk of each piece.
@@ -32,6 +35,7 @@ class Rows:
     num_tokens: int
     row_R: Tensor
     token_R: Tensor
+    run_R: Tensor
     chunks: Pieces
     pieces: Pieces
     chunk_M: Tensor
@@ -41,7 +45,7 @@ class Rows:
         """The tables that the operators take after their other inputs."""
         chunks, pieces = self.chunks, self.pieces
         spans = (chunks.start_M, chunks.end_M, pieces.start_M, pieces.end_M)
-        return self.row_R, self.token_R, *spans, self.chunk_M
+        return self.row_R, self.token_R, self.run_R, *spans, self.chunk_M
 
 
 def make_rows(segments: Segments, num_tokens: int, num_picks: int, chunks_per_piece: int) -> Rows:
@@ -54,12 +58,15 @@ def make_rows(segments: Segments, num_tokens: int, num_picks: int, chunks_per_pi
     token_R = row_R
     if num_picks:
         token_R = torch.where(row_R < num_tokens, row_R, (row_R - num_tokens) // num_picks)
+    run_R, resets = torch.zeros_like(token_R), segments.resets
+    if resets is not None:
+        run_R, token_R = resets.count_R1[1:], token_R.masked_fill(resets.spoiled_R, -1)
     chunks = cut(segments, num_rows, CHUNK_SIZE)
     pieces = cut(segments, num_rows, CHUNK_SIZE * chunks_per_piece)
     # A piece is a whole number of chunks, so its first chunk is its segment's first plus the chunks before it there.
     step_M = (pieces.start_M - segments.offsets_S1[pieces.segment_M]) // CHUNK_SIZE
     chunk_M = chunks.first_S[pieces.segment_M] + step_M
-    return Rows(num_tokens, row_R.int(), token_R.int(), chunks, pieces, chunk_M)
+    return Rows(num_tokens, row_R.int(), token_R.int(), run_R.int(), chunks, pieces, chunk_M)
 
 
 def choose_chunks_per_piece(num_rows: int, programs_per_piece: int) -> int:

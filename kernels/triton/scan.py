@@ -37,15 +37,18 @@ def scan_decay_kernel(
     first_ptr,
     last_ptr,
     empty_ptr,
+    reset_ptr,
     num_heads,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
+    HAS_RESETS: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
     """Run state <- transition state + increment with a decay per key channel; program (segment, head, block of K x V).
 
+    Where HAS_RESETS, the transition is taken for zero, whatever the state, in pieces that `reset` marks.
     Cells of the state are independent, so a block is any BLOCK of the K * V cells in memory order.
     """
     size: tl.constexpr = KEY_DIM * VALUE_DIM
@@ -69,7 +72,11 @@ def scan_decay_kernel(
         b_decay = tl.load(transition_ptr + place * KEY_DIM + channel, mask=inside, other=0.0)
         b_increment = tl.load(increment_ptr + place * size + cell, mask=inside, other=0.0)
         tl.store(entering_ptr + place * size + cell, b_state, mask=inside)
-        b_state = b_decay * b_state + b_increment
+        b_state = b_decay * b_state
+        if HAS_RESETS:
+            # Selected: the state may be inf or nan.
+            b_state = tl.where(tl.load(reset_ptr + start + i * step), 0.0, b_state)
+        b_state += b_increment
     tl.store(final_ptr + own, b_state, mask=inside)
 
 
@@ -106,15 +113,17 @@ def scan_matrix_kernel(
     first_ptr,
     last_ptr,
     empty_ptr,
+    reset_ptr,
     num_heads,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
+    HAS_RESETS: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """Run state <- transition state + increment with a matrix (transposed in reverse).
+    """Run state <- transition state + increment with a matrix (transposed in reverse); resets as in scan_decay_kernel.
 
     Program (segment, head, block of V). A matrix mixes the rows of the state but not its columns, so a block is BLOCK_V
     full columns. These would not fit into registers: each step writes the state that enters the next piece to memory,
@@ -141,6 +150,9 @@ def scan_matrix_kernel(
         # The loads below read what other threads of this program stored in the step before.
         tl.debug_barrier()
         place = (start + i * step) * num_heads + head
+        passes = True
+        if HAS_RESETS:
+            passes = tl.load(reset_ptr + start + i * step) == 0
         if i + 1 < count:
             to_ptr = entering_ptr + (place + step * num_heads) * size
         else:
@@ -159,7 +171,7 @@ def scan_matrix_kernel(
                     entry = row[:, None] * KEY_DIM + k[None, :]
                 square = (row < KEY_DIM)[:, None] & (k < KEY_DIM)
                 b_transition = tl.load(transition_ptr + place * KEY_DIM * KEY_DIM + entry, mask=square, other=0.0)
-                met = (k < KEY_DIM)[:, None] & (column < VALUE_DIM)
+                met = (k < KEY_DIM)[:, None] & (column < VALUE_DIM) & passes
                 entering = place * size + k[:, None] * VALUE_DIM + column
                 b_entering = tl.load(entering_ptr + entering, mask=met, other=0.0)
                 b_state = tl.dot(b_transition, b_entering, b_state, input_precision="ieee")
@@ -185,6 +197,7 @@ def _scan(
     first_S: Tensor,
     last_S: Tensor,
     empty_S: Tensor,
+    reset_M: Tensor | None,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     _, num_heads, key_dim, value_dim = increment_M.shape
@@ -202,8 +215,10 @@ def _scan(
         first_S,
         last_S,
         empty_S,
+        empty_S if reset_M is None else reset_M,
         num_heads,
         HAS_INITIAL=initial_S is not None,
+        HAS_RESETS=reset_M is not None,
         REVERSE=reverse,
         **constants,
         **options,
@@ -212,7 +227,7 @@ def _scan(
 
 
 @_scan.register_fake
-def _(transition_M, increment_M, initial_S, first_S, last_S, empty_S, reverse):
+def _(transition_M, increment_M, initial_S, first_S, last_S, empty_S, reset_M, reverse):
     return torch.empty_like(increment_M), increment_M.new_empty(first_S.shape[0], *increment_M.shape[1:])
 
 
@@ -228,7 +243,8 @@ def run_scan(
         reverse: scan with the transposed transitions, from the last piece of each segment to the first.
     """
     initial_S = None if initial_S is None else initial_S.contiguous()
-    tables = pieces.first_S, pieces.last_S, pieces.empty_S
+    reset_M = None if pieces.resets is None else pieces.resets.inside_M
+    tables = pieces.first_S, pieces.last_S, pieces.empty_S, reset_M
     return _scan(transition_M.contiguous(), increment_M.contiguous(), initial_S, *tables, reverse)
 
 
@@ -236,12 +252,13 @@ def compile_cases(arch: int) -> list[tuple[triton.JITFunction, dict, dict, dict]
     """Return (kernel, signature, constants, options) of everything that is launched at common sizes."""
     pointers = ("transition", "increment", "initial", "entering", "final")
     signature = {f"{name}_ptr": "*fp32" for name in pointers}
-    signature |= {"first_ptr": "*i64", "last_ptr": "*i64", "empty_ptr": "*i1", "num_heads": "i32"}
+    signature |= {"first_ptr": "*i64", "last_ptr": "*i64", "empty_ptr": "*i1", "reset_ptr": "*i1", "num_heads": "i32"}
     cases = []
     for dim in (64, 128, 256):
         for columns in (1, dim):
             for reverse in (False, True):
                 # With the extra columns that scan_spans adds.
                 kernel, _, constants, options = _choose(dim, dim + columns, columns)
-                cases.append((kernel, signature, constants | {"HAS_INITIAL": True, "REVERSE": reverse}, options))
+                flags = {"HAS_INITIAL": True, "HAS_RESETS": True, "REVERSE": reverse}
+                cases.append((kernel, signature, constants | flags, options))
     return cases

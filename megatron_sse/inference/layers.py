@@ -184,7 +184,7 @@ class BankCache(LayerCache):
         if layout.one_each:
             o_THV = decode_step(self.states_XAHKV, layout.place_D, shared, sparse, v_THV, routes, **options)
             return BankOutputs(o_THV, None, None)
-        # More than one token: the chunked form, from the states kept.
+        # More than one token: the chunked form, from the states kept. Each sequence is a span, as its state is wanted.
         initial_DAHKV, edges = self.states_XAHKV[layout.place_D], None
         if layout.shard.size > 1:
             edges = edges_behind(initial_DAHKV[0].flatten(0, 1), exchange, layout.shard.rank)
@@ -196,12 +196,12 @@ class BankCache(LayerCache):
             layout.offsets_D1,
             layout.document_T,
             form=form,
-            initial_DAHKV=initial_DAHKV if edges is None else None,
+            initial_YAHKV=initial_DAHKV if edges is None else None,
             edges=edges,
             **options,
         )
-        assert banks.final_DAHKV is not None
-        final_DAHKV = banks.final_DAHKV if edges is None else of_last_rank(banks.final_DAHKV, group)
+        assert banks.final_YAHKV is not None
+        final_DAHKV = banks.final_YAHKV if edges is None else of_last_rank(banks.final_YAHKV, group)
         self.states_XAHKV[layout.place_D] = final_DAHKV
         return banks
 

@@ -21,11 +21,11 @@ class LayerMetrics:
         self._sums: dict[str, Tensor] = {}
         self._count = 0
 
-    def add(self, g: Tensor, routes: Routes | None, balance_loss: Tensor | None, final_DAHKV: Tensor) -> None:
-        """Count one micro-batch: log decays of the shared bank, picks, balance loss, states after the documents."""
+    def add(self, g: Tensor, routes: Routes | None, balance_loss: Tensor | None, final_YAHKV: Tensor) -> None:
+        """Count one micro-batch: log decays of the shared bank, picks, balance loss, states after documents."""
         values = {} if balance_loss is None else {"balance_loss": balance_loss.detach()}
         if self.detailed:
-            values |= _describe(g.detach(), routes, final_DAHKV.detach())
+            values |= _describe(g.detach(), routes, final_YAHKV.detach())
         for name, value in values.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._count += 1
@@ -38,8 +38,8 @@ class LayerMetrics:
         return {name: value / self._count for name, value in self._sums.items()}
 
 
-def _describe(g: Tensor, routes: Routes | None, final_DAHKV: Tensor) -> dict[str, Tensor]:
-    values = {"decay": mean_decay(g), "state_norm": final_DAHKV.float().norm(dim=(-2, -1)).mean()}
+def _describe(g: Tensor, routes: Routes | None, final_YAHKV: Tensor) -> dict[str, Tensor]:
+    values = {"decay": mean_decay(g), "state_norm": final_YAHKV.float().norm(dim=(-2, -1)).mean()}
     if routes is not None:
         prob_TN = routes.prob_TN.detach()
         values["entropy"] = -(prob_TN * prob_TN.clamp(min=1e-20).log()).sum(-1).mean()

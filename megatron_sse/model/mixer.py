@@ -152,8 +152,8 @@ class SSEMixer(MegatronModule):
             out = AttachLoss.apply(out, balance_loss, scale)
         # Recomputed layers run forward twice: once without gradients, which is not counted.
         if self.training and torch.is_grad_enabled():
-            assert banks.final_DAHKV is not None
-            self.metrics.add(shared.g, routes, balance_loss, banks.final_DAHKV)
+            assert banks.final_YAHKV is not None
+            self.metrics.add(shared.g, routes, balance_loss, banks.final_YAHKV)
         return out, None
 
     def _weigh(self, sparse: BankInputs | None, routes: Routes | None) -> tuple[BankInputs | None, dict[str, Any]]:

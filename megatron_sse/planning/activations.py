@@ -1,8 +1,8 @@
 """Bytes that autograd keeps of a micro-batch on one rank, added up over what each module saves.
 
 There are two sets of kernels: "torch", which runs without a GPU, cuts rows into padded fp32 chunks and keeps those;
-"triton", with Transformer Engine's norms, keeps the inputs as they are and the states between pieces. Documents cost at
-most a chunk for each bank.
+"triton", with Transformer Engine's norms, keeps the inputs as they are and the states between pieces. What recurrences
+keep does not depend on the documents, which are resets inside the spans.
 """
 
 from __future__ import annotations
@@ -164,8 +164,9 @@ def _picks(sizes: Sizes, mixer: Mixer) -> int:
 
 
 def _segments(sizes: Sizes, mixer: Mixer) -> int:
-    """Return the number of (document, bank) pairs. A document in several slots counts in each."""
-    return sizes.fragments * (1 + mixer.partitions)
+    """Return the number of (span, bank) pairs: slots of sequences are spans, or all tokens without context ranks."""
+    spans = sizes.config.training.micro_batch_size * sizes.num_slots if sizes.config.parallel.context > 1 else 1
+    return spans * (1 + mixer.partitions)
 
 
 def _states(sizes: Sizes, mixer: Mixer, pieces: int) -> int:
@@ -180,7 +181,7 @@ def _states(sizes: Sizes, mixer: Mixer, pieces: int) -> int:
 
 def _torch_recurrence(sizes: Sizes, mixer: Mixer) -> Kept:
     rows = sizes.tokens * (1 + _picks(sizes, mixer))
-    # Rows are padded to complete chunks: up to one more chunk for each (document, bank).
+    # Rows are padded to complete chunks: up to one more chunk for each segment.
     size = choose_chunk_size(rows, _segments(sizes, mixer))
     num_chunks = rows // size + _segments(sizes, mixer)
     recurrence = mixer.spec.recurrence

@@ -150,7 +150,7 @@ def test_blocks_of_queries(name: str, folders: list[Path]) -> None:
 def forget_states(patch: pytest.MonkeyPatch) -> None:
     original = cache_module.sse_attention
     patch.setattr(
-        cache_module, "sse_attention", lambda *args, **options: original(*args, **options | {"initial_DAHKV": None})
+        cache_module, "sse_attention", lambda *args, **options: original(*args, **options | {"initial_YAHKV": None})
     )
 
 

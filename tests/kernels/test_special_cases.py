@@ -15,8 +15,8 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def one_document(q: Tensor, k: Tensor, g: Tensor, v: Tensor, initial: Tensor | None = None) -> tuple[Tensor, Tensor]:
     packing = torch.tensor([0, T]), torch.zeros(T, dtype=torch.int64)
-    out = sse_attention(BankInputs(q, k, g), None, v, None, *packing, initial_DAHKV=initial)
-    return out.o_THV, out.final_DAHKV[0, 0]
+    out = sse_attention(BankInputs(q, k, g), None, v, None, *packing, initial_YAHKV=initial)
+    return out.o_THV, out.final_YAHKV[0, 0]
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 3.0])

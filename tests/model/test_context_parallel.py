@@ -81,8 +81,8 @@ def forget_reset(patch: pytest.MonkeyPatch) -> None:
     """Pass the entering states on, even where a document starts in the slot."""
     original = segments.Edges.__init__
 
-    def wrong(self, entry, continues, exit_, carries, exchange):
-        original(self, entry, continues, exit_, torch.ones_like(carries), exchange)
+    def wrong(self, span, continues, carries, exchange):
+        original(self, span, continues, torch.ones_like(carries), exchange)
 
     patch.setattr(segments.Edges, "__init__", wrong)
 
@@ -91,8 +91,8 @@ def forget_boundary(patch: pytest.MonkeyPatch) -> None:
     """Let states enter documents that start at a slot's edge."""
     original = segments.Edges.__init__
 
-    def wrong(self, entry, continues, exit_, carries, exchange):
-        original(self, entry, torch.ones_like(continues), exit_, carries, exchange)
+    def wrong(self, span, continues, carries, exchange):
+        original(self, span, torch.ones_like(continues), carries, exchange)
 
     patch.setattr(segments.Edges, "__init__", wrong)
 

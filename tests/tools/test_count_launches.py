@@ -12,7 +12,7 @@ import pytest
 SHARED = {
     "conv_backward_kernel": (0, 1),
     "conv_forward_kernel": (1, 0),
-    "count_before_documents_kernel": (1, 0),
+    "count_before_spans_kernel": (1, 0),
     "count_picks_kernel": (1, 0),
     "norm_backward_kernel": (0, 1),
     "norm_forward_kernel": (1, 0),

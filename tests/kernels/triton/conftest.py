@@ -1,4 +1,4 @@
-"""Set-up of Triton's interpreter, which runs the kernels on the CPU, with its bf16 arithmetic corrected."""
+"""Set-up of Triton's interpreter, which runs the kernels on the CPU: bf16 arithmetic corrected, scans made faster."""
 
 import os
 
@@ -29,9 +29,22 @@ def _create_dot(self, a, b, *rest):
     return _multiply(self, _widen(a), _widen(b), *rest)
 
 
+def _generic_scan(self, input):
+    """Scan row by row; the original calls the function for each element."""
+    rows = zip(*(np.moveaxis(x.handle.data, self.axis, 0) for x in input), strict=True)
+    types = [x.dtype for x in input]
+    sums: list = []
+    for row in rows:
+        row = [self.to_tensor(x, dtype) for x, dtype in zip(row, types, strict=True)]
+        sums.append(row if not sums else self.combine_fn.fn(*sums[-1], *row))
+    stacked = (np.stack([x.handle.data for x in column], self.axis) for column in zip(*sums, strict=True))
+    return [self.to_tensor(x, dtype) for x, dtype in zip(stacked, types, strict=True)]
+
+
 @pytest.fixture(autouse=True)
 def mended_interpreter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if os.environ.get("TRITON_INTERPRET") != "1" and not request.path.name.startswith("gpu_"):
         pytest.skip("needs TRITON_INTERPRET=1; gpu_attention.py runs what is compiled")
     monkeypatch.setattr(interpreter, "_convert_float", _convert_float)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _create_dot)
+    monkeypatch.setattr(interpreter.ScanOps, "generic_scan", _generic_scan)

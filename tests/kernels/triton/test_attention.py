@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
-from megatron_sse.kernels import Edges, decode, norm, routing, scan, sse, triton_attention
-from megatron_sse.kernels.scan import apply_transition
+from megatron_sse.kernels import decode, norm, routing, scan, sse, triton_attention
 from tests.kernels.cases import Case, Inputs, errors, make_inputs, outputs_and_gradients
-from tests.kernels.implementations import attention, oracle
+from tests.kernels.implementations import attention, attention_in_spans, oracle, oracle_in_spans
+from tests.kernels.test_resets import HandedOn
 from tests.kernels.triton.rounding import errors_of_bf16
 
 LENGTHS = (1, 70, 3)
@@ -52,37 +51,31 @@ def test_matches_the_oracle(form: str, case: Case) -> None:
     assert not worst
 
 
-class Spans:
-    """One document in three spans that get each other's states only through `exchange`."""
-
-    lengths = (70, 64, 20)
-
-    def __init__(self, inputs: Inputs) -> None:
-        sizes = torch.tensor(self.lengths)
-        offsets, document = sizes.cumsum(0), torch.repeat_interleave(torch.arange(len(sizes)), sizes)
-        self.inputs = replace(inputs, offsets_D1=torch.nn.functional.pad(offsets, (1, 0)), document_T=document)
-        self.span_F1 = torch.arange(len(sizes))[:, None]
-
-    def attend(self, inputs: Inputs, routes: routing.Routes | None, initial_DAHKV: None, **options):
-        continues = self.span_F1 > 0
-        edges = Edges(self.span_F1, continues, self.span_F1, continues, self.exchange)
-        out = attention("varlen")(self.inputs, routes, edges=edges, **options)
-        return out[0], out[1][-1:]
-
-    @staticmethod
-    def exchange(transition_F: Tensor, state_F: Tensor) -> Tensor:
-        entering = [torch.zeros_like(state_F[0])]
-        for transition, state in zip(transition_F[:-1], state_F[:-1], strict=True):
-            entering.append(apply_transition(transition, entering[-1]) + state)
-        return torch.stack(entering)
+# Documents that share chunks and pieces, as resets of one span or of spans that hand their states on.
+PACKED = replace(BASE, lengths=(30, 1, 9, 90, 5, 40), num_partitions=2, num_writers=1, num_readers=2)
+RESETS = [
+    replace(PACKED, num_value_heads=2, key_dim=12, value_dim=24, own_reads=True, initial=True),
+    replace(PACKED, decay="underflow", routing="gaps", num_partitions=3),
+    replace(PACKED, num_partitions=0),
+]
+RESETS += [replace(case, recurrence="gdn") for case in RESETS]
 
 
+@pytest.mark.parametrize("case", RESETS, ids=str)
+def test_documents_as_resets_match_the_oracle(case: Case) -> None:
+    expected = outputs_and_gradients(oracle_in_spans, case, make_inputs(case))
+    actual = outputs_and_gradients(attention_in_spans("varlen"), case, fp32(make_inputs(case)))
+    worst = {name: error for name, error in errors(actual, expected).items() if not error < TOLERANCE}
+    assert not worst
+
+
+@pytest.mark.parametrize("lengths", [(154,), (30, 1, 9, 85, 5, 24)], ids=["one document", "several"])
 @pytest.mark.parametrize("recurrence", ["gla", "gdn"])
-def test_states_from_elsewhere(recurrence: str) -> None:
-    case = replace(BASE, recurrence=recurrence, lengths=(sum(Spans.lengths),), num_writers=2, num_readers=2)
-    expected = outputs_and_gradients(oracle, case, make_inputs(case))
-    inputs = fp32(make_inputs(case))
-    actual = outputs_and_gradients(Spans(inputs).attend, case, inputs)
+def test_states_from_elsewhere(recurrence: str, lengths: tuple[int, ...]) -> None:
+    case = replace(BASE, recurrence=recurrence, lengths=lengths, num_writers=2, num_readers=2)
+    expected = outputs_and_gradients(oracle_in_spans, case, make_inputs(case))
+    handed_on = HandedOn(case, (70, 64, 20))
+    actual = outputs_and_gradients(handed_on.attend("varlen"), case, fp32(make_inputs(case)))
     worst = {name: error for name, error in errors(actual, expected).items() if not error < TOLERANCE}
     assert not worst
 

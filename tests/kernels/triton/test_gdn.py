@@ -25,9 +25,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows: Rows, writes_R, initial, write_R, read_R, *tensors):
-        tables = (rows.row_R, rows.token_R, rows.chunks.start_M, rows.chunks.end_M)
-        tables += (rows.pieces.start_M, rows.pieces.end_M, rows.chunk_M)
-        inputs = [*tensors, writes_R, write_R, read_R, *tables]
+        inputs = [*tensors, writes_R, write_R, read_R, *rows.tables]
         prepared = gdn.gdn_prepare(inputs, rows.num_tokens)
         transition, increment = gdn.gdn_summarize(inputs, rows.num_tokens, prepared)
         entering, final = scan_states(transition, increment, rows.pieces, initial)
@@ -125,7 +123,7 @@ def test_the_inverse_of_repeated_keys_with_negative_eigenvalues() -> None:
     zeros, twos, ones = torch.zeros(num_tokens, 1), torch.full((num_tokens, 1), 2.0), torch.ones(num_tokens)
     bank, rows = (key, key, zeros, twos), torch.arange(num_tokens, dtype=torch.int32)
     end = tables + num_tokens
-    inputs = [*bank, *bank, key, ones, ones, ones, rows, rows, tables, end, tables, end, tables]
+    inputs = [*bank, *bank, key, ones, ones, ones, rows, rows, 0 * rows, tables, end, tables, end, tables]
     inverse, _, _ = gdn.gdn_prepare(inputs, num_tokens)
     expected = torch.linalg.inv(torch.eye(num_tokens) + 2 * torch.ones(num_tokens, num_tokens).tril(-1).double())
     assert rms(inverse[0] - expected) < 1e-5 * rms(expected)

@@ -22,9 +22,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows: Rows, q1, k1, g1, q2, k2, g2, v, writes, write, read, initial_S):
-        chunks, pieces = rows.chunks, rows.pieces
-        tables = (rows.row_R, rows.token_R, chunks.start_M, chunks.end_M, pieces.start_M, pieces.end_M, rows.chunk_M)
-        inputs = (q1, k1, g1, q2, k2, g2, v, writes, write, read, *tables, rows.num_tokens)
+        pieces = rows.pieces
+        inputs = (q1, k1, g1, q2, k2, g2, v, writes, write, read, *rows.tables, rows.num_tokens)
         with torch.enable_grad():
             leaves = [x.requires_grad_() for x in gla.gla_summarize(*inputs)]
             if initial_S is not None:
@@ -213,10 +212,8 @@ def test_operators_are_registered() -> None:
     """Schemas and fake outputs of the operators agree with their real behaviour."""
     rows = make_rows(Segments(torch.tensor([0, 3])), 3, 0, 1)
     key, value, ones = torch.randn(3, 1, 16), torch.randn(3, 1, 20), torch.ones(3)
-    chunks, pieces = rows.chunks, rows.pieces
-    tables = (rows.row_R, rows.token_R, chunks.start_M, chunks.end_M, pieces.start_M, pieces.end_M, rows.chunk_M, 3)
-    inputs = (*(key, key, -key.abs()) * 2, value, ones, ones, ones, *tables)
-    states = torch.randn(len(pieces.start_M), 1, 16, 20)
+    inputs = (*(key, key, -key.abs()) * 2, value, ones, ones, ones, *rows.tables, 3)
+    states = torch.randn(len(rows.pieces.start_M), 1, 16, 20)
     for operator, rest in (
         (gla.gla_summarize, ()),
         (gla.gla_attend, (states,)),

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from megatron_sse.kernels import decode, norm, routing, scan, sse, triton_attention
-from tests.kernels.cases import Case, errors, make_inputs, outputs_and_gradients
+from tests.kernels import test_resets
+from tests.kernels.cases import Case, errors, make_inputs, outputs_and_gradients, run
 from tests.kernels.implementations import attention, oracle
 from tests.kernels.test_non_finite import poison, results, with_steps_that_forget
 
@@ -41,3 +42,24 @@ def test_a_log_decay_of_minus_infinity_forgets(recurrence: str, form: str) -> No
     actual = outputs_and_gradients(attention(form), case, inputs.map(lambda x: x.float()))
     worst = {name: error for name, error in errors(actual, expected).items() if not error < 1e-5}
     assert not worst
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("recurrence", ["gla", "gdn"])
+def test_documents_as_resets_hear_nothing_of_the_one_before(recurrence: str) -> None:
+    """The documents share chunks, and the one with the value crosses spans.
+
+    Scores inside a chunk are quotients of decays from its start, whose rounding is all that other documents change: by
+    2.5e-7 of the largest number here.
+    """
+    case = replace(CASE, recurrence=recurrence, lengths=(30, 1, 9, 30), num_partitions=1, num_readers=1)
+    function, first = test_resets.HandedOn(case, (20, 16, 34)).attend("varlen"), 40
+    inputs = make_inputs(case).map(lambda x: x.float())
+    clean = test_resets.results(function, case, inputs, first)
+    for tensor, token, value in (("v", 34, torch.inf), ("sparse.k", 36, torch.nan), ("shared.g", 37, -torch.inf)):
+        inputs = test_resets.poison(inputs, tensor, token, value)
+    actual = test_resets.results(function, case, inputs, first)
+    for name, x in clean.items():
+        assert (actual[name] - x).abs().max() <= 5e-7 * x.abs().max(), name
+    o_THV, _ = run(function, case, inputs)
+    assert o_THV[:34].isfinite().all() and not o_THV[34:first].isfinite().any()
