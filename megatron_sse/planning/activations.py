@@ -210,7 +210,7 @@ def _triton_recurrence(sizes: Sizes, mixer: Mixer) -> Kept:
         inputs += mixer.banks * element * mixer.keys * sum(m == "silu" or element < FP32 for m in maps)
     # Values, the outputs of all banks, and the output gate.
     kept = sizes.tokens * (inputs + element * mixer.values * (2 + picks + sse.output_gate))
-    kept += rows * 5 * FP32  # scales of the picks, and which row is which token's
+    kept += rows * 6 * FP32  # scales of the picks, which row is which token's, and where documents start
     # The kernels cut long segments into pieces until all blocks together fill a GPU.
     blocks = mixer.value_heads * max(1, mixer.key_dim // 64) * max(1, mixer.value_dim // 64)
     length = CHUNK_SIZE * choose_chunks_per_piece(rows, blocks)

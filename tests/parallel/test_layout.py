@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from megatron_sse.parallel.layout import TokenLayout
+from megatron_sse.parallel.sharding import ContextShard
 
 
 def brute_force(starts_BL):
@@ -34,6 +35,21 @@ def test_from_starts_is_what_a_loop_finds(density):
 def test_every_sequence_starts_a_document():
     layout = TokenLayout.from_starts(np.zeros((2, 5), dtype=bool))
     assert layout.offsets_D1.tolist() == [0, 5, 10]
+
+
+def test_spans_do_not_depend_on_the_documents():
+    """All tokens are one span, or each slot of each sequence with context ranks."""
+    starts_BE = np.zeros((2, 8), dtype=bool)
+    starts_BE[1, [2, 3, 6]] = True
+    layout = TokenLayout.from_starts(starts_BE)
+    assert layout.offsets_Y1.tolist() == [0, 16] and layout.span_T.tolist() == [0] * 16 and layout.edges is None
+    layout = TokenLayout.from_starts(starts_BE, shard=ContextShard(0, 2, zigzag=True))
+    assert layout.offsets_Y1.tolist() == [0, 2, 4, 6, 8] and layout.span_T.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    # Slots hold the columns 0 1 | 6 7 of each sequence: the document of the first one fills its second slot (carries).
+    edges = layout.edges
+    assert edges.span_FB.tolist() == [[0, 2], [1, 3]]
+    assert edges.continues_FB.tolist() == [[False, False], [True, False]]
+    assert edges.carries_FB.tolist() == [[False, False], [True, False]]
 
 
 def test_the_given_array_is_not_changed():
