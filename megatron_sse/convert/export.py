@@ -13,6 +13,7 @@ from megatron_sse.data.metadata import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_SETTI
 from megatron_sse.errors import UserError
 from megatron_sse.hf import exported
 from megatron_sse.hf.dense_settings import FAMILIES, model_to_dense
+from megatron_sse.hf.exported.settings_megatron_sse import split_settings
 from megatron_sse.hf.folder import CONFIG, read_json, write_json
 from megatron_sse.hf.sse_settings import model_to_sse
 from megatron_sse.pretrained.logits import network_settings
@@ -32,7 +33,15 @@ _KEPT_FILES = (
     CHAT_TEMPLATE,
     "generation_config.json",
 )
-_MODELING_FILES = ("modeling_megatron_sse.py", "network_megatron_sse.py")
+# The first is the one that config.json names; it imports the others.
+_MODELING_FILES = (
+    "modeling_megatron_sse.py",
+    "settings_megatron_sse.py",
+    "cache_megatron_sse.py",
+    "network_megatron_sse.py",
+    "tokens_megatron_sse.py",
+    "recurrences_megatron_sse.py",
+)
 
 
 def keep_from_source(source: Path, target: Path) -> None:
@@ -61,29 +70,18 @@ def hf_settings(config: RunConfig, kind: str) -> dict[str, Any]:
 
 
 def _own_settings(config: RunConfig) -> dict[str, Any]:
-    model, module = config.model, _MODELING_FILES[0].removesuffix(".py")
-    heads = model.softmax if "softmax" in model.layer_kinds() else None
+    module = _MODELING_FILES[0].removesuffix(".py")
     return {
         "architectures": ["MegatronSSEForCausalLM"],
         "model_type": HF_MODEL_TYPE,
         "auto_map": {
             "AutoConfig": f"{module}.MegatronSSEConfig",
+            "AutoModel": f"{module}.MegatronSSEModel",
             "AutoModelForCausalLM": f"{module}.MegatronSSEForCausalLM",
         },
-        # Other tools read these by their usual names.
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.ffn_hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": heads.num_heads if heads else model.sse.num_heads,
-        "num_key_value_heads": heads.num_kv_heads if heads else model.sse.num_value_heads,
-        "head_dim": heads.head_dim if heads else model.sse.head_dim,
         "max_position_embeddings": config.data.sequence_length,
-        "initializer_range": model.init_std,
-        "tie_word_embeddings": model.tie_embeddings,
         "use_cache": True,
-        "model": network_settings(config),
-    }
+    } | split_settings(network_settings(config))
 
 
 def write_beside(source: Path, target: Path, settings: dict[str, Any], kind: str, dtype: torch.dtype) -> None:

@@ -87,12 +87,26 @@ class SSESchema(_Values):
     linear_attn_type: str
 
 
+class _Heads(_Values):
+    num_heads: _Size | None
+    head_dim: _Size | None
+
+
+class _SSEHeads(_Heads):
+    num_value_heads: _Size | None
+
+
+class _SoftmaxHeads(_Heads):
+    num_kv_heads: _Size | None
+
+
 class OwnSchema(_Values):
-    """Folders with our modeling file."""
+    """Folders with our modeling file. The settings themselves are checked as those of a run."""
 
     class Model(_Values):
         layers: Annotated[list[str], Field(min_length=1, max_length=10_000)]
-        num_layers: _Layers
+        sse: _SSEHeads
+        softmax: _SoftmaxHeads
 
     model: Model
 

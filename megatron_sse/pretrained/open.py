@@ -17,6 +17,7 @@ from megatron_sse.config.pattern import shorten_pattern
 from megatron_sse.config.weights import model_weights
 from megatron_sse.errors import UserError
 from megatron_sse.hf.dense_settings import FAMILIES, model_from_dense
+from megatron_sse.hf.exported.settings_megatron_sse import complete_settings
 from megatron_sse.hf.folder import CONFIG, HFWeights, read_json
 from megatron_sse.hf.links import Link, check_shapes, to_ours
 from megatron_sse.hf.name_map import DENSE_NAMES, OUTPUT, SSE_NAMES, model_links
@@ -79,7 +80,10 @@ def _open_hf(folder: Path) -> Model:
     model_type = check(folder / CONFIG, values, FolderSchema).model_type
     if model_type == HF_MODEL_TYPE:
         check(folder / CONFIG, values, OwnSchema)
-        kind, section = HF, values["model"]
+        try:
+            kind, section = HF, complete_settings(values)
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from None
         section = section | {"layers": shorten_pattern(section["layers"])}
     elif model_type == SSE:
         kind, section = SSE, model_from_sse(values, where)
