@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from megatron_sse.data.metadata import TOKENIZER, TOKENIZER_SETTINGS, read_metadata
 from megatron_sse.data.tokenizer import END_OF_DOCUMENT, VOCAB_SIZE
 from megatron_sse.errors import UserError, foreign_errors
+from megatron_sse.hf.dense_settings import FAMILIES
 from megatron_sse.installed import require
 from megatron_sse.pretrained.open import Model
 
@@ -108,7 +109,10 @@ def _read_tokenizer(model: Model, file: str) -> Tokenizer:
         if file == TOKENIZER:
             tokenizer: Any = transformers.PreTrainedTokenizerFast(tokenizer_file=str(model.folder / file))
         else:
+            # Without a configuration, transformers reads config.json, and warns of model types that are not its own. It
+            # does not need it, since tokenizer_config.json names the class.
+            config = None if model.kind in FAMILIES else transformers.PretrainedConfig()
             tokenizer = transformers.AutoTokenizer.from_pretrained(
-                model.folder, local_files_only=True, trust_remote_code=False
+                model.folder, config=config, local_files_only=True, trust_remote_code=False
             )
         return FolderTokenizer(tokenizer)

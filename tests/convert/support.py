@@ -7,8 +7,11 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from megatron_sse.checkpoint.full_weights import write_weights
 from megatron_sse.convert.command import run
 from megatron_sse.convert.request import Request
+from megatron_sse.hf.name_map import SSE_NAMES, model_links
+from megatron_sse.pretrained.open import make_run_config
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -28,6 +31,18 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+
+# A model of ours.
+BASE: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "ffn_hidden_size": 48,
+    "vocab_size": 99,
+    "layers": "sse",
+    "norm_epsilon": 1e-6,
+}
+SSE: dict[str, Any] = {"num_heads": 2, "head_dim": 8}
+SOFTMAX: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2}
 
 
 def convert(source: str, target: str, **options: Any) -> int:
@@ -69,3 +84,23 @@ def logits_by_transformers(folder: Path, tokens_BL: torch.Tensor) -> torch.Tenso
 
 def random_tokens(vocab_size: int = SIZES["vocab_size"], length: int = 100) -> torch.Tensor:
     return torch.randint(vocab_size, (2, length), generator=torch.Generator().manual_seed(3))
+
+
+def model(layers: str = "sse", sse: dict[str, Any] | None = None, **others: Any) -> dict[str, Any]:
+    return BASE | {"layers": layers, "sse": SSE | (sse or {})} | others
+
+
+def make_ours(target: Path, section: dict[str, Any], precision: str = "fp32") -> Path:
+    """Make a checkpoint of a random model with weights large enough for each to matter."""
+    config = make_run_config(section, 256, precision, "test")
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    for link in model_links(config.model, SSE_NAMES):
+        drawn = torch.randn(link.shape(), generator=generator)
+        if "router" in link.ours:
+            drawn = 5 * drawn
+        tensor = 1 + 0.2 * drawn if "norm" in link.ours else 0.3 * drawn
+        tensors[link.ours] = tensor if precision == "fp32" else tensor.bfloat16()
+    target.mkdir()
+    write_weights(target, config, tensors.items())
+    return target

@@ -9,34 +9,24 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from megatron_sse.checkpoint.full_weights import write_weights
 from megatron_sse.errors import UserError
 from megatron_sse.hf import folder
 from megatron_sse.hf.exported import network_megatron_sse
-from megatron_sse.hf.name_map import SSE_NAMES, model_links
 from megatron_sse.hf.sse_settings import model_from_sse, model_to_sse
 from megatron_sse.pretrained.logits import compute_logits
-from megatron_sse.pretrained.open import make_run_config, open_model
+from megatron_sse.pretrained.open import open_model
 from megatron_sse.recurrence import RECURRENCES
-from tests.convert.support import assert_same_tensors, convert, logits_by_transformers, random_tokens
+from tests.convert.support import (
+    SOFTMAX,
+    assert_same_tensors,
+    convert,
+    logits_by_transformers,
+    make_ours,
+    model,
+    random_tokens,
+)
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "hf_sse_gla"
-BASE: dict[str, Any] = {
-    "num_layers": 2,
-    "hidden_size": 32,
-    "ffn_hidden_size": 48,
-    "vocab_size": 99,
-    "layers": "sse",
-    "norm_epsilon": 1e-6,
-}
-SSE: dict[str, Any] = {"num_heads": 2, "head_dim": 8}
-SOFTMAX: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2}
-
-
-def model(layers: str = "sse", sse: dict[str, Any] | None = None, **others: Any) -> dict[str, Any]:
-    return BASE | {"layers": layers, "sse": SSE | (sse or {})} | others
-
-
 # Settings that the authors' code supports.
 THEIRS = {
     "gla": model(sse={"value_head_dim": 12}),
@@ -72,22 +62,6 @@ OURS = {
     ),
     "softmax alone, no rotary": model("softmax", softmax=SOFTMAX | {"rotary_base": 0.0}),
 }
-
-
-def make_ours(target: Path, section: dict[str, Any], precision: str = "fp32") -> Path:
-    """Make a checkpoint of a random model with weights large enough for each to matter."""
-    config = make_run_config(section, 256, precision, "test")
-    generator = torch.Generator().manual_seed(1)
-    tensors = {}
-    for link in model_links(config.model, SSE_NAMES):
-        drawn = torch.randn(link.shape(), generator=generator)
-        if "router" in link.ours:
-            drawn = 5 * drawn
-        tensor = 1 + 0.2 * drawn if "norm" in link.ours else 0.3 * drawn
-        tensors[link.ours] = tensor if precision == "fp32" else tensor.bfloat16()
-    target.mkdir()
-    write_weights(target, config, tensors.items())
-    return target
 
 
 def assert_same_weights(ours: Path, other: Path) -> None:
@@ -155,7 +129,7 @@ def test_an_export_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert error.abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("name", ["gdn hybrid, conv, bias", "all kinds", "hybrid"])
+@pytest.mark.parametrize("name", ["gdn hybrid, conv, bias", "all kinds", "hybrid", "sse kda"])
 def test_an_export_generates_what_we_do(tmp_path: Path, name: str) -> None:
     ours = make_ours(tmp_path / "ours", (THEIRS | OURS)[name])
     assert convert(str(ours), str(tmp_path / "hf")) == 0
@@ -175,6 +149,17 @@ def test_an_export_generates_what_we_do(tmp_path: Path, name: str) -> None:
     assert torch.equal(padded[:1, 7:], alone) and torch.equal(padded[1:], generated[1:])
     beams = network.generate(tokens_BL, num_beams=2, **settings)
     assert torch.equal(beams, network.generate(tokens_BL, num_beams=2, use_cache=False, **settings))
+    # Packed in a row, and with padding in between, tokens are computed as alone: by the kernels and in plain torch.
+    expected = compute_logits(open_model("", ours), tokens_BL)
+    real_BL = torch.arange(40).expand(2, -1) % 2
+    spread_BL = torch.zeros_like(real_BL).masked_scatter(real_BL.bool(), tokens_BL)
+    for kernels in (True, False):
+        network.config.megatron_sse_kernels = kernels
+        with torch.no_grad():
+            packed = network(tokens_BL.view(1, -1), position_ids=torch.arange(20).repeat(2)[None]).logits
+            spread = network(spread_BL, attention_mask=real_BL).logits
+        for logits in (packed.view_as(expected), spread[:, 1::2]):
+            assert (logits - expected).abs().max() < 1e-4 * expected.abs().max(), kernels
 
 
 def test_an_export_in_half_precision(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from megatron_sse.parallel.groups import init_groups
 from megatron_sse.training.loop import Run
@@ -56,7 +57,10 @@ def test_training_starts_from_what_was_converted(tmp_path: Path, parallel: dict[
     world_size, sections = len(parallel) + 1, {"parallel": parallel}
     run_workers(1, save_new, tmp_path, "one", {})
     assert convert(str(tmp_path / "one"), str(tmp_path / "hf")) == 0
-    assert convert(str(tmp_path / "hf"), str(tmp_path / "back")) == 0
+    # As a trainer of transformers saves it.
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    exported.save_pretrained(tmp_path / "saved")
+    assert convert(str(tmp_path / "saved"), str(tmp_path / "back")) == 0
     expected = run_workers(1, first_steps, tmp_path, None, {})[0]
     losses = run_workers(world_size, first_steps, tmp_path, tmp_path / "back", sections)[0]
     assert losses == pytest.approx(expected, rel=1e-5)

@@ -52,7 +52,7 @@ class MegatronSSEConfig(PretrainedConfig):
         self.model = model
         written = {name: kwargs.pop(name) for name in DERIVED if name in kwargs}
         if model is not None:
-            # Folders of the first version have some settings twice.
+            # Earlier exports have some settings twice.
             for name, value in split_settings(complete_settings(written | vars(self))).items():
                 setattr(self, name, value)
         super().__init__(**kwargs)
@@ -230,7 +230,7 @@ class MegatronSSEModel(MegatronSSEPreTrainedModel):
             if batch_size != 1:
                 raise ValueError(f"cu_seq_lens_q: got {batch_size} sequences, allowed one that holds all documents")
             starts = torch.zeros(1, length + 1, dtype=torch.bool, device=device)
-            starts = starts.index_fill(1, offsets.to(device), True)[:, :length]
+            starts = starts.index_fill(1, offsets.to(device, torch.int64), True)[:, :length]
             start_BL = starts if start_BL is None else start_BL | starts
         if start_BL is not None and (attention_mask is not None or num_before):
             raise ValueError("cu_seq_lens_q, seq_idx: allowed without attention_mask and without earlier tokens")

@@ -24,7 +24,7 @@ def split_settings(model: Mapping[str, Any]) -> dict[str, Any]:
 def complete_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the complete settings of a model, given the contents of config.json.
 
-    The first version wrote some settings twice. Raises ValueError where they differ.
+    Earlier exports have some settings twice. Raises ValueError where they differ.
     """
     section = dict(config["model"])
     for name, key in SHARED.items():
@@ -32,9 +32,7 @@ def complete_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         if value is None:
             value = section.get(key, False if key == "tie_embeddings" else None)
         if section.get(key, value) != value:
-            raise ValueError(
-                f"{name}: got {value} and model.{key} {section[key]}, allowed one of them; remove the wrong one"
-            )
+            raise ValueError(f"{name}: got {value}, and model.{key} {section[key]}; remove the wrong one")
         section[key] = value
     derived = derived_settings(section)
     for name in DERIVED:
