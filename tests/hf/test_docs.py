@@ -34,7 +34,7 @@ def test_finetuning_and_back(
     monkeypatch.chdir(tmp_path)
     assert main(shlex.split(commands[0])) == 0
     for script in scripts:
-        exec(re.sub(r"max_steps=\d+", "max_steps=2", script), {})
+        exec(re.sub(r"max_steps=\d+", "max_steps=2, use_cpu=True", script), {})
     assert main(shlex.split(commands[1])) == 0
 
     tokens_BL = random_tokens(257)
