@@ -134,7 +134,7 @@ class MegatronSSEModel(MegatronSSEPreTrainedModel):
 
         Args:
             input_ids: [B, L], or inputs_embeds [B, L, d].
-            attention_mask: 0 for padding, anywhere; [B, tokens so far and these].
+            attention_mask: 0 for padding, anywhere; [B, tokens so far and these], of which only these are read.
             position_ids: for the rotary positions of softmax layers, [B or 1, L]. Where they do not go on by one, a
                 document starts: several can be packed in a row, and each is computed as if it were alone.
             past_key_values: what an earlier call returned, or make_cache(); changed to include these tokens.
@@ -146,38 +146,43 @@ class MegatronSSEModel(MegatronSSEPreTrainedModel):
 
         Raises ValueError for arguments that the model cannot honour: output_attentions and is_causal=False.
         """
-        if output_attentions or self.config.output_attentions:
-            raise ValueError("output_attentions: got True, allowed False: attention is computed without its weights")
-        if is_causal is False:
-            raise ValueError("is_causal: got False, allowed True: every layer is causal")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: got both or none, allowed one of them")
+        with_hidden = self._check_outputs(output_attentions, output_hidden_states, is_causal)
         x_BLd = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         cache = self._choose_cache(past_key_values, use_cache)
         tokens = self._read_tokens(
             x_BLd, cache, attention_mask, position_ids, cache_position, (cu_seq_lens_q, cu_seq_lens_k), seq_idx
         )
-
-        hidden_states, kept = [x_BLd], []
+        hidden_states, kept = [], []
         for number, layer in enumerate(self.layers):
-            x_BLd, of_layer = layer(
-                x_BLd, tokens, () if cache is None else cache.kept[number].tensors, cache is not None
-            )
-            hidden_states.append(x_BLd)
+            if with_hidden:
+                hidden_states.append(x_BLd)
+            before = () if cache is None else cache.kept[number].tensors
+            x_BLd, of_layer = layer(x_BLd, tokens, before, cache is not None)
             kept.append(of_layer)
-        hidden_states[-1] = self.norm(x_BLd)
+        x_BLd = self.norm(x_BLd)
         if cache is not None:
             cache.store(kept, tokens.num_before + x_BLd.shape[1], tokens.document_BR)
+        output = BaseModelOutputWithPast(
+            last_hidden_state=x_BLd,
+            past_key_values=cache,
+            hidden_states=(*hidden_states, x_BLd) if with_hidden else None,
+        )
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _check_outputs(
+        self, output_attentions: bool | None, output_hidden_states: bool | None, is_causal: bool | None
+    ) -> bool:
+        """Return whether hidden states are wanted. Raises ValueError for what the model cannot give."""
+        if output_attentions or self.config.output_attentions:
+            raise ValueError("output_attentions: got True, allowed False: attention is computed without its weights")
+        if is_causal is False:
+            raise ValueError("is_causal: got False, allowed True: every layer is causal")
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         if not isinstance(wanted, bool):
             raise ValueError(f"output_hidden_states: got {wanted!r}, allowed True and False")
-        output = BaseModelOutputWithPast(
-            last_hidden_state=hidden_states[-1],
-            past_key_values=cache,
-            hidden_states=tuple(hidden_states) if wanted else None,
-        )
-        as_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if as_dict else output.to_tuple()
+        return wanted
 
     def _choose_cache(self, given: MegatronSSECache | None, use_cache: bool | None) -> MegatronSSECache | None:
         if given is not None and not isinstance(given, MegatronSSECache):
@@ -234,8 +239,6 @@ class MegatronSSEModel(MegatronSSEPreTrainedModel):
             start_BL = starts if start_BL is None else start_BL | starts
         if start_BL is not None and (attention_mask is not None or num_before):
             raise ValueError("cu_seq_lens_q, seq_idx: allowed without attention_mask and without earlier tokens")
-        if position_ids is None and cache_position is not None and attention_mask is None:
-            position_ids = cache_position[None]
         return make_tokens(
             x_BLd,
             num_before,
