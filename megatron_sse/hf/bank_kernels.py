@@ -53,10 +53,10 @@ def run_banks(
         gate=gate,
         weight_writes=weight_writes,
         weight_reads=settings["weight_reads"],
-        initial_DAHKV=initial_DAHKV,
+        initial_YAHKV=initial_DAHKV,
     )
-    assert outputs.final_DAHKV is not None
-    return outputs.o_THV, outputs.final_DAHKV
+    assert outputs.final_YAHKV is not None
+    return outputs.o_THV, outputs.final_YAHKV
 
 
 def _routes(prob_TrN: Tensor, settings: dict[str, Any]) -> Routes:
