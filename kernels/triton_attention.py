@@ -127,7 +127,11 @@ def _spoil(
         bad_R = bad_R | ~scale.detach().isfinite()
     resets = segments.resets.spoil(segments.by_position(bad_R), segments.offsets_S1)
     spoiled_R = segments.by_row(resets.spoiled_R)
-    return replace(segments, resets=resets), [scale.masked_fill(spoiled_R, 0) for scale in scales]
+    writes, write, read = (scale.masked_fill(spoiled_R, 0) for scale in scales)
+    if not shared.recurrence.delta_rule:
+        # Without write strengths, these scales are of log decays alone, of which resets have none (see gla.py).
+        writes = writes.masked_fill(segments.by_row(resets.starts_R), 0)
+    return replace(segments, resets=resets), [writes, write, read]
 
 
 class _Recurrence(torch.autograd.Function):

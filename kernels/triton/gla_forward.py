@@ -84,7 +84,7 @@ def gla_summarize_kernel(
         factor_C = tl.load(factor_ptr + row_C, mask=valid_C, other=0.0)
         run_C, before, last = load_runs(run_ptr, chunk_start, chunk_end, CHUNK)
         b_g = load_log_decays(
-            g_ptr, writes_ptr, row_ptr, token_ptr, run_ptr, position_C, chunk_end, key_head, num_heads, dim_K, K
+            g_ptr, writes_ptr, row_ptr, token_ptr, position_C, chunk_end, key_head, num_heads, dim_K, K
         )
         total = tl.sum(b_g, 0)
         total_K += total
@@ -93,7 +93,7 @@ def gla_summarize_kernel(
         else:
             # The state decays by a row's g before the row writes: its key is decayed by the rows after it alone.
             b_next = load_log_decays(
-                g_ptr, writes_ptr, row_ptr, token_ptr, run_ptr, position_C + 1, chunk_end, key_head, num_heads, dim_K, K
+                g_ptr, writes_ptr, row_ptr, token_ptr, position_C + 1, chunk_end, key_head, num_heads, dim_K, K
             )
             b_sum = sum_to_end(b_next, CHUNK)
         b_x = load_rows(x_ptr, token_C, token_C >= 0, key_head, num_heads, dim_K, K)
@@ -168,16 +168,12 @@ def gla_prepare_kernel(
     lowest_K = tl.zeros([BLOCK_K], tl.float32)
     for first in range(0, K, BLOCK_K):
         dim_K = first + tl.arange(0, BLOCK_K)
-        b_next = load_log_decays(
-            g_ptr, writes_ptr, row_ptr, token_ptr, run_ptr, position_C + 1, end, head, num_heads, dim_K, K
-        )
+        b_next = load_log_decays(g_ptr, writes_ptr, row_ptr, token_ptr, position_C + 1, end, head, num_heads, dim_K, K)
         b_k = load_rows(k_ptr, token_C, token_C >= 0, head, num_heads, dim_K, K).to(tl.float32)
         b_key = tl.where((run_C == last)[:, None], b_k * tl.exp(sum_to_end(b_next, CHUNK)), 0.0)
         store_rows(key_ptr, position_C, valid_C, head, num_heads, dim_K, K, b_key)
 
-        b_g = load_log_decays(
-            g_ptr, writes_ptr, row_ptr, token_ptr, run_ptr, position_C, end, head, num_heads, dim_K, K
-        )
+        b_g = load_log_decays(g_ptr, writes_ptr, row_ptr, token_ptr, position_C, end, head, num_heads, dim_K, K)
         b_sum = sum_from_start(b_g, CHUNK)
         b_q = load_rows(q_ptr, token_C, token_C >= 0, head, num_heads, dim_K, K).to(tl.float32) * SCALE
         b_query = (b_q * tl.exp(b_sum)).to(dtype)
@@ -191,8 +187,9 @@ def gla_prepare_kernel(
         # exp(sum_t - sum_s) as the product of q exp(sum_t) and k exp(-sum_s), which may grow as far as MILD allows.
         b_grown = (b_k * tl.exp(tl.minimum(-b_sum, MILD))).to(dtype)
         b_scores = tl.dot(b_query, tl.trans(b_grown), b_scores, input_precision=PRECISION)
-    same_CC = run_C[:, None] == run_C[None, :]
-    b_scores = tl.where(pairs_inside(CHUNK, CHUNK) & same_CC, b_scores, 0.0)
+    # Loaded again: kept in registers through the loop, they would spill.
+    run_C, _, _ = load_runs(run_ptr, start, end, CHUNK)
+    b_scores = tl.where(pairs_inside(CHUNK, CHUNK) & (run_C[:, None] == run_C[None, :]), b_scores, 0.0)
     store_rows(scores_ptr, position_C, valid_C, head, num_heads, tl.arange(0, CHUNK), CHUNK, b_scores)
     tl.store(steep_ptr + chunk * num_heads + head, (tl.min(lowest_K, 0) < -MILD).to(tl.int32))
 

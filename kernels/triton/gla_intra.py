@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 from megatron_sse.kernels.triton.gla_tiles import (
-    load_decaying,
     load_log_decays,
     load_rows,
     load_runs,
@@ -72,7 +71,7 @@ def gla_intra_kernel(
     row_C = tl.load(row_ptr + position_C, mask=valid_C, other=0)
     token_C = tl.load(token_ptr + position_C, mask=valid_C, other=-1)
     run_C, before, last = load_runs(run_ptr, start, end, CHUNK)
-    decaying_C = load_decaying(writes_ptr, row_ptr, run_ptr, position_C, end)
+    writes_C = tl.load(writes_ptr + row_C, mask=valid_C, other=0.0)
     dtype = grad_scores_ptr.dtype.element_ty
 
     b_grad_scores = _load_groups(grad_scores_ptr, position_C, valid_C, head, num_heads, dim_C, CHUNK, GROUPS)
@@ -82,10 +81,8 @@ def gla_intra_kernel(
     b_met = tl.where(pairs_inside(CHUNK, 1), 0.0, b_grad_scores)
     b_q = load_rows(q_ptr, token_C, token_C >= 0, head, num_heads, dim_K, K).to(tl.float32) * SCALE
     b_k = load_rows(k_ptr, token_C, token_C >= 0, head, num_heads, dim_K, K).to(tl.float32)
-    b_g = load_log_decays(g_ptr, writes_ptr, row_ptr, token_ptr, run_ptr, position_C, end, head, num_heads, dim_K, K)
-    b_next = load_log_decays(
-        g_ptr, writes_ptr, row_ptr, token_ptr, run_ptr, position_C + 1, end, head, num_heads, dim_K, K
-    )
+    b_g = load_log_decays(g_ptr, writes_ptr, row_ptr, token_ptr, position_C, end, head, num_heads, dim_K, K)
+    b_next = load_log_decays(g_ptr, writes_ptr, row_ptr, token_ptr, position_C + 1, end, head, num_heads, dim_K, K)
     b_sum = sum_from_start(b_g, CHUNK)
     if STEEP:
         b_grad_q, b_grad_k = _steep(b_q, b_k, b_g, b_next, b_met, dtype, CHUNK, MILD, PRECISION)
@@ -114,7 +111,7 @@ def gla_intra_kernel(
     for group in tl.static_range(GROUPS):
         offset_K = ((chunk.to(tl.int64) * num_heads + head) * GROUPS + group) * K + dim_K
         through_K += tl.load(through_ptr + offset_K, mask=dim_K < K, other=0.0)
-    b_grad_g = tl.where(decaying_C[:, None], b_grad_g + through_K[None, :], 0.0)
+    b_grad_g = (b_grad_g + through_K[None, :]) * writes_C[:, None]
     store_rows(grad_g_ptr, row_C, valid_C, head, num_heads, dim_K, K, b_grad_g)
 
 

@@ -66,12 +66,8 @@ def gla_steep_scores_kernel(
         dim_K = first + tl.arange(0, BLOCK_K)
         b_q = load_rows(q_ptr, token_C, token_C >= 0, head, num_heads, dim_K, K).to(tl.float32) * SCALE
         b_k = load_rows(k_ptr, token_C, token_C >= 0, head, num_heads, dim_K, K).to(tl.float32)
-        b_g = load_log_decays(
-            g_ptr, writes_ptr, row_ptr, token_ptr, run_ptr, position_C, end, head, num_heads, dim_K, K
-        )
-        b_next = load_log_decays(
-            g_ptr, writes_ptr, row_ptr, token_ptr, run_ptr, position_C + 1, end, head, num_heads, dim_K, K
-        )
+        b_g = load_log_decays(g_ptr, writes_ptr, row_ptr, token_ptr, position_C, end, head, num_heads, dim_K, K)
+        b_next = load_log_decays(g_ptr, writes_ptr, row_ptr, token_ptr, position_C + 1, end, head, num_heads, dim_K, K)
         for level in tl.static_range(2):
             b_scores += _scores_across(b_q, b_k, b_g, b_next, dtype, CHUNK, 32 >> level, PRECISION)
         # Blocks of 16 rows that are mild: q exp(sum) times k exp(-sum), as in chunks that are not steep.

@@ -31,28 +31,17 @@ def state_offsets(index, head, heads, dim_K, dim_V, K: tl.constexpr, V: tl.const
 
 
 @triton.jit
-def load_decaying(writes_ptr, row_ptr, run_ptr, position_C, end):
-    """Load which rows at these positions decay the state [C].
+def load_log_decays(g_ptr, writes_ptr, row_ptr, token_ptr, position_C, end, head, heads, dim_K, K: tl.constexpr):
+    """Load the log decays [C, K] of the rows at these positions, in fp32.
 
-    Those do not that do not write, and those at which a document starts: what a reset does is masked by the runs.
+    They are zero (no decay) where a row does not write, and at positions from `end` on.
     """
     valid_C = position_C < end
+    token_C = tl.load(token_ptr + position_C, mask=valid_C, other=-1)
+    # Whether a row writes is known by row, its log decay by token: the picks of a token share it.
     writes_C = tl.load(writes_ptr + tl.load(row_ptr + position_C, mask=valid_C, other=0), mask=valid_C, other=0.0)
-    run_C = tl.load(run_ptr + position_C, mask=valid_C, other=0)
-    run_before_C = tl.load(run_ptr + position_C - 1, mask=valid_C & (position_C > 0), other=0)
-    return (writes_C > 0) & (run_C == run_before_C)
-
-
-@triton.jit
-def load_log_decays(
-    g_ptr, writes_ptr, row_ptr, token_ptr, run_ptr, position_C, end, head, heads, dim_K, K: tl.constexpr
-):
-    """Load the log decays [C, K] of the rows at these positions, in fp32; zero (no decay) from `end` on."""
-    token_C = tl.load(token_ptr + position_C, mask=position_C < end, other=-1)
-    # Whether a row decays is known by row, its log decay by token: the picks of a token share it.
-    decaying_C = load_decaying(writes_ptr, row_ptr, run_ptr, position_C, end)
     # Selected, not multiplied: a log decay may be -inf.
-    return tl.where(decaying_C[:, None], load_rows(g_ptr, token_C, token_C >= 0, head, heads, dim_K, K), 0.0)
+    return tl.where(writes_C[:, None] > 0, load_rows(g_ptr, token_C, token_C >= 0, head, heads, dim_K, K), 0.0)
 
 
 @triton.jit

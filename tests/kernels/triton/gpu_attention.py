@@ -3,7 +3,7 @@
 compute-sanitizer --tool memcheck (racecheck) python -m pytest THIS_FILE -k small finds invalid accesses.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels.cases import Case, Inputs, errors, make_inputs, outputs_and_gradients
-from tests.kernels.implementations import attention, oracle
+from tests.kernels.implementations import attention, attention_in_spans, oracle, oracle_in_spans
 from tests.kernels.triton.rounding import errors_of_bf16
 
 SMALL = Case(lengths=(1, 130, 3), key_dim=16, value_dim=16, num_partitions=3, num_writers=2, num_readers=2)
@@ -32,11 +32,19 @@ def on_gpu(case: Case) -> Inputs:
 
 
 @every_recurrence
-@pytest.mark.parametrize("form", ["varlen", "mask"])
-def test_small_fp32(form: str, recurrence: str) -> None:
+@pytest.mark.parametrize(
+    ("function", "reference"),
+    [
+        (attention("varlen"), oracle),
+        (attention("mask"), oracle),
+        (attention_in_spans("varlen"), oracle_in_spans),
+    ],
+    ids=["varlen", "mask", "resets"],
+)
+def test_small_fp32(function: Callable, reference: Callable, recurrence: str) -> None:
     case = replace(SMALL, recurrence=recurrence, num_value_heads=4, decay="underflow", initial=True)
-    expected = outputs_and_gradients(oracle, case, make_inputs(case))
-    actual = {name: x.cpu() for name, x in outputs_and_gradients(attention(form), case, on_gpu(case)).items()}
+    expected = outputs_and_gradients(reference, case, make_inputs(case))
+    actual = {name: x.cpu() for name, x in outputs_and_gradients(function, case, on_gpu(case)).items()}
     worst = {name: error for name, error in errors(actual, expected).items() if not error < 1e-5}
     assert not worst
 
