@@ -85,26 +85,33 @@ def test_packed_documents_are_computed_as_alone(network: Any, kernels: bool) -> 
     """As collators say it: by positions, by offsets or by numbers; rows of the batch differ."""
     model = deepcopy(network)
     model.config.megatron_sse_kernels = kernels
-    lengths = (11, 1, 17, 11)
+    tokens_BL, lengths = random_tokens(257, 150), (11, 1, 70, 30, 38)
+    parts = tokens_BL[:1].split(lengths, dim=1)
+    collator = DataCollatorWithFlattening(return_tensors="pt", return_flash_attn_kwargs=True, return_seq_idx=True)
+    batch = collator([{"input_ids": part[0]} for part in parts])
     with torch.no_grad():
-        alone = [model(part).logits for part in TOKENS[:1].split(lengths, dim=1)]
-        expected = torch.cat(alone, dim=1)
-        rows = [{"input_ids": part[0]} for part in TOKENS[:1].split(lengths, dim=1)]
-        collator = DataCollatorWithFlattening(
-            return_tensors="pt", return_flash_attn_kwargs=True, return_seq_idx=True, return_position_ids=True
-        )
-        batch = collator(rows)
-        del batch["labels"]
-        for names in (batch, ["position_ids"], ["cu_seq_lens_q", "max_length_q"], ["seq_idx"]):
-            logits = model(batch["input_ids"], **{name: batch[name] for name in names if name != "input_ids"}).logits
+        expected = torch.cat([model(part).logits for part in parts], dim=1)
+        for names in (
+            ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
+            ("position_ids",),
+            ("cu_seq_lens_q", "max_length_q"),
+            ("seq_idx",),
+        ):
+            logits = model(batch["input_ids"], **{name: batch[name] for name in names}).logits
             assert (logits - expected).abs().max() < 1e-4, names
-        # Ten tokens, then thirty, below the other four.
-        positions = torch.stack((batch["position_ids"][0], torch.cat((torch.arange(10), torch.arange(30)))))
-        logits = model(TOKENS, position_ids=positions).logits
+        # Rows of a batch are packed in different ways.
+        positions = torch.stack((batch["position_ids"][0], torch.cat((torch.arange(100), torch.arange(50)))))
+        logits = model(tokens_BL, position_ids=positions).logits
         assert (logits[0] - expected[0]).abs().max() < 1e-4
-        assert (logits[1:, 10:] - model(TOKENS[1:, 10:]).logits).abs().max() < 1e-4
+        assert (logits[1:, 100:] - model(tokens_BL[1:, 100:]).logits).abs().max() < 1e-4
+        # The last document goes on.
+        cache = model.make_cache()
+        for part in (slice(0, 100), slice(100, 120), slice(120, 150)):
+            positions = batch["position_ids"][:, part]
+            logits = model(tokens_BL[:1, part], position_ids=positions, past_key_values=cache).logits
+            assert (logits - expected[:, part]).abs().max() < 1e-4
         # It matters.
-        assert (model(TOKENS[:1]).logits - expected).abs().max() > 0.1
+        assert (model(tokens_BL[:1]).logits - expected).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("kernels", [True, False])
@@ -112,25 +119,27 @@ def test_padding_anywhere_with_and_without_a_cache(network: Any, kernels: bool) 
     model = deepcopy(network)
     model.config.megatron_sse_kernels = kernels
     # Left, right, and between, as after a second turn of a batch of chats.
-    real = torch.zeros(3, 60, dtype=torch.long)
-    real[0, -21:] = real[1, :21] = real[2, 3:14] = real[2, 30:40] = 1
-    tokens = torch.zeros_like(real)
-    tokens[real.bool()] = TOKENS[0, :21].repeat(3)
+    real = torch.zeros(3, 60, dtype=torch.bool)
+    real[0, -21:] = real[1, :21] = real[2, 3:14] = real[2, 30:40] = True
+    texts = torch.cat((TOKENS, TOKENS.flip(1)))[:3]
+    tokens = torch.zeros(3, 60, dtype=torch.long).masked_scatter(real, texts[:, :21])
     with torch.no_grad():
-        expected = model(TOKENS[:1, :21]).logits
-        logits = model(tokens, attention_mask=real).logits
-        assert (logits[real.bool()].view(3, 21, -1) - expected).abs().max() < 1e-4
+        expected = model(texts).logits
+        logits = model(tokens, attention_mask=real.long()).logits
+        assert (logits[real].view(3, 21, -1) - expected[:, :21]).abs().max() < 1e-4
         cache, parts = model.make_cache(), []
         for start, end in ((0, 7), (7, 8), (8, 35), (35, 36), (36, 60)):
             output = model(tokens[:, start:end], attention_mask=real[:, :end], past_key_values=cache)
             assert output.past_key_values is cache and cache.get_seq_length() == end
             parts.append(output.logits)
         logits = torch.cat(parts, dim=1)
-        assert (logits[real.bool()].view(3, 21, -1) - expected).abs().max() < 1e-4
-        # All three go on alike, without a mask.
-        cache.batch_select_indices(torch.tensor([2, 0, 1]))
-        logits = model(TOKENS[:1, 21:].repeat(3, 1), past_key_values=cache).logits
-        assert (logits - model(TOKENS[:1]).logits[:, 21:]).abs().max() < 1e-4
+        assert (logits[real].view(3, 21, -1) - expected[:, :21]).abs().max() < 1e-4
+        # All go on without a mask, in another order, and one of them twice.
+        order = torch.tensor([2, 0, 1])
+        cache.batch_select_indices(order)
+        cache.batch_repeat_interleave(2)
+        logits = model(texts[order, 21:].repeat_interleave(2, 0), past_key_values=cache).logits
+        assert (logits - expected[order, 21:].repeat_interleave(2, 0)).abs().max() < 1e-4
 
 
 def test_a_cache_goes_on(network: Any) -> None:
