@@ -17,20 +17,23 @@ def run_banks(
     banks: Sequence[Sequence[Any]],
     v_THV: Tensor,
     prob_TrN: Tensor | None,
-    initial_DAHKV: Tensor | None,
-    offsets_D1: Tensor,
-    document_T: Tensor,
+    initial_BAHKV: Tensor | None,
+    offsets_B1: Tensor,
+    sequence_T: Tensor,
+    document_T: Tensor | None,
     settings: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
-    """Return the sum over the banks [T, H, V] in v's dtype, and the states [D, A, H, K, V] at the documents' ends.
+    """Return the sum over the banks [T, H, V] in v's dtype, and the states [B, A, H, K, V] at the sequences' ends.
 
     Args:
         banks: of the shared bank and, where there are partitions, of the sparse ones: queries and keys of the key
             heads, after their maps, log decays, write strengths (None without the delta rule); see BankInputs.
         v_THV: values.
         prob_TrN: the probabilities of one router or two, that of writes first; None without partitions.
-        initial_DAHKV: the states that enter the documents; None for zeros.
-        offsets_D1, document_T: int64, the documents' offsets over the tokens, and each token's document.
+        initial_BAHKV: the states that enter the sequences; None for zeros.
+        offsets_B1, sequence_T: int64, the sequences' offsets over the tokens, and each token's sequence.
+        document_T: int64, each token's document, where sequences hold several; only the first continues the state that
+            enters. None where each sequence is one.
         settings: the section model.sse of a run.
     """
     shared, *sparse = (BankInputs(*bank) for bank in banks)
@@ -47,13 +50,14 @@ def run_banks(
         sparse[0] if sparse else None,
         v_THV,
         routes,
-        offsets_D1,
+        offsets_B1,
+        sequence_T,
         document_T,
         form=settings["form"],
         gate=gate,
         weight_writes=weight_writes,
         weight_reads=settings["weight_reads"],
-        initial_YAHKV=initial_DAHKV,
+        initial_YAHKV=initial_BAHKV,
     )
     assert outputs.final_YAHKV is not None
     return outputs.o_THV, outputs.final_YAHKV

@@ -312,7 +312,7 @@ def test_states_and_router_stay_in_fp32_under_autocast(
 def test_what_exports_call_stays(network: Any) -> None:
     """Exports that were made earlier call this function as it was then."""
     assert list(signature(run_banks).parameters) == [
-        "banks", "v_THV", "prob_TrN", "initial_DAHKV", "offsets_D1", "document_T", "settings"
+        "banks", "v_THV", "prob_TrN", "initial_BAHKV", "offsets_B1", "sequence_T", "document_T", "settings"
     ]  # fmt: skip
     module = sys.modules[type(network.model.layers[0].attn).__module__]
     assert module.run_banks is run_banks

@@ -246,7 +246,7 @@ class MegatronSSEModel(MegatronSSEPreTrainedModel):
             None if attention_mask is None else attention_mask[:, num_before:].to(device).bool(),
             position_ids,
             start_BL,
-            # The kernels' shapes follow from the number of documents, which a compiled graph cannot ask for.
+            # torch.compile makes one graph of the torch form; it would not look into the kernels.
             with_flat=self.config.megatron_sse_kernels and run_banks is not None and length > 1 and not compiling,
         )
 

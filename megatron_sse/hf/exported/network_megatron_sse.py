@@ -305,20 +305,15 @@ class SSEMixer(nn.Module):
                 for q, k, g, beta in banks
             ]
             banks = [(*bank, None if beta is None else beta.masked_fill(padding, 0)) for *bank, beta in banks]
-        initial = None
-        if state is not None:
-            initial = state.new_zeros(len(flat.offsets_D1) - 1, *state.shape[1:]).index_copy(0, flat.first_B, state)
-            initial = initial.unflatten(1, (-1, self.num_value_heads))
-        o_THV, final = run_banks(
+        o_THV, final_BAHKV = run_banks(
             [[None if x is None else x.flatten(0, 1) for x in bank] for bank in banks],
             v_BLHV.flatten(0, 1),
             None if prob_BLrN is None else prob_BLrN.flatten(0, 1),
-            initial,
-            flat.offsets_D1,
-            flat.document_T,
+            None if state is None else state.unflatten(1, (-1, self.num_value_heads)),
+            *flat,
             self.settings,
         )
-        return o_THV.float().view_as(v_BLHV), final[flat.last_B].flatten(1, 2)
+        return o_THV.float().view_as(v_BLHV), final_BAHKV.flatten(1, 2)
 
 
 def normalize(x: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """Which tokens of a batch are real, which document each belongs to, and its place there.
 
-Dims: B batch, L tokens of this call, R tokens so far and these, T tokens of the batch in one row, D documents, c
-channels.
+Dims: B batch, L tokens of this call, R tokens so far and these, T tokens of the batch in one row, c channels.
 """
 
 from typing import NamedTuple
@@ -14,16 +13,15 @@ from .recurrences_megatron_sse import Documents
 
 
 class Flat(NamedTuple):
-    """The documents of a batch laid out in one row, as the kernels of the package megatron_sse take them.
+    """A batch laid out in one row, as the kernels of the package megatron_sse take it.
 
-    offsets_D1: int64, document d holds tokens offsets[d] to offsets[d + 1]. document_T: int64, each token's document.
-    first_B, last_B: int64, the first and the last document of each sequence.
+    offsets_B1: int64, sequence b holds tokens offsets[b] to offsets[b + 1]. sequence_T: int64, each token's sequence.
+    document_T: int64, each token's document; None where each sequence is one.
     """
 
-    offsets_D1: Tensor
-    document_T: Tensor
-    first_B: Tensor
-    last_B: Tensor
+    offsets_B1: Tensor
+    sequence_T: Tensor
+    document_T: Tensor | None
 
 
 class Tokens(NamedTuple):
@@ -84,7 +82,7 @@ def make_tokens(
 
     x_BLd: their embeddings. kept_BR: document_BR of earlier calls, where it was needed. real_BL: False for padding.
     position_BL: rotary positions; where they do not go on by one, a document starts. start_BL: where others say so.
-    with_flat: also lay out the documents for the kernels.
+    with_flat: also lay out the batch for the kernels.
     """
     device, (batch_size, length) = x_BLd.device, x_BLd.shape[:2]
     if position_BL is not None:
@@ -99,8 +97,7 @@ def make_tokens(
     if kept_BR is None and real_BL is None and start_BL is None:
         if position_BL is None:
             position_BL = torch.arange(num_before, num_before + length, device=device)[None]
-        flat = _flatten(x_BLd.new_zeros(batch_size, length, dtype=torch.bool), batch_size) if with_flat else None
-        return Tokens(num_before, position_BL, flat=flat)
+        return Tokens(num_before, position_BL, flat=_flatten(x_BLd, None) if with_flat else None)
 
     real_BL = torch.ones(batch_size, length, dtype=torch.bool, device=device) if real_BL is None else real_BL
     start_BL = torch.zeros_like(real_BL) if start_BL is None else start_BL & real_BL
@@ -124,7 +121,7 @@ def make_tokens(
         index_BR=index_BR,
         documents=Documents(last_BR[:, num_before:], before_B),
         order_BL=real_BL.int().argsort(dim=-1, descending=True, stable=True),
-        flat=_flatten(start_BL, None) if with_flat else None,
+        flat=_flatten(x_BLd, start_BL) if with_flat else None,
     )
 
 
@@ -138,18 +135,13 @@ def _jumps(position_BL: Tensor, real_BL: Tensor | None) -> Tensor:
     return jumps_BL if real_BL is None else jumps_BL & real_BL
 
 
-def _flatten(start_BL: Tensor, num_documents: int | None) -> Flat:
-    """Lay out documents that start where a sequence does or start_BL says; asks for their number unless given."""
-    batch_size, length = start_BL.shape
-    start_BL = start_BL | (torch.arange(length, device=start_BL.device) == 0)
-    document_BL = (start_BL.flatten().cumsum(0) - 1).view(batch_size, length)
-    if num_documents is None:
-        offsets = start_BL.flatten().nonzero()[:, 0]
-    else:
-        offsets = torch.arange(batch_size, device=start_BL.device) * length
-    return Flat(
-        pad(offsets, (0, 1), value=batch_size * length), document_BL.flatten(), document_BL[:, 0], document_BL[:, -1]
-    )
+def _flatten(x_BLd: Tensor, start_BL: Tensor | None) -> Flat:
+    """Lay out the sequences. start_BL: where documents start inside them; None where each sequence is one."""
+    (batch_size, length, _), device = x_BLd.shape, x_BLd.device
+    offsets_B1 = torch.arange(batch_size + 1, device=device) * length
+    first_T = torch.arange(batch_size * length, device=device) % length == 0
+    sequence_T = first_T.cumsum(0) - 1
+    return Flat(offsets_B1, sequence_T, None if start_BL is None else (first_T | start_BL.flatten()).cumsum(0) - 1)
 
 
 class ShortConvolution(nn.Conv1d):
