@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_sse.visible import make_line
+
 USER_ERROR_EXIT = 2
 # Too many steps were not finite; a restart would repeat them.
 NOT_FINITE_EXIT = 3
@@ -11,7 +13,14 @@ INTERRUPT_EXIT = 130
 
 
 class UserError(Exception):
-    """A setting, file or machine that does not fit. One line: key or path, what is wrong, what to change."""
+    """A setting, file or machine that does not fit. One line: key or path, what is wrong, what to change.
+
+    The text may hold names from files of unknown origin: what would steer the terminal is made visible.
+    table: lines that follow, where one is not enough.
+    """
+
+    def __init__(self, text: str, *table: str) -> None:
+        super().__init__("\n".join(map(make_line, (text, *table))))
 
 
 def describe_error(error: Exception) -> str:
@@ -19,12 +28,12 @@ def describe_error(error: Exception) -> str:
     if not isinstance(error, OSError):
         return " ".join(str(error).split())
     place = "" if error.filename is None else f"{str(error.filename)[:200]}: "
-    return f"{place}{error.strerror or error}"
+    return make_line(f"{place}{error.strerror or error}")
 
 
 def not_writable(key: str, folder: Path, error: OSError) -> UserError:
     """Return the error for a folder that a setting or argument names and that cannot be written to."""
-    return UserError(f"{key}: got {folder}, allowed a folder that can be written to ({error.strerror})")
+    return UserError(f"{key}: got {folder}, allowed a folder that can be written to ({error.strerror or error})")
 
 
 @contextmanager
@@ -52,4 +61,4 @@ def found_by_all() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise SharedUserError(str(error)) from None
+        raise SharedUserError(*str(error).split("\n")) from None

@@ -9,3 +9,8 @@ METRICS = "metrics.jsonl"
 LEASE = "training"
 # The beginning of an event file's name, by which TensorBoard recognises it.
 EVENTS = "events.out.tfevents"
+
+
+def launcher_lease(node: int) -> str:
+    """Return the name of the lease of a machine's launcher, by the machine's number in the run."""
+    return f"node_{node}"

@@ -19,6 +19,11 @@ def make_visible(text: str) -> str:
     return "".join(_escape(char) if _is_hidden(char) else char for char in text)
 
 
+def make_line(text: str) -> str:
+    """Return text as make_visible does, in one line: newlines and tabs are escaped as well."""
+    return make_visible(text).replace("\n", "\\x0a").replace("\t", "\\x09")
+
+
 def _is_hidden(char: str) -> bool:
     return char in _BIDIRECTIONAL or (char not in "\n\t" and unicodedata.category(char) in _UNSEEN)
 

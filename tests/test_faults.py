@@ -178,3 +178,18 @@ def test_fault(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
 
 def test_all_are_there() -> None:
     assert {name.split()[0] for name in FAULTS} >= {f"F{number}" for number in range(19, 32)} - {"F20"}
+
+
+def test_the_page_of_faults() -> None:
+    """Each fault has a number of its own, without gaps, and names tests that exist."""
+    root = Path(__file__).resolve().parents[1]
+    rows = re.findall(r"^\| (F\d.*?) \|(.*)\|$", (root / "docs/faults.md").read_text(), re.MULTILINE)
+    numbers = [number for number, _ in rows]
+    assert len(set(numbers)) == len(numbers)
+    named: set[int] = set()
+    for number, text in rows:
+        first, *last = map(int, re.findall(r"F(\d+)", number))
+        named |= set(range(first, (last or [first])[0] + 1))
+        tests = re.findall(r"`(tests/[^`]+)`", text.rpartition("|")[2])
+        assert tests and all((root / test).exists() for test in tests), number
+    assert named == set(range(1, 1 + max(named)))

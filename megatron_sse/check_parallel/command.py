@@ -44,7 +44,8 @@ def run(request: Request, prepare: Callable[[], None] | None = None) -> int:
         raise UserError(f"--layouts: none is possible; {layouts[0].name}: {layouts[0].reason}")
     for line in rules:
         print(line)
-    processes = Processes(max(num_ranks(layout.parallel) for layout in possible), prepare)
+    tensor = max(layout.config.parallel.tensor for layout in possible if layout.config is not None)
+    processes = Processes(max(num_ranks(layout.parallel) for layout in possible), prepare, tensor)
     try:
         noise, results = _run(processes, single, layouts)
     except RankError as error:

@@ -28,8 +28,9 @@ class RankError(Exception):
 class Processes:
     """Up to `size` processes, started when they are first needed and stopped by close()."""
 
-    def __init__(self, size: int, prepare: Callable[[], None] | None = None) -> None:
-        self.size, self.prepare = size, prepare
+    def __init__(self, size: int, prepare: Callable[[], None] | None = None, tensor: int = 1) -> None:
+        """tensor: most ranks that share a layer in any world; a process sets its GPU up once, for all of them."""
+        self.size, self.prepare, self.tensor = size, prepare, tensor
         self._pipes: list[Connection] = []
         self._processes: list[BaseProcess] = []
 
@@ -65,7 +66,9 @@ class Processes:
         with _interrupts_wait():
             for rank in range(self.size):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(rank, self.size, theirs, self.prepare), daemon=True)
+                process = context.Process(
+                    target=_serve, args=(rank, self.size, theirs, self.prepare, self.tensor), daemon=True
+                )
                 process.start()
                 theirs.close()
                 self._pipes.append(ours)
@@ -115,7 +118,7 @@ def _interrupts_wait() -> Iterator[None]:
             signal.raise_signal(sent)
 
 
-def _serve(rank: int, size: int, pipe: Connection, prepare: Callable[[], None] | None) -> None:
+def _serve(rank: int, size: int, pipe: Connection, prepare: Callable[[], None] | None, tensor: int) -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // size))
     # torch's name for: the store is there already, connect to it.
@@ -127,14 +130,14 @@ def _serve(rank: int, size: int, pipe: Connection, prepare: Callable[[], None] |
     # EOFError: the parent closed the pipe, so the command has ended.
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
-            pipe.send_bytes(_answer(rank, pipe.recv_bytes()))
+            pipe.send_bytes(_answer(rank, pipe.recv_bytes(), tensor))
 
 
-def _answer(rank: int, job: bytes) -> bytes:
+def _answer(rank: int, job: bytes, tensor: int) -> bytes:
     try:
         num_ranks, port, function, args = pickle.loads(job)
         os.environ.update(WORLD_SIZE=str(num_ranks), MASTER_PORT=str(port))
-        device = setup_device(rank)
+        device = setup_device(rank, tensor)
         init_process_group(device, TIMEOUT_MINUTES)
         result = pickle.dumps((None, function(device, *args)))
         destroy_groups()

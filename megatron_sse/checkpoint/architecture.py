@@ -53,8 +53,8 @@ def check_architecture(path: Path, config: RunConfig, state: dict[str, Any], ind
         lines = settings + tensors
         if len(lines) > _MAX_LINES:
             lines = [*lines[:_MAX_LINES], f"and {len(lines) - _MAX_LINES} more"]
-        table = "".join(f"\n  {line}" for line in lines)
-        raise SharedUserError(f"{path}: the checkpoint's architecture differs from that of this run{table}")
+        table = [f"  {line}" for line in lines]
+        raise SharedUserError(f"{path}: the checkpoint's architecture differs from that of this run", *table)
 
 
 def changed_settings(path: Path, config: RunConfig, keys: Iterable[str]) -> list[str]:

@@ -18,6 +18,7 @@ from megatron_sse.checkpoint.names import ITERATION, LATEST, MANIFEST, PARTIAL, 
 from megatron_sse.config import RunConfig
 from megatron_sse.durable import UNIQUE, fsync, unique, write_durably
 from megatron_sse.errors import SharedUserError, UserError, not_writable
+from megatron_sse.lease import Lease
 from megatron_sse.reading import read_bytes
 from megatron_sse.run_folder import CHECKPOINTS
 
@@ -59,15 +60,13 @@ def find_left_overs(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if _LEFT_BEHIND.fullmatch(path.name)]
 
 
-def clear_left_overs(folder: Path) -> bool:
-    """Delete what interrupted saves and removals left behind; return whether there was anything. Raises OSError."""
-    left = find_left_overs(folder)
-    for path in left:
+def clear_left_overs(folder: Path) -> None:
+    """Delete what interrupted saves and removals left behind; only for the holder of the lease. Raises OSError."""
+    for path in find_left_overs(folder):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-    return bool(left)
 
 
 def promote(partial: Path, final: Path, is_usable: bool = True) -> None:
@@ -184,20 +183,22 @@ def find_weights(config: RunConfig) -> Path | None:
     return None if given is None else named_checkpoint("checkpoint.load_weights", given, "null or ")
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, lease: Lease | None = None) -> None:
     """Make the folder of checkpoints, and write to it. Raises UserError where that fails.
 
-    Where there is no space, what interrupted saves left behind is deleted first.
+    Where there is no space, what interrupted saves left behind is deleted first by the holder of the lease on the run's
+    folder. Without the lease it may be what a run that is alive is writing: then it only counts as space to come.
     """
     try:
         try:
             _write_something(folder)
         except OSError as error:
-            # Other ranks come later than rank 0 or the launcher, and might delete what is being written.
-            is_first = os.environ.get("RANK", "0") == "0"
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not (is_first and clear_left_overs(folder)):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not find_left_overs(folder):
                 raise
-            _write_something(folder)
+            if lease is not None:
+                lease.check()
+                clear_left_overs(folder)
+                _write_something(folder)
     except OSError as error:
         raise not_writable("monitor.folder", folder.parent, error) from None
 

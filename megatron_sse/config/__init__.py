@@ -3,6 +3,7 @@
 from megatron_sse.config.context import attends_over_context, attention_kind, choose_layout
 from megatron_sse.config.derive import (
     choose_loss_chunk,
+    describe_speedups,
     fuses_loss,
     overlaps_gradients,
     overlaps_parameters,
@@ -56,6 +57,7 @@ __all__ = [
     "ignored_settings",
     "load_config",
     "longest_stage",
+    "describe_speedups",
     "overlaps_gradients",
     "overlaps_parameters",
     "plan_stages",

@@ -74,6 +74,15 @@ def fuses_swiglu(config: RunConfig, on_gpu: bool) -> bool:
     return _given(config.training.fused_swiglu, on_gpu)
 
 
+def describe_speedups(config: RunConfig, on_gpu: bool, copies: int) -> str:
+    """Return a line that says what a run overlaps and fuses. copies: ranks that share a gradient."""
+    overlapped = {"gradients": overlaps_gradients(config, on_gpu), "weights": overlaps_parameters(config, on_gpu)}
+    fused = {"cross entropy": fuses_loss(config, on_gpu), "SwiGLU": fuses_swiglu(config, on_gpu)}
+    overlaps = [name for name, is_used in overlapped.items() if is_used and copies > 1]
+    fuses = [name for name, is_used in fused.items() if is_used]
+    return f"overlapped: {', '.join(overlaps) or 'nothing'}; fused: {', '.join(fuses) or 'nothing'}"
+
+
 def _given(value: bool | None, default: bool) -> bool:
     return default if value is None else value
 

@@ -52,7 +52,7 @@ class _Job:
 def run(request: Request) -> int:
     """Evaluate, print and write; return the exit status. Raises UserError.
 
-    Under torchrun all processes form one tensor group.
+    All processes form one tensor group.
     """
     is_writer = os.environ.get("RANK", "0") == "0"
     with found_by_all():

@@ -1,6 +1,7 @@
 """Hugging Face model folders: config.json and safetensors files, read and written a part at a time."""
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,8 @@ class HFWeights:
 
 
 def _read_header(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    if not path.is_file():
+    # Path.is_file fails where the name is too long.
+    if not os.path.isfile(path):
         raise UserError(f"{path}: not found; {INDEX} names it")
     from safetensors import SafetensorError, safe_open
 

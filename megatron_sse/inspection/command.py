@@ -37,7 +37,7 @@ class _Job:
 def run(request: Request) -> int:
     """Measure, print and write; return the exit status. Raises UserError.
 
-    Under torchrun all processes form one tensor group.
+    All processes form one tensor group.
     """
     is_writer = os.environ.get("RANK", "0") == "0"
     with found_by_all():

@@ -15,9 +15,9 @@ from megatron_sse.errors import UserError, describe_error
 from megatron_sse.launch.agent import run_processes
 from megatron_sse.launch.nodes import Nodes, find_nodes
 from megatron_sse.launch.prepare import prepare_data
-from megatron_sse.lease import refuse_if_held_here
+from megatron_sse.lease import hold, refuse_if_held_here
 from megatron_sse.logs import open_log
-from megatron_sse.run_folder import LEASE
+from megatron_sse.run_folder import LEASE, launcher_lease
 
 
 def start(config: RunConfig, program: Sequence[str]) -> int:
@@ -30,15 +30,24 @@ def start(config: RunConfig, program: Sequence[str]) -> int:
     nodes = find_nodes(os.environ)
     num_gpus = torch.cuda.device_count()
     per_node = count_processes(config, nodes.count, num_gpus)
-    if nodes.count == 1:
-        # Rank 0 takes the lease; this only keeps a second launcher from writing anything.
-        refuse_if_held_here(Path(config.monitor.folder), "monitor.folder", LEASE)
+    folder, key = Path(config.monitor.folder), "monitor.folder"
+    if nodes.rank == 0:
+        # Rank 0 takes this lease; here it only keeps a second launcher from writing anything.
+        refuse_if_held_here(folder, key, LEASE)
+    if nodes.count > 1:
+        key = f"node {nodes.rank}, monitor.folder"
+    # Until it is had, nothing is written: neither logs, nor to the place where a live run's launchers meet.
+    with hold(folder, key, launcher_lease(nodes.rank)):
+        set_number_of_threads(per_node, num_gpus)
+        return _start(config, program, nodes, per_node)
+
+
+def _start(config: RunConfig, program: Sequence[str], nodes: Nodes, per_node: int) -> int:
     try:
         prepare_data(config)
     except OSError as error:
         raise UserError(describe_error(error)) from None
     open_log(config, f"node_{nodes.rank}")
-    set_number_of_threads(per_node, num_gpus)
     restarts = config.parallel.max_restarts
     threads = os.environ.get("OMP_NUM_THREADS")
     command = shlex.join(build_command(program, nodes, per_node, restarts))

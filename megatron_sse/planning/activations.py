@@ -12,6 +12,7 @@ from functools import reduce
 from typing import NamedTuple
 
 from megatron_sse.config import recomputed_parts
+from megatron_sse.config.derive import fuses_swiglu
 from megatron_sse.kernels.chunks import choose_chunk_size
 from megatron_sse.kernels.registry import KERNELS
 from megatron_sse.kernels.triton.rows import CHUNK_SIZE, choose_chunks_per_piece
@@ -38,6 +39,7 @@ def add(kept: Iterable[Kept]) -> Kept:
 def layer_activations(sizes: Sizes, kind: str) -> dict[str, Kept]:
     """Return what the parts of a layer keep without recomputation: its norms, and RECOMPUTED_PARTS."""
     inner = sizes.config.model.ffn_hidden_size // sizes.config.parallel.tensor
+    fused = fuses_swiglu(sizes.config, sizes.kernels == "triton")
     mixer = Kept(_softmax(sizes)) if kind == "softmax" else recurrent_activations(sizes, kind)
     # Torch keeps a copy for each token that the convolution looks back at.
     width = sizes.config.model.input_convolution
@@ -46,8 +48,8 @@ def layer_activations(sizes: Sizes, kind: str) -> dict[str, Kept]:
         # Both norms with their outputs, which are the inputs of mixer and MLP.
         "norms": Kept(2 * (_norm(sizes) + sizes.stream_bytes)),
         "mixer": mixer.plus(convolution),
-        # Gate and up (2 x inner), and what SwiGLU makes of them (3 x inner).
-        "mlp": Kept(sizes.tokens * 5 * inner * sizes.element),
+        # Gate and up (2 x inner), and what SwiGLU makes of them: 3 x inner step by step, fused only its result.
+        "mlp": Kept(sizes.tokens * (3 if fused else 5) * inner * sizes.element),
     }
 
 

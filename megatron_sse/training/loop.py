@@ -30,7 +30,7 @@ from megatron_sse.checkpoint.folders import (
 from megatron_sse.checkpoint.load import load_checkpoint, load_weights
 from megatron_sse.checkpoint.save import SaveError, Saver
 from megatron_sse.checkpoint.verify import first_intact
-from megatron_sse.config import RunConfig, StageRun, plan_stages, stage_of_step
+from megatron_sse.config import RunConfig, StageRun, describe_speedups, plan_stages, stage_of_step
 from megatron_sse.data.batch import Batch
 from megatron_sse.data.fingerprint import describe_data
 from megatron_sse.data.iterators import ValidationFactory, build_data_iterators
@@ -106,7 +106,7 @@ def train(config: RunConfig, lease: Lease | None = None) -> int:
     setting turns out to be wrong, such as a checkpoint.resume without a checkpoint (before any process group exists).
     """
     candidates, weights = find_checkpoints(config), find_weights(config)
-    check_writable(checkpoint_folder(config))
+    check_writable(checkpoint_folder(config), lease)
     signals = Signals(config.checkpoint.stop_after_minutes)
     run = None
     try:
@@ -175,6 +175,7 @@ class Run:
         if resume is not None:
             check_same_data(resume, config, self.stages)
         chunks = wrap_model(config, build_model(config, groups, device), groups)
+        logger.info("%s", describe_speedups(config, device.type == "cuda", groups.dp_cp.size()))
         self.trainer = Trainer(config, groups, chunks, build_optimizer(config, chunks, groups))
         self.first_step, self.consumed_samples = 1, 0
         if resume is not None:

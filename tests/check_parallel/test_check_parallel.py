@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from megatron_sse.check_parallel import command, processes
 from megatron_sse.cli import main
 from megatron_sse.config import load_config
 from tests.check_parallel import broken
@@ -141,3 +143,23 @@ def test_user_errors_are_one_line(arguments: list[str], message: str, capfd: pyt
     captured = capfd.readouterr()
     assert captured.err.startswith(message) and captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+def test_processes_are_set_up_for_the_largest_tensor_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process sets its GPU up once, with the connections that a run with tensor parallelism has."""
+    set_up: list[tuple[int, int]] = []
+
+    class Started(Exception):
+        pass
+
+    def start(size: int, prepare: Callable[[], None], tensor: int) -> None:
+        monkeypatch.setattr(processes, "setup_device", lambda rank, tensor: set_up.append((rank, tensor)) or 1 / 0)
+        processes._answer(1, pickle.dumps((2, 0, len, ())), tensor)
+        raise Started
+
+    monkeypatch.setattr(command, "Processes", start)
+    for name in ("WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    with pytest.raises(Started):
+        main(["check-parallel", QUICKSTART, "--layouts", "cp2,tp2", *SMALL])
+    assert set_up == [(1, 2)]

@@ -1,6 +1,8 @@
 """Which checkpoint a run resumes from, which are kept, and what prevents either."""
 
+import errno
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ from megatron_sse.checkpoint.folders import (
 )
 from megatron_sse.checkpoint.manifest import Manifest, describe_files
 from megatron_sse.errors import UserError
+from megatron_sse.lease import hold
+from megatron_sse.run_folder import LEASE
+from tests.leases import elsewhere
 from tests.training.support import small_run
 
 
@@ -181,3 +186,36 @@ NOT_WRITABLE = ["/proc/runs", "/dev/null/runs"]
 def test_a_folder_that_cannot_be_written_to_is_an_error_at_the_start(place: str) -> None:
     with pytest.raises(UserError, match=f"^monitor.folder: got {place}, allowed a folder that can be written to "):
         folders.check_writable(Path(place) / "checkpoints")
+
+
+def test_only_the_holder_of_the_lease_makes_room_on_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To others, what is not complete may be what a run that is alive is writing."""
+    folder = tmp_path / "run/checkpoints"
+    left = folder / "partial_0123456789abcdef_iter_0000002"
+    left.mkdir(parents=True)
+
+    def is_full(folder: Path) -> None:
+        if left.exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(folders, "_write_something", is_full)
+    folders.check_writable(folder)
+    with hold(folder.parent, "monitor.folder", LEASE) as lease:
+        theirs = elsewhere(folder.parent / LEASE)
+        with pytest.raises(UserError, match="^monitor.folder: got .*was taken over by process 12 on node7"):
+            folders.check_writable(folder, lease)
+        assert left.exists()
+        theirs.unlink()
+        folders.check_writable(folder, lease)
+        assert not left.exists()
+
+
+def test_a_full_disk_without_left_overs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_full(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(folders, "_write_something", is_full)
+    with pytest.raises(UserError, match=r"allowed a folder that can be written to \(No space left on device\)$"):
+        folders.check_writable(tmp_path)

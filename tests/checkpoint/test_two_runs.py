@@ -12,7 +12,7 @@ import pytest
 from megatron_sse import cli
 from tests.checkpoint.processes import STEP, Fault, Processes
 from tests.checkpoint.test_processes import newest, write_run
-from tests.leases import elsewhere
+from tests.leases import alive_here, elsewhere
 
 
 def contents(folder: Path) -> dict[str, tuple[int, int]]:
@@ -75,3 +75,21 @@ def test_a_run_that_lost_its_folder_saves_nothing(tmp_path: Path) -> None:
     assert re.search("checkpoint not saved: .* was taken over by process 12 on node7 .*; training continues", output)
     assert contents(tmp_path / "run/checkpoints") == before
     assert [path.name for path in (tmp_path / "run").glob("*lease*")] == ["training.lease_4"]
+
+
+@pytest.mark.parametrize("held", ["training", "node_0", "node_1"])
+def test_a_second_launcher_of_a_machine_is_refused(
+    held: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It writes nothing, and does not call at the place where the launchers of the first run meet."""
+    number = 1 if held == "node_1" else 0
+    for name, value in {"NNODES": "2", "NODE_RANK": str(number), "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    config = write_run(tmp_path)
+    alive_here(tmp_path / "run" / held)
+    before = contents(tmp_path)
+    assert cli.main(["train", str(config), "parallel.data=2"]) == 2
+    key = "monitor.folder" if held == "training" else f"node {number}, monitor.folder"
+    message = rf"{key}: got \S+, which process {os.getpid()} on \S+ \(since .*\) is writing to; .*\n"
+    assert re.fullmatch(message, capfd.readouterr().err)
+    assert contents(tmp_path) == before

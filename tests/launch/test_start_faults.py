@@ -1,4 +1,4 @@
-"""Processes that are interrupted, terminated, lost or stopped before the first step, from the first process on (F36).
+"""Processes that are interrupted, terminated, lost or stopped before the first step, from the first process on (F47).
 
 Each ends with a line at most, and a status that is documented.
 """

@@ -114,6 +114,7 @@ RUNS: list[tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     (1, {}, KDA, {"precision": "bf16"}),
     (1, {}, PLAIN, {}),
     (1, {}, NORMED, {}),
+    (1, {}, NORMED, {"fused_swiglu": True}),
     (1, {}, NORMED, {"precision": "bf16"}),
     (1, {}, TOP_KEYS, {"precision": "bf16"}),
     (1, {}, MODEL, {"recompute": "full"}),

@@ -51,14 +51,17 @@ def test_settings(model: Path, name: str) -> None:
     assert str(caught.value).startswith(f"{path}: {message}") and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("weight_map", [{}, [], {"a": "../config.json"}, {"a": 1}, None])
+@pytest.mark.parametrize(
+    "weight_map", [{}, [], {"a": "../config.json"}, {"a": 1}, None, {"a": "x" * 5000}, {"a": "\n\x1b[2J"}, {"a": "\0"}]
+)
 def test_indexes(model: Path, weight_map: Any) -> None:
     path = model / "model.safetensors.index.json"
     right = path.read_text()
     path.write_text(json.dumps({"weight_map": weight_map}))
     try:
-        with pytest.raises(UserError, match="weight_map|hold no tensor"):
+        with pytest.raises(UserError, match="weight_map|hold no tensor|not found") as caught:
             open_model("SRC", model)
+        assert str(caught.value).isprintable()
     finally:
         path.write_text(right)
 

@@ -8,7 +8,13 @@ import torch
 
 from megatron_sse.checkpoint.folders import checkpoint_folder, step_folder
 from megatron_sse.checkpoint.full_weights import read_weights
-from megatron_sse.config import fuses_loss, overlaps_gradients, overlaps_parameters, transformer_settings
+from megatron_sse.config import (
+    describe_speedups,
+    fuses_loss,
+    overlaps_gradients,
+    overlaps_parameters,
+    transformer_settings,
+)
 from tests.checkpoint.support import Trace, save, take_steps
 from tests.training.support import small_run, start
 from tests.workers import run_workers
@@ -81,3 +87,8 @@ def test_defaults(tmp_path: Path, sections: dict[str, Any], on_gpu: bool, expect
     settings = transformer_settings(config, on_gpu)
     fused = fuses_loss(config, on_gpu), settings["bias_activation_fusion"]
     assert (*fused, overlaps_gradients(config, on_gpu), overlaps_parameters(config, on_gpu)) == expected
+    # The line at the start of a run names the same.
+    names = [("fused", "cross entropy"), ("fused", "SwiGLU"), ("overlapped", "gradients"), ("overlapped", "weights")]
+    line = dict(part.split(": ") for part in describe_speedups(config, on_gpu, copies=2).split("; "))
+    assert tuple(name in line[kind] for kind, name in names) == expected
+    assert "overlapped: nothing" in describe_speedups(config, on_gpu, copies=1)
