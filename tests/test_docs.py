@@ -15,8 +15,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SMALL = ["model.num_layers=2", "model.layers=sse, softmax", "model.hidden_size=32", "model.sse.num_heads=2"]
 SMALL += ["model.sse.head_dim=8", "model.softmax.num_heads=2", "data.validation=null"]
+# In place of PREFIX and RUN, which the reader has.
+OWN = ["data.corpus=python_stdlib", "data.train=corpora/python_stdlib/train", "checkpoint.load_weights=null"]
+OWN += ["model.vocab_size=257", "model.softmax.num_kv_heads=2", "optimizer.warmup_steps=1"]
 RUNS = {
     "quickstart": [*SMALL, "data.sequence_length=64", "training.steps=2"],
+    "sse_h_2b_1m": [*SMALL, *OWN, "data.sequence_length=64", "parallel.context=2", "training.steps=2"],
     "stages": [*SMALL, "stages=[{tokens: 2000, sequence_length: 64}, {tokens: 500, sequence_length: 256}]"],
 }
 # The commands of this page are run by tests/check_parallel.
@@ -74,7 +78,7 @@ def test_training(command: str, folder: Path) -> None:
 
 
 def test_there_are_commands() -> None:
-    assert len(COMMANDS) == 7
+    assert len(COMMANDS) == 9
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

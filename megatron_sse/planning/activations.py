@@ -166,9 +166,8 @@ def _picks(sizes: Sizes, mixer: Mixer) -> int:
 
 
 def _segments(sizes: Sizes, mixer: Mixer) -> int:
-    """Return the number of (span, bank) pairs: slots of sequences are spans, or all tokens without context ranks."""
-    spans = sizes.config.training.micro_batch_size * sizes.num_slots if sizes.config.parallel.context > 1 else 1
-    return spans * (1 + mixer.partitions)
+    """Return the number of (span, bank) pairs."""
+    return sizes.spans * (1 + mixer.partitions)
 
 
 def _states(sizes: Sizes, mixer: Mixer, pieces: int) -> int:

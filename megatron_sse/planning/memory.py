@@ -95,10 +95,10 @@ def passes_under_way(sizes: Sizes, stage: int) -> int:
 def table_bytes(sizes: Sizes) -> int:
     """Return the bytes of a micro-batch's Batch: its tokens and labels, and where its documents are."""
     length, batch = sizes.config.data.sequence_length, sizes.config.training.micro_batch_size
-    # Fragment, position and document, token and label, and the loss mask; a slot's columns.
-    own = sizes.tokens * (5 * INT64 + FP32) + length // sizes.config.parallel.context * INT64
-    # Columns and documents of all ranks' keys, for softmax layers.
-    return own + length * INT64 * (1 + batch) + INT64 * (sizes.fragments + 1)
+    # Span, fragment, position and document, token and label, and the loss mask; a slot's columns.
+    own = sizes.tokens * (6 * INT64 + FP32) + length // sizes.config.parallel.context * INT64
+    # Columns and documents of all ranks' keys, for softmax layers. Offsets of the spans and the fragments.
+    return own + length * INT64 * (1 + batch) + INT64 * (sizes.spans + 1 + sizes.fragments + 1)
 
 
 def _tables(sizes: Sizes, stage: int) -> int:

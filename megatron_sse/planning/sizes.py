@@ -68,6 +68,11 @@ class Sizes:
         return len(self.chain) // self.config.parallel.context
 
     @property
+    def spans(self) -> int:
+        """Runs of tokens that one state of each bank goes through: slots of sequences, or all tokens of one rank."""
+        return self.config.training.micro_batch_size * self.num_slots if self.config.parallel.context > 1 else 1
+
+    @property
     def document(self) -> int:
         """Tokens of a document, which is all that softmax layers attend to."""
         return max(1, self.config.data.sequence_length // self.documents)

@@ -78,11 +78,11 @@ def forget_positions(patch: pytest.MonkeyPatch) -> None:
     """Keep the rotary angles of the original order."""
     original = attention.SoftmaxAttention._attend
 
-    def wrong(self, hidden_states, attention_mask, layout):
+    def wrong(self, hidden_states, layout):
         if isinstance(layout, zigzag.ZigzagLayout):
             numbers = torch.arange(layout.position_BL.shape[1])
             layout = replace(layout, position_BL=numbers.expand_as(layout.position_BL))
-        return original(self, hidden_states, attention_mask, layout)
+        return original(self, hidden_states, layout)
 
     patch.setattr(attention.SoftmaxAttention, "_attend", wrong)
 
