@@ -1,4 +1,4 @@
-"""What goes into the banks and comes out of them."""
+"""Inputs and outputs of the banks."""
 
 from dataclasses import dataclass, replace
 
@@ -20,7 +20,7 @@ def l2_normalize(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BankInputs:
-    """What one kind of bank (shared or sparse) sees of T tokens.
+    """Inputs of one kind of bank (shared or sparse) for T tokens.
 
     Which tensors there are, and their dims, say which recurrence the bank follows.
 
@@ -73,7 +73,7 @@ class BankInputs:
 
 @dataclass(frozen=True)
 class BankOutputs:
-    """What was read from the banks, and their states at the ends of the spans.
+    """Outputs read from the banks, and their states at the ends of the spans.
 
     shared_THV: from the shared bank; where picked_TPHV is None, the sum over all banks.
     picked_TPHV: from each picked partition, weighted; in mask form from all N. None where there are no partitions, and

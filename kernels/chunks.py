@@ -1,4 +1,4 @@
-"""What the recurrences share: inside a chunk all is matrix products, between chunks a scan.
+"""The common part of all recurrences: inside a chunk all is matrix products, between chunks a scan.
 
 A chunk acts on the state S that enters it: it outputs within + query S and leaves the state transition S + increment.
 Both are affine in S, so a recurrence is defined by these four tensors and their function of the chunk's rows.

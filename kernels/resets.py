@@ -52,7 +52,7 @@ class Resets:
 
 
 class PieceResets(NamedTuple):
-    """What resets mean for pieces of segments.
+    """Resets seen from pieces of segments.
 
     inside_M: bool, whether a document starts inside the piece, so that nothing which enters it leaves it.
     before_M: bool, whether one starts before the piece in its segment. inside_S: whether one starts in the segment.

@@ -1,4 +1,4 @@
-"""What `import megatron_sse` offers to notebooks and scripts; docs/python.md shows it."""
+"""The Python interface for notebooks and scripts, behind `import megatron_sse`; docs/python.md shows it."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def _run_and_print(command: list[str]) -> tuple[int, str]:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run needs, as `megatron-sse plan` works it out; str() gives its report.
+    """Memory, traffic and time of a run, as `megatron-sse plan` works them out; str() gives its report.
 
     layout: memory and bytes sent of each pipeline stage, and the parts of a step's time.
     """

@@ -1,4 +1,4 @@
-"""What is worked out of a large token file: made once per machine, kept beside it, memory-mapped by all processes.
+"""Tables derived from a large token file: made once per machine, kept beside it, memory-mapped by all processes.
 
 It lies in <prefix>.made/<fingerprint>/<name>/: arrays (.npy) and facts.json. A folder appears complete or not at all,
 and never changes; a token file with other content has another fingerprint. All of it can be deleted at any time.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import logging
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,8 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel
 
 from megatron_sse.durable import fsync, unique
+from megatron_sse.errors import UserError
+from megatron_sse.reading import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +32,7 @@ FACTS = "facts.json"
 # Goes into the fingerprint: another number where what is kept means something else.
 _VERSION = 1
 _EDGE = 1 << 16
+_FINGERPRINT = re.compile("[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,16 @@ class Made:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
+class _Content(BaseModel):
+    """The content of facts.json."""
+
+    arrays: list[str]
+    facts: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class MadeFolder:
-    """What is kept of a token file with one content. path: None where nothing is kept."""
+    """The tables kept for a token file with one content. path: None where none are kept."""
 
     path: Path | None = None
 
@@ -95,10 +106,10 @@ def _fingerprint(prefix: str) -> str:
 def _read(path: Path) -> Made | None:
     """Return what is there, or None: also where it is damaged, so that it is made again."""
     try:
-        content = json.loads((path / FACTS).read_text())
-        arrays = {name: np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in content["arrays"]}
-        return Made(arrays, content["facts"])
-    except (OSError, ValueError, KeyError, TypeError):
+        content = read_json(path / FACTS, _Content)
+        arrays = {name: np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in content.arrays}
+        return Made(arrays, content.facts)
+    except (UserError, OSError, ValueError):
         return None
 
 
@@ -109,8 +120,7 @@ def _write(path: Path, made: Made) -> None:
         for name, array in made.arrays.items():
             np.save(building / f"{name}.npy", array)
             fsync(building / f"{name}.npy")
-        content = {"arrays": list(made.arrays), "facts": made.facts}
-        (building / FACTS).write_text(json.dumps(content))
+        (building / FACTS).write_text(_Content(arrays=list(made.arrays), facts=made.facts).model_dump_json())
         fsync(building / FACTS)
         # What is there was not readable, or another machine was faster on a file system without locks.
         if path.exists() and _read(path) is None:
@@ -124,7 +134,8 @@ def _write(path: Path, made: Made) -> None:
 @contextmanager
 def _alone(lock: Path) -> Iterator[None]:
     """Let one process of the machine at a time into the block."""
-    with lock.open("w") as file:
+    # Not "w", which would empty whatever the name leads to.
+    with lock.open("a") as file:
         # Some network file systems have no locks. Then several processes make it, and the first to finish is kept.
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -132,7 +143,10 @@ def _alone(lock: Path) -> Iterator[None]:
 
 
 def _remove_others(path: Path) -> None:
-    """Remove what was made of earlier contents of the file; processes that have it open keep it."""
+    """Remove what was made of earlier contents of the file; processes that have it open keep it.
+
+    Whatever does not have the name of a fingerprint is another's, and stays.
+    """
     for other in path.parent.iterdir():
-        if other != path:
+        if other != path and _FINGERPRINT.fullmatch(other.name):
             shutil.rmtree(other, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What exported models call of this package: its kernels, for the recurrences of a layer.
+"""The function of this package that exported models call: its kernels, for the recurrences of a layer.
 
 Exports are kept and this package is updated: a function here keeps its arguments and its meaning for good. What changes
 gets a new name; an export that does not find its function computes in plain torch.

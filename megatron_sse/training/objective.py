@@ -1,4 +1,4 @@
-"""What a run trains for: the loss of a micro-batch, and the numbers that are reported of it."""
+"""Objectives of training: the loss of a micro-batch, and the numbers that are reported with it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_sse.parallel.linear_cross_entropy import TokenScores
 
 @dataclass(frozen=True)
 class MicroBatchLoss:
-    """What the last pipeline stage makes of this rank's part of a micro-batch.
+    """Loss of this rank's part of a micro-batch, as the last pipeline stage computes it.
 
     loss: summed over the counted tokens; the backward pass starts here, and Megatron-Core later divides the gradient by
     the counted tokens of all ranks. tokens: their number. sums: what is reported, by the names of Objective.sums.

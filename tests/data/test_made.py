@@ -66,6 +66,22 @@ def test_another_content_is_another_file(prefix: str) -> None:
     assert after != before
 
 
+def test_what_others_keep_there_stays(prefix: str) -> None:
+    own = Path(prefix + ".made") / "notes"
+    own.mkdir(parents=True)
+    (own / "text").write_text("mine")
+    kept = Path(prefix + ".kept")
+    kept.write_text("mine as well")
+    check_token_file("data.train", prefix, 64)
+    [folder] = set(Path(prefix + ".made").iterdir()) - {own}
+    # A lock that is a link to another file must not empty it.
+    (folder / "lock").unlink()
+    (folder / "lock").symlink_to(kept)
+    (folder / "index" / made.FACTS).unlink()
+    check_token_file("data.train", prefix, 64)
+    assert (own / "text").read_text() == "mine" and kept.read_text() == "mine as well"
+
+
 @pytest.mark.parametrize("damage", ["facts", "array", "missing"])
 def test_what_is_damaged_is_made_again(prefix: str, damage: str) -> None:
     check_token_file("data.train", prefix, 64)

@@ -1,4 +1,4 @@
-"""What a megatron-sse model keeps between calls: transformers' Cache with states in place of keys and values."""
+"""The cache of a megatron-sse model: transformers' Cache with states in place of keys and values."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from transformers.cache_utils import Cache
 
 
 class KeptByLayer:
-    """What one layer keeps: a tuple of tensors [B, ...], empty before the first tokens. Only the layer reads it."""
+    """The cache of one layer: a tuple of tensors [B, ...], empty before the first tokens. Only the layer reads it."""
 
     is_compileable = is_croppable = is_sliding = supports_early_init = False
 
