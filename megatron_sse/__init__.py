@@ -80,6 +80,8 @@ for _message in (
     "MimoModelConfig is experimental",
     # Names that Megatron-Core has to keep for older releases of torch.
     "`(torch.distributed.(reduce_scatter_tensor|all_gather_into_tensor)|load_state_dict)` is deprecated",
+    # parallel/device.py sets the variable where the machine's GPUs want it, and doctor compares another value.
+    "When using (sequence parallelism|async grad allreduce) it is recommended to set the environment variable",
     # The distributed optimizer's fp32 shards are views of the parameters.
     "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed",
 ):

@@ -31,7 +31,8 @@ class Metrics:
         """Write the line of a step, or add scalars to it. Raises OSError."""
         values = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab", buffering=0) as file:
+        # Without waiting for the reader of a pipe: that is an error like others.
+        with open(self.path, "ab", buffering=0, opener=_open_without_waiting) as file:
             size = file.tell()
             if self.step is None:
                 self.begin = size = self._purge()
@@ -60,3 +61,7 @@ class Metrics:
                     break
                 kept += len(line)
         return kept
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)

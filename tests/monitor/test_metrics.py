@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import resource
 from pathlib import Path
 
@@ -51,6 +52,12 @@ def test_a_file_that_is_gone_or_full(tmp_path: Path) -> None:
     metrics.write(2, {"b": 3})
     metrics.write(3, {"a": 4})
     assert [line["step"] for line in read(path)] == [2, 3] and read(path)[0] == {"step": 2, "a": 2, "b": 3}
+
+
+def test_a_pipe_without_a_reader_is_an_error(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(OSError, match="No such device or address"):
+        Metrics(tmp_path / "metrics.jsonl", 1).write(1, {"a": 1})
 
 
 def test_a_part_of_a_line_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
