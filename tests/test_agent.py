@@ -3,11 +3,15 @@
 import itertools
 import signal
 import socket
+import time
 from datetime import timedelta
 from pathlib import Path
 
-from torch.distributed import TCPStore
+import pytest
+from torch.distributed import HashStore, TCPStore
 
+from megatron_sse.launch.meeting import Meeting
+from megatron_sse.launch.nodes import Nodes
 from tests.launchers import Launcher, free_port, start_launcher
 
 
@@ -91,6 +95,17 @@ def test_two_machines_of_one_number(tmp_path: Path) -> None:
     assert [node.end() for node in nodes] == [2, 2, 2], [node.output for node in nodes]
     for node in nodes:
         assert "NODE_RANK: got 0, 1, 1 on 3 nodes, allowed each number from 0 to 2 once" in node.output
+
+
+def test_the_first_node_waits_for_all_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for a second one with a number that another has, which would else lose the store before it reads why."""
+    store = HashStore()
+    first, *others = (Meeting(Nodes(3, rank, "localhost", 1), store, "", 1.0) for rank in (0, 1, 1))
+    waiting = list(others)
+    monkeypatch.setattr(time, "sleep", lambda _: waiting.pop().end(2, "later"))
+    first.end(2, "two with one number")
+    assert not waiting
+    assert others[0].why_ended() == (2, "two with one number")
 
 
 def test_wrong_places(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 SECONDS_TO_LEAVE = 40.0
 SECONDS_BETWEEN_LOOKS = 0.1
 # Keys of the store: of the whole run, and of a round (all machines meet once per round).
-_ROUND, _ENDED, _LEFT = "round", "ended", "left"
+_ROUND, _HERE, _ENDED, _LEFT = "round", "here", "ended", "left"
 _JOINED, _CALL, _START = "joined", "call", "start"
 
 
@@ -46,6 +46,7 @@ class Meeting(RendezvousHandler):
         # The last round in which all machines met.
         self.round = -1
         self.processes_store: TCPStore | None = None
+        store.add(_HERE, 1)
 
     def get_backend(self) -> str:
         return "static"
@@ -147,10 +148,8 @@ class Meeting(RendezvousHandler):
             pass
 
     def _number_here(self) -> int:
-        if self.round >= 0:
-            return self.nodes.count
-        first = self._of_round(0)
-        return sum(first.check([str(number)]) for number in range(self.nodes.count))
+        # Before the first round there can be more launchers than numbers: two with the same one.
+        return self.nodes.count if self.round >= 0 else self.store.add(_HERE, 0)
 
     def why_ended(self) -> tuple[int, str]:
         """Return exit status and cause of a run that another machine has ended."""

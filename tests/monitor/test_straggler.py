@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from tests.monitor.events import read_events, run_and_listen
 from tests.training.support import small_run, start
 from tests.workers import run_workers
 
-# The extra work is many times that of the model, so that noise cannot hide it.
 FACTOR = 2.0
+# Well above FACTOR, so that neither a fast nor a busy machine hides the slow rank.
+SLOWNESS = 5
 
 
 def test_ranks_are_compared_with_the_median_of_the_others() -> None:
@@ -55,15 +57,33 @@ def test_on_a_gpu_events_around_the_passes_are_added_up(monkeypatch: pytest.Monk
 
 
 def run_with_a_slow_rank(folder: Path, parallel: dict[str, Any], slow: int | None) -> list[str]:
-    """Return the warnings of a run in which one rank has extra work in each forward pass of its SSE layer."""
+    """Return the warnings of a run in which one rank computes SLOWNESS times as long in each pass."""
     training = {"steps": 6, "global_batch_size": 4, "micro_batch_size": 2, "precision": "fp32"}
     monitor = {"tensorboard": True, "health_interval": 3, "straggler_factor": FACTOR}
     run = start(small_run(folder, training=training, monitor=monitor, parallel=parallel))
     if slow == int(os.environ["RANK"]):
-        square = torch.randn(256, 256)
-        [mixer] = run.trainer.mixers
-        mixer.register_forward_hook(lambda *_: [square @ square for _ in range(200)] and None)
+        assert run.monitor.stragglers is not None
+        slow_down(run.monitor.stragglers.clock)
     return run_and_listen(run)
+
+
+def slow_down(clock: ComputeClock) -> None:
+    """Keep the processor busy before each stop of the clock, for a multiple of what the pass took."""
+    start, stop = clock.start, clock.stop
+    began = 0.0
+
+    def start_pass(barrier: bool = False) -> None:
+        nonlocal began
+        began = time.thread_time()
+        start()
+
+    def stop_late(barrier: bool = False) -> None:
+        end = began + SLOWNESS * (time.thread_time() - began)
+        while time.thread_time() < end:
+            pass
+        stop()
+
+    clock.start, clock.stop = start_pass, stop_late  # type: ignore[method-assign]
 
 
 # Tensor ranks wait for the slow one inside the passes, data-parallel ranks after them.
