@@ -19,6 +19,11 @@ def this_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
+def processes_per_node() -> int:
+    """Return the number of processes on this machine: as the launcher says, else all."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+
+
 def init_process_group(device: Device, timeout_minutes: float = 30) -> None:
     """Join the processes that torchrun started (it sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT).
 

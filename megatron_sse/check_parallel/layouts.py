@@ -75,8 +75,10 @@ def _beside(given: ParallelConfig, changes: dict[str, Any]) -> ParallelConfig:
     context = changes.get("context", 1)
     base: dict[str, Any] = {"tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "context": 1, "data": 1}
     base["sequence"] = given.sequence and changes.get("tensor", 1) > 1
-    # A zigzag layout needs at least two ranks. Ranks count as two nodes, so that states also cross between nodes.
-    base |= {"layout": given.layout if context > 1 else "auto", "context_per_node": max(1, context // 2)}
+    # A zigzag layout needs at least two ranks.
+    base |= {"layout": given.layout if context > 1 else "auto"}
+    # Ranks count as two nodes, so that states also cross between nodes.
+    base |= {"context_per_node": max(1, context // 2) if given.hand_off == "two_level" else None}
     return _comparable(given, **(base | changes))
 
 

@@ -1,6 +1,6 @@
 """The settings of a run: from YAML to a checked RunConfig."""
 
-from megatron_sse.config.context import attends_over_context, attention_kind, choose_layout
+from megatron_sse.config.context import attends_over_context, attention_kind, choose_hand_off, choose_layout
 from megatron_sse.config.derive import (
     choose_loss_chunk,
     describe_speedups,
@@ -50,6 +50,7 @@ __all__ = [
     "attends_over_context",
     "attention_kind",
     "check_world_size",
+    "choose_hand_off",
     "choose_layout",
     "choose_loss_chunk",
     "count_processes",

@@ -125,15 +125,13 @@ def _sizes(config: Settings) -> Found:
     if parallel.layout == "zigzag" and straddles_slots(config):
         allowed = "auto, contiguous with model.input_convolution, parallel.sequence and an odd parallel.tensor"
         yield "parallel.layout", "zigzag", allowed
-    if parallel.hand_off == "two_level" and parallel.context % parallel.context_per_node:
+    uses_nodes = parallel.hand_off in ("auto", "two_level")
+    if uses_nodes and parallel.context % (parallel.context_per_node or 1):
         yield (
             "parallel.context_per_node",
             parallel.context_per_node,
             f"a divisor of parallel.context {parallel.context}",
         )
-    if parallel.hand_off_wire == "bf16" and (delta_rules := _delta_rules(config)):
-        allowed = f"fp32 with the {delta_rules[0]} recurrence: products of rounded matrices drift"
-        yield "parallel.hand_off_wire", "bf16", allowed
     data = config.data
     if data.validation_share and data.validation is not None:
         yield "data.validation_share", data.validation_share, "0.0 where data.validation is given"

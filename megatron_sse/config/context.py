@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from megatron_sse.config.problem import Found
-from megatron_sse.config.schema import Settings
+from megatron_sse.config.schema import ParallelConfig, Settings
 
 KINDS = ("p2p", "all_gather", "a2a")
 
@@ -67,6 +67,24 @@ def context_problems(config: Settings) -> Found:
 def straddles_slots(config: Settings) -> bool:
     """Check whether the input convolution would meet a tensor rank's part that lies in two slots of a zigzag layout."""
     return bool(config.model.input_convolution and config.parallel.sequence and config.parallel.tensor % 2)
+
+
+def choose_hand_off(parallel: ParallelConfig, gpus_per_node: int) -> tuple[str, int]:
+    """Return the algorithm that hands off states, and the context ranks of a machine, which two_level needs.
+
+    auto takes two_level over several machines with several context ranks each, and exscan elsewhere: docs/plan.md has
+    the model of their times. gpus_per_node: GPUs of a machine.
+    """
+    ranks = parallel.context_per_node
+    if ranks is None:
+        # Neighbouring processes differ in tensor first, then in context.
+        ranks = min(parallel.context, max(1, gpus_per_node // parallel.tensor))
+        if gpus_per_node % parallel.tensor or parallel.context % ranks:
+            # Machines hold different numbers of context ranks.
+            ranks = 1
+    if parallel.hand_off != "auto":
+        return parallel.hand_off, ranks
+    return "two_level" if 1 < ranks < parallel.context else "exscan", ranks
 
 
 def choose_layout(config: Settings) -> tuple[bool, str]:

@@ -50,7 +50,7 @@ def _find(config: RunConfig) -> Iterator[str]:
     if config.parallel.context == 1:
         names = ["layout", "hand_off", "hand_off_wire", "context_per_node"]
         yield from _changed(config.parallel, "parallel", names, "parallel.context is 1")
-    elif config.parallel.hand_off != "two_level":
+    elif config.parallel.hand_off not in ("auto", "two_level"):
         reason = f"parallel.hand_off is {config.parallel.hand_off}"
         yield from _changed(config.parallel, "parallel", ["context_per_node"], reason)
     if model.transformer.get("cp_comm_type") is not None and attention_kind(config) is None:

@@ -213,9 +213,11 @@ class ParallelConfig(Section):
     virtual_pipeline: Count = 1
     context: Count = 1
     layout: Literal["auto", "contiguous", "zigzag"] = "auto"
-    hand_off: Literal["exscan", "allgather", "p2p", "two_level"] = "exscan"
+    # "auto": config/context.py, choose_hand_off.
+    hand_off: Literal["auto", "exscan", "allgather", "p2p", "two_level"] = "auto"
     hand_off_wire: Literal["fp32", "bf16"] = "fp32"
-    context_per_node: Count = 1
+    # None: those that fit on a machine.
+    context_per_node: Count | None = None
     data: Count | None = None
     distributed_optimizer: bool = False
     # None: on GPUs.

@@ -21,6 +21,8 @@ class Gpu:
     network: float
 
 
+# GPUs of a DGX system of any of these.
+GPUS_PER_NODE = 8
 # From NVIDIA's data sheets of each GPU (dense bf16, one direction of NVLink) and DGX systems (network per GPU).
 GPUS = {
     "a100": Gpu("A100 SXM 80 GB", 312e12, 2.039e12, 80e9, 300e9, 25e9),

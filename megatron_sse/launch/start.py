@@ -19,6 +19,8 @@ from megatron_sse.lease import hold, refuse_if_held_here
 from megatron_sse.logs import open_log
 from megatron_sse.run_folder import LEASE, launcher_lease
 
+THREADS, MEMORY = "OMP_NUM_THREADS", "GLIBC_TUNABLES"
+
 
 def start(config: RunConfig, program: Sequence[str]) -> int:
     """Print torchrun's command for this machine's processes and run them; return the exit status of the first that
@@ -38,7 +40,7 @@ def start(config: RunConfig, program: Sequence[str]) -> int:
         key = f"node {nodes.rank}, monitor.folder"
     # Until it is had, nothing is written: neither logs, nor to the place where a live run's launchers meet.
     with hold(folder, key, launcher_lease(nodes.rank)):
-        set_number_of_threads(per_node, num_gpus)
+        set_environment(per_node, num_gpus)
         return _start(config, program, nodes, per_node)
 
 
@@ -49,22 +51,27 @@ def _start(config: RunConfig, program: Sequence[str], nodes: Nodes, per_node: in
         raise UserError(describe_error(error)) from None
     open_log(config, f"node_{nodes.rank}")
     restarts = config.parallel.max_restarts
-    threads = os.environ.get("OMP_NUM_THREADS")
+    variables = [f"{name}={os.environ[name]}" for name in (THREADS, MEMORY) if name in os.environ]
     command = shlex.join(build_command(program, nodes, per_node, restarts))
     with contextlib.suppress(OSError):
-        print(f"{f'OMP_NUM_THREADS={threads} ' if threads else ''}torchrun {command}", flush=True)
+        print(" ".join([*variables, "torchrun", command]), flush=True)
     return run_processes(program, nodes, per_node, restarts, config.parallel.timeout_minutes)
 
 
-def set_number_of_threads(per_node: int, num_gpus: int) -> None:
-    """Share the cores of a machine, unless OMP_NUM_THREADS is set; report idle GPUs."""
+def set_environment(per_node: int, num_gpus: int) -> None:
+    """Set what the processes read when they start, unless the user did; report idle GPUs.
+
+    They share the machine's cores. Without GPUs, large tensors lie in huge pages: torch gets their memory anew for
+    every operation, and 512 times fewer pages have to be mapped (quickstart: 1.7 times as fast where mapping is slow).
+    """
     if not num_gpus:
         cores = len(os.sched_getaffinity(0))
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // per_node)))
+        os.environ.setdefault(THREADS, str(max(1, cores // per_node)))
+        os.environ.setdefault(MEMORY, "glibc.malloc.hugetlb=1")
         return
     if per_node > 1:
         # As torchrun has it: GPUs compute, and the cores are left to the processes that read and save.
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        os.environ.setdefault(THREADS, "1")
     if per_node < num_gpus:
         print(f"uses {per_node} of {num_gpus} GPUs, as many as parallel and training.global_batch_size can feed")
 

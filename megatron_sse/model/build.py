@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_layer import (
 from megatron_sse.config import (
     ModelConfig,
     RunConfig,
+    choose_hand_off,
     choose_layout,
     choose_loss_chunk,
     fuses_loss,
@@ -35,7 +36,7 @@ from megatron_sse.model.initialize import bind_weights, initialize_weights
 from megatron_sse.model.language_model import LanguageModel, build_language_model, mlp_spec
 from megatron_sse.model.mixer import SSEMixer
 from megatron_sse.parallel.device import Device
-from megatron_sse.parallel.groups import split_by_node
+from megatron_sse.parallel.groups import processes_per_node, split_by_node
 from megatron_sse.parallel.handoff import HandOff
 from megatron_sse.parallel.linear_cross_entropy import OutputLayer
 from megatron_sse.parallel.sharding import ContextShard
@@ -99,10 +100,11 @@ def make_hand_off(config: RunConfig, groups: ProcessGroupCollection) -> HandOff:
     parallel = config.parallel
     shard = ContextShard(groups.cp.rank(), groups.cp.size(), choose_layout(config)[0])
     wire = {"fp32": None, "bf16": torch.bfloat16}[parallel.hand_off_wire]
-    if parallel.hand_off != "two_level":
-        return HandOff(shard.chain, groups.cp, parallel.hand_off, wire)
-    node_group, cross_group = split_by_node(groups.cp, parallel.context_per_node)
-    return HandOff(shard.chain, groups.cp, parallel.hand_off, wire, node_group, cross_group)
+    algorithm, ranks_per_node = choose_hand_off(parallel, processes_per_node())
+    if algorithm != "two_level":
+        return HandOff(shard.chain, groups.cp, algorithm, wire)
+    node_group, cross_group = split_by_node(groups.cp, ranks_per_node)
+    return HandOff(shard.chain, groups.cp, algorithm, wire, node_group, cross_group)
 
 
 def _build_chunk(

@@ -13,6 +13,7 @@ from megatron_sse.costs.flops import (
     train_flops_per_token,
 )
 from megatron_sse.costs.gpus import Gpu
+from megatron_sse.planning.hand_off import step_hand_off
 from megatron_sse.planning.memory import Memory, kept_of_step, passes_under_way
 from megatron_sse.planning.sizes import Sizes
 from megatron_sse.planning.traffic import AXES
@@ -42,7 +43,7 @@ class StepTime:
         return max(self.products, self.memory) + idle + sum(sent)
 
 
-def step_time(sizes: Sizes, memory: Memory, sent: dict[str, int], stage: int, gpu: Gpu, per_node: int) -> StepTime:
+def step_time(sizes: Sizes, memory: Memory, sent: dict[str, int], stage: int, gpu: Gpu) -> StepTime:
     """Return the time of a step from the memory and the sent bytes of a stage."""
     config = sizes.config
     training, parallel = config.training, config.parallel
@@ -54,12 +55,16 @@ def step_time(sizes: Sizes, memory: Memory, sent: dict[str, int], stage: int, gp
     moved = _bytes_moved(sizes, memory, stage) / gpu.bandwidth
     # Share of a pipeline's steady time for filling and draining it; virtual stages divide it.
     bubble = (parallel.pipeline - 1) / (parallel.virtual_pipeline * sizes.num_micro_batches)
-    speeds = _link_speeds(sizes, gpu, per_node)
+    speeds = _link_speeds(sizes, gpu)
+    handed_off, seconds = step_hand_off(sizes, stage, gpu)
+    times = {axis: sent[axis] / speeds[axis] for axis in AXES}
+    # Its bytes are few, so that latencies count, and two_level sends most of them inside a machine.
+    times["context"] += seconds - handed_off / speeds["context"]
     return StepTime(
         products=products,
         memory=moved,
         idle=max(products, moved) * bubble,
-        **{axis: sent[axis] / speeds[axis] for axis in AXES},
+        **times,
     )
 
 
@@ -95,7 +100,7 @@ def _without_recompute(sizes: Sizes) -> RunConfig:
     return config.model_copy(update={"training": config.training.model_copy(update={"recompute": "none"})})
 
 
-def _link_speeds(sizes: Sizes, gpu: Gpu, per_node: int) -> dict[str, float]:
+def _link_speeds(sizes: Sizes, gpu: Gpu) -> dict[str, float]:
     """Return bytes per second by axis. Neighbouring ranks differ in tensor, then context, data, pipeline."""
     parallel, span = sizes.config.parallel, 1
     speeds = {}
@@ -107,5 +112,5 @@ def _link_speeds(sizes: Sizes, gpu: Gpu, per_node: int) -> dict[str, float]:
     ):
         # Ranks of this axis lie `span` apart at most: they share a machine if that many GPUs fit in one.
         span *= size
-        speeds[axis] = gpu.link if span <= per_node else gpu.network
+        speeds[axis] = gpu.link if span <= sizes.gpus_per_node else gpu.network
     return speeds

@@ -114,7 +114,7 @@ def _hand_off(sizes: Sizes) -> int:
         mixer = sizes.of_mixer(kind)
         banks = config.training.micro_batch_size * sizes.num_slots * (1 + mixer.partitions)
         copies = HAND_OFF_COPIES[mixer.spec.recurrence.delta_rule]
-        if config.parallel.hand_off == "allgather":
+        if sizes.hand_off[0] == "allgather":
             copies *= config.parallel.context
         largest = max(largest, int(copies * banks * mixer.state * FP32))
     return largest

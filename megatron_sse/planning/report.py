@@ -10,7 +10,9 @@ from megatron_sse.config.derive import count_parameters, describe_run
 from megatron_sse.config.pattern import LAYER_KINDS
 from megatron_sse.costs.flops import forward_flops_per_token, mixer_flops, mlp_flops, train_flops_per_token
 from megatron_sse.costs.gpus import Gpu
+from megatron_sse.parallel.handoff import ALGORITHMS
 from megatron_sse.planning.ceilings import GIB, StepTime
+from megatron_sse.planning.hand_off import layer_seconds
 from megatron_sse.planning.memory import rank_memory
 from megatron_sse.planning.search import HEADROOM, LONGEST, Layout, with_settings
 from megatron_sse.planning.traffic import AXES
@@ -52,8 +54,10 @@ def describe_layout(layout: Layout, gpu: Gpu, longest: int) -> list[str]:
         _memory(layout, gpu, longest),
         _operations(config),
         _sent(layout),
+        _hand_off(layout, gpu),
         _time(layout, gpu),
     ]
+    tables = [table for table in tables if table]
     return [line for number, table in enumerate(tables) for line in ([""] if number else []) + table]
 
 
@@ -132,6 +136,22 @@ def _sent(layout: Layout) -> list[str]:
     lines = ["bytes sent by a GPU in a step, the largest of all stages"]
     for axis in AXES:
         lines.append(f"  {axis:<26}{max(sent[axis] for sent in layout.sent):>18,}")
+    return lines
+
+
+def _hand_off(layout: Layout, gpu: Gpu) -> list[str]:
+    """Return what a layer's hand-off takes by algorithm; nothing without SSE layers or context ranks."""
+    sizes = layout.sizes
+    kinds = set(sizes.config.model.layer_kinds()) - {"softmax"}
+    if sizes.config.parallel.context == 1 or not kinds:
+        return []
+    chosen, per_node = sizes.hand_off
+    ranks = count_of(per_node, "context rank")
+    lines = [f"milliseconds of a layer's hand-off, forward and backward ({ranks} on a machine)"]
+    for algorithm in ALGORITHMS:
+        seconds = max(sum(layer_seconds(sizes, kind, gpu, algorithm)) for kind in kinds)
+        mark = "  chosen" if algorithm == chosen else ""
+        lines.append(f"  {algorithm:<26}{1000 * seconds:>18.3f}{mark}")
     return lines
 
 

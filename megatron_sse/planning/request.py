@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 from megatron_sse.config.request import ConfigRequest
-from megatron_sse.costs.gpus import GPUS
+from megatron_sse.costs.gpus import GPUS, GPUS_PER_NODE
 from megatron_sse.errors import UserError
 from megatron_sse.options import option
 
@@ -27,7 +27,7 @@ class Request(ConfigRequest):
     memory: str | None = option("SIZE", "memory of a GPU, such as 80GiB", unset="that of the kind")
     tflops: float | None = option("X", "1e12 operations per second of a GPU", unset="those of the kind")
     bandwidth: float | None = option("X", "TB per second of a GPU's memory", unset="those of the kind")
-    gpus_per_node: int = option("N", "GPUs of a machine", default=8)
+    gpus_per_node: int = option("N", "GPUs of a machine", default=GPUS_PER_NODE)
     documents: int | None = option("N", "documents of a sequence", unset="as in the token files, or 1")
     search: bool = option(help="rank the layouts that fit")
 

@@ -44,11 +44,11 @@ class Layout:
 
 def work_out(config: RunConfig, data_size: int, gpu: Gpu, per_node: int, documents: int = 1) -> Layout:
     """Return memory, traffic and time of one layout. documents: of a sequence."""
-    sizes = Sizes(config, data_size, documents=documents)
+    sizes = Sizes(config, data_size, documents=documents, gpus_per_node=per_node)
     stages = range(config.parallel.pipeline)
     memory = [rank_memory(sizes, stage) for stage in stages]
     sent = [step_traffic(sizes, stage) for stage in stages]
-    times = [step_time(sizes, memory[stage], sent[stage], stage, gpu, per_node) for stage in stages]
+    times = [step_time(sizes, memory[stage], sent[stage], stage, gpu) for stage in stages]
     return Layout(sizes, memory, sent, max(times, key=lambda time: time.total))
 
 

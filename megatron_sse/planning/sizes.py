@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron_sse.config import RunConfig, choose_layout
+from megatron_sse.config import RunConfig, choose_hand_off, choose_layout
 from megatron_sse.config.mixer import MixerSpec
+from megatron_sse.costs.gpus import GPUS_PER_NODE
 from megatron_sse.parallel.sharding import Chain, ContextShard
 
 FP32 = 4
@@ -17,13 +18,14 @@ class Sizes:
     """What a rank of a run sees.
 
     data_size: ranks that work on different sequences. kernels: as in activations.py. documents: of a sequence, on
-    average.
+    average. gpus_per_node: GPUs of a machine.
     """
 
     config: RunConfig
     data_size: int
     kernels: str = "triton"
     documents: int = 1
+    gpus_per_node: int = GPUS_PER_NODE
 
     @cached_property
     def element(self) -> int:
@@ -62,6 +64,11 @@ class Sizes:
     def chain(self) -> Chain:
         """The context ranks' slots in the order of the sequence."""
         return ContextShard(0, self.config.parallel.context, choose_layout(self.config)[0]).chain
+
+    @property
+    def hand_off(self) -> tuple[str, int]:
+        """The algorithm that hands off states, and the context ranks of a machine."""
+        return choose_hand_off(self.config.parallel, self.gpus_per_node)
 
     @property
     def num_slots(self) -> int:

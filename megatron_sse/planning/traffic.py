@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from megatron_sse.config import attention_kind, recomputed_parts, uses_distributed_optimizer
 from megatron_sse.config.weights import embedding_weight
-from megatron_sse.parallel.handoff import handoff_bytes
+from megatron_sse.planning.hand_off import sent_bytes
 from megatron_sse.planning.parameters import Chunk, chunk_buffers, chunk_weights, stage_chunks
 from megatron_sse.planning.sizes import FP32, Sizes
 
@@ -156,19 +156,8 @@ def _mixer_over_context(sizes: Sizes, kind: str, rank: int) -> Passes:
     if kind == "softmax":
         passes = _attention_over_context(sizes)
         return Passes(passes.forward + before, passes.backward + before)
-    mixer, parallel = sizes.of_mixer(kind), config.parallel
-    forward, backward = handoff_bytes(
-        sizes.chain,
-        rank,
-        config.training.micro_batch_size * mixer.value_heads * (1 + mixer.partitions),
-        mixer.key_dim,
-        mixer.value_dim,
-        mixer.spec.recurrence.delta_rule,
-        parallel.hand_off,
-        FP32,
-        2 if parallel.hand_off_wire == "bf16" else None,
-        parallel.context_per_node,
-    )
+    mixer = sizes.of_mixer(kind)
+    forward, backward = sent_bytes(sizes, kind, rank)
     channels = mixer.maps * mixer.keys
     halo = before + _halo(sizes, config.model.sse.short_convolution, ranks, sizes.num_slots, slot, channels)
     forward, backward = forward + halo, backward + halo

@@ -78,10 +78,11 @@ def serial(hand_off: HandOff, transition: Tensor | None, state: Tensor, kept: Ke
 
 
 def two_level(hand_off: HandOff, transition: Tensor | None, state: Tensor, kept: Kept | None) -> tuple[Tensor, Kept]:
-    """Compute it with exscan inside each node, and an all-gather between nodes.
+    """Compute it with exscan inside each node, around an exscan between nodes.
 
     What crosses nodes is what each run (a stretch of the chain inside one node, see node_runs) does as a whole: its
-    product of transitions and the state that leaves it when zeros enter. Each rank handles its share of the rows.
+    product of transitions and the state that leaves it when zeros enter. Each rank handles its share of the rows inside
+    the node, and a share of that share between nodes, so that bytes per rank do not grow with the number of nodes.
     """
     node, cross = hand_off.node_group, hand_off.cross_group
     assert node is not None and cross is not None
@@ -95,7 +96,7 @@ def two_level(hand_off: HandOff, transition: Tensor | None, state: Tensor, kept:
 
     # 1. Reduce each run of this node to one transition and one increment.
     own_runs = [(place, run) for place, run in runs if place[0] == cross.rank()]
-    # Nodes may have different numbers of runs, but all gather the same number: a missing run stays zero, unread.
+    # Nodes may have different numbers of runs, but all send the same number: a missing run stays zero, unread.
     num_runs = 1 + max(number for (_, number), _ in runs)
     added = increment.new_zeros(num_runs, *increment.shape[2:])
     for (_, number), run in own_runs:
@@ -106,15 +107,16 @@ def two_level(hand_off: HandOff, transition: Tensor | None, state: Tensor, kept:
         for (_, number), run in own_runs:
             done[number] = product(slots, run)
 
-    # 2. Fold the runs of all nodes: the result is what enters each run.
-    done, added = gather(done, added, cross, wire)
-    kept = kept or (slots, *_kept(done))
-    entering_runs = torch.empty_like(added)
-    fold(kept[1], added, [place for place, _ in runs], entering_runs)
+    # 2. Fold the runs of all nodes, for a share of the rows: the result is what enters each run.
+    received, total = send_to_owners(done, added, cross, wire)
+    kept = kept or (slots, *_kept(received))
+    entering_share = torch.empty_like(total)
+    fold(kept[1], total, [place for place, _ in runs], entering_share)
+    entering_runs = return_to_ranks(entering_share, added.shape, cross, wire)
     # 3. Fold the slots of each own run, from what enters it.
     entering = torch.empty_like(increment)
-    for place, run in own_runs:
-        fold(slots, increment, run, entering, first=entering_runs[place])
+    for (_, number), run in own_runs:
+        fold(slots, increment, run, entering, first=entering_runs[number])
     del increment
     return return_to_ranks(entering, state.shape, node, wire), kept
 

@@ -49,8 +49,6 @@ def _check(transition: Tensor, state: Tensor, hand_off: HandOff) -> None:
         return
     if hand_off.wire != torch.bfloat16:
         raise ValueError(f"wire is {hand_off.wire}, allowed: {state.dtype} (the states'), torch.bfloat16")
-    if transition.shape[-1] > 1:
-        raise ValueError("wire is torch.bfloat16, which is too coarse for transitions that are matrices")
 
 
 class _ExclusiveScan(torch.autograd.Function):

@@ -20,7 +20,7 @@ class HandOff:
         chain: (rank in the group, slot) of the slots of all ranks, in the order of the sequence.
         group: the context ranks; may be None when there is one.
         algorithm: "exscan", each rank folds its part of every state; "allgather", each rank folds everything; "p2p",
-            serial along the chain; "two_level", exscan inside each node and an all-gather between nodes.
+            serial along the chain; "two_level", exscan inside each node and between nodes.
         wire: dtype in which states and their gradients are sent; None for that of the tensors. bfloat16 halves the
             bytes.
         node_group: for two_level, the ranks of this node, neighbours in `group`.

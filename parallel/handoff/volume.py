@@ -25,7 +25,8 @@ def handoff_bytes(
     two_level.
     """
     # `slots` and `runs` count the rows that leave this rank. exscan, for one, sends each row's transition and state to
-    # its owner and an entering state back (transition + 2 state); backward sends no transitions (2 state).
+    # its owner and an entering state back (transition + 2 state); backward sends no transitions (2 state). two_level
+    # does the same with slots inside a node, and with runs of slots between nodes.
     num_ranks, num_slots = len({rank for rank, _ in chain}), len({slot for _, slot in chain})
     rows, row_elements = (units, key_dim) if matrix else (units * key_dim, 1)
     state = row_elements * value_dim * (wire_bytes or element_bytes)
@@ -43,5 +44,6 @@ def handoff_bytes(
     assert algorithm == "two_level"
     part = -(-rows // node_size)
     slots = (node_size - 1) * num_slots * part
-    runs = (num_ranks // node_size - 1) * (1 + max(place[1] for place, _ in node_runs(chain, node_size))) * part
-    return slots * (transition + 2 * state) + runs * (transition + state), slots * 2 * state + runs * state
+    nodes = num_ranks // node_size
+    runs = (nodes - 1) * (1 + max(number for (_, number), _ in node_runs(chain, node_size))) * -(-part // nodes)
+    return (slots + runs) * (transition + 2 * state), (slots + runs) * 2 * state

@@ -6,7 +6,7 @@ import pytest
 from megatron.core.transformer.transformer_config import TransformerConfig
 from pydantic import ValidationError
 
-from megatron_sse.config import attention_kind, choose_layout, transformer_settings
+from megatron_sse.config import ParallelConfig, attention_kind, choose_hand_off, choose_layout, transformer_settings
 from tests.model.support import run_config
 
 MODEL: dict[str, Any] = {
@@ -78,3 +78,21 @@ def test_parts_of_an_input_convolution_lie_in_one_slot() -> None:
     assert not choose_layout(run_config(convolved, data=unpacked, parallel=odd))[0]
     with pytest.raises(ValidationError, match="allowed auto, contiguous with model.input_convolution"):
         run_config(convolved, data=unpacked, parallel=odd | {"layout": "zigzag"})
+
+
+@pytest.mark.parametrize(
+    ("expected", "gpus", "parallel"),
+    [
+        (("exscan", 8), 8, {"context": 8}),
+        (("two_level", 8), 8, {"context": 16}),
+        (("two_level", 4), 8, {"context": 8, "tensor": 2}),
+        # A machine's GPUs all work on one context rank.
+        (("exscan", 1), 8, {"context": 4, "tensor": 8}),
+        # Groups of 12 begin in the middle of a machine.
+        (("exscan", 1), 8, {"context": 12}),
+        (("two_level", 3), 8, {"context": 12, "context_per_node": 3}),
+        (("p2p", 8), 8, {"context": 16, "hand_off": "p2p"}),
+    ],
+)
+def test_the_hand_off_fits_the_machines(expected: tuple[str, int], gpus: int, parallel: dict) -> None:
+    assert choose_hand_off(ParallelConfig(**parallel), gpus) == expected

@@ -53,7 +53,7 @@ def test_equals_a_serial_fold(case: Case) -> None:
 
 
 def test_settings_allow_every_algorithm() -> None:
-    assert get_args(ParallelConfig.model_fields["hand_off"].annotation) == ALGORITHMS
+    assert get_args(ParallelConfig.model_fields["hand_off"].annotation) == ("auto", *ALGORITHMS)
 
 
 @pytest.mark.parametrize("name", ODD_SHAPES)
@@ -134,10 +134,12 @@ def test_repeated_runs_are_bitwise_equal(algorithm: str, matrix: bool) -> None:
     assert worst_error(scan_over_ranks(case), tuple(scan_over_ranks(case))) == 0
 
 
+@pytest.mark.parametrize("matrix", [False, True])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_bf16_wire(algorithm: str) -> None:
-    """A bf16 wire rounds states once or twice when sent (p2p at every hop), never inside the fold."""
-    case = Case(size=4, zigzag=True, units=8, key_dim=16, value_dim=16, algorithm=algorithm, dtype=torch.float32)
+def test_bf16_wire(algorithm: str, matrix: bool) -> None:
+    """A bf16 wire rounds states when sent (p2p at every hop), never inside the fold, and no transitions."""
+    sizes = {"units": 8, "key_dim": 16, "value_dim": 16}
+    case = Case(size=4, zigzag=True, matrix=matrix, algorithm=algorithm, dtype=torch.float32, **sizes)
     results = scan_over_ranks(replace(case, wire=torch.bfloat16))
     expected = serial_fold(whole_chain(replace(case, dtype=torch.float64)))
     errors = [((x - y).norm() / y.norm()).item() for x, y in zip(results, expected, strict=True)]
@@ -239,7 +241,6 @@ STATE = torch.zeros(1, 2, 3, 4)
         (torch.zeros(2, 2, 3, 1), torch.zeros(2, 2, 3, 4), None, "1 slots on each rank"),
         (torch.zeros(1, 2, 3, 1).double(), STATE, None, "fp32 or fp64"),
         (torch.zeros(1, 2, 3, 1).half(), STATE.half(), None, "fp32 or fp64"),
-        (torch.zeros(1, 2, 3, 3), STATE, torch.bfloat16, "matrices"),
         (torch.zeros(1, 2, 3, 1), STATE, torch.float16, "wire is torch.float16"),
         (torch.zeros(1, 2, 3, 1).double(), STATE.double(), torch.float32, "wire is torch.float32"),
     ],

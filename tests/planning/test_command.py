@@ -42,6 +42,13 @@ def test_output_has_every_table(capsys: pytest.CaptureFixture[str]) -> None:
         assert part in text
 
 
+def test_the_hand_off_is_that_of_the_machines(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, chosen in (([], "exscan"), (["--gpus-per-node", "4"], "two_level")):
+        assert main(["plan", CONFIG, "--gpus", "8", "parallel.context=8", *arguments]) == 0
+        rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.endswith("chosen")]
+        assert [row[0] for row in rows] == [chosen]
+
+
 def test_exit_status_says_whether_it_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", CONFIG, "--gpus", "8", "--memory", "8GiB"]) == 1
     assert "does NOT fit" in capsys.readouterr().out
