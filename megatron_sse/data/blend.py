@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from megatron.core.datasets import helpers
 
 from megatron_sse.data.dataset import Sample, TokenDataset
 from megatron_sse.data.tasks.dataset import TaskDataset
@@ -44,7 +43,12 @@ class Blend:
 
     def _grow(self, size: int) -> None:
         """Compute for the first `size` positions the dataset, and how many of its samples came before."""
-        self.dataset_n, self.place_n = np.zeros(size, dtype=np.int16), np.zeros(size, dtype=np.int64)
+        self.dataset_n, self.place_n = np.zeros(size, dtype=np.int16), np.arange(size, dtype=np.int64)
+        if len(self.datasets) == 1:
+            return
+        # Its import takes seconds, which a launcher would spend too.
+        from megatron.core.datasets import helpers
+
         helpers.build_blending_indices(self.dataset_n, self.place_n, self.weights, len(self.datasets), size, False)
 
     def place(self, position: int) -> tuple[int, int]:

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import logging
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import DType
 
+from megatron_sse.data.index_format import DTYPES, HEADER, MAGIC, VERSION
 from megatron_sse.data.made import Made, MadeFolder, made_folder
 from megatron_sse.data.metadata import read_metadata
 from megatron_sse.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-MAGIC = b"MMIDIDX\x00\x00"
-HEADER_BYTES = 34
+HEADER_BYTES = len(MAGIC) + HEADER.size
 # In larger files only the first and last half of this many bytes are checked, so that a run starts within seconds.
 CHECKED_BYTES = 1 << 28
 CHUNK_TOKENS = 1 << 22
@@ -107,19 +105,20 @@ def check_exists(key: str, prefix: str) -> None:
 def read_index(path: Path) -> Index:
     """Read and check an index in Megatron's format, version 1. Raises UserError."""
     header = path.open("rb").read(HEADER_BYTES)
-    if header[:9] != MAGIC:
-        raise UserError(f"{path}: not an index of a Megatron token file (starts with {header[:9]!r}, not {MAGIC!r})")
+    magic = header[: len(MAGIC)]
+    if magic != MAGIC:
+        raise UserError(f"{path}: not an index of a Megatron token file (starts with {magic!r}, not {MAGIC!r})")
     if len(header) < HEADER_BYTES:
         raise UserError(f"{path}: {len(header)} bytes, the header alone has {HEADER_BYTES}; truncated, build it again")
-    version, code, sequences, documents = struct.unpack("<QBQQ", header[9:])
-    if version != 1:
-        raise UserError(f"{path}: index version {version}, only version 1 can be read")
-    if code not in {kind.value for kind in DType} or not np.issubdtype(DType.dtype_from_code(code), np.integer):
+    version, code, sequences, documents = HEADER.unpack(header[len(MAGIC) :])
+    if version != VERSION:
+        raise UserError(f"{path}: index version {version}, only version {VERSION} can be read")
+    if code not in DTYPES:
         raise UserError(f"{path}: token dtype code {code} is not that of an integer type; build it again")
     expected = HEADER_BYTES + 12 * sequences + 8 * documents
     if path.stat().st_size not in (expected, expected + sequences):
         raise UserError(f"{path}: {path.stat().st_size} bytes, its header says {expected}; truncated, build it again")
-    dtype = np.dtype(DType.dtype_from_code(code))
+    dtype = DTYPES[code]
     with path.open("rb") as stream:
         stream.seek(HEADER_BYTES)
         lengths_p = np.fromfile(stream, np.int32, sequences)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_sse.config import DataConfig
 from megatron_sse.data.checks import TokenFile
@@ -39,8 +38,10 @@ class TokenDataset:
 
     def __init__(self, file: TokenFile, data: DataConfig) -> None:
         self.prefix = file.prefix
-        self.tokens = IndexedDataset(file.prefix)
-        self.dtype = file.index.dtype
+        self.tokens_T = np.empty(0, file.index.dtype)
+        # An empty file cannot be mapped.
+        if file.index.num_tokens:
+            self.tokens_T = np.memmap(file.prefix + ".bin", file.index.dtype, mode="r")
         self.mask_T = np.memmap(file.mask_path, np.uint8, mode="r") if file.mask_path else None
         self.room = data.sequence_length + 1
         self.packing = pack(data, file.offsets_D1, file.made)
@@ -54,7 +55,7 @@ class TokenDataset:
         place = 0
         for begin, count in self.packing.pieces(number):
             chosen = slice(place, place + count)
-            tokens_E1[chosen] = self.tokens.bin_reader.read(self.dtype, count, begin * self.dtype.itemsize)
+            tokens_E1[chosen] = self.tokens_T[begin : begin + count]
             counts_E1[chosen] = True if self.mask_T is None else self.mask_T[begin : begin + count] != 0
             # An empty slice, and no error, where the place is behind the end of the sample.
             starts_E1[place : place + 1] = True

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
+from megatron_sse.data.index_format import DTYPES, HEADER, MAGIC, VERSION
 from megatron_sse.durable import fsync
 
-# Copied from Megatron-Core's indexed_dataset, whose import would load torch.
-_MAGIC = b"MMIDIDX\x00\x00"
-_CODES = {np.dtype(np.uint16): 8, np.dtype(np.int32): 4}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
 _PIECE = 1 << 20
 INDEX = ".idx"
 
@@ -28,7 +26,7 @@ def write_index(path: Path, dtype: np.dtype, num_documents: int, lengths: Iterab
     lengths: int32, of all documents in pieces; it is iterated twice, so an iterator will not do.
     """
     with path.open("wb") as file:
-        file.write(_MAGIC + struct.pack("<QBQQ", 1, _CODES[dtype], num_documents, num_documents + 1))
+        file.write(MAGIC + HEADER.pack(VERSION, _CODES[dtype], num_documents, num_documents + 1))
         for lengths_D in lengths:
             file.write(lengths_D.astype(np.int32).data)
         first = 0

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from megatron.core.datasets.indexed_dataset import DType
 
 from megatron_sse.config import Source
 from megatron_sse.data import checks
+from megatron_sse.data.index_format import DTYPES
 from megatron_sse.data.sources import check_data
 from megatron_sse.errors import UserError
 from tests.data.files import random_documents, run_config, write_tokens
@@ -107,3 +109,8 @@ def test_large_files_are_read_at_both_ends(tmp_path, monkeypatch, caplog):
 def test_a_corpus_that_is_not_built_yet_is_not_missing(tmp_path):
     prefix = str(tmp_path / "train")
     check_data(run_config(prefix, data={"corpus": "python_stdlib"}, model={"vocab_size": 257}))
+
+
+def test_dtypes_are_those_of_megatron() -> None:
+    kinds = {kind.value: np.dtype(DType.dtype_from_code(kind.value)) for kind in DType}
+    assert DTYPES == {code: dtype for code, dtype in kinds.items() if np.issubdtype(dtype, np.integer)}
