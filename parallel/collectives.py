@@ -39,7 +39,7 @@ def sum_gradient(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     For an x that is the same on every rank and enters each rank's own part of a computation (such as the columns of a
     split matrix). Megatron-Core's copy_to_tensor_model_parallel_region does not sum a gradient that is not contiguous.
     """
-    return _SumGradient.apply(x, group)
+    return _SumGradient.apply(x, group) if torch.is_grad_enabled() else x
 
 
 def sum_value(x: Tensor, group: dist.ProcessGroup) -> Tensor:

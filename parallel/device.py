@@ -117,6 +117,11 @@ def install_cpu_stand_ins() -> None:
     logger.info("no GPU found: running on the CPU with gloo; Megatron-Core's CUDA calls are redirected to the CPU")
 
 
+def without_stand_ins() -> contextlib.AbstractContextManager[None]:
+    """Return a context for code that names no device, in which calls do not go through CudaOnCpu."""
+    return torch._C.DisableTorchFunction()  # type: ignore[no-any-return]
+
+
 # Functions that can name a device other than by an argument called `device`.
 _NAME_A_DEVICE = {torch.Tensor.cuda, torch.Tensor.type, torch.Tensor.to}
 

@@ -9,6 +9,7 @@ from megatron_sse.inference.cache import Cache
 from megatron_sse.inference.request import ModelRequest
 from megatron_sse.inference.sampling import Sampler
 from megatron_sse.model.language_model import LanguageModel
+from megatron_sse.parallel.device import without_stand_ins
 from megatron_sse.parallel.sharding import ALL_TOKENS, ContextShard
 
 # Tokens of prompts at once, where code gives no other number.
@@ -32,8 +33,10 @@ def feed(
     """
     layout = cache.layout(places, counts, shard)
     tokens_1T = tokens_T[None].to(cache.device)
-    # Positions are those of the layout: the embedding has none of its own.
-    hidden_T1d = model.decoder(model.embedding(tokens_1T, None), None, packed_seq_params=layout)
+    # Thousands of small calls.
+    with without_stand_ins():
+        # Positions are those of the layout: the embedding has none of its own.
+        hidden_T1d = model.decoder(model.embedding(tokens_1T, None), None, packed_seq_params=layout)
     cache.advance(layout)
     return hidden_T1d
 

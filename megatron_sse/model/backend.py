@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron.core.extensions import transformer_engine as te
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import Module
 
 from megatron_sse.config import RunConfig, attends_over_context, attention_kind
 from megatron_sse.model.attention import DocumentArguments, TEAttention, TorchAttention
+from megatron_sse.model.linear import ColumnLinear, RowLinear
 from megatron_sse.model.norm import RMSNorm
 from megatron_sse.parallel.device import Device
 from megatron_sse.parallel.groups import this_rank
@@ -80,7 +80,7 @@ def choose_backend(device: Device) -> Backend:
     if on_gpu and installed.transformer_engine:
         backend = Backend(TEColumnLinear, TERowLinear, te.TENorm, TEAttention, fuse)
     else:
-        backend = Backend(ColumnParallelLinear, RowParallelLinear, RMSNorm, TorchAttention, fuse)
+        backend = Backend(ColumnLinear, RowLinear, RMSNorm, TorchAttention, fuse)
     kernels = "Triton" if on_gpu else "torch, slow (no GPU)"
     plain = f"plain torch ({'Transformer Engine not installed' if on_gpu else 'no GPU'})"
     modules = "Transformer Engine" if on_gpu and installed.transformer_engine else plain
