@@ -16,13 +16,18 @@ from tests.kernels.implementations import FORMS, attention_in_spans, oracle_in_s
 from tests.kernels.test_properties import RECURRENCES, NoHostSync
 
 CASES = [
-    Case(lengths=(1, 37, 1, 40, 3), num_partitions=2, own_reads=True, initial=True),
+    Case(lengths=(1, 11, 1, 14, 3), num_partitions=2, own_reads=True, initial=True),
     # The last document leaves most partitions untouched.
-    Case(lengths=(1,) * 20 + (9, 2), num_partitions=12, num_writers=2, num_readers=2),
-    Case(lengths=(33, 1, 1, 5), num_partitions=0, num_value_heads=4, value_dim=5, decay="underflow", initial=True),
+    Case(lengths=(1,) * 8 + (9, 2), num_partitions=6, num_writers=2, num_readers=2),
+    Case(lengths=(17, 1, 1, 5), num_partitions=0, num_value_heads=4, value_dim=5, decay="underflow", initial=True),
 ]
 CASES += [replace(case, recurrence=name) for name in ("gdn", "kda") for case in CASES]
-CASES += [Case(recurrence="gdn", gate="reference", num_writers=2, beta_max=2.0)]
+CASES += [Case(recurrence="gdn", lengths=(5, 1, 12), gate="reference", num_writers=2, beta_max=2.0)]
+
+
+def with_forms(cases: list[Case]) -> list[tuple[Case, str]]:
+    """Return the cases with each form; without partitions both are the same."""
+    return [(case, form) for case in cases for form in FORMS if case.num_partitions or form == "varlen"]
 
 
 @cache
@@ -35,8 +40,7 @@ def worst_errors(function: Callable, case: Case, tolerance: float) -> dict[str, 
     return {name: error for name, error in errors(actual, expected(case)).items() if not error < tolerance}
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "form"), with_forms(CASES), ids=str)
 def test_matches_the_oracle(case: Case, form: str) -> None:
     assert not worst_errors(attention_in_spans(form), case, 1e-12)
 
@@ -65,25 +69,27 @@ class HandedOn:
 
 
 # Spans that begin inside documents, with one, and inside one that fills a span; the last document begins in the middle.
-CROSSING = Case(lengths=(30, 1, 9, 60, 5, 7), num_partitions=3, num_writers=2, num_readers=2)
-SPANS = (20, 16, 27, 27, 22)
+CROSSING = Case(lengths=(13, 1, 5, 26, 3, 4), num_partitions=3, num_writers=2, num_readers=2)
+SPANS = (9, 7, 13, 13, 10)
+# Most spans have no row in some of the banks.
+MANY_BANKS = replace(CROSSING, num_partitions=12, num_writers=1, num_readers=1)
+HANDED_ON = [
+    replace(case, recurrence=name) for case in (replace(CROSSING, num_partitions=0), MANY_BANKS) for name in RECURRENCES
+]
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("num_partitions", [0, 20])
-@pytest.mark.parametrize("recurrence", RECURRENCES)
-def test_spans_hand_their_states_on(recurrence: str, num_partitions: int, form: str) -> None:
-    case = replace(CROSSING, recurrence=recurrence, num_partitions=num_partitions)
+@pytest.mark.parametrize(("case", "form"), with_forms(HANDED_ON), ids=str)
+def test_spans_hand_their_states_on(case: Case, form: str) -> None:
     assert not worst_errors(HandedOn(case, SPANS).attend(form), case, 1e-12)
 
 
-def results(function: Callable, case: Case, inputs: Inputs, first: int) -> dict[str, Tensor]:
-    """Return the outputs from token `first` on, the last states, and the gradients of these tokens' inputs."""
+def results(function: Callable, case: Case, inputs: Inputs, first: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return all outputs; by name those from token `first` on, the last states, and these tokens' gradients."""
     o_THV, final = run(function, case, inputs)
     leaves = inputs.leaves()
     gradients = torch.autograd.grad(o_THV[first:].square().sum() + final.square().sum(), list(leaves.values()))
     after = {name: x[first:] for name, x in zip(leaves, gradients, strict=True)}
-    return {"o": o_THV[first:], "final": final} | after
+    return o_THV, {"o": o_THV[first:], "final": final} | after
 
 
 def poison(inputs: Inputs, tensor: str, token: int, value: float) -> Inputs:
@@ -94,8 +100,8 @@ def poison(inputs: Inputs, tensor: str, token: int, value: float) -> Inputs:
 
 # Tensor, token and value: several at once, to save time.
 POISONS = [
-    [("v", 34, torch.inf), ("sparse.q", 35, torch.inf), ("shared.g", 36, torch.nan)],
-    [("sparse.g", 33, -torch.inf), ("v", 34, 1e308), ("shared.k", 37, torch.nan)],
+    [("v", 15, torch.inf), ("sparse.q", 15, torch.inf), ("shared.g", 16, torch.nan)],
+    [("sparse.g", 14, -torch.inf), ("v", 15, 1e308), ("shared.k", 17, torch.nan)],
 ]
 
 
@@ -106,18 +112,16 @@ def test_a_document_hears_nothing_of_the_one_before(recurrence: str, form: str, 
     """Bit by bit, though the documents share chunks, and the one with the value crosses spans."""
     case = replace(CROSSING, recurrence=recurrence)
     function = HandedOn(case, SPANS).attend(form) if in_spans else attention_in_spans(form)
-    inputs, first = make_inputs(case), 40
-    clean = results(function, case, inputs, first)
+    inputs, first = make_inputs(case), sum(case.lengths[:3])
+    _, clean = results(function, case, inputs, first)
     for values in POISONS:
         poisoned = inputs
         for value in values:
             poisoned = poison(poisoned, *value)
-        actual = results(function, case, poisoned, first)
+        o_THV, actual = results(function, case, poisoned, first)
         assert all(torch.equal(actual[name], x) for name, x in clean.items()), values
-        with torch.no_grad():
-            o_THV, _ = run(function, case, poisoned)
-        assert o_THV[:34].isfinite().all() and o_THV[first:].isfinite().all()
-        assert not o_THV[34:first].isfinite().any()
+        assert o_THV[:15].isfinite().all() and o_THV[first:].isfinite().all()
+        assert not o_THV[15:first].isfinite().any()
 
 
 @pytest.mark.parametrize("recurrence", RECURRENCES)
@@ -125,10 +129,10 @@ def test_what_is_not_finite_reaches_the_end_of_its_document(recurrence: str) -> 
     """Also across spans, into the states that are handed on, and into the last state."""
     case = replace(CROSSING, recurrence=recurrence)
     function = HandedOn(case, SPANS).attend("varlen")
-    o_THV, final = run(function, case, poison(make_inputs(case), "v", 45, torch.inf))
-    assert o_THV[:45].isfinite().all() and not o_THV[45:100].isfinite().any() and o_THV[100:].isfinite().all()
+    o_THV, final = run(function, case, poison(make_inputs(case), "v", 21, torch.inf))
+    assert o_THV[:21].isfinite().all() and not o_THV[21:45].isfinite().any() and o_THV[45:].isfinite().all()
     assert final.isfinite().all()
-    _, final = run(function, case, poison(make_inputs(case), "v", 108, torch.inf))
+    _, final = run(function, case, poison(make_inputs(case), "v", 50, torch.inf))
     assert not final[:, 0].isfinite().any()
 
 
@@ -138,7 +142,7 @@ def test_an_initial_state_that_is_not_finite_ends_with_its_document(recurrence: 
     case = replace(CROSSING, recurrence=recurrence, initial=True)
     inputs, function = make_inputs(case), attention_in_spans(form)
     first = case.lengths[0]
-    clean, poisoned = (results(function, case, x, first) for x in (inputs, poison(inputs, "initial", 0, torch.nan)))
+    clean, poisoned = (results(function, case, x, first)[1] for x in (inputs, poison(inputs, "initial", 0, torch.nan)))
     assert all(torch.equal(poisoned[name], x) for name, x in clean.items() if name != "initial")
 
 
@@ -191,18 +195,17 @@ def forget_the_first_row(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("mutate", [forget_the_last_document, forget_the_first_row])
 @pytest.mark.parametrize("recurrence", ["gla", "gdn"])
 def test_a_seeded_bug_is_seen(mutate, recurrence: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = replace(CROSSING, recurrence=recurrence, num_partitions=20, num_writers=1, num_readers=1)
-    handed_on = HandedOn(case, SPANS)
-    assert not worst_errors(handed_on.attend("varlen"), case, 1e-12)
+    """Without it the test above of this case is green."""
+    case = replace(MANY_BANKS, recurrence=recurrence)
     mutate(monkeypatch)
-    assert worst_errors(handed_on.attend("varlen"), case, 1e-3)
+    assert worst_errors(HandedOn(case, SPANS).attend("varlen"), case, 1e-3)
 
 
-@pytest.mark.parametrize("recurrence", RECURRENCES)
+@pytest.mark.parametrize("recurrence", ["gla", "gdn"])
 def test_shapes_do_not_depend_on_the_documents(recurrence: str) -> None:
     """Meta tensors hold no values; nor do operations wait for the device."""
     shapes = []
-    for lengths in ((100,), (1, 30, 69)):
+    for lengths in ((52,), (1, 20, 31)):
         case = replace(CROSSING, recurrence=recurrence, lengths=lengths)
         shapes.append(kept_shapes(case))
     assert shapes[0] == shapes[1]
