@@ -14,6 +14,8 @@ from megatron_sse.kernels.scan import scan_spans, scan_states
 from megatron_sse.kernels.segments import Segments, from_chunks, make_grid, to_chunks
 
 SMALLEST, LARGEST = 8, 32
+# Elements of queries in a block of chunks: few enough for a CPU's cache, or to bound a GPU's memory.
+CPU_BLOCK, GPU_BLOCK = 1 << 18, 1 << 26
 
 
 class ChunkAction(NamedTuple):
@@ -122,9 +124,8 @@ class _InBlocks(torch.autograd.Function):
 
 
 def _block_size(chunks: Tensor) -> int:
-    """Return the chunks per block: few enough for a CPU's cache, or to bound a GPU's memory."""
-    elements = 2**18 if chunks.device.type == "cpu" else 2**26
-    return max(1, elements // chunks[0].numel())
+    """Return the chunks per block."""
+    return max(1, (CPU_BLOCK if chunks.device.type == "cpu" else GPU_BLOCK) // chunks[0].numel())
 
 
 def join_lower(early: Tensor, below: Tensor, late: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,11 +18,12 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from megatron_sse.kernels import BankInputs, BankOutputs, Edges, Routes, sse_attention
 from megatron_sse.parallel.device import to_device
 from megatron_sse.parallel.halo import convolve_slots
-from megatron_sse.parallel.sharding import ContextShard
+from megatron_sse.parallel.sharding import MASKED_PAIRS, ContextShard
 from megatron_sse.parallel.zigzag import ZigzagLayout
 
 
@@ -232,21 +234,33 @@ class TokenLayout(PackedSeqParams):
         """
         if self.shard.size > 1:
             key, value = (gather_from_sequence_parallel_region(x, group=group) for x in (key, value))
-        mask = self._mask(window)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=True
-        )
+        masked = self.shard.size > 1 or self.num_documents > self.batch_size or window is not None
+
+        def attend_some(q: Tensor, k: Tensor, v: Tensor, first: int = 0) -> Tensor:
+            mask = self._mask(window, slice(first, first + q.shape[2])) if masked else None
+            return scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=True
+            )
+
+        most = max(1, MASKED_PAIRS // self.key_document_id_BE.numel())
+        if masked and self.length > most:
+            # Autograd would keep the masks of all chunks: each is made again in the backward pass.
+            again = partial(checkpoint, attend_some, use_reentrant=False, preserve_rng_state=dropout > 0)
+            parts = [again(part, k, v, most * number) for number, part in enumerate(q.split(most, dim=2))]
+            out = torch.cat(parts, dim=2)
+        else:
+            out = attend_some(q, k, v)
         return out.permute(2, 0, 1, 3).flatten(-2)
 
-    def _mask(self, window: int | None) -> Tensor | None:
-        """Return which keys a query sees, bool [B, 1, L, E]; None for plain causal attention."""
-        if self.shard.size == 1 and self.num_documents == self.batch_size and window is None:
-            return None
+    def _mask(self, window: int | None, queries: slice) -> Tensor:
+        """Return which keys each of these queries sees, bool [B, 1, queries, E]."""
         # Columns, not indices: neighbouring tokens of a rank may be far apart in the sequence (zigzag).
-        distance = self.column_L[:, None] - self.key_column_E
-        seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-        return (seen & (self.document_id_BL[:, :, None] == self.key_document_id_BE[:, None]))[:, None]
+        column_L1 = self.column_L[queries, None]
+        seen = column_L1 >= self.key_column_E
+        if window is not None:
+            seen = seen & (column_L1 < self.key_column_E + window)
+        return (seen & (self.document_id_BL[:, queries, None] == self.key_document_id_BE[:, None]))[:, None]
 
     @property
     def documents(self) -> PackedSeqParams | None:

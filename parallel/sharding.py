@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+# Pairs of a query and a key that torch's attention masks at once; for more it takes the queries in chunks.
+MASKED_PAIRS = 1 << 25
+
 # (rank, slot) of every slot, in the order of the sequence.
 Chain = tuple[tuple[int, int], ...]
 

@@ -1,6 +1,6 @@
 """Names of checkpoints and of what is in them; that of the settings is CONFIG of run_folder.py."""
 
-from megatron_sse.data.metadata import TOKENIZER, TOKENIZER_SETTINGS
+from megatron_sse.data.metadata import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_SETTINGS
 
 # A checkpoint is the folder iter_0000100; the file `latest` beside it names the one to resume from.
 ITERATION, LATEST = "iter_", "latest"
@@ -21,6 +21,7 @@ TOKENIZER_FILES = {
     ".json": TOKENS,
     f".{TOKENIZER}": TOKENIZER,
     f".{TOKENIZER_SETTINGS}": TOKENIZER_SETTINGS,
+    f".{CHAT_TEMPLATE}": CHAT_TEMPLATE,
 }
 
 

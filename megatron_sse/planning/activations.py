@@ -16,6 +16,7 @@ from megatron_sse.config.derive import fuses_swiglu
 from megatron_sse.kernels.chunks import choose_chunk_size
 from megatron_sse.kernels.registry import KERNELS
 from megatron_sse.kernels.triton.rows import CHUNK_SIZE, choose_chunks_per_piece
+from megatron_sse.parallel.sharding import MASKED_PAIRS
 from megatron_sse.planning.sizes import FP32, Mixer, Sizes
 
 INT64 = 8
@@ -61,15 +62,6 @@ def kept_of_layer(sizes: Sizes, kind: str) -> Kept:
     return add(part for name, part in layer_activations(sizes, kind).items() if name not in again)
 
 
-def recomputed_of_layer(sizes: Sizes, kind: str) -> Kept:
-    """Return what the backward pass makes again at one time: a layer, or the largest of its parts."""
-    parts = layer_activations(sizes, kind)
-    if sizes.config.training.recompute == "full":
-        return add(parts.values())
-    again = recomputed_parts(sizes.config)
-    return max((parts[name] for name in again), key=sum, default=Kept(0))
-
-
 def end_activations(sizes: Sizes, is_first: bool, is_last: bool) -> int:
     """Return what the embedding keeps (is_first), and what the output and the loss keep (is_last)."""
     kept = INT64 * sizes.tokens if is_first else 0
@@ -102,17 +94,23 @@ def _softmax(sizes: Sizes) -> int:
     kept = sizes.element * elements + FP32 * heads
     if softmax.qk_norm:
         kept += (2 if sizes.element < FP32 or gathered > 1 else 1) * FP32 * (heads + kv_heads) * dim
-    if gathered > 1:
-        kept += FP32 * sizes.config.data.sequence_length  # a mask
-    return sizes.tokens * kept
+    pairs = masked_pairs(sizes)
+    # Where queries go in chunks, masks are made again.
+    return sizes.tokens * kept + (FP32 * pairs if pairs <= MASKED_PAIRS else 0)
+
+
+def masked_pairs(sizes: Sizes) -> int:
+    """Return the pairs of queries and keys that a softmax layer masks: with torch's attention, all but causal pairs."""
+    config = sizes.config
+    is_masked = config.parallel.context > 1 or sizes.documents > 1 or config.model.softmax.window is not None
+    return sizes.tokens * config.data.sequence_length if sizes.kernels == "torch" and is_masked else 0
 
 
 def recurrent_activations(sizes: Sizes, kind: str) -> Kept:
     """Return what is kept of the mixer of an SSE layer, without its input."""
     mixer = sizes.of_mixer(kind)
     kept = sizes.tokens * (_inputs(sizes, mixer) + _router(sizes, mixer)) + _low_ranks(sizes, mixer)
-    uses_torch = sizes.kernels == "torch" or not KERNELS[mixer.spec.recurrence.name].has_triton
-    recurrence = _torch_recurrence if uses_torch else _triton_recurrence
+    recurrence = _torch_recurrence if runs_torch(sizes, mixer) else _triton_recurrence
     return recurrence(sizes, mixer).plus(kept)
 
 
@@ -180,27 +178,54 @@ def _states(sizes: Sizes, mixer: Mixer, pieces: int) -> int:
     return FP32 * kept
 
 
-def _torch_recurrence(sizes: Sizes, mixer: Mixer) -> Kept:
-    rows = sizes.tokens * (1 + _picks(sizes, mixer))
+def runs_torch(sizes: Sizes, mixer: Mixer) -> bool:
+    """Check whether the recurrence has only its torch form."""
+    return sizes.kernels == "torch" or not KERNELS[mixer.spec.recurrence.name].has_triton
+
+
+def num_rows(sizes: Sizes, mixer: Mixer) -> int:
+    """Return the rows of all banks: one of the shared bank for each token, and one for each pick."""
+    return sizes.tokens * (1 + _picks(sizes, mixer))
+
+
+class Chunks(NamedTuple):
+    """The chunks of the torch form. rows: of all of them, padding included. gates: numbers per row and head."""
+
+    number: int
+    rows: int
+    gates: int
+
+
+def torch_chunks(sizes: Sizes, mixer: Mixer) -> Chunks:
+    """Return the chunks that the torch form cuts rows into."""
+    rows, recurrence = num_rows(sizes, mixer), mixer.spec.recurrence
     # Rows are padded to complete chunks: up to one more chunk for each segment.
     size = choose_chunk_size(rows, _segments(sizes, mixer))
-    num_chunks = rows // size + _segments(sizes, mixer)
-    recurrence = mixer.spec.recurrence
+    number = rows // size + _segments(sizes, mixer)
     gates = (mixer.key_dim if recurrence.channel_decay else 1) + recurrence.delta_rule
-    # Queries, keys, values, decays, and the queries as they are applied to the entering state.
-    width = FP32 * (3 * mixer.key_dim + mixer.value_dim + gates) + INT64
-    kept = mixer.value_heads * (num_chunks * size * width + rows * INT64)
+    return Chunks(number, number * size, gates)
+
+
+def after_recurrence(sizes: Sizes, mixer: Mixer) -> int:
+    """Return the bytes that the torch form keeps behind the recurrence: outputs of the banks, and their norm."""
+    kept = 0
     if mixer.partitions:
-        kept += FP32 * rows * mixer.values + sizes.element * sizes.tokens * mixer.values
+        kept += FP32 * num_rows(sizes, mixer) * mixer.values + sizes.element * sizes.tokens * mixer.values
     normed = 5 if sizes.config.model.sse.output_gate else 2
-    kept += FP32 * sizes.tokens * (normed * mixer.values + mixer.value_heads)
-    return Kept(kept, _states(sizes, mixer, num_chunks))
+    return kept + FP32 * sizes.tokens * (normed * mixer.values + mixer.value_heads)
+
+
+def _torch_recurrence(sizes: Sizes, mixer: Mixer) -> Kept:
+    chunks = torch_chunks(sizes, mixer)
+    # Queries, keys, values, decays, and the queries as they are applied to the entering state.
+    width = FP32 * (3 * mixer.key_dim + mixer.value_dim + chunks.gates) + INT64
+    kept = mixer.value_heads * (chunks.rows * width + num_rows(sizes, mixer) * INT64)
+    return Kept(kept + after_recurrence(sizes, mixer), _states(sizes, mixer, chunks.number))
 
 
 def _triton_recurrence(sizes: Sizes, mixer: Mixer) -> Kept:
     sse, element = sizes.config.model.sse, sizes.element
-    picks = _picks(sizes, mixer)
-    rows = sizes.tokens * (1 + picks)
+    picks, rows = _picks(sizes, mixer), num_rows(sizes, mixer)
     if mixer.spec.recurrence.delta_rule:
         inputs = mixer.banks * (2 * element * mixer.keys + 2 * FP32 * mixer.value_heads)
     else:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_sse.config import choose_loss_chunk, uses_distributed_optimizer
 from megatron_sse.model.metrics import DECAYS_AT_ONCE
-from megatron_sse.planning.activations import INT64, Kept, add, end_activations, kept_of_layer, recomputed_of_layer
+from megatron_sse.planning.activations import INT64, Kept, add, end_activations, kept_of_layer
 from megatron_sse.planning.parameters import chunk_buffers, stage_chunks
 from megatron_sse.planning.sizes import FP32, Sizes
+from megatron_sse.planning.working import Moment, fullest_moment
 
 # How many copies of a rank's states exclusive_scan holds at most, without and with the delta rule; counted by
 # tests/parallel/test_handoff_volume.py.
@@ -24,7 +26,7 @@ class Memory:
         come, of tokens and of recurrences. tables: documents, tokens and labels of the micro-batches under way.
     Held while a layer is computed:
         recomputed: what the backward pass makes again of it. hand_off: buffers of one hand-off. metrics: of a step that
-        reports the layers' health. working: gradients of the largest activations.
+        reports the layers' health. working: gradients and intermediate results, less what is released by then.
     Held while the loss is computed:
         logits: of a chunk of tokens, with the gradients of the output layer's input and weight.
     """
@@ -55,6 +57,7 @@ def rank_memory(sizes: Sizes, stage: int) -> Memory:
     shards = sizes.gradient_ranks if uses_distributed_optimizer(sizes.config) else 1
     kept = kept_of_step(sizes, stage)
     kinds = {kind for chunk in chunks for kind in chunk.kinds}
+    moment = max((moment for chunk in chunks for moment in _moments(sizes, chunk.kinds)), key=sum)
     return Memory(
         weights=sum(buffer.padded * buffer.width for buffer in buffers),
         gradients=sum(buffer.padded * FP32 for buffer in buffers),
@@ -63,12 +66,21 @@ def rank_memory(sizes: Sizes, stage: int) -> Memory:
         activations=kept.values,
         states=kept.states,
         tables=_tables(sizes, stage),
-        recomputed=max(sum(recomputed_of_layer(sizes, kind)) for kind in kinds),
+        recomputed=moment.recomputed,
         hand_off=_hand_off(sizes),
         metrics=max(_metrics(sizes, kind) for kind in kinds),
-        working=sizes.tokens * sizes.element * 2 * sizes.config.model.ffn_hidden_size // sizes.config.parallel.tensor,
+        working=moment.working,
         logits=_logits(sizes) if chunks[-1].is_last else 0,
     )
+
+
+def _moments(sizes: Sizes, kinds: Sequence[str]) -> Iterator[Moment]:
+    """Yield the fullest moment of each layer, the last one first, without what the layers after it have released."""
+    released = 0
+    for kind in reversed(kinds):
+        moment = fullest_moment(sizes, kind)
+        yield moment._replace(working=moment.working - released)
+        released += sum(kept_of_layer(sizes, kind))
 
 
 def kept_of_step(sizes: Sizes, stage: int) -> Kept:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_sse.data.builder.chat import DEFAULT_TEMPLATE, SPECIAL_TOKENS, ChatError, Template
-from megatron_sse.data.builder.encode import find_tokenizer
+from megatron_sse.data.builder.encode import find_tokenizer, read_template
 from megatron_sse.data.metadata import CHAT_TEMPLATE, TOKENIZER_SETTINGS
 from megatron_sse.errors import UserError
 from megatron_sse.pretrained.open import Model
@@ -43,10 +43,12 @@ def assistant_says(text: str) -> Message:
 
 
 def open_chat(model: Model, tokenizer: Tokenizer) -> Chat:
-    """Return the conversations of a model with the chat template in its folder; for byte tokens, with the template of
-    `data build`. Raises UserError where there is none, or it cannot be read."""
+    """Return the conversations of a model with the chat template in its folder; for byte tokens without one, with the
+    template of `data build`. Raises UserError where there is none, or it cannot be read."""
     if isinstance(tokenizer, ByteTokenizer):
-        return _make_chat(Template(DEFAULT_TEMPLATE, {}, "the template of byte tokens"), tokenizer)
+        own = read_template(model.folder)
+        name = "the template of byte tokens" if own is None else f"{model.folder / CHAT_TEMPLATE}"
+        return _make_chat(Template(DEFAULT_TEMPLATE if own is None else own, {}, name), tokenizer)
     files = find_tokenizer(str(model.folder))
     if files.template is None:
         raise UserError(

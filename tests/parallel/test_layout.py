@@ -80,3 +80,36 @@ def test_wrong_shapes_are_refused(shape):
 def test_padding_of_another_shape_is_refused():
     with pytest.raises(ValueError, match="real"):
         TokenLayout.from_starts(np.zeros((1, 3), dtype=bool), np.ones((1, 4), dtype=bool))
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_attention_in_chunks_of_queries_is_that_of_all_at_once(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Output, gradients and dropout; no mask is larger than allowed."""
+    starts_BE = np.zeros((2, 24), dtype=bool)
+    starts_BE[0, 7] = starts_BE[1, 20] = True
+    layout = TokenLayout.from_starts(starts_BE)
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((24, 2, 4, 3), (24, 2, 2, 3), (24, 2, 2, 3))
+    qkv = [torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_() for shape in shapes]
+    masks: list[int] = []
+    make = TokenLayout._mask
+    monkeypatch.setattr(TokenLayout, "_mask", lambda *args: masks.append((made := make(*args)).numel()) or made)
+
+    def attend(pairs: int, dropout: float = 0.0) -> tuple[torch.Tensor, ...]:
+        monkeypatch.setattr("megatron_sse.parallel.layout.MASKED_PAIRS", pairs)
+        masks.clear()
+        out = layout.attend(1, *qkv, window=window, scale=None, dropout=dropout, group=None)
+        return out, *torch.autograd.grad(out.square().sum() / 2, qkv)
+
+    whole = attend(2 * 24 * 24)
+    assert masks == [2 * 24 * 24]
+    chunks = attend(2 * 24 * 5)
+    # Five chunks, each once more in the backward pass.
+    assert len(masks) == 10 and max(masks) == 2 * 24 * 5
+    assert all((x - y).abs().max() < 1e-12 for x, y in zip(whole, chunks, strict=True))
+    # The output is linear in the values, so that the same are dropped both times.
+    out, *_, grad_v = attend(2 * 24 * 5, dropout=0.4)
+    assert (out - whole[0]).abs().max() > 0.1
+    assert torch.allclose((grad_v * qkv[2]).sum(), out.square().sum())

@@ -25,7 +25,7 @@ from megatron_sse.data.builder.tally import EMPTY, WRONG
 from megatron_sse.data.builder.workers import build_parts, describe
 from megatron_sse.data.builder.workspace import Workspace, make_joined
 from megatron_sse.data.histogram import draw_lengths
-from megatron_sse.data.metadata import TOKENIZER, TOKENIZER_SETTINGS, read_metadata
+from megatron_sse.data.metadata import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_SETTINGS, read_metadata
 from megatron_sse.data.writer import publish
 from megatron_sse.errors import UserError
 from megatron_sse.installed import require
@@ -175,4 +175,7 @@ def _join(
     if files is not None:
         shutil.copyfile(files.path, joined / f".{TOKENIZER}")
         (joined / f".{TOKENIZER_SETTINGS}").write_text(json.dumps(files.settings, indent=2, ensure_ascii=False) + "\n")
+    elif job.template is not None:
+        # Bytes have no settings that could hold it.
+        (joined / f".{CHAT_TEMPLATE}").write_text(job.template, encoding="utf-8")
     publish(joined, space.prefix)

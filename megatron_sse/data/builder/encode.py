@@ -210,19 +210,25 @@ class TokenizerFiles:
         return token, number
 
 
+def read_template(folder: Path) -> str | None:
+    """Return the chat template that a folder has in a file of its own; None where there is none. Raises UserError."""
+    try:
+        return read_text(folder / CHAT_TEMPLATE, _TEMPLATE_BYTES)
+    except NotFoundError:
+        return None
+
+
 def find_tokenizer(given: str) -> TokenizerFiles:
     """Find the files of a tokenizer, given its tokenizer.json or its folder. Raises UserError."""
     path = Path(given)
     path = path / TOKENIZER if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"--tokenizer: {path} not found; give bytes, a tokenizer.json or a folder with one")
-    config, jinja = path.with_name(TOKENIZER_SETTINGS), path.with_name(CHAT_TEMPLATE)
+    config, own = path.with_name(TOKENIZER_SETTINGS), read_template(path.parent)
     settings: dict[str, Any] = {}
     with suppress(NotFoundError):
         settings = read_json(config, dict[str, Any])
-    template = settings.get("chat_template")
-    with suppress(NotFoundError):
-        template = read_text(jinja, _TEMPLATE_BYTES)
+    template = settings.get("chat_template") if own is None else own
     if isinstance(template, list):
         # Older files hold a list of named templates.
         entries = [entry for entry in template if isinstance(entry, dict)]

@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 
 from megatron_sse.cli import main
+from megatron_sse.data.builder.chat import DEFAULT_TEMPLATE
 from megatron_sse.data.metadata import read_metadata
+from megatron_sse.pretrained.chat import open_chat, user_says
+from megatron_sse.pretrained.open import open_model
+from megatron_sse.pretrained.text import open_tokenizer
 from megatron_sse.training.loop import Signals
 from tests.convert.support import convert
 from tests.data.builder.support import TEXTS, make_tokenizer, records, run, write_lines
@@ -41,3 +45,21 @@ def test_tokenizer_goes_with_the_model(tmp_path: Path, capsys: pytest.CaptureFix
     assert convert(str(tmp_path / "run"), str(tmp_path / "export")) == 0
     assert (tmp_path / "export/tokenizer.json").read_bytes() == (tmp_path / "tiny/tokenizer.json").read_bytes()
     assert json.loads((tmp_path / "export/config.json").read_text())["eos_token_id"] == metadata.end == 1
+
+
+def test_a_chat_template_for_bytes_goes_with_the_model(tmp_path: Path) -> None:
+    """In the checkpoint, in the export and back."""
+    template = DEFAULT_TEMPLATE.replace("message['content']", "message['content'] | upper")
+    assert template != DEFAULT_TEMPLATE
+    (tmp_path / "own.jinja").write_text(template)
+    said = [user_says("two"), {"role": "assistant", "content": "four"}]
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": said}] * 20)
+    run(tmp_path / "train", path, format="chat", chat_template=str(tmp_path / "own.jinja"))
+    run_workers(1, train, tmp_path, 257)
+    assert convert(str(tmp_path / "run"), str(tmp_path / "export")) == 0
+    assert convert(str(tmp_path / "export"), str(tmp_path / "back")) == 0
+    for folder in (tmp_path / "run/checkpoints/iter_0000002", tmp_path / "export", tmp_path / "back"):
+        assert (folder / "chat_template.jinja").read_text() == template
+        opened = open_model("", folder)
+        tokenizer = open_tokenizer(opened)
+        assert b"TWO" in bytes(open_chat(opened, tokenizer).encode([user_says("two")]))
