@@ -98,11 +98,11 @@ def draw_all(runs: list[RunLog], folder: Path) -> list[Picture]:
             note = "Each partition's share of the writes times the number of partitions: 1 where all get the same."
             pictures.append(_draw_side_by_side(runs, draw_loads, folder / "partition_load.png", "Partition load", note))
         if any(run.entropies() for run in runs):
-            note = "What the entropy of the router's probabilities misses to ln N. 0: all partitions equally likely; "
+            note = "How far the entropy of the probabilities is below ln N. 0: all partitions equally likely; "
             note += "ln N: always the same one."
             pictures.append(
                 _draw_side_by_side(
-                    runs, draw_entropy, folder / "router_entropy.png", "Router entropy, ln N minus it", note
+                    runs, draw_entropy, folder / "router_entropy.png", "Router entropy: how far below ln N", note
                 )
             )
         pictures.append(_draw_layouts(runs, folder / "layouts.png"))

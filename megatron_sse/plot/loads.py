@@ -65,7 +65,7 @@ def _edges(steps: list[int]) -> list[float]:
 
 
 def draw_entropy(axes: Axes, run: RunLog) -> None:
-    """Draw what each layer's entropy misses to ln N: routers near ln N differ, too. Deeper layers are lighter."""
+    """Draw how far each layer's entropy is below ln N: routers near ln N differ, too. Deeper layers are lighter."""
     axes.set_title(run.name)
     entropies = run.entropies()
     if not entropies:

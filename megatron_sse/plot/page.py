@@ -82,13 +82,16 @@ def _differences(runs: list[RunLog]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for key in keys:
         values = [_show(run.settings[key]) if key in run.settings else "" for run in runs]
-        if len(set(values)) > 1 and key != "monitor.folder":
+        # Runs of an earlier version lack keys that are null since.
+        if len(set(values)) > 1 and key != "monitor.folder" and not set(values) <= {"", _show(None)}:
             rows.append([escape(text) for text in (key, *values)])
     return ["setting", *(escape(run.name) for run in runs)], rows or [["none", *[""] * len(runs)]]
 
 
 def _show(value: Any) -> str:
-    """Return a value as YAML in one line."""
+    """Return a value as YAML in one line, sources of data without their null entries."""
+    if isinstance(value, list):
+        value = [{k: v for k, v in x.items() if v is not None} if isinstance(x, dict) else x for x in value]
     text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True)
     return text.removesuffix("...\n").strip()
 

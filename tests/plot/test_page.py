@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from megatron_sse.cli import main
@@ -64,6 +65,21 @@ def test_the_tables(drawn: Path) -> None:
         ["parallel.context", "1", "2"],
         ["training.precision", "bf16", "fp32"],
     ]
+
+
+def test_what_earlier_versions_wrote_otherwise_does_not_differ(tmp_path: Path) -> None:
+    """Null entries of sources, and keys that are null since."""
+    runs = [write_run(tmp_path / name, steps=1) for name in ("early", "late")]
+    settings = yaml.safe_load((runs[1] / "config.yaml").read_text())
+    for part in settings["data"]["train"]:
+        part |= {"mqar": None, "needle": None}
+    for section, key in (("training", "loss_chunk"), ("monitor", "wandb")):
+        assert settings[section].pop(key) is None
+    settings["data"]["train"][0]["prefix"] = str(tmp_path / "early/train")
+    (runs[1] / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["plot", *map(str, runs), "--output", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out/index.html").read_text()
+    assert rows(page[page.index("Settings that differ") :])[1:] == [["none", "", ""]]
 
 
 def test_a_run_with_few_numbers(tmp_path: Path) -> None:
