@@ -4,7 +4,6 @@ import io
 import logging
 import os
 import select
-import signal
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -17,11 +16,19 @@ from megatron_sse.data.builder.request import Request as DataBuild
 from megatron_sse.data.request import Request as DataInspect
 from megatron_sse.data.train_tokenizer.request import Request as TrainTokenizer
 from megatron_sse.doctor.request import Request as Doctor
-from megatron_sse.errors import INTERRUPT_EXIT, USER_ERROR_EXIT, SharedUserError, UserError, describe_error
+from megatron_sse.errors import (
+    CLOSED_PIPE_EXIT,
+    INTERRUPT_EXIT,
+    USER_ERROR_EXIT,
+    SharedUserError,
+    UserError,
+    describe_error,
+)
 from megatron_sse.evaluation.request import Request as Evaluate
 from megatron_sse.inference.request import Request as Generate
 from megatron_sse.init.request import Request as Init
 from megatron_sse.inspection.request import Request as InspectStates
+from megatron_sse.interrupts import end_with_launcher
 from megatron_sse.logs import set_up_logging
 from megatron_sse.options import Command, find_wrong_text, parse
 from megatron_sse.planning.request import Request as Plan
@@ -71,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     set_up_logging(rank, sys.stderr if request.prints_result else sys.stdout)
     try:
         request.check()
-        status = find_run(type(request))(request)
+        status = _run(request, arguments)
         sys.stdout.flush()
         return status
     except UserError as error:
@@ -86,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         # Otherwise the interpreter would try to write the rest when it exits, and report an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return CLOSED_PIPE_EXIT
     except OSError as error:
         # Of a run that has started, the traceback counts, and it is started again.
         if isinstance(request, Train):
@@ -95,6 +102,18 @@ def main(arguments: list[str] | None = None) -> int:
         logger.debug("%s", error, exc_info=True)
         print(describe_error(error), file=sys.stderr)
         return USER_ERROR_EXIT
+
+
+def _run(request: Command, arguments: list[str]) -> int:
+    """Run the command in this process, or start the processes that it asks for where no launcher did."""
+    if "RANK" not in os.environ and request.num_processes > 1:
+        # Imported late: torch.
+        from megatron_sse.launch.start import start_command
+
+        return start_command(request.num_processes, request.layout, ["-m", "megatron_sse", *arguments])
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_launcher()
+    return find_run(type(request))(request)
 
 
 def find_run(request: type[Command]) -> Callable[[Command], int]:

@@ -10,6 +10,8 @@ USER_ERROR_EXIT = 2
 # Too many steps were not finite; a restart would repeat them.
 NOT_FINITE_EXIT = 3
 INTERRUPT_EXIT = 130
+# The reader of the output has ended.
+CLOSED_PIPE_EXIT = 141
 
 
 class UserError(Exception):

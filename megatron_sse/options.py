@@ -40,6 +40,16 @@ class Command:
     help: ClassVar[str]
     prints_result: ClassVar[bool] = False
 
+    @property
+    def num_processes(self) -> int:
+        """Number of processes that run the command together: those of a launcher, or else those to start."""
+        return 1
+
+    @property
+    def layout(self) -> str:
+        """The options that ask for these processes, as they were given."""
+        return ""
+
     def check(self) -> None:
         """Raise UserError for what is wrong, as far as it can be known before torch is loaded."""
 

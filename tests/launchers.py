@@ -3,9 +3,11 @@
 import os
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from tests.workers import fork_context
 
@@ -70,19 +72,41 @@ def start_launcher(
     """Start the launcher of machine `rank` of `count`, with `per_node` processes that run SCRIPT, then `script`."""
     path = folder / f"script{rank}.py"
     path.write_text(SCRIPT + script)
-    log = folder / f"output{rank}"
-    log.touch()
     place = (count, rank, address, port)
-    process = fork_context().Process(target=_launch, args=(str(path), str(log), place, per_node, max_restarts))
+    return _start(folder / f"output{rank}", _launch, str(path), place, per_node, max_restarts)
+
+
+def start_command(folder: Path, script: str, arguments: list[str]) -> Launcher:
+    """Start the command line as a user does; the processes that it starts run SCRIPT, then `script`, not Python."""
+    path = folder / "script"
+    path.write_text(f"#!{sys.executable}\n{SCRIPT}{script}")
+    path.chmod(0o700)
+    return _start(folder / "output", _run_command, str(path), arguments)
+
+
+def _start(log: Path, target: Callable[..., None], *arguments: Any) -> Launcher:
+    log.touch()
+    process = fork_context().Process(target=_write_to, args=(str(log), target, *arguments))
     process.start()
     return Launcher(process, log)
 
 
-def _launch(script: str, log: str, place: tuple[int, int, str, int], per_node: int, max_restarts: int) -> None:
+def _write_to(log: str, target: Callable[..., None], *arguments: Any) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ["OMP_NUM_THREADS"] = "1"
+    target(*arguments)
+
+
+def _run_command(program: str, arguments: list[str]) -> None:
+    from megatron_sse.cli import main
+
+    sys.executable = program
+    sys.exit(main(arguments))
+
+
+def _launch(script: str, place: tuple[int, int, str, int], per_node: int, max_restarts: int) -> None:
     from megatron_sse.errors import USER_ERROR_EXIT, UserError
     from megatron_sse.launch.agent import run_processes
     from megatron_sse.launch.nodes import Nodes

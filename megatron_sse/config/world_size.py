@@ -7,7 +7,7 @@ from megatron_sse.errors import UserError
 from megatron_sse.visible import count_of
 
 # Far above what a machine without GPUs can run, each with its own interpreter.
-_PROCESSES_PER_MACHINE = 256
+PROCESSES_PER_MACHINE = 256
 
 
 def check_world_size(config: RunConfig, world_size: int) -> int:
@@ -52,10 +52,10 @@ def count_processes(config: RunConfig, num_nodes: int, num_gpus: int) -> int:
             f"parallel: got a layout of {count_of(world_size, 'process')}, allowed {num_nodes * num_gpus}, one per GPU"
         )
     check_world_size(config, world_size)
-    if not num_gpus and world_size > num_nodes * _PROCESSES_PER_MACHINE:
+    if not num_gpus and world_size > num_nodes * PROCESSES_PER_MACHINE:
         raise UserError(
             f"parallel: got a layout of {count_of(world_size, 'process')}, allowed "
-            f"{num_nodes * _PROCESSES_PER_MACHINE}, {_PROCESSES_PER_MACHINE} on each machine without GPUs"
+            f"{num_nodes * PROCESSES_PER_MACHINE}, {PROCESSES_PER_MACHINE} on each machine without GPUs"
         )
     if world_size % num_nodes:
         raise UserError(

@@ -59,7 +59,7 @@ def run(request: Request) -> int:
         job = _prepare(request)
     if is_writer:
         warn_without_pictures()
-    with result_folder(request.output, is_writer), inference_groups(request.world_size) as (groups, device):
+    with result_folder(request.output, is_writer), inference_groups(request.tensor_size) as (groups, device):
         net = build_and_load(job.model, job.config, groups, device)
         reader = Reader(net, job.config.model.vocab_size, request.batch, request.chunk)
         results: dict[str, list[Any]] = {}
@@ -73,7 +73,7 @@ def run(request: Request) -> int:
 def _prepare(request: Request) -> _Job:
     request.check()
     model = open_model("CHECKPOINT", request.checkpoint)
-    config = inference_config(model, request.precision, request.world_size)
+    config = inference_config(model, request.precision, request.tensor_size)
     lengths = request.length_list() or [config.data.sequence_length]
     if not request.any_length:
         given = f"--lengths: got {max(lengths)}"

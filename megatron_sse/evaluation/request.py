@@ -48,6 +48,7 @@ class Request(ModelRequest):
 
     @found_by_all()
     def check(self) -> None:
+        self.check_layout()
         for task in self.tasks:
             if task not in TASKS or self.tasks.count(task) > 1:
                 raise UserError(f"TASK: got {task!r}, allowed {', '.join(TASKS)}, each once")

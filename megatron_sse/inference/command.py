@@ -46,11 +46,11 @@ class _Job:
 def run(request: Request) -> int:
     """Generate and print; returns the exit status. Raises UserError.
 
-    Under torchrun the processes are `context` tensor groups.
+    The processes are `context` tensor groups.
     """
     with found_by_all():
         job = _prepare(request)
-    with inference_groups(request.world_size // request.context, request.context) as (groups, device):
+    with inference_groups(request.tensor_size, request.context) as (groups, device):
         net = build_and_load(job.model, job.config, groups, device)
         cache = Cache(net, len(job.prompts) or 1) if job.kept is None else Cache.restore(job.kept, net)
         shard = ContextShard(groups.cp.rank(), groups.cp.size())
@@ -67,7 +67,7 @@ def run(request: Request) -> int:
 def _prepare(request: Request) -> _Job:
     request.check()
     model = open_model("CHECKPOINT", request.checkpoint)
-    config = inference_config(model, request.precision, request.world_size // request.context)
+    config = inference_config(model, request.precision, request.tensor_size)
     vocab_size, continues = config.model.vocab_size, request.load_cache is not None
     instead = ", or give token ids with --tokens"
     tokenizer = None if request.tokens is not None else open_tokenizer(model, instead)

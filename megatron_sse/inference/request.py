@@ -9,6 +9,9 @@ from typing import ClassVar, Literal
 from megatron_sse.durable import check_output
 from megatron_sse.errors import UserError, found_by_all
 from megatron_sse.options import Command, option, positional
+from megatron_sse.visible import count_of
+
+MOST_PROCESSES = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +27,38 @@ class ModelRequest(Command):
         help="let softmax layers that see all positions have longer sequences than they were trained on"
     )
 
+    tensor: int | None = option("N", "processes that split each layer", unset="1; under torchrun as many as there are")
+
     @property
-    def world_size(self) -> int:
-        """Number of processes: 1 unless torchrun started more."""
-        return int(os.environ.get("WORLD_SIZE", "1"))
+    def num_groups(self) -> int:
+        """Number of tensor groups that read the same texts together."""
+        return 1
+
+    @property
+    def num_processes(self) -> int:
+        if "RANK" in os.environ:
+            return int(os.environ.get("WORLD_SIZE", "1"))
+        return (self.tensor or 1) * self.num_groups
+
+    @property
+    def tensor_size(self) -> int:
+        """Number of processes that split each layer."""
+        return self.num_processes // self.num_groups
+
+    @property
+    def layout(self) -> str:
+        return f"--tensor {self.tensor or 1}"
+
+    def check_layout(self) -> None:
+        """Raise UserError for a number of processes that is none, or not that of a launcher."""
+        for name, number in (("--tensor", self.tensor), ("--context", self.num_groups)):
+            if number is not None and not 1 <= number <= MOST_PROCESSES:
+                raise UserError(f"{name}: got {number}, allowed 1 to {MOST_PROCESSES}")
+        got, wanted = self.num_processes, (self.tensor or 1) * self.num_groups
+        if self.tensor is not None and got != wanted:
+            raise UserError(f"{self.layout}: got {count_of(got, 'process')}, allowed {wanted}")
+        if got % wanted:
+            raise UserError(f"{self.layout}: got {count_of(got, 'process')}, allowed a multiple of {wanted}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +75,7 @@ class TextRequest(ModelRequest):
         return bool(self.prompts or self.prompt_files)
 
     def check(self) -> None:
+        self.check_layout()
         if self.tokens is not None and self.has_text:
             raise UserError("--tokens: got text as well, allowed either text or tokens")
 
@@ -65,6 +97,14 @@ class Request(TextRequest):
     load_cache: str | None = option("FILE", "file of states to continue from", unset="")
 
     @property
+    def num_groups(self) -> int:
+        return self.context
+
+    @property
+    def layout(self) -> str:
+        return f"{super().layout} x --context {self.context}"
+
+    @property
     def is_interactive(self) -> bool:
         """Whether prompts come line by line from the standard input."""
         return not self.has_text and self.tokens is None
@@ -83,12 +123,6 @@ class Request(TextRequest):
             ("--top-p", self.top_p, 0 < self.top_p <= 1, "more than 0, at most 1"),
             ("--seed", self.seed, 0 <= self.seed < 1 << 40, "0 or more, below 2^40"),
             ("--chunk", self.chunk, 1 <= self.chunk <= 1 << 24, "1 to 2^24"),
-            (
-                "--context",
-                self.context,
-                self.context >= 1 and self.world_size % self.context == 0,
-                f"a divisor of the number of processes, {self.world_size}",
-            ),
         ):
             if not is_right:
                 raise UserError(f"{name}: got {value}, allowed {allowed}")
@@ -98,7 +132,8 @@ class Request(TextRequest):
                 raise UserError(f"{name}: given with --chat, which renders whole conversations; leave one of them out")
         if self.save_cache:
             check_output("--save-cache", self.save_cache)
-        if self.world_size > 1 and (self.save_cache or self.load_cache or self.is_interactive):
+        number = self.num_processes
+        if number > 1 and (self.save_cache or self.load_cache or self.is_interactive):
             raise UserError(
-                f"got {self.world_size} processes, allowed 1 without prompts, with --save-cache and with --load-cache"
+                f"got {number} processes, allowed 1 without prompts, with --save-cache and with --load-cache"
             )

@@ -45,7 +45,7 @@ def run(request: Request) -> int:
     if is_writer:
         warn_without_pictures()
     with result_folder(request.output, is_writer):
-        with inference_groups(request.world_size) as (groups, device):
+        with inference_groups(request.tensor_size) as (groups, device):
             net = build_and_load(job.model, job.config, groups, device)
             start = time.perf_counter()
             layers = measure_layers(net, job.config.model.layer_kinds(), job.texts, request.chunk, groups.tp)
@@ -60,7 +60,7 @@ def run(request: Request) -> int:
 def _prepare(request: Request) -> _Job:
     request.check()
     model = open_model("CHECKPOINT", request.checkpoint)
-    config = inference_config(model, request.precision, request.world_size)
+    config = inference_config(model, request.precision, request.tensor_size)
     if set(config.model.layer_kinds()) == {"softmax"}:
         raise UserError(
             f"CHECKPOINT: got {request.checkpoint}, whose layers are all softmax, allowed a model with sse, gla or gdn "

@@ -22,7 +22,7 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousTimeoutError,
 )
 
-from megatron_sse.errors import INTERRUPT_EXIT, NOT_FINITE_EXIT, USER_ERROR_EXIT, UserError
+from megatron_sse.errors import CLOSED_PIPE_EXIT, INTERRUPT_EXIT, NOT_FINITE_EXIT, USER_ERROR_EXIT, UserError
 from megatron_sse.interrupts import starting_processes
 from megatron_sse.launch.meeting import Meeting, meet
 from megatron_sse.launch.nodes import Nodes
@@ -173,8 +173,8 @@ def _run(agent: Agent, meeting: Meeting) -> int:
         if result is not None and result.state == WorkerState.SUCCEEDED:
             return 0
         status, reason = agent.status or 1, agent.reason
-        # A rank prints its own UserError; a killed process prints nothing.
-        if status > 128:
+        # A rank prints its own UserError; a killed process prints nothing, and nobody reads a closed pipe.
+        if status > 128 and status != CLOSED_PIPE_EXIT:
             print(reason, file=sys.stderr)
         elif result is not None and result.state == WorkerState.UNHEALTHY:
             print(f"no restarts are left: {reason}", file=sys.stderr)

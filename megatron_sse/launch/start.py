@@ -11,13 +11,18 @@ from pathlib import Path
 import torch
 
 from megatron_sse.config import RunConfig, count_processes
+from megatron_sse.config.world_size import PROCESSES_PER_MACHINE
 from megatron_sse.errors import UserError, describe_error
 from megatron_sse.launch.agent import run_processes
-from megatron_sse.launch.nodes import Nodes, find_nodes
+from megatron_sse.launch.nodes import DEFAULT_PORT, Nodes, find_nodes
 from megatron_sse.launch.prepare import prepare_data
 from megatron_sse.lease import hold, refuse_if_held_here
 from megatron_sse.logs import open_log
 from megatron_sse.run_folder import LEASE, launcher_lease
+from megatron_sse.visible import count_of
+
+# For the processes of a command to start in.
+_MINUTES_TO_MEET = 30
 
 THREADS, MEMORY = "OMP_NUM_THREADS", "GLIBC_TUNABLES"
 
@@ -41,7 +46,26 @@ def start(config: RunConfig, program: Sequence[str]) -> int:
     # Until it is had, nothing is written: neither logs, nor to the place where a live run's launchers meet.
     with hold(folder, key, launcher_lease(nodes.rank)):
         set_environment(per_node, num_gpus)
+        if per_node < num_gpus:
+            print(f"uses {per_node} of {num_gpus} GPUs, as many as parallel and training.global_batch_size can feed")
         return _start(config, program, nodes, per_node)
+
+
+def start_command(num_processes: int, layout: str, program: Sequence[str]) -> int:
+    """Run a command in several processes on this machine, where nobody else reaches them; return the exit status of
+    the first that failed, or 0.
+
+    layout: the options that ask for the processes. program: python's arguments for each of them. Raises UserError where
+    this machine cannot have so many.
+    """
+    num_gpus = torch.cuda.device_count()
+    most = num_gpus or PROCESSES_PER_MACHINE
+    if num_processes > most:
+        why = "one per GPU" if num_gpus else "on a machine without GPUs"
+        raise UserError(f"{layout}: got {count_of(num_processes, 'process')}, allowed {most}, {why}")
+    set_environment(num_processes, num_gpus)
+    nodes = Nodes(1, 0, "localhost", DEFAULT_PORT)
+    return run_processes(program, nodes, num_processes, max_restarts=0, timeout_minutes=_MINUTES_TO_MEET)
 
 
 def _start(config: RunConfig, program: Sequence[str], nodes: Nodes, per_node: int) -> int:
@@ -59,7 +83,7 @@ def _start(config: RunConfig, program: Sequence[str], nodes: Nodes, per_node: in
 
 
 def set_environment(per_node: int, num_gpus: int) -> None:
-    """Set what the processes read when they start, unless the user did; report idle GPUs.
+    """Set what the processes read when they start, unless the user did.
 
     They share the machine's cores. Without GPUs, large tensors lie in huge pages: torch gets their memory anew for
     every operation, and 512 times fewer pages have to be mapped (quickstart: 1.7 times as fast where mapping is slow).
@@ -72,8 +96,6 @@ def set_environment(per_node: int, num_gpus: int) -> None:
     if per_node > 1:
         # As torchrun has it: GPUs compute, and the cores are left to the processes that read and save.
         os.environ.setdefault(THREADS, "1")
-    if per_node < num_gpus:
-        print(f"uses {per_node} of {num_gpus} GPUs, as many as parallel and training.global_batch_size can feed")
 
 
 def build_command(program: Sequence[str], nodes: Nodes, per_node: int, max_restarts: int) -> list[str]:

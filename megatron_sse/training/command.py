@@ -8,7 +8,6 @@ from pathlib import Path
 
 from megatron_sse.config import RunConfig, ignored_settings
 from megatron_sse.config.derive import describe_run
-from megatron_sse.interrupts import end_with_launcher
 from megatron_sse.lease import Lease, LeaseLostError, hold
 from megatron_sse.logs import flush_console, open_log
 from megatron_sse.run_folder import LEASE
@@ -38,8 +37,6 @@ def _start_processes(request: Request) -> int:
 
 
 def _run_process(config: RunConfig) -> int:
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with_launcher()
     rank = int(os.environ["RANK"])
     description = describe_run(config, int(os.environ.get("WORLD_SIZE", "1")))
     if rank:

@@ -135,7 +135,12 @@ WRONG = {
     "temperature": (["{model}", "--prompt", "a", "--temperature", "-1"], "--temperature: got -1.0"),
     "top p": (["{model}", "--prompt", "a", "--top-p", "0"], "--top-p: got 0.0"),
     "max tokens": (["{model}", "--prompt", "a", "--max-tokens", "0"], "--max-tokens: got 0"),
-    "context": (["{model}", "--prompt", "a", "--context", "2"], "--context: got 2, allowed a divisor of the number of"),
+    "context": (["{model}", "--prompt", "a", "--context", "0"], "--context: got 0, allowed 1 to 65536"),
+    "tensor": (["{model}", "--prompt", "a", "--tensor", "-1"], "--tensor: got -1, allowed 1 to 65536"),
+    "processes": (
+        ["{model}", "--prompt", "a", "--tensor", "300", "--context", "2"],
+        "got 600 processes, allowed 256, on",
+    ),
     "chunk": (["{model}", "--prompt", "a", "--chunk", "0"], "--chunk: got 0"),
     "too long": (["{model}", "--prompt", "a", "--max-tokens", "64"], "allowed 64, the length (data.sequence_length)"),
     "no cache": (["{model}", "--prompt", "a", "--load-cache", "{tmp}/none"], "--load-cache: .* not found"),
@@ -160,6 +165,21 @@ def test_any_length(capsys: pytest.CaptureFixture[str], hybrid: Path) -> None:
 def test_no_cache_for_several_processes(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, hybrid: Path
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["generate", str(hybrid)]) == 2
+    assert main(["generate", str(hybrid), "--context", "2"]) == 2
     assert "got 2 processes, allowed 1" in capsys.readouterr().err
+
+
+STARTED = [
+    (["--context", "3"], "--tensor 1 x --context 3: got 4 processes, allowed a multiple of 3"),
+    (["--context", "2", "--tensor", "1"], "--tensor 1 x --context 2: got 4 processes, allowed 2"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), STARTED)
+def test_other_processes_than_a_launcher_started(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert main(["generate", "no_model", "--prompt", "a", *options]) == 2
+    assert capsys.readouterr().err == f"{message}\n"

@@ -19,7 +19,7 @@ from torch.distributed import TCPStore
 from megatron_sse.errors import UserError
 from megatron_sse.launch.meeting import meet
 from megatron_sse.launch.nodes import Nodes
-from tests.launchers import free_port, start_launcher
+from tests.launchers import free_port, start_command, start_launcher
 from tests.training.support import small_run
 
 # The keys under which torch's rendezvous kept its pickles.
@@ -105,6 +105,24 @@ def test_a_run_on_one_machine_cannot_be_reached(run: subprocess.Popen[str], tmp_
     output = run.stdout.read()
     assert run.wait() == 0, output
     assert not (tmp_path / "marker").exists()
+
+
+def test_processes_of_a_command_cannot_be_reached(tmp_path: Path) -> None:
+    """A command that runs a model in several processes starts them itself. They listen on the loopback interface only,
+    and end with it. Here they form a group, as those of the command do, and do nothing else."""
+    script = "say(' '.join(sys.argv[2:]))\nimport torch.distributed as dist\ndist.init_process_group('gloo')"
+    script += "\nsay('ready')\nwait()\n"
+    command = ["generate", "no_model", "--prompt", "a", "--context", "2"]
+    launcher = start_command(tmp_path, script, command)
+    launcher.wait_for("ready\nready\n")
+    process = psutil.Process(launcher.process.pid)
+    children = process.children()
+    assert len(children) == 2
+    assert {address for address, _ in listeners(process)} == {"127.0.0.1"}
+    launcher.send(signal.SIGTERM)
+    assert launcher.end() == 128 + signal.SIGTERM
+    line = f"-m megatron_sse {' '.join(command)}\n"
+    assert launcher.output.startswith(line + line) and not any(child.is_running() for child in children)
 
 
 @pytest.mark.parametrize(("address", "given"), [("127.0.0.1", "localhost"), ("::1", "::1")])

@@ -9,7 +9,7 @@ import pytest
 from megatron_sse.config import RunConfig, count_processes, load_config
 from megatron_sse.errors import UserError
 from megatron_sse.launch.nodes import Nodes
-from megatron_sse.launch.start import build_command
+from megatron_sse.launch.start import build_command, start_command
 from tests.launchers import start_launcher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,6 +63,12 @@ def test_commands() -> None:
     two = build_command(program[:-1], Nodes(2, 1, "gpu07", 1234), 8, 3)
     place = "--nnodes=2 --node-rank=1 --master-addr=gpu07 --master-port=1234 --max-restarts=3"
     assert two == f"--nproc-per-node=8 {place} -m megatron_sse train a.yaml".split()
+
+
+def test_a_command_in_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(UserError, match=r"^--tensor 3: got 3 processes, allowed 2, one per GPU$"):
+        start_command(3, "--tensor 3", [])
 
 
 def test_exit_status_of_a_users_error(tmp_path: Path) -> None:
