@@ -5,7 +5,7 @@
 The whole of a run is executed on fake CUDA tensors, along the path that a GPU takes: two steps, validation and a
 checkpoint, in a temporary folder. Reported by file and line are values that the host reads from the GPU, copies from
 memory that is not pinned, tensors on the wrong device, collectives on tensors of the host, and boolean indexing. Exit
-status 1 if a training step has any of them, beyond what it has to read once.
+status 1 if a training step or validation has any of them, beyond what it has to read once.
 """
 
 from __future__ import annotations
@@ -116,6 +116,7 @@ def rehearse_ranks(config: RunConfig, num_ranks: int, findings: Findings) -> int
     """Rehearse the first and the last rank, which differ the most, one after the other; return the exit status."""
     # Imported before the fork, so that it is done once.
     from megatron_sse.logs import set_up_logging
+    from megatron_sse.tools.rehearsal.findings import Phase
     from megatron_sse.tools.rehearsal.run import rehearse
 
     set_up_logging(rank=0)
@@ -124,7 +125,7 @@ def rehearse_ranks(config: RunConfig, num_ranks: int, findings: Findings) -> int
         # A rank of its own run: rank 0 leaves a checkpoint, from which another would resume.
         monitor = config.monitor.model_copy(update={"folder": f"{config.monitor.folder}/rank_{rank}"})
         status = rehearse(config.model_copy(update={"monitor": monitor}), rank, num_ranks, findings)
-        title = f"rank {rank} of {num_ranks}: {findings.steps} steps, exit status {status}"
+        title = f"rank {rank} of {num_ranks}: {findings.entered[Phase.STEP]} steps, exit status {status}"
         print(title, *findings.report(), sep="\n", flush=True)
         sys.exit(1 if status or findings.wrong() else 0)
 

@@ -81,6 +81,7 @@ def seed_faults() -> None:
     from megatron_sse.data import batch
     from megatron_sse.model import SSEMixer
     from megatron_sse.training import loop
+    from megatron_sse.training.objective import LanguageModelling
     from megatron_sse.training.step import Trainer
 
     def seeded_eye(n: int, dtype: torch.dtype, device: Any, eye: Callable = torch.eye) -> torch.Tensor:
@@ -99,6 +100,11 @@ def seed_faults() -> None:
 
     def seeded_step(self: Any, batches: Iterator[Any], step: Callable = Trainer.train_step) -> Any:
         return step(self, iter(list(islice(batches, self.num_micro_batches))))
+
+    def seeded_score(self: Any, output: Any, batch: Any, loss: Callable = LanguageModelling.loss) -> Any:
+        if output.likeliest is not None:
+            (output.likeliest[batch.answers_BL] == batch.labels_BL[batch.answers_BL]).sum()
+        return loss(self, output, batch)
 
     def seeded_forward(self: Any, x: torch.Tensor, *args: Any, forward: Callable = SSEMixer.forward, **kw: Any) -> Any:
         for fault in (read, mask, find, mix, wait, sum_on_host):
@@ -131,6 +137,7 @@ def seed_faults() -> None:
     batch.to_device = seeded_copy
     loop.init_process_group, loop.build_model = seeded_process_group, seeded_build
     Trainer.train_step, SSEMixer.forward = seeded_step, seeded_forward
+    LanguageModelling.loss = seeded_score
 
 
 if __name__ == "__main__":

@@ -57,6 +57,8 @@ SEEDED = {
     "seeded_step": "more than one micro-batch copied ahead of the one that is computed",
     "read": "the host reads a value from the GPU",
     "mask": "boolean indexing, whose result has a size that only the GPU knows",
+    # In validation, where answers are counted.
+    "seeded_score": "boolean indexing, whose result has a size that only the GPU knows",
     "find": "a result whose size or value only the GPU knows",
     "mix": "tensors of the host and of the GPU in one operation",
     "wait": "the host waits for the GPU",

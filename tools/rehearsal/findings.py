@@ -4,6 +4,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -39,13 +40,16 @@ class Phase(StrEnum):
 
     SETUP = "set-up"
     STEP = "step"
+    VALIDATION = "validation"
     BETWEEN = "between steps"
 
 
 # Found at any time, these would break or slow down every step.
 ALWAYS_WRONG = {Kind.LEFT_ON_HOST, Kind.NO_DEVICE_ID}
-# The values that the host needs once per step: where they are read.
-ONCE_A_STEP = {
+# Phases in which the host only reads what is below.
+WATCHED = {Phase.STEP, Phase.VALIDATION}
+# The values that the host needs once per step, or validation: where they are read.
+ONCE = {
     # Whether there are tokens to divide the gradients by.
     (Kind.HOST_READ, "megatron/core/distributed/finalize_model_grads.py", "finalize_model_grads"),
     # The gradient norm, before the optimizer's step.
@@ -77,7 +81,8 @@ class Findings:
 
     def __init__(self) -> None:
         self.phase = Phase.SETUP
-        self.steps = 0
+        # How often each of the watched phases was entered.
+        self.entered: Counter[Phase] = Counter()
         self.counts: Counter[Finding] = Counter()
 
     def note(self, kind: Kind, detail: str = "") -> None:
@@ -85,15 +90,25 @@ class Findings:
         file, line, function, caller = _place()
         self.counts[Finding(self.phase, kind, file, line, function, detail, caller)] += 1
 
-    def wrong(self) -> list[Finding]:
-        """Return what has to be mended: what is always wrong, and what is in a step and not one of its few reads."""
-        return sorted(finding for finding in self.counts if finding.kind in ALWAYS_WRONG or self._is_in_step(finding))
+    @contextmanager
+    def during(self, phase: Phase) -> Iterator[None]:
+        """Count what is found in the block as found in a phase."""
+        self.phase = phase
+        self.entered[phase] += 1
+        try:
+            yield
+        finally:
+            self.phase = Phase.BETWEEN
 
-    def _is_in_step(self, finding: Finding) -> bool:
-        if finding.phase != Phase.STEP:
+    def wrong(self) -> list[Finding]:
+        """Return what has to be mended: what is always wrong, and what makes a step or validation wait needlessly."""
+        return sorted(finding for finding in self.counts if finding.kind in ALWAYS_WRONG or self._waits(finding))
+
+    def _waits(self, finding: Finding) -> bool:
+        if finding.phase not in WATCHED:
             return False
-        is_needed = (finding.kind, finding.file, finding.function) in ONCE_A_STEP
-        return not is_needed or self.counts[finding] > self.steps
+        is_needed = (finding.kind, finding.file, finding.function) in ONCE
+        return not is_needed or self.counts[finding] > self.entered[finding.phase]
 
     def report(self) -> Iterator[str]:
         """Yield a line for every finding, those first that have to be mended."""

@@ -77,8 +77,9 @@ def _apply(module: torch.nn.Module, function: Any, recurse: bool = True) -> torc
 
 
 def _watch_steps(findings: Findings) -> None:
-    """Tell `findings` when a step runs, and look where parameters, buffers and micro-batches are."""
-    train_step, start, wrap_model = Trainer.train_step, Trainer.__init__, loop.wrap_model
+    """Tell `findings` when a step or validation runs, and look where parameters, buffers and micro-batches are."""
+    train_step, validate, start = Trainer.train_step, Trainer.validate, Trainer.__init__
+    wrap_model = loop.wrap_model
 
     def wrap(config: RunConfig, chunks: list[Any], groups: Any) -> Any:
         for chunk in chunks:
@@ -92,17 +93,17 @@ def _watch_steps(findings: Findings) -> None:
         self.chunks[0].register_forward_pre_hook(functools.partial(_count_forward, self))
 
     def step(self: Trainer, batches: Iterator[Any]) -> Any:
-        findings.phase = Phase.STEP
-        findings.steps += 1
         self.batches_taken = self.forwards = 0  # type: ignore[attr-defined]
-        try:
+        with findings.during(Phase.STEP):
             return train_step(self, _counted(self, batches, findings))
-        finally:
-            findings.phase = Phase.BETWEEN
+
+    def validation(self: Trainer, batches: Iterator[Any]) -> Any:
+        with findings.during(Phase.VALIDATION):
+            return validate(self, batches)
 
     loop.wrap_model = wrap
     Trainer.__init__ = init  # type: ignore[method-assign]
-    Trainer.train_step = step  # type: ignore[method-assign]
+    Trainer.train_step, Trainer.validate = step, validation  # type: ignore[method-assign]
 
 
 def _counted(trainer: Any, batches: Iterator[Any], findings: Findings) -> Iterator[Any]:
