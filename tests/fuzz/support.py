@@ -4,7 +4,8 @@ import contextlib
 import copy
 import io
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from hypothesis import strategies as st
@@ -24,6 +25,9 @@ SCALARS = st.one_of(st.none(), st.booleans(), HUGE, st.integers(-5, 40), FLOATS,
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3))
 
 Path = tuple[Any, ...]
+
+# CPU time of an example: one that takes longer is as good as a hang for its user; all take a small part of it.
+SECONDS = 60
 
 
 class Contents(dict[str, bytes]):
@@ -94,11 +98,23 @@ def run(*arguments: object) -> tuple[int, str, str]:
     return status, output.getvalue(), errors.getvalue()
 
 
+@contextlib.contextmanager
+def within_bound() -> Iterator[None]:
+    """Check that a block takes no more than SECONDS of CPU time."""
+    start = time.process_time()
+    try:
+        yield
+    finally:
+        seconds = time.process_time() - start
+        assert seconds <= SECONDS, f"took {seconds:.0f} s of CPU time"
+
+
 def answers(*arguments: object) -> None:
     """Check that a command ends with 0, with 1, or with 2 and a reason."""
     logging.disable()
     try:
-        status, output, errors = run(*arguments)
+        with within_bound():
+            status, output, errors = run(*arguments)
     finally:
         logging.disable(logging.NOTSET)
     assert status in (0, 1, 2), (status, errors)
@@ -109,6 +125,7 @@ def answers(*arguments: object) -> None:
 def refused_in_a_line(function: Callable[..., object], *arguments: Any) -> None:
     """Check that a function returns, or raises a UserError of one line."""
     try:
-        function(*arguments)
+        with within_bound():
+            function(*arguments)
     except UserError as error:
         assert str(error).strip() and "\n" not in str(error), error
