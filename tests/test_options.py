@@ -36,7 +36,10 @@ def read(*arguments: str) -> Command:
 
 def test_completion_in_the_shell(tmp_path: Path) -> None:
     """What argcomplete's shell function asks for: commands, and the options of one."""
-    for line, expected in (("megatron-sse pl", {"plan", "plot"}), ("megatron-sse generate x --te", {"--temperature"})):
+    for line, expected in (
+        ("megatron-sse pl", {"plan", "plot"}),
+        ("megatron-sse generate x --temp", {"--temperature"}),
+    ):
         found = tmp_path / "found"
         asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "\n"}
         environment = os.environ | asked | {"_ARGCOMPLETE_STDOUT_FILENAME": str(found)}

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_sse.kernels import scan
+from megatron_sse.kernels.resets import PieceResets
 from megatron_sse.kernels.segments import Pieces, Segments, cut
 from megatron_sse.kernels.triton.scan import run_scan
 from tests.kernels.cases import rms
@@ -63,6 +64,27 @@ def test_unused_pieces_are_zero(columns: int) -> None:
         entering, final = run_scan(transition, increment, initial, pieces, reverse)
         assert used < len(entering) and entering[used:].count_nonzero() == 0
         assert entering.isfinite().all() and final.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("columns", [1, 6])
+def test_what_is_not_finite_ends_where_a_document_starts(columns: int, reverse: bool) -> None:
+    pieces = make_pieces()
+    inside_M = pieces.step_M == 1
+    pieces = replace(pieces, resets=PieceResets(inside_M, inside_M, *[pieces.empty_S] * 3))
+    transition, increment, initial = (x.float() for x in make_leaves(pieces, 6, columns))
+    used = sum(-(-size // PIECE) for size in SIZES)
+    expected, expected_final = run_scan(transition, increment, initial, pieces, reverse)
+    # In reverse order the pieces before the reset follow it.
+    behind_M = (pieces.step_M < 1) if reverse else (pieces.step_M > 1)
+    behind_M[used:] = False
+    many_S = (pieces.last_S > pieces.first_S) & ~pieces.empty_S
+    behind_M &= many_S[pieces.segment_M]
+    actual, final = run_scan(transition, increment, torch.full_like(initial, torch.inf), pieces, reverse)
+    assert behind_M.any() and torch.equal(actual[behind_M], expected[behind_M])
+    assert torch.equal(final[many_S], expected_final[many_S])
+    assert not final[~many_S].isfinite().any()
 
 
 @pytest.mark.parametrize("columns", [1, 6])
