@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 
 for line in open(sys.argv[1]):
     if line.startswith("transformer-engine=="):
-        pin = Requirement(line)
+        pin = Requirement(line.strip())
         if pin.marker is None or pin.marker.evaluate():
             print(next(iter(pin.specifier)).version)
 END
