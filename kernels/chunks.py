@@ -10,12 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_sse.chunking import CPU_BLOCK, GPU_BLOCK, choose_chunk_size
 from megatron_sse.kernels.scan import scan_spans, scan_states
 from megatron_sse.kernels.segments import Segments, from_chunks, make_grid, to_chunks
-
-SMALLEST, LARGEST = 8, 32
-# Elements of queries in a block of chunks: few enough for a CPU's cache, or to bound a GPU's memory.
-CPU_BLOCK, GPU_BLOCK = 1 << 18, 1 << 26
 
 
 class ChunkAction(NamedTuple):
@@ -26,14 +23,6 @@ class ChunkAction(NamedTuple):
     query: Tensor
     transition: Tensor
     increment: Tensor
-
-
-def choose_chunk_size(num_rows: int, num_segments: int) -> int:
-    """Return the rows per chunk, a power of two: fewer where segments are short, since each fills complete chunks."""
-    size = LARGEST
-    while size > SMALLEST and 2 * size * num_segments > num_rows:
-        size //= 2
-    return size
 
 
 def run_chunks(

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from megatron_sse.kernels.banks import BEFORE_NORM, BankInputs
-from megatron_sse.kernels.registry import KERNELS
 from megatron_sse.kernels.routing import Routes
 
 
@@ -35,7 +34,7 @@ def decode_step(
         o_THV in v's dtype.
     """
     before_norm = BEFORE_NORM[gate]
-    if states_XAHKV.is_cuda and KERNELS[shared.recurrence.name].has_triton:
+    if states_XAHKV.is_cuda and shared.recurrence.has_triton:
         switches = before_norm, weight_writes, weight_reads
         return decode_on_triton(states_XAHKV, place_T, shared, sparse, v_THV, routes, *switches)
     active_T = place_T >= 0

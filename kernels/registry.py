@@ -5,7 +5,6 @@ The oracle (reference.py) and the decode step (decode.py) follow the facts of th
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,23 +16,8 @@ from megatron_sse.kernels.resets import find_bad_rows
 from megatron_sse.kernels.segments import Segments
 from megatron_sse.recurrence import RECURRENCES
 
-
-class Kernels(NamedTuple):
-    """The kernels of one recurrence.
-
-    act: what chunks of rows do in torch, from q, k, v, log decays and, for the delta rule, write strengths.
-    has_triton: whether kernels/triton has operators and a decode step; without, GPUs run the torch forms.
-    """
-
-    act: Callable[..., ChunkAction]
-    has_triton: bool
-
-
-KERNELS = {
-    "gla": Kernels(gla.act, has_triton=True),
-    "gdn": Kernels(gdn.act, has_triton=True),
-    "kda": Kernels(kda.act, has_triton=False),
-}
+# What chunks of rows do in torch, from q, k, v, log decays and, for the delta rule, write strengths.
+KERNELS: dict[str, Callable[..., ChunkAction]] = {"gla": gla.act, "gdn": gdn.act, "kda": kda.act}
 if KERNELS.keys() != RECURRENCES.keys():
     raise ImportError(f"kernels of {sorted(KERNELS)}, recurrences {sorted(RECURRENCES)}")
 
@@ -52,7 +36,7 @@ def run_recurrence(
     Returns:
         o_THV in v's dtype and final_SHKV; all arithmetic and the states are in fp32, or fp64 where an input is.
     """
-    dtype, act = torch.promote_types(bank.q_THK.dtype, torch.float32), KERNELS[bank.recurrence.name].act
+    dtype, act = torch.promote_types(bank.q_THK.dtype, torch.float32), KERNELS[bank.recurrence.name]
     g = bank.g if bank.recurrence.channel_decay else bank.g[..., None]
     beta = [] if bank.beta_TH is None else [bank.beta_TH[..., None]]
     if segments.resets is not None:

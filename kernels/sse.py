@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_sse.kernels.backend import use_triton
 from megatron_sse.kernels.banks import BEFORE_NORM, BankInputs, BankOutputs, Picks, by_segment, by_span
-from megatron_sse.kernels.registry import KERNELS, run_recurrence
+from megatron_sse.kernels.registry import run_recurrence
 from megatron_sse.kernels.routing import Routes, join_segments
 from megatron_sse.kernels.segments import Edges, Spans
 
@@ -61,7 +61,7 @@ def sse_attention(
         picks = Picks.of(routes, v_THV.dtype, weight_writes, weight_reads, before_norm)
         if recurrence.delta_rule and not before_norm:
             sparse = sparse.normalize()
-    if use_triton(v_THV) and KERNELS[recurrence.name].has_triton and not before_norm:
+    if use_triton(v_THV) and recurrence.has_triton and not before_norm:
         # Imported late: Triton is not installed on machines without a GPU.
         from megatron_sse.kernels.triton_attention import attend_banks
 

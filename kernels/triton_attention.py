@@ -7,13 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_sse.chunking import choose_chunks_per_piece
 from megatron_sse.kernels.banks import BankInputs, BankOutputs, Picks, by_segment, by_span
 from megatron_sse.kernels.resets import Resets, find_bad_rows
 from megatron_sse.kernels.routing import join_segments
 from megatron_sse.kernels.scan import scan_pieces, scan_spans
 from megatron_sse.kernels.segments import Segments, Spans
 from megatron_sse.kernels.triton import gdn, gla
-from megatron_sse.kernels.triton.rows import Rows, choose_chunks_per_piece, make_rows
+from megatron_sse.kernels.triton.rows import Rows, make_rows
 
 
 class Operators(NamedTuple):

@@ -20,12 +20,14 @@ class Recurrence:
         a chunk's transition is a matrix [K, K]. Otherwise writes add up and the transition is diagonal.
     channel_decay: every key channel has a decay of its own, computed by a low-rank gate; otherwise every head has one.
     key_map: what is applied to keys unless model.sse.key_map is set.
+    has_triton: whether kernels/triton has operators and a decode step; without, GPUs run the torch forms.
     """
 
     name: RecurrenceName
     delta_rule: bool
     channel_decay: bool
     key_map: Literal["softmax", "silu"]
+    has_triton: bool
 
     @property
     def scalars(self) -> tuple[str, ...]:
@@ -46,9 +48,9 @@ class Recurrence:
 RECURRENCES: Final[dict[str, Recurrence]] = {
     row.name: row
     for row in (
-        Recurrence("gla", delta_rule=False, channel_decay=True, key_map="softmax"),
-        Recurrence("gdn", delta_rule=True, channel_decay=False, key_map="silu"),
-        Recurrence("kda", delta_rule=True, channel_decay=True, key_map="silu"),
+        Recurrence("gla", delta_rule=False, channel_decay=True, key_map="softmax", has_triton=True),
+        Recurrence("gdn", delta_rule=True, channel_decay=False, key_map="silu", has_triton=True),
+        Recurrence("kda", delta_rule=True, channel_decay=True, key_map="silu", has_triton=False),
     )
 }
 if RECURRENCES.keys() != set(get_args(RecurrenceName)):

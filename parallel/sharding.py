@@ -5,6 +5,7 @@ into 2 * size chunks, rank r holds chunks r and 2 * size - 1 - r, so that causal
 """
 
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 
@@ -70,3 +71,16 @@ class ContextShard:
 
 # All tokens on one rank.
 ALL_TOKENS = ContextShard()
+
+
+def node_runs(chain: Chain, node_size: int) -> list[tuple[tuple[int, int], list[tuple[int, int]]]]:
+    """Cut the chain where it changes nodes: (node, number of the run there), [(place on the node, slot), ...].
+
+    For example, four ranks in zigzag on nodes of two visit the ranks 0 1 2 3 3 2 1 0, so there are three runs: (0, 0)
+    with ranks 0 1, (1, 0) with ranks 2 3 3 2, and (0, 1) with ranks 1 0.
+    """
+    runs: list[tuple[tuple[int, int], list[tuple[int, int]]]] = []
+    for node, slots in groupby(chain, key=lambda entry: entry[0] // node_size):
+        number = sum(place[0] == node for place, _ in runs)
+        runs.append(((node, number), [(rank % node_size, slot) for rank, slot in slots]))
+    return runs

@@ -16,12 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_sse.chunking import CHUNK_SIZE, choose_chunk_size
 from megatron_sse.kernels import BankInputs, Routes, route, sse_attention
-from megatron_sse.kernels.chunks import choose_chunk_size
 from megatron_sse.kernels.reference import reference_sse
 from megatron_sse.kernels.routing import join_segments
 from megatron_sse.kernels.segments import Spans, cut
-from megatron_sse.kernels.triton.rows import CHUNK_SIZE
 from megatron_sse.recurrence import RECURRENCES
 
 # Largest error of the chunked form, relative to the oracle in the same precision, with which times are reported.

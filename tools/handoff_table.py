@@ -9,9 +9,9 @@ passes keys and values (bf16) around the ring in the forward pass, and again wit
 import argparse
 
 from megatron_sse.costs.gpus import GPUS, GPUS_PER_NODE, Gpu
-from megatron_sse.parallel.handoff import ALGORITHMS, handoff_bytes
+from megatron_sse.parallel.handoff_bytes import handoff_bytes
 from megatron_sse.parallel.sharding import ContextShard
-from megatron_sse.planning.hand_off import NETWORK_LATENCY, NETWORK_MESSAGE, NETWORK_SHARE, Links
+from megatron_sse.planning.hand_off import ALGORITHMS, NETWORK_LATENCY, NETWORK_MESSAGE, NETWORK_SHARE, Links
 from megatron_sse.planning.sizes import FP32
 
 MIB = 2**20

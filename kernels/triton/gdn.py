@@ -11,8 +11,8 @@ import torch
 import triton
 from torch import Tensor
 
+from megatron_sse.chunking import CHUNK_SIZE
 from megatron_sse.kernels.triton import gdn_backward, gdn_forward
-from megatron_sse.kernels.triton.rows import CHUNK_SIZE
 from megatron_sse.kernels.triton.target import SHARED_LIMIT, Target, target_of
 
 

@@ -19,11 +19,11 @@ import torch
 import triton
 from torch import Tensor
 
+from megatron_sse.chunking import CHUNK_SIZE
 from megatron_sse.kernels.triton.gla_backward import gla_inter_kernel, gla_states_kernel, gla_values_kernel
 from megatron_sse.kernels.triton.gla_forward import gla_output_kernel, gla_prepare_kernel, gla_summarize_kernel
 from megatron_sse.kernels.triton.gla_intra import gla_intra_kernel
 from megatron_sse.kernels.triton.gla_steep import gla_steep_scores_kernel
-from megatron_sse.kernels.triton.rows import CHUNK_SIZE
 from megatron_sse.kernels.triton.target import HOPPER, SHARED_LIMIT, Target, target_of
 
 # For each kernel, three settings: for 16-bit inputs with dims up to 128, for 16-bit inputs with larger dims, and for

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_sse.chunking import CHUNK_SIZE
 from megatron_sse.kernels.segments import Pieces, Segments, cut
-
-CHUNK_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -67,13 +66,3 @@ def make_rows(segments: Segments, num_tokens: int, num_picks: int, chunks_per_pi
     step_M = (pieces.start_M - segments.offsets_S1[pieces.segment_M]) // CHUNK_SIZE
     chunk_M = chunks.first_S[pieces.segment_M] + step_M
     return Rows(num_tokens, row_R.int(), token_R.int(), run_R.int(), chunks, pieces, chunk_M)
-
-
-def choose_chunks_per_piece(num_rows: int, programs_per_piece: int) -> int:
-    """Return the chunks per piece: few enough that the pieces fill a large GPU, many enough that there are few states.
-
-    It follows from sizes known on the host. programs_per_piece: how many programs share a piece (heads times blocks of
-    the state). For example, with 65,536 rows (1,024 chunks) and 32 programs per piece, 32 pieces of 32 chunks.
-    """
-    wanted = max(1, 1024 // programs_per_piece)
-    return max(4, -(-num_rows // (CHUNK_SIZE * wanted)))

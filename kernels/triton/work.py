@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_sse.kernels.triton.rows import CHUNK_SIZE
+from megatron_sse.chunking import CHUNK_SIZE
 
 
 def gla_work(

@@ -29,7 +29,6 @@ from megatron_sse.config import (
 )
 from megatron_sse.config.mixer import MixerSpec
 from megatron_sse.config.weights import model_weights
-from megatron_sse.kernels.registry import KERNELS
 from megatron_sse.model.attention import SoftmaxAttention, TorchAttention
 from megatron_sse.model.backend import Backend, choose_attention, choose_backend
 from megatron_sse.model.initialize import bind_weights, initialize_weights
@@ -91,7 +90,7 @@ def build_model(
 def warn_of_slow_recurrences(config: RunConfig, device: Device) -> None:
     """Warn of recurrences that run in torch on a GPU."""
     for recurrence in config.model.recurrences():
-        if device.type == "cuda" and not KERNELS[recurrence.name].has_triton:
+        if device.type == "cuda" and not recurrence.has_triton:
             logger.warning("%s layers: torch, slow (this recurrence has no Triton kernels yet)", recurrence.name)
 
 

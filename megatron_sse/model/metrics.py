@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-from megatron_sse.kernels import Routes
-
 # Decays that are exponentiated at once: 64 MiB in fp32, whatever the length of the sequences.
-DECAYS_AT_ONCE = 1 << 24
+from megatron_sse.chunking import DECAYS_AT_ONCE
+from megatron_sse.kernels import Routes
 
 
 class LayerMetrics:

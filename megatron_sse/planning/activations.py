@@ -11,11 +11,9 @@ from collections.abc import Iterable
 from functools import reduce
 from typing import NamedTuple
 
+from megatron_sse.chunking import CHUNK_SIZE, choose_chunk_size, choose_chunks_per_piece
 from megatron_sse.config import recomputed_parts
 from megatron_sse.config.derive import fuses_swiglu
-from megatron_sse.kernels.chunks import choose_chunk_size
-from megatron_sse.kernels.registry import KERNELS
-from megatron_sse.kernels.triton.rows import CHUNK_SIZE, choose_chunks_per_piece
 from megatron_sse.parallel.sharding import MASKED_PAIRS
 from megatron_sse.planning.sizes import FP32, Mixer, Sizes
 
@@ -180,7 +178,7 @@ def _states(sizes: Sizes, mixer: Mixer, pieces: int) -> int:
 
 def runs_torch(sizes: Sizes, mixer: Mixer) -> bool:
     """Check whether the recurrence has only its torch form."""
-    return sizes.kernels == "torch" or not KERNELS[mixer.spec.recurrence.name].has_triton
+    return sizes.kernels == "torch" or not mixer.spec.recurrence.has_triton
 
 
 def num_rows(sizes: Sizes, mixer: Mixer) -> int:

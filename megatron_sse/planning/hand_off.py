@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from megatron_sse.config import RunConfig, recomputed_parts
 from megatron_sse.costs.gpus import Gpu
-from megatron_sse.parallel.handoff import handoff_bytes
+from megatron_sse.parallel.handoff_bytes import handoff_bytes
 from megatron_sse.planning.parameters import stage_chunks
 from megatron_sse.planning.sizes import FP32, Sizes
 
@@ -71,9 +71,10 @@ class Links:
     def seconds(self, algorithm: str, transition: float, state: float) -> float:
         """Return the seconds of one pass. transition, state: bytes that a rank's slots hold; transition 0 in backward
         passes, which do not send any."""
-        return {"exscan": self.exscan, "two_level": self.two_level, "allgather": self.allgather, "p2p": self.p2p}[
-            algorithm
-        ](transition, state)
+        return ALGORITHMS[algorithm](self, transition, state)
+
+
+ALGORITHMS = {"exscan": Links.exscan, "allgather": Links.allgather, "p2p": Links.p2p, "two_level": Links.two_level}
 
 
 def sent_bytes(sizes: Sizes, kind: str, rank: int = 0) -> tuple[int, int]:

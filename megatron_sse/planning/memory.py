@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from megatron_sse.chunking import DECAYS_AT_ONCE
 from megatron_sse.config import choose_loss_chunk, uses_distributed_optimizer
-from megatron_sse.model.metrics import DECAYS_AT_ONCE
 from megatron_sse.planning.activations import INT64, Kept, add, end_activations, kept_of_layer
 from megatron_sse.planning.parameters import chunk_buffers, stage_chunks
 from megatron_sse.planning.sizes import FP32, Sizes

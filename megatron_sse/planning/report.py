@@ -10,9 +10,8 @@ from megatron_sse.config.derive import count_parameters, describe_run
 from megatron_sse.config.pattern import LAYER_KINDS
 from megatron_sse.costs.flops import forward_flops_per_token, mixer_flops, mlp_flops, train_flops_per_token
 from megatron_sse.costs.gpus import Gpu
-from megatron_sse.parallel.handoff import ALGORITHMS
 from megatron_sse.planning.ceilings import GIB, StepTime
-from megatron_sse.planning.hand_off import layer_seconds
+from megatron_sse.planning.hand_off import ALGORITHMS, layer_seconds
 from megatron_sse.planning.memory import rank_memory
 from megatron_sse.planning.search import HEADROOM, LONGEST, Layout, with_settings
 from megatron_sse.planning.traffic import AXES

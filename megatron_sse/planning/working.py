@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from megatron_sse.chunking import CPU_BLOCK
 from megatron_sse.config import recomputed_parts
-from megatron_sse.kernels.chunks import CPU_BLOCK
 from megatron_sse.parallel.sharding import MASKED_PAIRS
 from megatron_sse.planning.activations import (
     add,

@@ -2,6 +2,5 @@
 
 from megatron_sse.parallel.handoff.scan import exclusive_scan
 from megatron_sse.parallel.handoff.settings import ALGORITHMS, HandOff
-from megatron_sse.parallel.handoff.volume import handoff_bytes
 
-__all__ = ["ALGORITHMS", "HandOff", "exclusive_scan", "handoff_bytes"]
+__all__ = ["ALGORITHMS", "HandOff", "exclusive_scan"]

@@ -6,8 +6,6 @@ Backward is the same recurrence along the reversed chain: `state` is the gradien
 transitions, transposed, and `transition` is None, since transitions are not sent again.
 """
 
-from itertools import groupby
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -16,7 +14,7 @@ from torch.distributed import ProcessGroup
 from megatron_sse.parallel.handoff.fold import Order, fold, leaving, product, take_over
 from megatron_sse.parallel.handoff.settings import HandOff
 from megatron_sse.parallel.handoff.wire import gather, return_to_ranks, send_to_owners
-from megatron_sse.parallel.sharding import Chain
+from megatron_sse.parallel.sharding import node_runs
 
 Kept = tuple[Tensor, ...]
 
@@ -119,19 +117,6 @@ def two_level(hand_off: HandOff, transition: Tensor | None, state: Tensor, kept:
         fold(slots, increment, run, entering, first=entering_runs[number])
     del increment
     return return_to_ranks(entering, state.shape, node, wire), kept
-
-
-def node_runs(chain: Chain, node_size: int) -> list[tuple[tuple[int, int], Order]]:
-    """Cut the chain where it changes nodes: (node, number of the run there), [(place on the node, slot), ...].
-
-    For example, four ranks in zigzag on nodes of two visit the ranks 0 1 2 3 3 2 1 0, so there are three runs: (0, 0)
-    with ranks 0 1, (1, 0) with ranks 2 3 3 2, and (0, 1) with ranks 1 0.
-    """
-    runs: list[tuple[tuple[int, int], Order]] = []
-    for node, slots in groupby(chain, key=lambda entry: entry[0] // node_size):
-        number = sum(place[0] == node for place, _ in runs)
-        runs.append(((node, number), [(rank % node_size, slot) for rank, slot in slots]))
-    return runs
 
 
 def _parts(hand_off: HandOff, state: Tensor, kept: Kept | None) -> tuple[ProcessGroup, torch.dtype, Order]:

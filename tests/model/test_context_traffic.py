@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from megatron_sse.config import SSEConfig
 from megatron_sse.parallel.groups import init_groups
-from megatron_sse.parallel.handoff import handoff_bytes
+from megatron_sse.parallel.handoff_bytes import handoff_bytes
 from megatron_sse.parallel.sharding import ContextShard
 from megatron_sse.parallel.traffic import Traffic
 from tests.model.support import HIDDEN, layout_of, make_mixer

@@ -15,7 +15,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from megatron_sse.parallel.handoff import ALGORITHMS, HandOff, exclusive_scan, handoff_bytes
+from megatron_sse.parallel.handoff import ALGORITHMS, HandOff, exclusive_scan
+from megatron_sse.parallel.handoff_bytes import handoff_bytes
 from megatron_sse.parallel.sharding import ContextShard
 from megatron_sse.parallel.traffic import Traffic
 from tests.parallel.handoff_cases import Case, make_hand_off, own_slots

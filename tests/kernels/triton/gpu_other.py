@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_sse.kernels import conv, decode, norm, routing
-from megatron_sse.kernels.registry import KERNELS
+from megatron_sse.recurrence import RECURRENCES
 from tests.kernels.cases import Case, errors, make_inputs, rms
 from tests.kernels.test_decode import CASES, generate
 from tests.kernels.triton import test_conv, test_norm
@@ -62,7 +62,7 @@ def test_routing(num_partitions: int) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", [case for case in CASES if KERNELS[case.recurrence].has_triton], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if RECURRENCES[case.recurrence].has_triton], ids=str)
 def test_decode_step(case: Case) -> None:
     inputs = make_inputs(case)
     expected = generate(decode.decode_step, case, inputs)

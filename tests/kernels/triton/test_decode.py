@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_sse.kernels import decode
-from megatron_sse.kernels.registry import KERNELS
+from megatron_sse.recurrence import RECURRENCES
 from tests.kernels.cases import Case, errors, make_inputs
 from tests.kernels.test_decode import CASES, generate
 
@@ -24,7 +24,7 @@ def error(case: Case, step: Callable[..., Tensor] = run_triton) -> float:
     return max(errors(generate(step, case, inputs.map(Tensor.float)), expected).values())
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if KERNELS[case.recurrence].has_triton], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if RECURRENCES[case.recurrence].has_triton], ids=str)
 def test_decode_step(case: Case) -> None:
     assert error(case) < 1e-6
 

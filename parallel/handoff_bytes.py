@@ -2,8 +2,7 @@
 
 from itertools import pairwise
 
-from megatron_sse.parallel.handoff.algorithms import node_runs
-from megatron_sse.parallel.sharding import Chain
+from megatron_sse.parallel.sharding import Chain, node_runs
 
 
 def handoff_bytes(
