@@ -168,6 +168,14 @@ def test_a_cache_goes_on(network: Any) -> None:
         network.generate(TOKENS, cache_implementation="static", **GREEDY)
 
 
+def test_a_text_that_stops_generation(network: Any, export: Path) -> None:
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(export)
+    everything = network.generate(TOKENS[:1], **GREEDY)[0, 40:]
+    stop = tokenizer.decode(everything[2:3])
+    stopped = network.generate(TOKENS[:1], stop_strings=[stop], tokenizer=tokenizer, **GREEDY)[0, 40:]
+    assert torch.equal(stopped, everything[:3])
+
+
 def test_attention(load: Callable[..., Any]) -> None:
     assert load(attn_implementation="sdpa").config._attn_implementation == "sdpa"
     for name in ("flash_attention_2", "eager"):

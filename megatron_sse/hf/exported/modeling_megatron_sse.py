@@ -336,6 +336,13 @@ class MegatronSSEForCausalLM(MegatronSSEPreTrainedModel, GenerationMixin):
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the arguments of forward for the next tokens."""
+        # generate() hands on those that it has used for stop_strings; forward takes only what it honours.
+        for name in ("tokenizer", "assistant_tokenizer"):
+            kwargs.pop(name, None)
+        return super().prepare_inputs_for_generation(*args, **kwargs)
+
     def make_cache(self) -> MegatronSSECache:
         """Return an empty cache, for past_key_values of forward and generate."""
         return self.model.make_cache()
