@@ -168,12 +168,14 @@ def test_a_cache_goes_on(network: Any) -> None:
         network.generate(TOKENS, cache_implementation="static", **GREEDY)
 
 
-def test_a_text_that_stops_generation(network: Any, export: Path) -> None:
+def test_generation_with_stop_strings_and_from_embeddings(network: Any, export: Path) -> None:
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(export)
     everything = network.generate(TOKENS[:1], **GREEDY)[0, 40:]
     stop = tokenizer.decode(everything[2:3])
     stopped = network.generate(TOKENS[:1], stop_strings=[stop], tokenizer=tokenizer, **GREEDY)[0, 40:]
     assert torch.equal(stopped, everything[:3])
+    embedded = network.get_input_embeddings()(TOKENS[:1])
+    assert torch.equal(network.generate(inputs_embeds=embedded, **GREEDY)[0], everything)
 
 
 def test_attention(load: Callable[..., Any]) -> None:

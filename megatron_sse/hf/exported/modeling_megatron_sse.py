@@ -336,12 +336,14 @@ class MegatronSSEForCausalLM(MegatronSSEPreTrainedModel, GenerationMixin):
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return the arguments of forward for the next tokens."""
+    def prepare_inputs_for_generation(
+        self, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Return the arguments of forward for the next tokens. inputs_embeds: named, as transformers looks for it."""
         # generate() hands on those that it has used for stop_strings; forward takes only what it honours.
         for name in ("tokenizer", "assistant_tokenizer"):
             kwargs.pop(name, None)
-        return super().prepare_inputs_for_generation(*args, **kwargs)
+        return super().prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)
 
     def make_cache(self) -> MegatronSSECache:
         """Return an empty cache, for past_key_values of forward and generate."""
