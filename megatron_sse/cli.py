@@ -16,6 +16,7 @@ from megatron_sse.data.builder.request import Request as DataBuild
 from megatron_sse.data.request import Request as DataInspect
 from megatron_sse.data.train_tokenizer.request import Request as TrainTokenizer
 from megatron_sse.doctor.request import Request as Doctor
+from megatron_sse.entry.request import Request as Train
 from megatron_sse.errors import (
     CLOSED_PIPE_EXIT,
     INTERRUPT_EXIT,
@@ -34,7 +35,6 @@ from megatron_sse.options import Command, find_wrong_text, parse
 from megatron_sse.planning.request import Request as Plan
 from megatron_sse.plot.request import Request as Plot
 from megatron_sse.score.request import Request as Score
-from megatron_sse.training.request import Request as Train
 
 logger = logging.getLogger(__name__)
 

@@ -5,6 +5,8 @@ CONFIG = "config.yaml"
 CHECKPOINTS, LOGS, TENSORBOARD = "checkpoints", "logs", "tensorboard"
 # A line of JSON for each reported step.
 METRICS = "metrics.jsonl"
+# In reinforcement learning: a file for each reported step, with a line of JSON for each answer to its first prompt.
+SAMPLES = "samples"
 # The lease of the run that writes to the folder (lease.py).
 LEASE = "training"
 # The beginning of an event file's name, by which TensorBoard recognises it.

@@ -74,6 +74,8 @@ class Saver:
         groups: ProcessGroupCollection,
         lease: Lease | None = None,
     ):
+        # Content of the tokenizer's files by their names in a checkpoint, where no training file has them beside it.
+        self.tokenizer: dict[str, bytes] = {}
         self.config, self.chunks, self.optimizer, self.groups = config, chunks, optimizer, groups
         self.folder, self.lease = checkpoint_folder(config), lease
         self.newest: int | None = None
@@ -213,7 +215,7 @@ class Saver:
                 save.shards.finish_index([results for results, _, _ in gathered])
                 torch.save(save.common, partial / COMMON)
                 save_config(CheckpointingConfig("torch_dist", 1), str(partial))
-                _write_config(save, partial)
+                _write_config(save, partial, self.tokenizer)
                 known = {name: entry for _, entries, _ in gathered for name, entry in entries.items()}
                 self._manifest(save, describe_files(partial, known)).write(partial)
                 self._check_lease()
@@ -249,7 +251,7 @@ class Saver:
             logger.warning("old checkpoints were not deleted: %s", describe_error(error))
 
 
-def _write_config(save: _Save, folder: Path) -> None:
+def _write_config(save: _Save, folder: Path, tokenizer: dict[str, bytes]) -> None:
     (folder / CONFIG).write_text(save.config.to_yaml())
     if save.data:
         (folder / DATA).write_text(json.dumps(save.data, indent=2) + "\n")
@@ -259,6 +261,8 @@ def _write_config(save: _Save, folder: Path) -> None:
         beside = Path(f"{prefix}{suffix}")
         if prefix is not None and beside.is_file():
             shutil.copyfile(beside, folder / name)
+    for name, content in tokenizer.items():
+        (folder / name).write_bytes(content)
     is_described = any((folder / name).exists() for name in TOKENIZER_FILES.values())
     if not is_described and any(source.needle is not None for source in save.config.data.train):
         (folder / TOKENS).write_text(json.dumps(BYTE_TOKENS, indent=2) + "\n")

@@ -13,6 +13,7 @@ from megatron_sse.config.derive import (
 from megatron_sse.config.ignored import ignored_settings
 from megatron_sse.config.load import load_config
 from megatron_sse.config.megatron import transformer_settings
+from megatron_sse.config.rl import RLConfig
 from megatron_sse.config.run import RunConfig, StageRun, longest_stage, plan_stages, stage_of_step
 from megatron_sse.config.schema import (
     CheckpointConfig,
@@ -41,6 +42,7 @@ __all__ = [
     "NeedleVariant",
     "OptimizerConfig",
     "ParallelConfig",
+    "RLConfig",
     "RunConfig",
     "SSEConfig",
     "SoftmaxConfig",

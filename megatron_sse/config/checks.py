@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_sse.config.context import context_problems, straddles_slots
 from megatron_sse.config.pattern import expand_pattern
 from megatron_sse.config.problem import Found, Problem, show
+from megatron_sse.config.rl_checks import rl_problems
 from megatron_sse.config.schema import Settings
 from megatron_sse.recurrence import RECURRENCES
 
@@ -14,7 +15,7 @@ BYTE_VOCABULARY = 257
 def find_problem(config: Settings) -> Problem | None:
     """Return the first contradiction in the settings, or None."""
     layers = _layers, _linear_layers, _recurrences, _softmax_layers
-    for check in (*layers, context_problems, _sizes, _tasks, _pipeline, _run):
+    for check in (*layers, context_problems, _sizes, _tasks, _pipeline, _run, rl_problems):
         for key, given, allowed in check(config):
             return Problem(key, f"got {show(given)}, allowed {allowed}")
     return None
@@ -189,7 +190,12 @@ def _run(config: Settings) -> Found:
 
 
 def batch_problems(config: Settings, data_size: int) -> Found:
-    """Yield batch sizes, of the run and of its stages, that do not divide among `data_size` data-parallel ranks."""
+    """Yield batch sizes, of the run and of its stages, that do not divide among `data_size` data-parallel ranks.
+
+    With rl any size divides: what is generated fills as many sequences as it needs, and empty ones.
+    """
+    if config.rl is not None:
+        return
     training, pipeline = config.training, config.parallel.pipeline
     batches = {"training": (training.global_batch_size, training.micro_batch_size)}
     for number, stage in enumerate(config.stages or []):

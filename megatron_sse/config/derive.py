@@ -109,7 +109,13 @@ def describe_run(config: RunConfig, world_size: int) -> list[str]:
 
 def _describe_stage(config: RunConfig, stage: StageRun, data_size: int) -> list[str]:
     """Describe sequences, batches and tokens of a stage, or of the run where it has no stages."""
-    training, length = stage.config.training, stage.config.data.sequence_length
+    training, length, rl = stage.config.training, stage.config.data.sequence_length, stage.config.rl
+    if rl is not None:
+        return [
+            f"answers per step  {rl.rollouts_per_step:,} ({rl.group_size} to each of {rl.prompts_per_step:,} prompts)",
+            f"longest answer    {rl.max_new_tokens:,} tokens; packed into sequences of {length:,}",
+            f"algorithm         {rl.algorithm}, {rl.updates_per_batch} updates per step, {stage.steps:,} steps",
+        ]
     tokens = training.global_batch_size * length
     micro_batches = training.global_batch_size // (training.micro_batch_size * data_size)
     lines = [

@@ -60,7 +60,9 @@ def _find(config: RunConfig) -> Iterator[str]:
     if config.monitor.profile_steps is None and config.monitor.memory_steps is None:
         reason = "monitor.profile_steps and monitor.memory_steps are null"
         yield from _changed(config.monitor, "monitor", ["profile_ranks"], reason)
-    if config.data.validation is None and not config.data.validation_share:
+    if config.rl is not None:
+        yield from _ignored_with_rl(config)
+    elif config.data.validation is None and not config.data.validation_share:
         yield from _changed(training, "training", _VALIDATION_SETTINGS, "there is no validation data")
     yield from _overlap(config)
     if optimizer.warmup_steps > training.steps:
@@ -69,6 +71,15 @@ def _find(config: RunConfig) -> Iterator[str]:
         yield from _changed(optimizer, "optimizer", ["min_learning_rate"], "optimizer.schedule is constant")
     if optimizer.schedule != "wsd" and optimizer.decay_steps:
         yield f"optimizer.decay_steps is ignored: optimizer.schedule is {optimizer.schedule}, not wsd"
+
+
+def _ignored_with_rl(config: RunConfig) -> Iterator[str]:
+    rl = config.rl
+    assert rl is not None
+    yield from _changed(config.data, "data", ["packing", "long_documents"], "rl packs complete answers by best fit")
+    names = ["validation_batches"] if rl.validation_prompts else _VALIDATION_SETTINGS
+    reason = "all of rl.validation_prompts are tried" if rl.validation_prompts else "rl.validation_prompts is null"
+    yield from _changed(config.training, "training", names, reason)
 
 
 def _overlap(config: RunConfig) -> Iterator[str]:

@@ -27,7 +27,7 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        problem = _derive_from_stages(self)
+        problem = _derive_from_stages(self) or _derive_from_rl(self)
         if problem is None:
             if self.optimizer.decay_steps is None:
                 self.optimizer.decay_steps = self.optimizer.default_decay_steps(self.training.steps)
@@ -92,6 +92,8 @@ def longest_stage(config: RunConfig) -> StageRun:
 def _derive_from_stages(config: Settings) -> Problem | None:
     """Fill in data.sequence_length (the longest) and training.steps (the sum), which follow from the stages."""
     derived: dict[str, int | None] = {"data.sequence_length": None, "training.steps": None}
+    if config.stages is not None and config.rl is not None:
+        return Problem("stages", "got a list, allowed null with rl")
     if config.stages is not None:
         if not config.stages:
             return Problem("stages", "got an empty list, allowed null or one stage or more")
@@ -106,6 +108,24 @@ def _derive_from_stages(config: Settings) -> Problem | None:
             setattr(getattr(config, section), name, value)
         elif value is not None and given != value:
             return Problem(key, f"got {show(given)}, allowed null with stages, which make it {value}")
+    return None
+
+
+def _derive_from_rl(config: Settings) -> Problem | None:
+    """Fill in training.global_batch_size, which follows from rl; without rl it and data.train are required."""
+    training, nothing = config.training, "got nothing, allowed a value, the key is required without rl"
+    if config.rl is None:
+        if "train" not in config.data.model_fields_set:
+            return Problem("data.train", nothing)
+        if not config.data.train:
+            return Problem("data.train", "got [], allowed a prefix or a list of {prefix: ..., weight: ...}")
+        return Problem("training.global_batch_size", nothing) if training.global_batch_size is None else None
+    derived = config.rl.rollouts_per_step
+    if training.global_batch_size is None:
+        training.global_batch_size = derived
+    elif training.global_batch_size != derived:
+        text = f"got {training.global_batch_size}, allowed null with rl, whose prompts and groups make it {derived}"
+        return Problem("training.global_batch_size", text)
     return None
 
 

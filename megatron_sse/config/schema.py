@@ -4,10 +4,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     field_validator,
@@ -16,61 +13,33 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from megatron_sse.config.pattern import MAX_LAYERS, expand_pattern
+from megatron_sse.config.pattern import expand_pattern
 from megatron_sse.config.problem import show
+from megatron_sse.config.rl import RLConfig
+from megatron_sse.config.section import (
+    DERIVED,
+    Count,
+    Fraction,
+    Layers,
+    Length,
+    Minutes,
+    Name,
+    NonNegative,
+    Positive,
+    Rate,
+    Rate0,
+    Section,
+    Seed,
+    Size0,
+    Steps,
+    Steps0,
+    Tokens,
+)
 from megatron_sse.recurrence import RECURRENCES, Recurrence, RecurrenceName
-from megatron_sse.visible import make_visible
 
 KeyMap = Literal["softmax", "silu", "topk_softmax", "one_minus_decay"]
 Schedule = Literal["cosine", "wsd", "constant"]
 NeedleVariant = Literal["single", "multi_key", "multi_value", "multi_query"]
-
-# The upper bounds are far above any run: what lies beyond is a slip, and would hang or fill the memory.
-Count = Annotated[int, Field(ge=1, le=1 << 24)]
-Size0 = Annotated[int, Field(ge=0, le=1 << 24)]
-Layers = Annotated[int, Field(ge=1, le=MAX_LAYERS)]
-Length = Annotated[int, Field(ge=1, le=1 << 32)]
-Steps = Annotated[int, Field(ge=1, le=1_000_000_000)]
-Steps0 = Annotated[int, Field(ge=0, le=1_000_000_000)]
-Tokens = Annotated[int, Field(ge=1, le=1 << 53)]
-Seed = Annotated[int, Field(ge=0, lt=1 << 40)]
-Positive = Annotated[float, Field(gt=0, le=1e12)]
-NonNegative = Annotated[float, Field(ge=0, le=1e12)]
-# AdamW's steps of fp32 overflow far beyond.
-Rate = Annotated[float, Field(gt=0, le=1000)]
-Rate0 = Annotated[float, Field(ge=0, le=1000)]
-# What the process groups can count.
-Minutes = Annotated[float, Field(gt=0, le=100_000)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-
-def _check_name(text: str) -> str:
-    if not text or make_visible(text) != text or "\n" in text or "\t" in text:
-        allowed = "a name without control characters" if text else "a name that is not empty"
-        raise PydanticCustomError("setting", "{text}", {"text": f"got {show(text)}, allowed {allowed}"})
-    return text
-
-
-# Of files, folders and what else is shown on a terminal.
-Name = Annotated[str, AfterValidator(_check_name)]
-
-# Default of a setting that may be left out or null and is then derived from the others.
-DERIVED: Any = None
-
-
-class Section(BaseModel):
-    """A section: no unknown keys, no silent conversions, and null allowed wherever the default is null."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_null(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        # A null in YAML means the default, wherever the default is null.
-        nullable = {name for name, field in cls.model_fields.items() if field.default is None}
-        return {key: value for key, value in values.items() if value is not None or key not in nullable}
 
 
 class SSEConfig(Section):
@@ -297,10 +266,13 @@ def _as_blend(value: Any) -> Any:
 
 
 Blend = Annotated[list[Source], BeforeValidator(_as_blend)]
+# The default, written to a run's folder, is an empty list.
+BlendOrNone = Annotated[list[Source], BeforeValidator(lambda value: value if value == [] else _as_blend(value))]
 
 
 class DataConfig(Section):
-    train: Blend
+    # Required unless rl gives prompts.
+    train: BlendOrNone = Field(default_factory=list)
     validation: Blend | None = None
     validation_share: Fraction = 0.0
     corpus: Literal["python_stdlib"] | None = None
@@ -349,7 +321,7 @@ Recompute = Annotated[str | list[str], BeforeValidator(_check_recompute)]
 
 class TrainingConfig(Section):
     steps: Steps = DERIVED
-    global_batch_size: Count
+    global_batch_size: Count = DERIVED
     micro_batch_size: Count = 1
     precision: Literal["fp32", "bf16"] = "bf16"
     recompute: Recompute = "none"
@@ -428,6 +400,7 @@ class Settings(Section):
     training: TrainingConfig
     optimizer: OptimizerConfig
     stages: list[Stage] | None = None
+    rl: RLConfig | None = None
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     monitor: MonitorConfig
 

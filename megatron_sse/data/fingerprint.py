@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_sse.config import DataConfig, Source, StageRun
 from megatron_sse.data.checks import check_exists
+from megatron_sse.data.problems import hash_problems
 from megatron_sse.data.sources import name_sources
 from megatron_sse.data.tasks.dataset import TaskDataset
 
@@ -20,8 +21,10 @@ def describe_data(stage: StageRun) -> dict[str, Any]:
 
     Raises UserError where a file is missing.
     """
-    data = stage.config.data
+    data, rl = stage.config.data, stage.config.rl
     files: list[dict[str, str]] = []
+    if rl is not None:
+        files.append({"prefix": rl.prompts, "hash": hash_problems(rl.prompts)})
     for key, source in name_sources(stage.train_key, data.train):
         if source.prefix is not None:
             check_exists(key, source.prefix)
@@ -37,6 +40,7 @@ def describe_data(stage: StageRun) -> dict[str, Any]:
         "data.validation_share": data.validation_share,
         "stage": stage.number,
         "samples before the stage": stage.first_sample,
+        **({} if rl is None else {"rl.group_size": rl.group_size}),
         "weights": [source.weight for source in data.train],
         "files": files,
     }

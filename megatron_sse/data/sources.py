@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_sse.config import DataConfig, MQARTask, NeedleTask, RunConfig, Source, StageRun, plan_stages
+from megatron_sse.config import DataConfig, MQARTask, NeedleTask, RLConfig, RunConfig, Source, StageRun, plan_stages
 from megatron_sse.data.blend import Blend, Dataset, ValidationSamples
 from megatron_sse.data.checks import TokenFile, check_token_file
 from megatron_sse.data.dataset import TokenDataset
+from megatron_sse.data.problems import read_problems
 from megatron_sse.data.tasks.dataset import TaskDataset
 from megatron_sse.data.tasks.needle import least_room
 from megatron_sse.errors import UserError
@@ -23,10 +24,13 @@ _TRAINING, _VALIDATION = 0, 1
 
 
 def check_data(config: RunConfig) -> None:
-    """Check the token files of all of a run's stages and log what they hold. Raises UserError.
+    """Check the token files of all of a run's stages, or its prompts, and log what they hold. Raises UserError.
 
     Files that data.corpus has yet to build are checked after they are built.
     """
+    if config.rl is not None:
+        _check_prompts(config.rl, config.training.steps)
+        return
     for stage in plan_stages(config):
         if is_unbuilt(stage.config.data):
             continue
@@ -42,6 +46,15 @@ def check_data(config: RunConfig) -> None:
                 epochs = count / len(dataset)
                 logger.info("%s: %s: %s; %.3g epochs", place, source, dataset.packing.account, epochs)
         open_validation(stage.config)
+
+
+def _check_prompts(rl: RLConfig, steps: int) -> None:
+    count = len(read_problems("rl.prompts", rl.prompts))
+    epochs = steps * rl.prompts_per_step / count
+    logger.info("rl.prompts: %s: %s prompts; %.3g epochs", rl.prompts, f"{count:,}", epochs)
+    if rl.validation_prompts is not None:
+        count = len(read_problems("rl.validation_prompts", rl.validation_prompts))
+        logger.info("rl.validation_prompts: %s: %s prompts", rl.validation_prompts, f"{count:,}")
 
 
 def is_unbuilt(data: DataConfig) -> bool:

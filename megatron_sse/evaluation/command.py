@@ -21,9 +21,11 @@ from megatron_sse.evaluation.report import (
     tabulate_losses,
     tabulate_needles,
     tabulate_recall,
+    tabulate_solved,
     write_results,
 )
-from megatron_sse.evaluation.request import MQAR, NEEDLE, PERPLEXITY, Request
+from megatron_sse.evaluation.request import MQAR, NEEDLE, PERPLEXITY, SOLVE, Request
+from megatron_sse.evaluation.solve import Solved, Solving, prepare, solve
 from megatron_sse.evaluation.tasks import needle_tasks, recall_tasks
 from megatron_sse.inference.prompts import check_length
 from megatron_sse.installed import has_pictures, warn_without_pictures
@@ -47,6 +49,7 @@ class _Job:
     recall: list[MQARTask]
     needles: list[NeedleTask]
     tokenizer: Tokenizer | None
+    solving: Solving | None
 
 
 def run(request: Request) -> int:
@@ -88,6 +91,9 @@ def _prepare(request: Request) -> _Job:
         recall_tasks(request, config, lengths) if MQAR in request.tasks else [],
         [] if tokenizer is None else needle_tasks(request, config, lengths, tokenizer),
         tokenizer,
+        prepare(request, model, config, 1 << 40 if request.any_length else max(lengths))
+        if SOLVE in request.tasks
+        else None,
     )
     make_folder(request.output)
     return job
@@ -124,7 +130,13 @@ def _needles(job: _Job, reader: Reader) -> list[Found]:
     return found
 
 
-_MEASURE: dict[str, Callable[[_Job, Reader], list[Any]]] = {PERPLEXITY: _perplexity, MQAR: _recall, NEEDLE: _needles}
+def _solve(job: _Job, reader: Reader) -> list[Solved]:
+    assert job.solving is not None
+    return [solve(reader.net, job.solving)]
+
+
+_MEASURE: dict[str, Callable[[_Job, Reader], list[Any]]]
+_MEASURE = {PERPLEXITY: _perplexity, MQAR: _recall, NEEDLE: _needles, SOLVE: _solve}
 
 
 def _show(job: _Job, task: str, results: dict[str, list[Any]]) -> None:
@@ -132,7 +144,7 @@ def _show(job: _Job, task: str, results: dict[str, list[Any]]) -> None:
     folder = Path(job.request.output)
     for name, part in _parts(task, results[task]):
         print(_TABLES[task](part))
-        if has_pictures():
+        if has_pictures() and task != SOLVE:
             _draw(task, folder / f"{name}.png", part)
     path = write_results(folder, _about(job), results)
     logger.info("%s: written to %s", task, path)
@@ -140,7 +152,7 @@ def _show(job: _Job, task: str, results: dict[str, list[Any]]) -> None:
 
 def _parts(task: str, results: list[Any]) -> list[tuple[str, list[Any]]]:
     """Group results that share a table and a picture; return the groups with their names."""
-    if task == MQAR:
+    if task in (MQAR, SOLVE):
         return [(task, results)]
     name = "file" if task == PERPLEXITY else "variant"
     parts = [(key, list(part)) for key, part in groupby(results, key=lambda result: getattr(result, name))]
@@ -153,6 +165,7 @@ _TABLES: dict[str, Callable[[Sequence[Any]], str]] = {
     PERPLEXITY: tabulate_losses,
     MQAR: tabulate_recall,
     NEEDLE: tabulate_needles,
+    SOLVE: tabulate_solved,
 }
 
 

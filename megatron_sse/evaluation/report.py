@@ -10,6 +10,7 @@ from typing import Any
 from megatron_sse.evaluation.needles import Found
 from megatron_sse.evaluation.perplexity import Losses
 from megatron_sse.evaluation.recall import Recalled
+from megatron_sse.evaluation.solve import Solved
 from megatron_sse.reports.results import table, write_json
 
 RESULTS = "results.json"
@@ -61,6 +62,21 @@ def tabulate_needles(results: Sequence[Found]) -> str:
     ]
     title = f"needle, {results[0].variant}: share of numbers found, by length and depth"
     return table(title, ["depth", *(f"{length:,}" for length in lengths)], rows)
+
+
+def tabulate_solved(results: Sequence[Solved]) -> str:
+    """Return a table of what was solved, one row for each file of prompts."""
+    first = results[0]
+    header = ["prompts", "tries", "pass@1", f"pass@{first.tries}", "majority", "reward", "tokens", "cut off"]
+    rows = [
+        [
+            *(f"{found.prompts:,}", f"{found.tries:,}"),
+            *map(_share, (found.pass_at_1, found.pass_at_k, found.majority, found.reward)),
+            *(f"{found.length:.1f}", _share(found.cut_off)),
+        ]
+        for found in results
+    ]
+    return table(f"solve: {first.file}, temperature {first.temperature:g}", header, rows)
 
 
 def span(first: int) -> str:

@@ -11,7 +11,7 @@ from megatron_sse.errors import UserError, found_by_all
 from megatron_sse.inference.request import ModelRequest
 from megatron_sse.options import option, positional
 
-PERPLEXITY, MQAR, NEEDLE = TASKS = ("perplexity", "mqar", "needle")
+PERPLEXITY, MQAR, NEEDLE, SOLVE = TASKS = ("perplexity", "mqar", "needle", "solve")
 # For a model that was not trained on the task.
 RECALL = MQARTask(pairs=32, keys=64, values=32)
 DIGITS = 7
@@ -19,17 +19,18 @@ VARIANTS: tuple[NeedleVariant, ...] = get_args(NeedleVariant)
 
 # The largest value of each number: beyond it nothing would end.
 _MOST = {"tokens": 1 << 40, "keys": 1 << 24, "values": 1 << 24, "digits": 100, "samples": 1_000_000}
-_MOST |= {"batch": 1 << 16, "chunk": 1 << 24}
+_MOST |= {"batch": 1 << 16, "chunk": 1 << 24, "max_tokens": 1 << 24}
 
 Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request(ModelRequest):
-    """Measure loss by position (perplexity), associative recall (mqar) and the recall of numbers hidden in long texts
-    (needle). Lists are numbers separated by commas. docs/evaluate.md explains the tasks."""
+    """Measure loss by position (perplexity), associative recall (mqar), the recall of numbers hidden in long texts
+    (needle) and how many problems are solved (solve). Lists are numbers separated by commas. docs/evaluate.md explains
+    the tasks."""
 
-    command, help = "evaluate", "measure what a model predicts and recalls"
+    command, help = "evaluate", "measure what a model predicts, recalls and solves"
 
     tasks: tuple[str, ...] = positional("TASK", ", ".join(TASKS))
     output: str = option("FOLDER", "folder for JSON and PNG files", default="evaluation")
@@ -42,7 +43,12 @@ class Request(ModelRequest):
     variants: str | None = option("LIST", f"needle: {', '.join(VARIANTS)}", unset="as trained, or all")
     depths: str = option("LIST", "needle: depths of the first number, percent of the text", default="0,25,50,75,100")
     digits: int | None = option("N", "needle: digits of a number", unset=f"as trained, or {DIGITS}")
-    samples: int = option("N", "samples of each cell", default=20)
+    prompts: str | None = option("FILE", "solve: JSONL of prompts, answers", unset="rl.validation_prompts of the run")
+    reward: str | None = option("NAME", "solve: exact, math or module:function", unset="as trained, or exact")
+    max_tokens: int | None = option("N", "solve: tokens of an answer", unset="as trained, or 1024")
+    temperature: float | None = option("X", "solve: 0 for the likeliest tokens", unset="as trained, or 1")
+    top_p: float = option("X", "solve: draw among the likeliest tokens that have this share", default=1.0)
+    samples: int = option("N", "samples of each cell; solve: tries of each prompt", default=20)
     seed: int = option("N", "seed of the samples", default=0)
     batch: int = option("N", "sequences at once", default=8)
 
@@ -55,7 +61,11 @@ class Request(ModelRequest):
         for name, most in _MOST.items():
             value = getattr(self, name)
             if value is not None and not 1 <= value <= most:
-                raise UserError(f"--{name}: got {value}, allowed 1 to {most}")
+                raise UserError(f"--{name.replace('_', '-')}: got {value}, allowed 1 to {most}")
+        if self.temperature is not None and not 0 <= self.temperature < float("inf"):
+            raise UserError(f"--temperature: got {self.temperature}, allowed 0 (the likeliest token) or more")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top-p: got {self.top_p}, allowed more than 0, at most 1")
         if not 0 <= self.seed < 1 << 40:
             raise UserError(f"--seed: got {self.seed}, allowed 0 or more, below 2^40")
         self.length_list(), self.depth_list(), self.pair_list(), self.variant_list()

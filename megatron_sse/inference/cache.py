@@ -50,6 +50,22 @@ class Cache:
         for place, count in zip(layout.places, layout.counts, strict=True):
             self.lengths[place] += count * layout.shard.size
 
+    def clear(self, places: Sequence[int]) -> None:
+        """Make sequences empty, so that others can take their places."""
+        for layer in self.layers.values():
+            for tensor in layer.tensors().values():
+                tensor[list(places)] = 0
+        for place in places:
+            self.lengths[place], self.pending[place] = 0, []
+
+    def copy(self, source: int, places: Sequence[int]) -> None:
+        """Copy a sequence to other places."""
+        for layer in self.layers.values():
+            for tensor in layer.tensors().values():
+                tensor[list(places)] = tensor[source].clone()
+        for place in places:
+            self.lengths[place], self.pending[place] = self.lengths[source], list(self.pending[source])
+
     @property
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for layer in self.layers.values() for tensor in layer.tensors().values())

@@ -243,7 +243,7 @@ class KeyValueCache(LayerCache):
             k_THK, v_THK = (of_all_ranks(x, group) for x in (k_THK, v_THK))
             first = layout.past[0] + layout.shard.rank * len(q_THK)
             return self._attend_one(q_THK, k_THK, v_THK, layout.places[0], layout.past[0], first, scale)
-        if layout.one_each and list(layout.places) == list(range(len(self.key_XRHK))):
+        if layout.one_each:
             return self._attend_step(q_THK, k_THK, v_THK, layout, scale)
         parts = [x.split(list(layout.counts)) for x in (q_THK, k_THK, v_THK)]
         return torch.cat(
@@ -254,18 +254,21 @@ class KeyValueCache(LayerCache):
         )
 
     def _attend_step(
-        self, q_XHK: Tensor, k_XHK: Tensor, v_XHK: Tensor, layout: CachedLayout, scale: float | None
+        self, q_DHK: Tensor, k_DHK: Tensor, v_DHK: Tensor, layout: CachedLayout, scale: float | None
     ) -> Tensor:
-        """Attend from one token of every sequence."""
-        position_X, num_rows = layout.position_BL[0], self.key_XRHK.shape[1]
-        row_X = position_X % num_rows
-        self.key_XRHK[layout.place_D, row_X], self.value_XRHK[layout.place_D, row_X] = k_XHK, v_XHK
+        """Attend from one token of each sequence that continues."""
+        position_D, num_rows = layout.position_BL[0], self.key_XRHK.shape[1]
+        row_D = position_D % num_rows
+        self.key_XRHK[layout.place_D, row_D], self.value_XRHK[layout.place_D, row_D] = k_DHK, v_DHK
         # A full ring is seen completely, whatever its order: softmax attention does not depend on the order of rows.
         used = min(max(layout.past) + 1, num_rows)
-        seen_XR = None
+        seen_DR = None
         if min(layout.past) + 1 < used:
-            seen_XR = torch.arange(used, device=q_XHK.device) <= position_X[:, None]
-        return _attend(q_XHK[:, None], self.key_XRHK[:, :used], self.value_XRHK[:, :used], seen_XR, scale)[:, 0]
+            seen_DR = torch.arange(used, device=q_DHK.device) <= position_D[:, None]
+        keys, values = self.key_XRHK[:, :used], self.value_XRHK[:, :used]
+        if list(layout.places) != list(range(len(keys))):
+            keys, values = keys[layout.place_D], values[layout.place_D]
+        return _attend(q_DHK[:, None], keys, values, seen_DR, scale)[:, 0]
 
     def _attend_one(
         self,

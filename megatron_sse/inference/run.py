@@ -54,27 +54,33 @@ def prefill(
     prompts: Sequence[Sequence[int]],
     chunk: int = DEFAULT_CHUNK,
     shard: ContextShard = ALL_TOKENS,
+    places: Sequence[int] | None = None,
 ) -> Tensor:
     """Feed every sequence its prompt, at most `chunk` tokens at a time; return logits after the last token, [D, v].
 
     prompts: token ids of each sequence of the cache, at least one. shard: of this rank among the context ranks, which
         share all but the last tokens of each prompt; they compute those all alike, as they do what is generated.
+    places: of the sequences that the prompts are for; by default all of the cache, in order.
     """
     assert all(map(len, prompts))
+    place_of = range(len(prompts)) if places is None else places
     if shard.size > 1:
-        prompts = [_prefill_shared(model, cache, place, prompt, chunk, shard) for place, prompt in enumerate(prompts)]
+        prompts = [
+            _prefill_shared(model, cache, place, prompt, chunk, shard)
+            for place, prompt in zip(place_of, prompts, strict=True)
+        ]
     last = [torch.empty(0)] * len(prompts)
     for pieces in cut([len(prompt) for prompt in prompts], chunk):
-        places, starts, counts = zip(*pieces, strict=True)
-        tokens = [torch.as_tensor(prompts[place][start : start + count]) for place, start, count in pieces]
-        hidden_T1d = feed(model, cache, torch.cat(tokens), places, counts)
-        ended = [start + count == len(prompts[place]) for place, start, count in pieces]
+        numbers, starts, counts = zip(*pieces, strict=True)
+        tokens = [torch.as_tensor(prompts[number][start : start + count]) for number, start, count in pieces]
+        hidden_T1d = feed(model, cache, torch.cat(tokens), [place_of[number] for number in numbers], counts)
+        ended = [start + count == len(prompts[number]) for number, start, count in pieces]
         # The row of each prompt's last token, where the prompt ends in this chunk.
         rows = torch.tensor(counts).cumsum(0)[torch.tensor(ended)] - 1
         if len(rows):
             logits = logits_of(model, hidden_T1d[rows.to(hidden_T1d.device)])
-            for place, row in zip((s for s, e in zip(places, ended, strict=True) if e), logits, strict=True):
-                last[place] = row
+            for number, row in zip((n for n, e in zip(numbers, ended, strict=True) if e), logits, strict=True):
+                last[number] = row
     return torch.stack(last)
 
 

@@ -37,6 +37,7 @@ class LanguageModel(GPTModel):
         packed_seq_params: TokenLayout,
         labels: Tensor | None = None,
         likeliest: bool = False,
+        temperature: float = 1.0,
         runtime_gather_output: bool = False,
     ) -> Tensor | TokenScores:
         """Run this stage.
@@ -46,6 +47,7 @@ class LanguageModel(GPTModel):
                 not used: packed_seq_params has the positions and documents.
             labels: int64 [B, L], what should follow each token.
             likeliest: also find the likeliest tokens.
+            temperature: divides the logits that the scores are of.
             runtime_gather_output: return the logits of all tensor ranks.
 
         Returns:
@@ -60,6 +62,9 @@ class LanguageModel(GPTModel):
         if labels is None:
             logits_LBv, _ = self.output_layer(hidden_LBd, weight=weight_vd, runtime_gather_output=runtime_gather_output)
             return logits_LBv.transpose(0, 1).contiguous()
+        if temperature != 1.0:
+            # The same as dividing the logits, which never exist together.
+            hidden_LBd = hidden_LBd / temperature
         scores = score_tokens(hidden_LBd, weight_vd, labels.t(), self.output, likeliest)
         return TokenScores(scores.loss.t(), None if scores.likeliest is None else scores.likeliest.t())
 

@@ -164,6 +164,12 @@ class Monitor:
         self._log(line)
         self._write(step, scalars)
 
+    def report(self, step: int, scalars: dict[str, float], line: str | None = None) -> None:
+        """Report other scalars after `step` steps, the same on every rank, and log a line."""
+        if line is not None:
+            self._log(f"step {step}/{self.config.training.steps} | {line}")
+        self._write(step, scalars)
+
     def close(self) -> None:
         """End the reports, wait for what trackers have not been sent yet, and log where TensorBoard events are."""
         for window in self.windows:

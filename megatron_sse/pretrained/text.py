@@ -90,10 +90,11 @@ def open_tokenizer(model: Model, instead: str = "") -> Tokenizer:
     there = [name for name in (TOKENIZER_SETTINGS, TOKENIZER) if (model.folder / name).is_file()]
     if there:
         return _read_tokenizer(model, there[0])
-    first = model.config.data.train[0]
-    metadata = read_metadata(first.prefix) if first.prefix else None
-    of_bytes = first.needle is not None or (metadata is not None and metadata.tokenizer == "bytes")
-    if of_bytes or model.config.model.vocab_size == VOCAB_SIZE:
+    # Runs on prompts have no training files.
+    first = next(iter(model.config.data.train), None)
+    metadata = read_metadata(first.prefix) if first is not None and first.prefix else None
+    of_bytes = metadata is not None and metadata.tokenizer == "bytes"
+    if of_bytes or (first is not None and first.needle is not None) or model.config.model.vocab_size == VOCAB_SIZE:
         return ByteTokenizer()
     raise UserError(
         f"{model.folder}: no tokenizer ({TOKENIZER}), and {model.config.model.vocab_size} tokens are not the "

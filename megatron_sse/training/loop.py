@@ -50,7 +50,11 @@ from megatron_sse.training.step import StepResult, Trainer, wrap_model
 logger = logging.getLogger(__name__)
 
 
-class NonFiniteError(Exception):
+class UselessRunError(Exception):
+    """A run that must not go on and that a restart would not help; it is not saved. One line."""
+
+
+class NonFiniteError(UselessRunError):
     """An error for too many skipped steps in a row."""
 
 
@@ -96,14 +100,15 @@ class Signals:
         return reason, bool(any_writes)
 
 
-def train(config: RunConfig, lease: Lease | None = None) -> int:
+def train(config: RunConfig, lease: Lease | None = None, make_run: "type[Run] | None" = None) -> int:
     """Run the training that `config` describes in this process and its peers; return the exit code.
 
-    lease: on the run folder, on rank 0.
+    lease: on the run folder, on rank 0. make_run: another kind of run than Run.
 
     0: all steps done, or ended by SIGTERM or the time limit, and saved; 1: the last checkpoint could not be saved, or
-    another process was lost; 3: too many steps were not finite; 130: SIGINT, nothing saved. Raises UserError where a
-    setting turns out to be wrong, such as a checkpoint.resume without a checkpoint (before any process group exists).
+    another process was lost; 3: too many steps were not finite, or going on is of no use; 130: SIGINT, nothing saved.
+    Raises UserError where a setting turns out to be wrong, such as a checkpoint.resume without a checkpoint (before any
+    process group exists).
     """
     candidates, weights = find_checkpoints(config), find_weights(config)
     check_writable(checkpoint_folder(config), lease)
@@ -120,13 +125,13 @@ def train(config: RunConfig, lease: Lease | None = None) -> int:
         resume = first_intact(candidates, hashes)
         if resume is None:
             weights = first_intact([] if weights is None else [weights], hashes)
-        run = Run(config, groups, device, resume, weights, lease)
+        run = (make_run or Run)(config, groups, device, resume, weights, lease)
         run.run(signals)
-    except (NonFiniteError, SaveError) as error:
+    except (UselessRunError, SaveError) as error:
         if this_rank() == 0:
             logger.error("%s", error)
             logger.info("%s", describe_resume(config))
-        return NOT_FINITE_EXIT if isinstance(error, NonFiniteError) else 1
+        return NOT_FINITE_EXIT if isinstance(error, UselessRunError) else 1
     except SharedUserError:
         raise
     except UserError as error:
@@ -209,7 +214,7 @@ class Run:
             set_learning_rate(self.trainer.optimizer, rate := self.learning_rate(step))
             self._seed(step)
             self.trainer.measures_health = self.monitor.reports_health(step)
-            result = self.trainer.train_step(batches)
+            result = self._take_step(step, batches)
             self.consumed_samples += self.stage.config.training.global_batch_size
             self._report(step, result, rate, time.perf_counter() - started)
             due = training.validation_interval and step % training.validation_interval == 0
@@ -242,6 +247,15 @@ class Run:
             )
         consumed = max(0, self.consumed_samples - stage.first_sample)
         return build_data_iterators(stage, self.groups, consumed, self.device.type)
+
+    def _take_step(self, step: int, batches: Iterator[Batch]) -> StepResult:
+        """Train on the next global batch."""
+        return self.trainer.train_step(batches)
+
+    def _num_tokens(self) -> int:
+        """Return the tokens of the last step's global batch."""
+        settings = self.stage.config
+        return settings.training.global_batch_size * settings.data.sequence_length
 
     def _is_over(self, signals: Signals) -> bool:
         reason, any_writes = signals.share(self.device, self.saver.is_writing())
@@ -304,11 +318,9 @@ class Run:
         model_parallel_cuda_manual_seed(self.config.training.seed + 100_003 * step + 1_009 * rank)
 
     def _report(self, step: int, result: StepResult, rate: float, seconds: float) -> None:
-        settings = self.stage.config
-        tokens = settings.training.global_batch_size * settings.data.sequence_length
         skip = result.skip
         reason = None if skip is None else skip.reason
-        self.monitor.step(step, result.losses, rate, result.grad_norm, tokens, seconds, reason)
+        self.monitor.step(step, result.losses, rate, result.grad_norm, self._num_tokens(), seconds, reason)
         if skip is None:
             self.skipped_in_a_row = 0
             self.saver.prove(step)

@@ -34,13 +34,14 @@ class Objective(Protocol):
 
     sums: tuple[str, ...]
 
-    def forward(self, model: Any, batch: Batch, training: bool) -> Any:
+    def forward(self, model: Any, batch: Any, training: bool) -> Any:
         """Run this stage's chunk of the model; what it returns on the last stage is passed to `loss`.
 
-        model: the chunk in DDP. training: False in validation, where more may be computed.
+        model: the chunk in DDP. batch: a Batch, or what else the run trains on. training: False in validation, where
+        more may be computed.
         """
 
-    def loss(self, output: Any, batch: Batch) -> MicroBatchLoss:
+    def loss(self, output: Any, batch: Any) -> MicroBatchLoss:
         """Turn the last stage's output into a loss."""
 
     def means(self, sums: dict[str, float], tokens: float) -> dict[str, float]:

@@ -75,8 +75,11 @@ class Trainer:
     """The model of this rank, its optimizer, and the settings to run a step.
 
     chunks: the model chunks in DDP. num_micro_batches: per data-parallel rank and step. measures_health: whether layers
-    compute in the next step what the monitor reports of their health; the run sets it.
+    compute in the next step what the monitor reports of their health; the run sets it. layer_loss_factor: of the losses
+    that layers add themselves, on top of their coefficient.
     """
+
+    layer_loss_factor = 1.0
 
     def __init__(
         self,
@@ -146,7 +149,7 @@ class Trainer:
 
     def _scale(self, micro_batches: Iterator[Batch]) -> Iterator[Batch]:
         """Yield micro-batches with the scale of the layers' own losses set."""
-        loss_scale = self.optimizer.get_loss_scale().squeeze()
+        loss_scale = self.layer_loss_factor * self.optimizer.get_loss_scale().squeeze()
         for batch in micro_batches:
             # Megatron-Core divides all gradients by the number of counted tokens: weighted by its tokens, a layer's own
             # loss becomes a mean over tokens as well.

@@ -65,8 +65,8 @@ WRONG = {
     ),
     "unknown section": (
         ("optimizer:", "optimiser:"),
-        "17: optimiser: got an unknown key, allowed model, parallel, data, training, optimizer, stages, checkpoint, "
-        "monitor"
+        "17: optimiser: got an unknown key, allowed model, parallel, data, training, optimizer, stages, rl, "
+        "checkpoint, monitor"
         "; did you mean optimizer?",
     ),
     "missing key": (

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from megatron_sse.config import RunConfig, ignored_settings
 from megatron_sse.config.derive import describe_run
+from megatron_sse.entry.request import Request
 from megatron_sse.lease import Lease, LeaseLostError, hold
 from megatron_sse.logs import flush_console, open_log
 from megatron_sse.run_folder import LEASE
-from megatron_sse.training.request import Request
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +59,9 @@ def _train(config: RunConfig, rank: int, description: list[str], lease: Lease | 
         for line in ignored_settings(config):
             logger.warning(line)
     # Imported late: a world size that does not fit is reported before Megatron-Core is loaded.
+    from megatron_sse.rl.run import train_policy
     from megatron_sse.training.loop import train
 
     # Imported modules stay. Each full garbage collection would look through them, while the other ranks wait.
     gc.freeze()
-    return train(config, lease)
+    return train(config, lease) if config.rl is None else train_policy(config, lease)

@@ -1,0 +1,1 @@
+"""Reinforcement learning on problems whose answers can be checked: generate, score, train."""

@@ -1,0 +1,259 @@
+"""A run of reinforcement learning: in every step answers are generated, scored and trained on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from megatron_sse.checkpoint.folders import find_checkpoints, find_weights
+from megatron_sse.checkpoint.names import TOKENIZER_FILES
+from megatron_sse.config import RunConfig, StageRun, choose_layout
+from megatron_sse.data.batch import Batch
+from megatron_sse.data.fingerprint import describe_data
+from megatron_sse.data.iterators import ValidationFactory
+from megatron_sse.durable import write_durably
+from megatron_sse.errors import SharedUserError, UserError, found_by_all
+from megatron_sse.lease import Lease
+from megatron_sse.monitor.output import Output
+from megatron_sse.parallel.sharding import ContextShard
+from megatron_sse.rl.advantages import Group, weigh
+from megatron_sse.rl.objective import PolicyObjective
+from megatron_sse.rl.packing import make_batches, pack
+from megatron_sse.rl.prompts import Prompt, Texts, choose, open_texts, read_run_prompts
+from megatron_sse.rl.reference import Reference
+from megatron_sse.rl.rewards import Scorer
+from megatron_sse.rl.rollouts import generate, share_weights
+from megatron_sse.rl.sampler import Sampler, make_key
+from megatron_sse.run_folder import SAMPLES
+from megatron_sse.training.loop import Run, UselessRunError, train
+from megatron_sse.training.step import StepResult
+
+logger = logging.getLogger(__name__)
+
+# How far log-probabilities of generation and training may be apart, as a factor (PolicyObjective's "error").
+WARN_ABOVE, STOP_ABOVE = 1.02, 1.05
+
+
+@dataclass(frozen=True)
+class Problems:
+    """What a run needs besides its model, read and checked before any process group exists.
+
+    tokenizer: the content of the tokenizer's files by their names in a checkpoint.
+    """
+
+    texts: Texts
+    prompts: list[Prompt]
+    held_out: list[Prompt]
+    scorer: Scorer
+    tokenizer: dict[str, bytes]
+
+
+def train_policy(config: RunConfig, lease: Lease | None = None) -> int:
+    """Run the reinforcement learning that `config` describes; as training.loop.train. Raises UserError."""
+    with found_by_all():
+        problems = open_problems(config)
+    return train(config, lease, partial(PolicyRun, problems))  # type: ignore[arg-type]
+
+
+def open_problems(config: RunConfig) -> Problems:
+    """Read the prompts and find the rewards of a run. Raises UserError."""
+    assert config.rl is not None
+    checkpoint = next(iter(find_checkpoints(config)), None) or find_weights(config)
+    files = [] if checkpoint is None else [checkpoint / name for name in TOKENIZER_FILES.values()]
+    tokenizer = {file.name: file.read_bytes() for file in files if file.is_file()}
+    texts = open_texts(config, checkpoint)
+    return Problems(texts, *read_run_prompts(config, texts), Scorer(config.rl.reward), tokenizer)
+
+
+class PolicyRun(Run):
+    """A run whose batches are answers of its own model."""
+
+    def __init__(self, problems: Problems, config: RunConfig, *others: Any) -> None:
+        super().__init__(config, *others)
+        assert config.rl is not None
+        self.rl, self.problems = config.rl, problems
+        self.net = self.trainer.chunks[0].module
+        self.generator = share_weights(config, self.groups, self.device, self.net)
+        self.trainer.objective = PolicyObjective(self.rl, self.groups.cp)
+        in_model = config.model.sse.balance_loss
+        self.trainer.layer_loss_factor = self.rl.balance_loss / in_model if in_model else 0.0
+        self.saver.tokenizer = problems.tokenizer
+        reference = find_weights(config) if self.rl.kl else None
+        self.reference = None if reference is None else Reference(reference, self.net, self.groups)
+        self.shard = ContextShard(self.groups.cp.rank(), self.groups.cp.size(), choose_layout(config)[0])
+        self.samples_output = Output(SAMPLES)
+        self.num_rows = 0
+
+    def _enter(self, stage: StageRun) -> tuple[Iterator[Batch], ValidationFactory | None]:
+        self.stage = stage
+        self.trainer.start_stage(stage.config)
+        self.monitor.start_stage(stage.config)
+        self.saver.start_stage(stage, describe_data(stage))
+        if self.problems.held_out and self.first_step == 1:
+            self._validate(0, lambda: iter(()))
+        return iter(()), (lambda: iter(())) if self.problems.held_out else None
+
+    def _take_step(self, step: int, batches: Iterator[Batch]) -> StepResult:
+        started = time.perf_counter()
+        groups = self._roll_out(step)
+        generated = time.perf_counter()
+        answers = weigh(groups, self.rl)
+        length, training = self.config.data.sequence_length, self.config.training
+        rows = pack(answers, length)
+        place = self.groups.dp.rank(), self.groups.dp.size(), self.shard, self.device.type
+        made = make_batches(rows, length, training.micro_batch_size, *place)
+        self.num_rows = len(made) * training.micro_batch_size * self.groups.dp.size()
+        results = self._update(step, made) if made else [StepResult({"loss": 0.0}, 0.0, None)]
+        seconds = generated - started, time.perf_counter() - generated
+        self._report_step(step, groups, results, sum(len(each.rollout.tokens) for each in answers), seconds)
+        skipped = next((result for result in results if result.skip is not None), None)
+        return skipped or results[0]
+
+    def _update(self, step: int, batches: list[Any]) -> list[StepResult]:
+        """Take the optimizer steps of a batch; return their results. Raises UselessRunError."""
+        if self.reference is not None:
+            self.reference.score(batches, self.rl.temperature)
+        self.trainer.num_micro_batches = len(batches)
+        results = [self.trainer.train_step(iter(batches)) for _ in range(self.rl.updates_per_batch)]
+        error = results[0].losses["error"]
+        if error > STOP_ABOVE:
+            raise UselessRunError(
+                f"step {step}: generation and training give tokens probabilities that differ by a factor of {error:.4f}"
+                f", allowed {STOP_ABOVE}: stopped without saving; training.precision: fp32 shows whether it is rounding"
+            )
+        if error > WARN_ABOVE and dist.get_rank() == 0:
+            logger.warning(
+                "step %d: generation and training give tokens probabilities that differ by a factor of %.4f",
+                step,
+                error,
+            )
+        return results
+
+    def _num_tokens(self) -> int:
+        return self.num_rows * self.config.data.sequence_length * self.rl.updates_per_batch
+
+    def _roll_out(self, step: int) -> list[Group]:
+        """Generate and score the answers of a step, each data and context rank its share; return them on all ranks."""
+        first, number = self.consumed_samples // self.rl.group_size, self.rl.prompts_per_step
+        seed = self.config.training.seed
+        chosen = choose(len(self.problems.prompts), first, number, seed)
+        prompts = {place: self.problems.prompts[index] for place, index in enumerate(chosen)}
+        sampler = Sampler(self.config.model.vocab_size, self.rl.temperature, self.rl.top_p)
+        keys = {
+            place: [make_key(seed, step, first + place, sample) for sample in range(self.rl.group_size)]
+            for place in prompts
+        }
+        return self._share(prompts, keys, sampler)
+
+    def _share(self, prompts: dict[int, Prompt], keys: dict[int, list[int]], sampler: Sampler) -> list[Group]:
+        """Answer prompts by number, each data and context rank some of them. Raises SharedUserError."""
+        ranks = self.groups.dp_cp
+        mine = [number for number in sorted(prompts) if number % ranks.size() == ranks.rank()]
+        self._gather_weights()
+        rollouts = generate(
+            self.generator,
+            [prompts[number] for number in mine],
+            [keys[number] for number in mine],
+            self.rl.max_new_tokens,
+            sampler,
+        )
+        found: list[tuple[int, Any, list[str], list[float]]] = []
+        failed: str | None = None
+        # Tensor ranks generate alike; a reward that draws random numbers must not come out differently on them.
+        if self.groups.tp.rank() == 0:
+            try:
+                for number, group in zip(mine, rollouts, strict=True):
+                    texts = [self.problems.texts.decode(prompts[number], rollout.tokens) for rollout in group]
+                    rewards = [self.problems.scorer(prompts[number].problem, text) for text in texts]
+                    found.append((number, group, texts, rewards))
+            except UserError as error:
+                failed = str(error)
+        every: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(every, (found, failed))
+        wrong = next((failed for _, failed in every if failed), None)
+        if wrong is not None:
+            raise SharedUserError(wrong)
+        shared = sorted((each for part, _ in every for each in part), key=lambda each: each[0])
+        return [Group(number, prompts[number], *others) for number, *others in shared]
+
+    def _gather_weights(self) -> None:
+        """Wait for weights that other copies have updated, which else the next forward pass of training would."""
+        for chunk in self.trainer.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
+    def _report_step(
+        self, step: int, groups: list[Group], results: list[StepResult], trained: int, seconds: tuple[float, float]
+    ) -> None:
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        tokens = sum(len(rollout.tokens) for rollout in rollouts)
+        rewards = np.array([group.rewards for group in groups])
+        logp = sum(float(rollout.logp_T.sum(dtype=np.float64)) for rollout in rollouts)
+        flat = sum(not group.has_spread for group in groups) / len(groups)
+        scalars = {
+            "rl/reward": float(rewards.mean()),
+            "rl/length": tokens / len(rollouts),
+            # Of the tokens that were drawn, the mean of what they say is an estimate of the entropy.
+            "rl/entropy": -logp / tokens,
+            "rl/cut_off": sum(rollout.is_cut for rollout in rollouts) / len(rollouts),
+            "rl/flat_groups": flat,
+            "speed/generated_tokens_per_second": tokens / seconds[0],
+            "speed/trained_tokens_per_second": trained * self.rl.updates_per_batch / seconds[1],
+        }
+        line = f"reward {scalars['rl/reward']:.3f} | {scalars['rl/length']:.1f} tokens"
+        if trained:
+            scalars["rl/logprob_error"] = results[0].losses["error"]
+            scalars["rl/clipped"] = results[-1].losses["clipped"]
+            if self.rl.kl:
+                scalars["rl/kl"] = results[-1].losses["kl"]
+            line += f" | error {scalars['rl/logprob_error']:.5f}"
+        else:
+            line += " | NO UPDATE: no group has rewards that differ"
+        cut = f" | {100 * scalars['rl/cut_off']:.0f} % cut at rl.max_new_tokens" if scalars["rl/cut_off"] else ""
+        line += f" | {100 * flat:.0f} % of groups without a spread{cut}"
+        line += f" | {scalars['speed/generated_tokens_per_second']:,.0f} tokens/s generated"
+        is_due = step % self.config.monitor.log_interval == 0 or step == self.config.training.steps
+        self.monitor.report(step, scalars, line if is_due or not trained else None)
+        if is_due and dist.get_rank() == 0:
+            self._write_samples(step, groups[0])
+
+    def _write_samples(self, step: int, group: Group) -> None:
+        folder = Path(self.config.monitor.folder) / SAMPLES
+        problem = group.prompt.problem
+        lines = [
+            json.dumps({"prompt": problem.prompt, "completion": text, "answer": problem.answer, "reward": reward})
+            for text, reward in zip(group.texts, group.rewards, strict=True)
+        ]
+        with self.samples_output.attempt():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_durably(folder / f"step_{step:07d}.jsonl", ("\n".join(lines) + "\n").encode())
+
+    def _validate(self, step: int, make_validation: ValidationFactory) -> None:
+        """Answer the held-out prompts, each with the likeliest tokens."""
+        prompts = dict(enumerate(self.problems.held_out))
+        keys = {number: [0] for number in prompts}
+        groups = self._share(prompts, keys, Sampler(self.config.model.vocab_size, temperature=0.0))
+        scalars = describe_held_out(groups)
+        line = f"held out: reward {scalars['validation/reward']:.3f} | pass@1 {scalars['validation/pass_at_1']:.3f}"
+        # Step 0 has no line of its own in files that hold a line for each step.
+        self.monitor.report(step, scalars if step else {}, f"{line} | {scalars['validation/length']:.1f} tokens")
+
+
+def describe_held_out(groups: Sequence[Group]) -> dict[str, float]:
+    """Return mean reward, share of answers with the full reward of 1, and mean length."""
+    rewards = np.array([reward for group in groups for reward in group.rewards])
+    lengths = [len(rollout.tokens) for group in groups for rollout in group.rollouts]
+    return {
+        "validation/reward": float(rewards.mean()),
+        "validation/pass_at_1": float((rewards >= 1).mean()),
+        "validation/length": float(np.mean(lengths)),
+    }

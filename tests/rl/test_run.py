@@ -1,0 +1,112 @@
+"""Runs of a few steps: resumed, with a reference and several updates, and without anything to learn."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_sse.parallel.groups import destroy_groups, init_groups
+from megatron_sse.rl import run as run_module
+from megatron_sse.rl.run import PolicyRun, open_problems
+from megatron_sse.training.loop import Signals, UselessRunError
+from tests.rl.support import policy_config
+from tests.training.support import cpu
+from tests.workers import run_workers
+
+
+def finish(config: Any, resume: Path | None = None) -> PolicyRun:
+    run = PolicyRun(open_problems(config), config, init_groups(), cpu(), resume)
+    run.run(Signals())
+    destroy_groups()
+    return run
+
+
+def weights(run: PolicyRun) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in run.net.parameters()]
+
+
+def equal(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    return all(map(torch.equal, ours, theirs))
+
+
+def scalars(folder: Path) -> dict[int, dict[str, float]]:
+    """Return what was reported in each step, but for times."""
+    rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: {key: row[key] for key in row if key.startswith(("rl/", "train/"))} for row in rows}
+
+
+def stop_and_resume(folder: Path) -> None:
+    """Check a run that is resumed after two of four steps, then one from its weights with a reference."""
+    training = {"steps": 4, "micro_batch_size": 2, "precision": "fp32"}
+    whole = finish(policy_config(folder / "a", training=training, checkpoint={"interval": 2}))
+    middle = folder / "a/run/checkpoints/iter_0000002"
+    resumed = finish(policy_config(folder / "b", training=training), middle)
+    assert equal(weights(whole), weights(resumed))
+    ours, theirs = scalars(folder / "b"), scalars(folder / "a")
+    assert set(ours) == {3, 4} and all(ours[step] == theirs[step] for step in ours)
+    for name in ("step_0000003.jsonl", "step_0000004.jsonl"):
+        samples = [(folder / part / "run/samples" / name).read_text() for part in "ab"]
+        assert samples[0] == samples[1] and len(samples[0].splitlines()) == 4
+    with_reference(folder, middle)
+
+
+def with_reference(folder: Path, checkpoint: Path) -> None:
+    rl = {"kl": 0.1, "updates_per_batch": 2, "prompts": str(folder / "a/prompts.jsonl"), "group_size": 4}
+    rl |= {"prompts_per_step": 3, "max_new_tokens": 8, "reward": "tests.rl.support:is_even"}
+    sections = {"rl": rl | {"validation_prompts": rl["prompts"]}, "checkpoint": {"load_weights": str(checkpoint)}}
+    config = policy_config(folder / "c", training={"steps": 2, "precision": "fp32"}, **sections)
+    run = PolicyRun(open_problems(config), config, init_groups(), cpu(), None, checkpoint)
+    assert run.reference is not None
+    before = weights(run)
+    score = run.reference.score
+
+    def score_and_check(batches: Any, temperature: float) -> None:
+        held = weights(run)
+        score(batches, temperature)
+        assert equal(weights(run), held)
+
+    run.reference.score = score_and_check  # type: ignore[method-assign]
+    run.run(Signals())
+    destroy_groups()
+    found = scalars(folder / "c")
+    # The first update starts at the reference; what is reported is the divergence in the second.
+    assert 0 < found[1]["rl/kl"] < found[2]["rl/kl"] and found[1]["rl/logprob_error"] < 1.00001
+    assert not equal(weights(run), before)
+    last = [json.loads(line) for line in (folder / "c/run/metrics.jsonl").read_text().splitlines()][-1]
+    assert 0 <= last["validation/pass_at_1"] <= 1 and last["validation/length"] == 8
+
+
+def test_resumed_and_with_a_reference(tmp_path: Path) -> None:
+    run_workers(1, stop_and_resume, tmp_path)
+
+
+def nothing_to_learn(folder: Path) -> list[str]:
+    """Return the log of a run whose rewards are all alike, which must not change the weights."""
+    log: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: log.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("megatron_sse.monitor.monitor")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    training = {"steps": 1, "precision": "fp32"}
+    config = policy_config(folder, training=training, rl={"reward": "exact"})
+    run = PolicyRun(open_problems(config), config, init_groups(), cpu(), None)
+    before = weights(run)
+    run.run(Signals())
+    logger.removeHandler(handler)
+    assert equal(weights(run), before)
+    destroy_groups()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UselessRunError, match="differ by a factor of 1.0000"):
+        patch.setattr(run_module, "STOP_ABOVE", 0.5)
+        finish(policy_config(folder / "other", training=training))
+    return log
+
+
+def test_no_group_has_a_spread_and_probabilities_that_differ(tmp_path: Path) -> None:
+    [log] = run_workers(1, nothing_to_learn, tmp_path)
+    [line] = [line for line in log if "reward" in line]
+    assert "NO UPDATE: no group has rewards that differ" in line and "100 % cut at rl.max_new_tokens" in line

@@ -1,0 +1,100 @@
+"""Prompts and rewards that are wrong: one line that says what, before anything is generated where it can be."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sse.config.rl import Reward
+from megatron_sse.data.problems import Problem, read_problems
+from megatron_sse.errors import UserError
+from megatron_sse.rl.prompts import choose
+from megatron_sse.rl.rewards import Scorer
+from megatron_sse.rl.run import open_problems
+from tests.rl.support import policy_config
+
+GOOD = {"prompt": "2+2=", "answer": "4"}
+LINES = {
+    '{"prompt": "2+2="}': "answer: got nothing, allowed a text or a number",
+    '{"prompt": "2+2=", "answer": " "}': "answer: got an empty text",
+    '{"prompt": "2+2=", "answer": ["4"]}': "answer: got list",
+    '{"answer": "4"}': "got neither, allowed either prompt or messages",
+    '{"prompt": "a", "messages": [], "answer": "4"}': "got both",
+    '{"messages": [{"role": "user"}], "answer": "4"}': "messages: allowed a list of at least one {role, content}",
+    '{"prompt": 4, "answer": "4"}': "prompt: got int, allowed a text",
+    '["prompt"]': "got a JSON list, allowed an object",
+    "{": "broken JSON",
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_lines(line: str, tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text(f"{json.dumps(GOOD)}\n\n{line}\n")
+    with pytest.raises(UserError) as error:
+        read_problems("rl.prompts", str(file))
+    assert str(error.value).startswith(f"{file}:3: ") and LINES[line] in str(error.value)
+
+
+def test_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="rl.prompts: .* cannot be read"):
+        read_problems("rl.prompts", str(tmp_path / "none"))
+    (tmp_path / "empty").write_text("\n")
+    with pytest.raises(UserError, match="rl.prompts: .* is empty"):
+        read_problems("rl.prompts", str(tmp_path / "empty"))
+    config = policy_config(tmp_path / "run", rl={"max_new_tokens": 31})
+    with pytest.raises(UserError, match="got a prompt of 2 tokens, allowed 1 to 1, what rl.max_new_tokens leaves"):
+        open_problems(config)
+
+
+def nan(*_: str) -> float:
+    return float("nan")
+
+
+def failing(*_: str) -> float:
+    raise KeyError("lost")
+
+
+def half(prompt: str, completion: str, answer: str) -> float:
+    return 0.5 if completion else 0.0
+
+
+PROBLEM = Problem("2+2=", None, "4", "p.jsonl:3")
+
+
+def score(*rewards: dict[str, Any] | str, completion: str) -> float:
+    given = [Reward.model_validate({"function": each} if isinstance(each, str) else each) for each in rewards]
+    return Scorer(given)(PROBLEM, completion)
+
+
+def test_rewards() -> None:
+    for name, reason in (("nan", "returned nan"), ("failing", r"raised KeyError \('lost'\)")):
+        with pytest.raises(
+            UserError, match=rf"rl.reward: tests.rl.test_wrong:{name} {reason} for the prompt of p.jsonl:3"
+        ):
+            score(f"tests.rl.test_wrong:{name}", completion="4")
+    for name, reason in (
+        ("nowhere:f", "ModuleNotFoundError"),
+        ("json:none", "AttributeError"),
+        ("json:__name__", "no func"),
+    ):
+        with pytest.raises(UserError, match=f"rl.reward: .*{reason}"):
+            score(name, completion="4")
+    with pytest.raises(ValueError, match="allowed exact, math or module:function"):
+        Reward.model_validate({"function": "best"})
+    assert [score("exact", completion=text) for text in ("2+2\n 4 \n", "4\n5", "", "14")] == [1, 0, 0, 0]
+    both = ("exact", {"function": "tests.rl.test_wrong:half", "weight": -2})
+    assert score(*both, completion="4") == 0 and score(*both, completion="5") == -1
+
+
+def test_math() -> None:
+    half = Problem("?", None, r"\frac{1}{2}", "p:1")
+    scorer = Scorer([Reward(function="math")])
+    assert [scorer(half, text) for text in (r"so \boxed{0.5}", "the answer is $1/2$", r"\boxed{2}", "")] == [1, 1, 0, 0]
+
+
+def test_every_prompt_once_in_an_epoch() -> None:
+    order = choose(5, 0, 20, seed=3)
+    assert all(sorted(order[first : first + 5]) == list(range(5)) for first in range(0, 20, 5))
+    assert order[:5] != order[5:10] and choose(5, 7, 4, seed=3) == order[7:11]
