@@ -60,6 +60,8 @@ class Monitor:
         self.tokens, self.seconds = 0, 0.0
         self.mean_seconds: float | None = None
         self.num_skipped = 0
+        # Whether the loss has a level that spikes can be above.
+        self.watches_loss = True
         self.stragglers: Stragglers | None = None
         if config.monitor.straggler_factor and self.num_processes > 1:
             self.stragglers = Stragglers(config.monitor.straggler_factor, groups.pp.rank(), device.type)
@@ -210,7 +212,8 @@ class Monitor:
 
     def _warn_of_spikes(self, step: int, loss: float, grad_norm: float) -> None:
         if self.spikes is not None:
-            for text in self.spikes.check({"loss": loss, "grad norm": grad_norm}):
+            watched = {"loss": loss} if self.watches_loss else {}
+            for text in self.spikes.check({**watched, "grad norm": grad_norm}):
                 self._warn(f"step {step}/{self.config.training.steps} | SPIKE: {text}")
 
     def _log(self, line: str) -> None:

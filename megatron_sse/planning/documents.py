@@ -12,7 +12,8 @@ from megatron_sse.data.checks import read_index
 def count_documents(config: RunConfig, given: int | None) -> int:
     """Return the mean number of documents of a training sequence, rounded up: as given, else as in the token files.
 
-    It is 1 where documents do not reset the states, and where not all of data.train are token files that exist.
+    It is 1 where documents do not reset the states, and where not all of data.train are token files that exist; also
+    with rl.
     Raises UserError where an index cannot be read.
     """
     if not config.data.reset_at_documents:
@@ -20,7 +21,11 @@ def count_documents(config: RunConfig, given: int | None) -> int:
     if given is not None:
         return given
     files = [(source.prefix, source.weight) for source in config.data.train if source.prefix is not None]
-    if len(files) < len(config.data.train) or not all(Path(prefix + ".idx").is_file() for prefix, _ in files):
+    if (
+        not files
+        or len(files) < len(config.data.train)
+        or not all(Path(prefix + ".idx").is_file() for prefix, _ in files)
+    ):
         return 1
     total = sum(weight for _, weight in files)
     mean = sum(weight * _per_sequence(prefix, config.data.sequence_length) for prefix, weight in files) / total

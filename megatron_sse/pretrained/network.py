@@ -24,8 +24,9 @@ def inference_config(model: Model, precision: str | None, tensor: int = 1) -> Ru
     unless another is given. Raises UserError where it cannot be split so."""
     values = model.config.model_dump()
     values["parallel"] = {"tensor": tensor}
-    # One micro-batch on one data rank.
-    values["training"] |= {"global_batch_size": 1, "micro_batch_size": 1, "recompute": "none"}
+    # One micro-batch on one data rank; with rl the batch follows from its prompts.
+    batch = 1 if model.config.rl is None else None
+    values["training"] |= {"global_batch_size": batch, "micro_batch_size": 1, "recompute": "none"}
     values["training"]["precision"] = precision or values["training"]["precision"]
     return make_config(values, {"": str(model.folder)})
 

@@ -87,6 +87,8 @@ class PolicyRun(Run):
         in_model = config.model.sse.balance_loss
         self.trainer.layer_loss_factor = self.rl.balance_loss / in_model if in_model else 0.0
         self.saver.tokenizer = problems.tokenizer
+        # Advantages of a group sum to 0, and so does most of the loss.
+        self.monitor.watches_loss = False
         reference = find_weights(config) if self.rl.kl else None
         self.reference = None if reference is None else Reference(reference, self.net, self.groups)
         self.shard = ContextShard(self.groups.cp.rank(), self.groups.cp.size(), choose_layout(config)[0])

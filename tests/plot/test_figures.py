@@ -35,7 +35,10 @@ def test_the_legend_of_the_loss_names_validation(tmp_path: Path, monkeypatch: py
     drawn: dict[str, Figure] = {}
     monkeypatch.setattr(figures, "save_picture", lambda figure, path: drawn.update({path.stem: figure}))
     run = read(write_run(tmp_path / "run"))
-    figures.draw_all([run, RunLog("other", run.settings, {"train/loss": [(1, 2.0)]})], tmp_path)
+    other = {"train/loss": [(1, 2.0)], "rl/reward": [(1, 0.5)], "validation/pass_at_1": [(1, 0.4)]}
+    figures.draw_all([run, RunLog("other", run.settings, other)], tmp_path)
+    # Of reinforcement learning, only where a run has it.
+    assert {"reward", "pass_at_1"} <= set(drawn) and not {"answers", "logprob_error"} & set(drawn)
     legends = {name: [text.get_text() for text in drawn[name].legends[0].get_texts()] for name in ("loss", "memory")}
     assert legends == {"loss": ["run", "other", "validation"], "memory": ["run", "other"]}
 

@@ -1,6 +1,8 @@
 """Answers with made-up log-probabilities, and a small run that generates and trains."""
 
 import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +69,7 @@ def policy_config(folder: Path, **sections: dict[str, Any]) -> RunConfig:
 
 def is_even(prompt: str, completion: str, answer: str) -> float:
     return float(sum(map(ord, completion)) % 2 == 0)
+
+
+def fails_on_rank_1(prompt: str, completion: str, answer: str) -> float:
+    return math.inf if os.environ["RANK"] == "1" else 0.0

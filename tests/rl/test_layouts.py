@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_sse.errors import SharedUserError
 from megatron_sse.model.initialize import global_name, own_part
 from megatron_sse.parallel.groups import init_groups
 from megatron_sse.parallel.layout import TokenLayout
@@ -160,3 +161,15 @@ def test_generation_and_training_agree(folder: Path, one_process: Step) -> None:
         for rl in ({}, {"temperature": 0.7, "top_p": 0.9}):
             [step] = run_workers(1, take_step, folder, {"model": model, "rl": rl})
             assert step.farthest < 1e-5, name
+
+
+def failing_reward(folder: Path) -> str:
+    run = make_run(folder, rl={"reward": "tests.rl.support:fails_on_rank_1"})
+    with pytest.raises(SharedUserError) as error:
+        run._take_step(1, iter(()))
+    return str(error.value)
+
+
+def test_a_reward_that_fails_on_one_rank_ends_all(folder: Path) -> None:
+    [message] = set(run_workers(2, failing_reward, folder))
+    assert "fails_on_rank_1 returned inf for the prompt of" in message

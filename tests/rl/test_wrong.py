@@ -69,16 +69,12 @@ def score(*rewards: dict[str, Any] | str, completion: str) -> float:
 
 
 def test_rewards() -> None:
-    for name, reason in (("nan", "returned nan"), ("failing", r"raised KeyError \('lost'\)")):
-        with pytest.raises(
-            UserError, match=rf"rl.reward: tests.rl.test_wrong:{name} {reason} for the prompt of p.jsonl:3"
-        ):
-            score(f"tests.rl.test_wrong:{name}", completion="4")
-    for name, reason in (
-        ("nowhere:f", "ModuleNotFoundError"),
-        ("json:none", "AttributeError"),
-        ("json:__name__", "no func"),
-    ):
+    for function, reason in ((nan, "returned nan, allowed a finite"), (failing, r"raised KeyError \('lost'\)")):
+        name = f"tests.rl.test_wrong:{function.__name__}"
+        with pytest.raises(UserError, match=f"rl.reward: {name} {reason}.* for the prompt of p.jsonl:3"):
+            score(name, completion="4")
+    imports = {"nowhere:f": "ModuleNotFoundError", "json:none": "AttributeError", "json:__name__": "no function"}
+    for name, reason in imports.items():
         with pytest.raises(UserError, match=f"rl.reward: .*{reason}"):
             score(name, completion="4")
     with pytest.raises(ValueError, match="allowed exact, math or module:function"):
