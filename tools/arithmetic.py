@@ -1,9 +1,11 @@
 """Sums of two numbers, worked out digit by digit: texts to imitate, and prompts whose answers can be checked.
 
-    .venv/bin/python -m megatron_sse.tools.arithmetic FOLDER [--digits N] [--worked-out N] [--held-out N]
+    .venv/bin/python -m megatron_sse.tools.arithmetic FOLDER [--digits N] [--held-out N] [--forgets X]
 
 writes FOLDER/sft.jsonl (prompt and completion), FOLDER/prompts.jsonl and FOLDER/held_out.jsonl (prompt and answer). No
-sum of one file is in another. configs/rl_arithmetic.yaml trains on them; docs/reason.md shows how.
+sum of one file is in another. Who works them out forgets what is carried in most of the sums that carry: a model that
+imitates that is right now and then, and reinforcement learning finds out when. configs/rl_arithmetic.yaml trains on
+them; docs/reason.md shows how.
 """
 
 import argparse
@@ -16,8 +18,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write sums, worked out digit by digit.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--digits", type=int, default=2)
-    parser.add_argument("--worked-out", type=int, default=600)
     parser.add_argument("--held-out", type=int, default=500)
+    parser.add_argument("--forgets", type=float, default=0.6, help="share of the worked sums that carry nothing")
     options = parser.parse_args()
     numbers = range(10 ** (options.digits - 1), 10**options.digits)
     # Enough sums, and few enough to write where numbers are long.
@@ -26,10 +28,14 @@ def main() -> None:
     pairs = [divmod(place, len(numbers)) for place in draw.sample(range(len(numbers) ** 2), count)]
     sums = [(numbers[first], numbers[second]) for first, second in pairs]
     held_out, rest = sums[: options.held_out], sums[options.held_out :]
+    half = len(rest) // 2
     options.folder.mkdir(parents=True, exist_ok=True)
-    worked_out = [{"prompt": ask(*pair), "completion": work_out(*pair)} for pair in rest[: options.worked_out]]
+    worked_out = [
+        {"prompt": ask(*pair), "completion": work_out(*pair, carries=draw.random() >= options.forgets)}
+        for pair in rest[:half]
+    ]
     _write(options.folder / "sft.jsonl", worked_out)
-    for name, chosen in (("prompts", rest[options.worked_out :]), ("held_out", held_out)):
+    for name, chosen in (("prompts", rest[half:]), ("held_out", held_out)):
         rows = [{"prompt": ask(*pair), "answer": str(sum(pair))} for pair in chosen]
         _write(options.folder / f"{name}.jsonl", rows)
 
@@ -39,18 +45,18 @@ def ask(first: int, second: int) -> str:
     return f"{first}+{second}="
 
 
-def work_out(first: int, second: int) -> str:
+def work_out(first: int, second: int, carries: bool = True) -> str:
     """Return the way to a sum, from the last digit on with what is carried, and the sum in a line of its own.
 
-    For 58 and 67: 8+7=15 5+6+1=12, and 125.
+    For 58 and 67: 8+7=15 5+6+1=12, and 125. Without what is carried: 8+7=15 5+6=11, and 115.
     """
-    steps, carried = [], 0
-    left, right = str(first)[::-1], str(second)[::-1]
-    for a, b in zip(left, right, strict=True):
+    steps, digits, total = [], "", 0
+    for a, b in zip(str(first)[::-1], str(second)[::-1], strict=True):
+        carried = total // 10 if carries else 0
         total = int(a) + int(b) + carried
         steps.append(f"{a}+{b}{'+1' if carried else ''}={total}")
-        carried = total // 10
-    return f"{' '.join(steps)}\n{first + second}"
+        digits = f"{total % 10}{digits}"
+    return f"{' '.join(steps)}\n{total // 10 or ''}{digits}"
 
 
 def _write(path: Path, rows: list[dict[str, str]]) -> None:

@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_sse.config import RunConfig, ignored_settings
@@ -58,10 +59,21 @@ def _train(config: RunConfig, rank: int, description: list[str], lease: Lease | 
             logger.info(line)
         for line in ignored_settings(config):
             logger.warning(line)
-    # Imported late: a world size that does not fit is reported before Megatron-Core is loaded.
-    from megatron_sse.rl.run import train_policy
-    from megatron_sse.training.loop import train
-
+    train = _find_loop(config)
     # Imported modules stay. Each full garbage collection would look through them, while the other ranks wait.
     gc.freeze()
-    return train(config, lease) if config.rl is None else train_policy(config, lease)
+    return train(config, lease)
+
+
+def _find_loop(config: RunConfig) -> Callable[[RunConfig, Lease | None], int]:
+    """Return what trains.
+
+    Imported late: a world size that does not fit is reported before Megatron-Core is loaded.
+    """
+    if config.rl is None:
+        from megatron_sse.training.loop import train
+
+        return train
+    from megatron_sse.rl.run import train_policy
+
+    return train_policy

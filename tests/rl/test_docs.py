@@ -55,7 +55,7 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         if program == "./run.sh":
             run_workers(1, train, tmp_path, arguments[0])
         elif "megatron_sse.tools.arithmetic" in arguments:
-            monkeypatch.setattr(sys, "argv", ["arithmetic", *arguments[2:], "--held-out", "5", "--worked-out", "200"])
+            monkeypatch.setattr(sys, "argv", ["arithmetic", *arguments[2:], "--held-out", "5"])
             arithmetic.main()
         else:
             assert main(arguments) == 0
@@ -69,6 +69,8 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 def test_sums_are_worked_out() -> None:
     assert arithmetic.work_out(58, 67) == "8+7=15 5+6+1=12\n125" and arithmetic.ask(58, 67) == "58+67="
+    assert arithmetic.work_out(58, 67, carries=False) == "8+7=15 5+6=11\n115"
+    assert arithmetic.work_out(12, 34) == "2+4=6 1+3=4\n46"
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ import pytest
 from megatron_sse.config.rl import Reward
 from megatron_sse.data.problems import Problem, read_problems
 from megatron_sse.errors import UserError
-from megatron_sse.rl.prompts import choose
 from megatron_sse.rl.rewards import Scorer
 from megatron_sse.rl.run import open_problems
 from tests.rl.support import policy_config
@@ -88,9 +87,3 @@ def test_math() -> None:
     half = Problem("?", None, r"\frac{1}{2}", "p:1")
     scorer = Scorer([Reward(function="math")])
     assert [scorer(half, text) for text in (r"so \boxed{0.5}", "the answer is $1/2$", r"\boxed{2}", "")] == [1, 1, 0, 0]
-
-
-def test_every_prompt_once_in_an_epoch() -> None:
-    order = choose(5, 0, 20, seed=3)
-    assert all(sorted(order[first : first + 5]) == list(range(5)) for first in range(0, 20, 5))
-    assert order[:5] != order[5:10] and choose(5, 7, 4, seed=3) == order[7:11]
