@@ -1,11 +1,11 @@
 """Sums of two numbers, worked out digit by digit: texts to imitate, and prompts whose answers can be checked.
 
-    .venv/bin/python -m megatron_sse.tools.arithmetic FOLDER [--digits N] [--held-out N] [--forgets X]
+    .venv/bin/python -m megatron_sse.tools.arithmetic FOLDER [--digits N] [--held-out N] [--quick X]
 
 writes FOLDER/sft.jsonl (prompt and completion), FOLDER/prompts.jsonl and FOLDER/held_out.jsonl (prompt and answer). No
-sum of one file is in another. Who works them out forgets what is carried in most of the sums that carry: a model that
-imitates that is right now and then, and reinforcement learning finds out when. configs/rl_arithmetic.yaml trains on
-them; docs/reason.md shows how.
+sum of one file is in another. Some are worked out slowly, and most quickly, without what is carried: a model that
+imitates them is quick and often wrong, and reinforcement learning finds out which way is right.
+configs/rl_arithmetic.yaml trains on them; docs/reason.md shows how.
 """
 
 import argparse
@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--digits", type=int, default=2)
     parser.add_argument("--held-out", type=int, default=500)
-    parser.add_argument("--forgets", type=float, default=0.6, help="share of the worked sums that carry nothing")
+    parser.add_argument("--quick", type=float, default=0.6, help="share of the sums that are worked out quickly")
     options = parser.parse_args()
     numbers = range(10 ** (options.digits - 1), 10**options.digits)
     # Enough sums, and few enough to write where numbers are long.
@@ -31,7 +31,7 @@ def main() -> None:
     half = len(rest) // 2
     options.folder.mkdir(parents=True, exist_ok=True)
     worked_out = [
-        {"prompt": ask(*pair), "completion": work_out(*pair, carries=draw.random() >= options.forgets)}
+        {"prompt": ask(*pair), "completion": work_out(*pair, quick=draw.random() < options.quick)}
         for pair in rest[:half]
     ]
     _write(options.folder / "sft.jsonl", worked_out)
@@ -45,18 +45,18 @@ def ask(first: int, second: int) -> str:
     return f"{first}+{second}="
 
 
-def work_out(first: int, second: int, carries: bool = True) -> str:
+def work_out(first: int, second: int, quick: bool = False) -> str:
     """Return the way to a sum, from the last digit on with what is carried, and the sum in a line of its own.
 
-    For 58 and 67: 8+7=15 5+6+1=12, and 125. Without what is carried: 8+7=15 5+6=11, and 115.
+    For 58 and 67: slow 8+7=15 5+6+1=12, and 125. Quick, without what is carried: quick 8+7=15 5+6=11, and 115.
     """
     steps, digits, total = [], "", 0
     for a, b in zip(str(first)[::-1], str(second)[::-1], strict=True):
-        carried = total // 10 if carries else 0
+        carried = 0 if quick else total // 10
         total = int(a) + int(b) + carried
         steps.append(f"{a}+{b}{'+1' if carried else ''}={total}")
         digits = f"{total % 10}{digits}"
-    return f"{' '.join(steps)}\n{total // 10 or ''}{digits}"
+    return f"{'quick' if quick else 'slow'} {' '.join(steps)}\n{total // 10 or ''}{digits}"
 
 
 def _write(path: Path, rows: list[dict[str, str]]) -> None:

@@ -68,9 +68,9 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 def test_sums_are_worked_out() -> None:
-    assert arithmetic.work_out(58, 67) == "8+7=15 5+6+1=12\n125" and arithmetic.ask(58, 67) == "58+67="
-    assert arithmetic.work_out(58, 67, carries=False) == "8+7=15 5+6=11\n115"
-    assert arithmetic.work_out(12, 34) == "2+4=6 1+3=4\n46"
+    assert arithmetic.work_out(58, 67) == "slow 8+7=15 5+6+1=12\n125" and arithmetic.ask(58, 67) == "58+67="
+    assert arithmetic.work_out(58, 67, quick=True) == "quick 8+7=15 5+6=11\n115"
+    assert arithmetic.work_out(12, 34) == "slow 2+4=6 1+3=4\n46"
 
 
 @pytest.mark.slow
