@@ -1,10 +1,9 @@
-"""The commands of docs/reason.md, from worked sums to an export, on a model that hardly learns; slow: as they are."""
+"""The commands of docs/reason.md, from worked sums to an export, on a model that hardly learns."""
 
 import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -71,22 +70,3 @@ def test_sums_are_worked_out() -> None:
     assert arithmetic.work_out(58, 67) == "slow 8+7=15 5+6+1=12\n125" and arithmetic.ask(58, 67) == "58+67="
     assert arithmetic.work_out(58, 67, quick=True) == "quick 8+7=15 5+6=11\n115"
     assert arithmetic.work_out(12, 34) == "slow 2+4=6 1+3=4\n46"
-
-
-@pytest.mark.slow
-def test_the_demonstration(tmp_path: Path) -> None:
-    """Held-out sums solved with the likeliest tokens: about half before GRPO, nine of ten after it."""
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    lines = ""
-    for command in COMMANDS:
-        program, *arguments = shlex.split(command)
-        if program == "./run.sh":
-            words = ["-m", "megatron_sse", "train", *arguments]
-        else:
-            words = arguments if program.endswith("python") else ["-m", "megatron_sse", *arguments]
-        done = subprocess.run([sys.executable, *words], cwd=tmp_path, env=environment, text=True, capture_output=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        lines += done.stdout
-    shares = [float(share) for share in re.findall(r"held out: .*pass@1 (\S+)", lines)]
-    assert 0.3 < shares[0] < 0.7 and shares[-1] >= 0.9, shares
