@@ -343,7 +343,7 @@ class MegatronSSEForCausalLM(MegatronSSEPreTrainedModel, GenerationMixin):
         # generate() hands on those that it has used for stop_strings; forward takes only what it honours.
         for name in ("tokenizer", "assistant_tokenizer"):
             kwargs.pop(name, None)
-        return super().prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)
+        return super().prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)  # type: ignore[misc]
 
     def make_cache(self) -> MegatronSSECache:
         """Return an empty cache, for past_key_values of forward and generate."""
