@@ -59,7 +59,7 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         else:
             assert main(arguments) == 0
     printed = capsys.readouterr().out
-    assert printed.count("solve: data/arithmetic/held_out.jsonl, temperature 1") == 2 and "pass@8" in printed
+    assert printed.count("solve: data/arithmetic/held_out.jsonl, temperature ") == 2 and "pass@8" in printed
     [solved] = json.loads(Path("runs/rl_arithmetic/solve/results.json").read_text())["solve"]
     assert solved["prompts"] == 5 and solved["tries"] == 8 and solved["cut_off"] > 0
     assert 0 <= solved["pass_at_1"] <= solved["pass_at_k"] <= 1 and solved["majority"] <= solved["pass_at_k"]
