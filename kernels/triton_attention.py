@@ -15,6 +15,7 @@ from megatron_sse.kernels.scan import scan_pieces, scan_spans
 from megatron_sse.kernels.segments import Segments, Spans
 from megatron_sse.kernels.triton import gdn, gla
 from megatron_sse.kernels.triton.rows import Rows, make_rows
+from megatron_sse.recurrence import RECURRENCES
 
 
 class Operators(NamedTuple):
@@ -45,7 +46,7 @@ def _gdn_arguments(inputs: list[Tensor], num_tokens: int) -> tuple:
     return inputs, num_tokens, gdn.gdn_prepare(inputs, num_tokens)
 
 
-# By recurrence: those that kernels.registry says to have Triton kernels.
+# By recurrence: those with has_triton.
 OPERATORS = {
     "gla": Operators(
         prepare=_gla_arguments,
@@ -64,6 +65,8 @@ OPERATORS = {
         attend_backward=gdn.gdn_attend_backward,
     ),
 }
+if OPERATORS.keys() != {name for name, row in RECURRENCES.items() if row.has_triton}:
+    raise ImportError(f"operators of {sorted(OPERATORS)}, has_triton says otherwise")
 
 
 def attend_banks(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_sse.checkpoint.folders import checkpoint_folder, list_checkpoints
 from megatron_sse.config import RunConfig, load_config
-from megatron_sse.costs.gpus import GPUS, Gpu
+from megatron_sse.costs.gpus import GPUS, GPUS_PER_NODE, Gpu
 from megatron_sse.errors import USER_ERROR_EXIT, UserError
 from megatron_sse.inference.cache import Cache
 from megatron_sse.inference.prompts import check_length, check_tokens, encode_prompts
@@ -210,7 +210,7 @@ class RunPlan:
         return "\n".join(describe_layout(self.layout, self.gpu, longest))
 
 
-def plan(config: RunConfig, gpus: int | None = None, gpu: str = "h100", gpus_per_node: int = 8) -> RunPlan:
+def plan(config: RunConfig, gpus: int | None = None, gpu: str = "h100", gpus_per_node: int = GPUS_PER_NODE) -> RunPlan:
     """Work out what a run needs, from its settings alone.
 
     gpus: their number, by default as many as the layout needs. gpu: a name of costs.gpus.GPUS. Raises UserError where

@@ -6,7 +6,7 @@ SMALLEST, LARGEST = 8, 32
 CPU_BLOCK, GPU_BLOCK = 1 << 18, 1 << 26
 # Rows of a chunk of the Triton kernels.
 CHUNK_SIZE = 64
-# Log decays whose health is computed at once.
+# Log decays that the layers' health exponentiates at once: 64 MiB in fp32, whatever the length of the sequences.
 DECAYS_AT_ONCE = 1 << 24
 
 

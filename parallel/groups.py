@@ -13,6 +13,9 @@ from torch.distributed import ProcessGroup
 from megatron_sse.parallel.device import Device
 from megatron_sse.parallel.stores import stay_on_this_machine
 
+# Of the parts of a context group, as Megatron-Core names its groups; errors print them.
+NODE_GROUP, CROSS_GROUP = "CONTEXT_PARALLEL_NODE_GROUP", "CONTEXT_PARALLEL_CROSS_GROUP"
+
 
 def this_rank() -> int:
     """Return this process's rank, also where there is no process group (yet)."""
@@ -20,8 +23,12 @@ def this_rank() -> int:
 
 
 def processes_per_node() -> int:
-    """Return the number of processes on this machine: as the launcher says, else all."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    """Return the number of processes on each machine, by the number of machines that the launcher names; else all.
+
+    It is the same on every rank, unlike LOCAL_WORLD_SIZE. Where the processes do not divide among the machines it is 1.
+    """
+    size, nodes = dist.get_world_size(), int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    return 1 if size % nodes else size // nodes
 
 
 def init_process_group(device: Device, timeout_minutes: float = 30) -> None:
@@ -71,7 +78,9 @@ def groups_of_one(device: Device) -> ProcessGroupCollection:
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
-def split_by_node(group: ProcessGroup, ranks_per_node: int) -> tuple[ProcessGroup, ProcessGroup]:
+def split_by_node(
+    group: ProcessGroup, ranks_per_node: int, timeout_minutes: float = 30
+) -> tuple[ProcessGroup, ProcessGroup]:
     """Return two groups: this rank's node, and the ranks that have its place on the other nodes.
 
     A node is a run of `ranks_per_node` neighbours in the group: ranks 0 to 5 with 2 per node make the nodes (0, 1),
@@ -82,10 +91,11 @@ def split_by_node(group: ProcessGroup, ranks_per_node: int) -> tuple[ProcessGrou
     every_group: list[list[int]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(every_group, dist.get_process_group_ranks(group))
     mine: list[ProcessGroup] = []
-    for find in (_nodes, _peers):
+    options: dict[str, Any] = {"timeout": timedelta(minutes=timeout_minutes)}
+    for find, name in ((_nodes, NODE_GROUP), (_peers, CROSS_GROUP)):
         parts = {part for ranks in every_group for part in find(tuple(ranks), ranks_per_node)}
         for part in sorted(parts):
-            made = dist.new_group(list(part))
+            made = dist.new_group(list(part), group_desc=name, **options)
             if dist.get_rank() in part:
                 mine.append(made)
     node, peers = mine

@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 from tests.workers import close_pools
 
 # Variables that launchers and Slurm set would make tests join another run.
-_LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NNODES", "NODE_RANK")
+_LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "NNODES", "NODE_RANK")
 _LAUNCH_PREFIXES = ("MASTER_", "SLURM_", "PET_", "TORCHELASTIC_")
 for _name in list(os.environ):
     if _name in _LAUNCH or _name.startswith(_LAUNCH_PREFIXES):

@@ -77,8 +77,9 @@ def _beside(given: ParallelConfig, changes: dict[str, Any]) -> ParallelConfig:
     base["sequence"] = given.sequence and changes.get("tensor", 1) > 1
     # A zigzag layout needs at least two ranks.
     base |= {"layout": given.layout if context > 1 else "auto"}
-    # Ranks count as two nodes, so that states also cross between nodes.
-    base |= {"context_per_node": max(1, context // 2) if given.hand_off == "two_level" else None}
+    # Ranks count as two nodes, so that states also cross between nodes; with auto, where exscan is not all there is.
+    two_nodes = given.hand_off == "two_level" or (given.hand_off == "auto" and context > 2)
+    base |= {"context_per_node": max(1, context // 2) if two_nodes else None}
     return _comparable(given, **(base | changes))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_sse.config.context import context_problems, straddles_slots
+from megatron_sse.config.context import USE_NODES, context_problems, straddles_slots
 from megatron_sse.config.pattern import expand_pattern
 from megatron_sse.config.problem import Found, Problem, show
 from megatron_sse.config.rl_checks import rl_problems
@@ -126,7 +126,7 @@ def _sizes(config: Settings) -> Found:
     if parallel.layout == "zigzag" and straddles_slots(config):
         allowed = "auto, contiguous with model.input_convolution, parallel.sequence and an odd parallel.tensor"
         yield "parallel.layout", "zigzag", allowed
-    uses_nodes = parallel.hand_off in ("auto", "two_level")
+    uses_nodes = parallel.context > 1 and parallel.hand_off in USE_NODES
     if uses_nodes and parallel.context % (parallel.context_per_node or 1):
         yield (
             "parallel.context_per_node",

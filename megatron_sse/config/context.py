@@ -8,6 +8,8 @@ from megatron_sse.config.problem import Found
 from megatron_sse.config.schema import ParallelConfig, Settings
 
 KINDS = ("p2p", "all_gather", "a2a")
+# Values of parallel.hand_off for which parallel.context_per_node counts.
+USE_NODES = ("auto", "two_level")
 
 
 def attention_kind(config: Settings) -> str | None:
@@ -72,10 +74,12 @@ def straddles_slots(config: Settings) -> bool:
 def choose_hand_off(parallel: ParallelConfig, gpus_per_node: int) -> tuple[str, int]:
     """Return the algorithm that hands off states, and the context ranks of a machine, which two_level needs.
 
-    auto takes two_level over several machines with several context ranks each, and exscan elsewhere: docs/plan.md has
-    the model of their times. gpus_per_node: GPUs of a machine.
+    auto takes two_level over several machines with several context ranks each, and exscan elsewhere
+    (docs/context_parallel.md has the model of their times). gpus_per_node: GPUs of a machine.
     """
-    ranks = parallel.context_per_node
+    if parallel.context == 1:
+        return "exscan", 1
+    ranks = parallel.context_per_node if parallel.hand_off in USE_NODES else None
     if ranks is None:
         # Neighbouring processes differ in tensor first, then in context.
         ranks = min(parallel.context, max(1, gpus_per_node // parallel.tensor))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
-from megatron_sse.config.context import attention_kind
+from megatron_sse.config.context import USE_NODES, attention_kind
 from megatron_sse.config.derive import uses_distributed_optimizer
 from megatron_sse.config.run import RunConfig
 from megatron_sse.config.schema import Section, SoftmaxConfig, SSEConfig
@@ -50,7 +50,7 @@ def _find(config: RunConfig) -> Iterator[str]:
     if config.parallel.context == 1:
         names = ["layout", "hand_off", "hand_off_wire", "context_per_node"]
         yield from _changed(config.parallel, "parallel", names, "parallel.context is 1")
-    elif config.parallel.hand_off not in ("auto", "two_level"):
+    elif config.parallel.hand_off not in USE_NODES:
         reason = f"parallel.hand_off is {config.parallel.hand_off}"
         yield from _changed(config.parallel, "parallel", ["context_per_node"], reason)
     if model.transformer.get("cp_comm_type") is not None and attention_kind(config) is None:
@@ -77,6 +77,8 @@ def _ignored_with_rl(config: RunConfig) -> Iterator[str]:
     rl = config.rl
     assert rl is not None
     yield from _changed(config.data, "data", ["packing", "long_documents"], "rl packs complete answers by best fit")
+    if rl.updates_per_batch == 1:
+        yield from _changed(rl, "rl", ["clip", "clip_high"], "rl.updates_per_batch is 1, where all ratios are 1")
     names = ["validation_batches"] if rl.validation_prompts else _VALIDATION_SETTINGS
     reason = "all of rl.validation_prompts are tried" if rl.validation_prompts else "rl.validation_prompts is null"
     yield from _changed(config.training, "training", names, reason)

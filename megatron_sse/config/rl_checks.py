@@ -25,5 +25,8 @@ def rl_problems(config: Settings) -> Found:
         yield "rl.max_new_tokens", rl.max_new_tokens, allowed
     if rl.kl and config.checkpoint.load_weights is None:
         yield "rl.kl", rl.kl, "0.0 while checkpoint.load_weights, which is the reference, is null"
+    for name in ("hidden_dropout", "attention_dropout"):
+        if given := config.model.transformer.get(name):
+            yield f"model.transformer.{name}", given, "0.0 with rl: answers are generated without dropout"
     if rl.balance_loss and not config.model.sse.balance_loss:
         yield "rl.balance_loss", rl.balance_loss, "0.0 while model.sse.balance_loss is 0.0, which leaves the loss out"

@@ -38,11 +38,11 @@ class TokenDataset:
 
     def __init__(self, file: TokenFile, data: DataConfig) -> None:
         self.prefix = file.prefix
-        self.tokens_T = np.empty(0, file.index.dtype)
+        self.tokens_T, self.mask_T = np.empty(0, file.index.dtype), None
         # An empty file cannot be mapped.
         if file.index.num_tokens:
             self.tokens_T = np.memmap(file.prefix + ".bin", file.index.dtype, mode="r")
-        self.mask_T = np.memmap(file.mask_path, np.uint8, mode="r") if file.mask_path else None
+            self.mask_T = np.memmap(file.mask_path, np.uint8, mode="r") if file.mask_path else None
         self.room = data.sequence_length + 1
         self.packing = pack(data, file.offsets_D1, file.made)
 

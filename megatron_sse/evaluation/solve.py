@@ -15,7 +15,7 @@ from megatron_sse.model.language_model import LanguageModel
 from megatron_sse.pretrained.open import Model
 from megatron_sse.pretrained.text import open_tokenizer
 from megatron_sse.rl.prompts import Prompt, Texts, read_prompts
-from megatron_sse.rl.rewards import Scorer
+from megatron_sse.rl.rewards import SOLVED, Scorer
 from megatron_sse.rl.rollouts import generate
 from megatron_sse.rl.sampler import Sampler, make_key
 
@@ -97,8 +97,8 @@ def solve(net: LanguageModel, job: Solving) -> Solved:
         rewards.append([job.scorer(prompt.problem, text) for text in texts])
         lines = [(text.strip().splitlines() or [""])[-1].strip() for text in texts]
         [(chosen, _)] = Counter(lines).most_common(1)
-        majority.append(rewards[-1][lines.index(chosen)] >= 1)
-    solved = np.array(rewards) >= 1
+        majority.append(rewards[-1][lines.index(chosen)] >= SOLVED)
+    solved = np.array(rewards) >= SOLVED
     flat = [rollout for group in rollouts for rollout in group]
     return Solved(
         job.file,

@@ -50,7 +50,7 @@ class ModelRequest(Command):
         return f"--tensor {self.tensor or 1}"
 
     def check_layout(self) -> None:
-        """Raise UserError for a number of processes that is none, or not that of a launcher."""
+        """Raise UserError where --tensor or --context is out of range, or does not fit the processes of a launcher."""
         for name, number in (("--tensor", self.tensor), ("--context", self.num_groups)):
             if number is not None and not 1 <= number <= MOST_PROCESSES:
                 raise UserError(f"{name}: got {number}, allowed 1 to {MOST_PROCESSES}")
@@ -135,5 +135,6 @@ class Request(TextRequest):
         number = self.num_processes
         if number > 1 and (self.save_cache or self.load_cache or self.is_interactive):
             raise UserError(
-                f"got {number} processes, allowed 1 without prompts, with --save-cache and with --load-cache"
+                f"{self.layout}: got {number} processes, allowed 1 where prompts come line by line, with --save-cache "
+                "and with --load-cache"
             )

@@ -33,7 +33,7 @@ def feed(
     """
     layout = cache.layout(places, counts, shard)
     tokens_1T = tokens_T[None].to(cache.device)
-    # Thousands of small calls.
+    # The stand-ins would slow thousands of small calls down.
     with without_stand_ins():
         # Positions are those of the layout: the embedding has none of its own.
         hidden_T1d = model.decoder(model.embedding(tokens_1T, None), None, packed_seq_params=layout)

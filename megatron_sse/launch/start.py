@@ -21,10 +21,11 @@ from megatron_sse.logs import open_log
 from megatron_sse.run_folder import LEASE, launcher_lease
 from megatron_sse.visible import count_of
 
-# For the processes of a command to start in.
+# How long the processes of a command may take to start.
 _MINUTES_TO_MEET = 30
 
 THREADS, MEMORY = "OMP_NUM_THREADS", "GLIBC_TUNABLES"
+HUGE_PAGES = "glibc.malloc.hugetlb"
 
 
 def start(config: RunConfig, program: Sequence[str]) -> int:
@@ -52,8 +53,8 @@ def start(config: RunConfig, program: Sequence[str]) -> int:
 
 
 def start_command(num_processes: int, layout: str, program: Sequence[str]) -> int:
-    """Run a command in several processes on this machine, where nobody else reaches them; return the exit status of
-    the first that failed, or 0.
+    """Run a command in several processes, which listen on this machine only; return the exit status of the first that
+    failed, or 0.
 
     layout: the options that ask for the processes. program: python's arguments for each of them. Raises UserError where
     this machine cannot have so many.
@@ -75,7 +76,7 @@ def _start(config: RunConfig, program: Sequence[str], nodes: Nodes, per_node: in
         raise UserError(describe_error(error)) from None
     open_log(config, f"node_{nodes.rank}")
     restarts = config.parallel.max_restarts
-    variables = [f"{name}={os.environ[name]}" for name in (THREADS, MEMORY) if name in os.environ]
+    variables = [f"{name}={shlex.quote(os.environ[name])}" for name in (THREADS, MEMORY) if name in os.environ]
     command = shlex.join(build_command(program, nodes, per_node, restarts))
     with contextlib.suppress(OSError):
         print(" ".join([*variables, "torchrun", command]), flush=True)
@@ -91,7 +92,10 @@ def set_environment(per_node: int, num_gpus: int) -> None:
     if not num_gpus:
         cores = len(os.sched_getaffinity(0))
         os.environ.setdefault(THREADS, str(max(1, cores // per_node)))
-        os.environ.setdefault(MEMORY, "glibc.malloc.hugetlb=1")
+        # A colon separates the user's own.
+        given = os.environ.get(MEMORY, "")
+        if HUGE_PAGES not in given:
+            os.environ[MEMORY] = f"{given}:{HUGE_PAGES}=1".lstrip(":")
         return
     if per_node > 1:
         # As torchrun has it: GPUs compute, and the cores are left to the processes that read and save.

@@ -100,9 +100,12 @@ def make_hand_off(config: RunConfig, groups: ProcessGroupCollection) -> HandOff:
     shard = ContextShard(groups.cp.rank(), groups.cp.size(), choose_layout(config)[0])
     wire = {"fp32": None, "bf16": torch.bfloat16}[parallel.hand_off_wire]
     algorithm, ranks_per_node = choose_hand_off(parallel, processes_per_node())
+    if parallel.context > 1:
+        on_each = f" ({ranks_per_node} on each machine)" if algorithm == "two_level" else ""
+        logger.info("hand-off: %s between %d context ranks%s", algorithm, parallel.context, on_each)
     if algorithm != "two_level":
         return HandOff(shard.chain, groups.cp, algorithm, wire)
-    node_group, cross_group = split_by_node(groups.cp, ranks_per_node)
+    node_group, cross_group = split_by_node(groups.cp, ranks_per_node, parallel.timeout_minutes)
     return HandOff(shard.chain, groups.cp, algorithm, wire, node_group, cross_group)
 
 

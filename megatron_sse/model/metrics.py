@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-# Decays that are exponentiated at once: 64 MiB in fp32, whatever the length of the sequences.
 from megatron_sse.chunking import DECAYS_AT_ONCE
 from megatron_sse.kernels import Routes
 

@@ -113,7 +113,8 @@ class Monitor:
         """
         for window in self.windows:
             window.after(step)
-        self._warn_of_spikes(step, losses["loss"], grad_norm)
+        if tokens:
+            self._warn_of_spikes(step, losses["loss"], grad_norm)
         self.num_skipped += skip is not None
         self.tokens += tokens
         self.seconds += seconds

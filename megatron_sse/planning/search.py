@@ -84,6 +84,7 @@ def _variants(config: RunConfig, num_gpus: int) -> Iterator[RunConfig]:
                 "pipeline": pipeline,
                 "virtual_pipeline": virtual,
                 "context": context,
+                "context_per_node": None,
                 "data": None,
             }
             try:

@@ -56,9 +56,9 @@ class Sizes:
 
     @property
     def num_micro_batches(self) -> int:
-        """Per optimizer step and data-parallel rank."""
+        """Per optimizer step and data-parallel rank; with rl as if each answer had a sequence of its own."""
         training = self.config.training
-        return training.global_batch_size // (training.micro_batch_size * self.data_size)
+        return max(1, training.global_batch_size // (training.micro_batch_size * self.data_size))
 
     @cached_property
     def chain(self) -> Chain:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
+import sys
 from collections.abc import Callable, Sequence
 
 from megatron_sse.config.rl import EXACT, MATH, Reward
@@ -11,6 +13,8 @@ from megatron_sse.data.problems import Problem
 from megatron_sse.errors import UserError
 from megatron_sse.installed import require
 
+# The reward of an answer that is right; sums of weighted rewards are rounded.
+SOLVED = 1 - 1e-9
 # Takes prompt, completion and answer.
 Score = Callable[[str, str, str], float]
 
@@ -48,6 +52,9 @@ def _find(name: str) -> Score:
         require("math_verify", f"rl.reward {MATH}", "rl")
         return verify_math
     module, _, function = name.partition(":")
+    # python -m has the folder where it starts on the path; the console script does not.
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())
     try:
         found = getattr(importlib.import_module(module), function)
     # Importing a user's module runs it.

@@ -48,7 +48,7 @@ class _Running:
     key: int
     end: int | None
     tokens: list[int] = field(default_factory=list)
-    logp: list[Tensor] = field(default_factory=list)
+    logp: list[float] = field(default_factory=list)
 
 
 def share_weights(
@@ -121,7 +121,7 @@ def generate(
             if not has_end and len(each.tokens) < max_new_tokens:
                 running.append(each)
                 continue
-            found[each.prompt][each.sample] = Rollout(each.tokens, torch.stack(each.logp).cpu().numpy(), not has_end)
+            found[each.prompt][each.sample] = Rollout(each.tokens, np.array(each.logp), not has_end)
             free.append(each.place)
     return [[rollout for rollout in group if rollout is not None] for group in found]
 
@@ -145,7 +145,7 @@ def _draw(running: list[_Running], logits_Dv: Tensor, sampler: Sampler) -> list[
     key_D = to_device(np.array([each.key for each in running]), device)
     count_D = to_device(np.array([len(each.tokens) for each in running]), device)
     token_D, logp_D = sampler.draw(logits_Dv, key_D, count_D)
-    for each, token, logp in zip(running, token_D.tolist(), logp_D.unbind(), strict=True):
+    for each, token, logp in zip(running, token_D.tolist(), logp_D.tolist(), strict=True):
         each.tokens.append(token)
         each.logp.append(logp)
     return running

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from megatron_sse.checkpoint.folders import find_checkpoints, find_weights
+from megatron_sse.checkpoint.folders import find_all_damage, find_checkpoints, find_weights
 from megatron_sse.checkpoint.names import TOKENIZER_FILES
 from megatron_sse.config import RunConfig, StageRun, choose_layout
 from megatron_sse.data.batch import Batch
@@ -30,12 +31,12 @@ from megatron_sse.rl.objective import PolicyObjective
 from megatron_sse.rl.packing import make_batches, pack
 from megatron_sse.rl.prompts import Prompt, Texts, choose, open_texts, read_run_prompts
 from megatron_sse.rl.reference import Reference
-from megatron_sse.rl.rewards import Scorer
+from megatron_sse.rl.rewards import SOLVED, Scorer
 from megatron_sse.rl.rollouts import generate, share_weights
 from megatron_sse.rl.sampler import Sampler, make_key
 from megatron_sse.run_folder import SAMPLES
 from megatron_sse.training.loop import Run, UselessRunError, train
-from megatron_sse.training.step import StepResult
+from megatron_sse.training.step import NOT_FINITE, StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,9 @@ def train_policy(config: RunConfig, lease: Lease | None = None) -> int:
 def open_problems(config: RunConfig) -> Problems:
     """Read the prompts and find the rewards of a run. Raises UserError."""
     assert config.rl is not None
-    checkpoint = next(iter(find_checkpoints(config)), None) or find_weights(config)
+    # A damaged one is passed over when the run resumes, too.
+    intact = (path for path in find_checkpoints(config) if not find_all_damage(path, hashes=False))
+    checkpoint = next(intact, None) or find_weights(config)
     files = [] if checkpoint is None else [checkpoint / name for name in TOKENIZER_FILES.values()]
     tokenizer = {file.name: file.read_bytes() for file in files if file.is_file()}
     texts = open_texts(config, checkpoint)
@@ -114,11 +117,19 @@ class PolicyRun(Run):
         place = self.groups.dp.rank(), self.groups.dp.size(), self.shard, self.device.type
         made = make_batches(rows, length, training.micro_batch_size, *place)
         self.num_rows = len(made) * training.micro_batch_size * self.groups.dp.size()
-        results = self._update(step, made) if made else [StepResult({"loss": 0.0}, 0.0, None)]
+        results = self._update(step, made) if made else [self._take_no_step(groups)]
         seconds = generated - started, time.perf_counter() - generated
         self._report_step(step, groups, results, sum(len(each.rollout.tokens) for each in answers), seconds)
         skipped = next((result for result in results if result.skip is not None), None)
         return skipped or results[0]
+
+    def _take_no_step(self, groups: list[Group]) -> StepResult:
+        """Return the result of a step in which there is nothing to learn; not finite where the model is not."""
+        for mixer in self.trainer.mixers:
+            mixer.metrics.reset()
+        if all(np.isfinite(rollout.logp_T).all() for group in groups for rollout in group.rollouts):
+            return StepResult({"loss": 0.0}, 0.0, None)
+        return StepResult({"loss": math.nan}, math.nan, NOT_FINITE)
 
     def _update(self, step: int, batches: list[Any]) -> list[StepResult]:
         """Take the optimizer steps of a batch; return their results. Raises UselessRunError."""
@@ -256,6 +267,6 @@ def describe_held_out(groups: Sequence[Group]) -> dict[str, float]:
     lengths = [len(rollout.tokens) for group in groups for rollout in group.rollouts]
     return {
         "validation/reward": float(rewards.mean()),
-        "validation/pass_at_1": float((rewards >= 1).mean()),
+        "validation/pass_at_1": float((rewards >= SOLVED).mean()),
         "validation/length": float(np.mean(lengths)),
     }

@@ -6,7 +6,14 @@ import pytest
 from megatron.core.transformer.transformer_config import TransformerConfig
 from pydantic import ValidationError
 
-from megatron_sse.config import ParallelConfig, attention_kind, choose_hand_off, choose_layout, transformer_settings
+from megatron_sse.config import (
+    ParallelConfig,
+    attention_kind,
+    choose_hand_off,
+    choose_layout,
+    ignored_settings,
+    transformer_settings,
+)
 from tests.model.support import run_config
 
 MODEL: dict[str, Any] = {
@@ -96,3 +103,11 @@ def test_parts_of_an_input_convolution_lie_in_one_slot() -> None:
 )
 def test_the_hand_off_fits_the_machines(expected: tuple[str, int], gpus: int, parallel: dict) -> None:
     assert choose_hand_off(ParallelConfig(**parallel), gpus) == expected
+
+
+def test_context_per_node_counts_for_two_level_alone() -> None:
+    """Elsewhere it is ignored, whatever it is: with one context rank, and by other algorithms."""
+    for parallel in ({"context": 1}, {"context": 4, "hand_off": "exscan"}):
+        config = run_config(MODEL | {"softmax": HEADS}, parallel=parallel | {"context_per_node": 8})
+        assert choose_hand_off(config.parallel, 8) == ("exscan", min(8, parallel["context"]))
+        assert any("parallel.context_per_node is ignored" in line for line in ignored_settings(config))

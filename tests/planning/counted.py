@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sse.data.iterators import build_data_iterators
+from megatron_sse.parallel.groups import CROSS_GROUP, NODE_GROUP
 from megatron_sse.parallel.traffic import Traffic
 from tests.training.support import small_run, start
 
@@ -18,7 +19,8 @@ AXES = {
     "TENSOR_AND_CONTEXT_PARALLEL_GROUP": "tensor",  # halos between parts of the sequence
     "EMBEDDING_GROUP": "pipeline",
     "CONTEXT_PARALLEL_GROUP": "context",
-    "undefined": "context",  # parts of it, for hand_off: two_level
+    NODE_GROUP: "context",
+    CROSS_GROUP: "context",
     "DATA_PARALLEL_GROUP": "data",
     "DATA_PARALLEL_GROUP_WITH_CP": "data",
 }

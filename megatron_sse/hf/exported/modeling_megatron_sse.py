@@ -340,7 +340,7 @@ class MegatronSSEForCausalLM(MegatronSSEPreTrainedModel, GenerationMixin):
         self, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """Return the arguments of forward for the next tokens. inputs_embeds: named, as transformers looks for it."""
-        # generate() hands on those that it has used for stop_strings; forward takes only what it honours.
+        # generate() passes on the tokenizers that it needs for stop_strings; forward would refuse them.
         for name in ("tokenizer", "assistant_tokenizer"):
             kwargs.pop(name, None)
         return super().prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)  # type: ignore[misc]

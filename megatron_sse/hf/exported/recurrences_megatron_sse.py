@@ -38,8 +38,8 @@ def gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor | None, docume
     """Run S <- diag(exp(g)) S + k^T v, o = q S / sqrt(K).
 
     q, k, v, g: [B, L, M, K or V], fp32; g is the log decay. state: [B, M, K, V], None for zeros.
-    Returns outputs [B, L, M, V] and the new state. The state starts anew with each document, of which no value reaches
-    another one, inf and nan included: a document with one is nan from there on.
+    Returns outputs [B, L, M, V] and the new state. The state starts anew with each document. No value of one
+    document reaches another, not even inf or nan; from such a value on, the outputs of its document are nan.
     """
     return _run(GLA_CHUNK, _meet, (q, k, v), g, state, documents)
 
@@ -128,7 +128,7 @@ def _chunks(
     before_B = None if documents is None else documents.before_B
     for *rows_c, g_c, last_BC in zip(*chunks, lasts, strict=True):
         ones = torch.ones(g_c.shape[2], g_c.shape[2], dtype=torch.bool, device=g_c.device)
-        # Each sum is taken on its own: a difference of two running sums would lose digits, and know other documents.
+        # Each sum is taken on its own: a difference of two running sums loses digits, and depends on other documents.
         between = g_c[:, :, :, None].masked_fill(ones.triu()[..., None], 0).cumsum(2)
         apart, from_start = ones.triu(1), g_c.cumsum(2).exp()
         if last_BC is not None and before_B is not None:
