@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from megatron_sse.parallel.device import Device
 from megatron_sse.parallel.stores import stay_on_this_machine
 
-# Of the parts of a context group, as Megatron-Core names its groups; errors print them.
+# Names of a context group's parts, in Megatron-Core's style; error messages print them.
 NODE_GROUP, CROSS_GROUP = "CONTEXT_PARALLEL_NODE_GROUP", "CONTEXT_PARALLEL_CROSS_GROUP"
 
 

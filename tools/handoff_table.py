@@ -15,7 +15,7 @@ from megatron_sse.planning.hand_off import ALGORITHMS, NETWORK_LATENCY, NETWORK_
 from megatron_sse.planning.sizes import FP32
 
 MIB = 2**20
-# Of the table of times: one large layer, on many machines.
+# For the table of times: one large layer, on many machines.
 LARGE_HEADS, LARGE_PARTITIONS = 32, 64
 MANY = (16, 64, 256, 1024)
 TOKENS = (1024, 16 * 1024, 128 * 1024, 1024 * 1024)

@@ -1,4 +1,4 @@
-"""What settings are made of: types with bounds, and sections without unknown keys."""
+"""Types of settings with their bounds, and sections without unknown keys."""
 
 from typing import Annotated, Any
 

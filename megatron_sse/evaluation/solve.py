@@ -25,7 +25,7 @@ MAX_TOKENS = 1024
 
 @dataclass(frozen=True)
 class Solved:
-    """What a model makes of a file of prompts, in tries of each.
+    """Results of a model on a file of prompts, over several tries of each.
 
     pass_at_1: share of tries with a reward of 1. pass_at_k: share of prompts that one try at least solves. majority:
     share of prompts whose most frequent last line is of a try with a reward of 1. length: tokens of a try. cut_off:

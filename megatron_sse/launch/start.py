@@ -92,7 +92,7 @@ def set_environment(per_node: int, num_gpus: int) -> None:
     if not num_gpus:
         cores = len(os.sched_getaffinity(0))
         os.environ.setdefault(THREADS, str(max(1, cores // per_node)))
-        # A colon separates the user's own.
+        # The user's own tunables stay, in front of a colon.
         given = os.environ.get(MEMORY, "")
         if HUGE_PAGES not in given:
             os.environ[MEMORY] = f"{given}:{HUGE_PAGES}=1".lstrip(":")

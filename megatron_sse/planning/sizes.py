@@ -39,7 +39,7 @@ class Sizes:
 
     @property
     def stream_tokens(self) -> int:
-        """Those that the residual stream holds: a part of them under sequence parallelism."""
+        """Tokens that the residual stream holds: a part of them under sequence parallelism."""
         parallel = self.config.parallel
         return self.tokens // (parallel.tensor if parallel.sequence else 1)
 

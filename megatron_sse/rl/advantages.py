@@ -1,4 +1,4 @@
-"""What answers count in the loss: advantages over their group, and the weight of each token, by algorithm."""
+"""Advantages of answers over their group, and the weight of each token in the loss, by algorithm."""
 
 from __future__ import annotations
 

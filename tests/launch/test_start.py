@@ -1,7 +1,9 @@
 """The launcher of one machine: its number of processes, signals, restarts and exit status."""
 
+import os
 import signal
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from megatron_sse.config import RunConfig, count_processes, load_config
 from megatron_sse.errors import UserError
 from megatron_sse.launch.nodes import Nodes
-from megatron_sse.launch.start import build_command, start_command
+from megatron_sse.launch.start import MEMORY, THREADS, build_command, set_environment, start_command
 from tests.launchers import start_launcher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,6 +56,23 @@ WRONG_COUNTS = [
 def test_layouts_that_do_not_fit_the_machines(overrides: str, nodes: int, gpus: int, message: str) -> None:
     with pytest.raises(UserError, match=f"^{message}$"):
         count_processes(load(*overrides.split()), nodes, gpus)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "glibc.malloc.hugetlb=1"),
+        ({MEMORY: "glibc.pthread.rseq=0"}, "glibc.pthread.rseq=0:glibc.malloc.hugetlb=1"),
+        ({MEMORY: "glibc.malloc.hugetlb=2"}, "glibc.malloc.hugetlb=2"),
+    ],
+)
+def test_processes_on_cpus_take_huge_pages(given: dict[str, str], expected: str) -> None:
+    others = {name: value for name, value in os.environ.items() if name not in (THREADS, MEMORY)}
+    with mock.patch.dict(os.environ, others | given, clear=True):
+        set_environment(per_node=8, num_gpus=8)
+        assert os.environ.get(MEMORY) == given.get(MEMORY) and os.environ[THREADS] == "1"
+        set_environment(per_node=1, num_gpus=0)
+        assert os.environ[MEMORY] == expected
 
 
 def test_commands() -> None:

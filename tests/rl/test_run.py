@@ -5,14 +5,20 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from megatron_sse.data.problems import Problem
 from megatron_sse.parallel.groups import destroy_groups, init_groups
 from megatron_sse.rl import run as run_module
-from megatron_sse.rl.run import PolicyRun, open_problems
+from megatron_sse.rl.advantages import Group
+from megatron_sse.rl.prompts import Prompt
+from megatron_sse.rl.rollouts import Rollout
+from megatron_sse.rl.run import PolicyRun, describe_held_out, open_problems
 from megatron_sse.training.loop import Signals, UselessRunError
+from megatron_sse.training.step import NOT_FINITE
 from tests.rl.support import policy_config
 from tests.training.support import cpu
 from tests.workers import run_workers
@@ -99,6 +105,10 @@ def nothing_to_learn(folder: Path) -> list[str]:
     run.run(Signals())
     logger.removeHandler(handler)
     assert equal(weights(run), before)
+    # Answers of a model with a nan are all alike, too.
+    with torch.no_grad():
+        next(run.net.parameters()).fill_(torch.nan)
+    assert run._take_step(2, iter(())).skip is NOT_FINITE
     destroy_groups()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UselessRunError, match="differ by a factor of 1.0000"):
         patch.setattr(run_module, "STOP_ABOVE", 0.5)
@@ -110,3 +120,11 @@ def test_no_group_has_a_spread_and_probabilities_that_differ(tmp_path: Path) -> 
     [log] = run_workers(1, nothing_to_learn, tmp_path)
     [line] = [line for line in log if "reward" in line]
     assert "NO UPDATE: no group has rewards that differ" in line and "100 % cut at rl.max_new_tokens" in line
+
+
+def test_a_rounded_sum_of_rewards_is_solved() -> None:
+    prompt = Prompt(Problem("2+2=", None, "4", "p.jsonl:1"), [1], None)
+    rewards = [0.6 + 0.3 + 0.1, 0.6]
+    assert rewards[0] < 1
+    group = Group(0, prompt, [Rollout([1], np.zeros(1), is_cut=False)] * 2, ["", ""], rewards)
+    assert describe_held_out([group])["validation/pass_at_1"] == 0.5

@@ -25,6 +25,10 @@ WRONG: dict[str, tuple[str, Any]] = {
     "rl.kl: got 0.1, allowed 0.0 while checkpoint.load_weights, which is the reference, is null": ("rl.kl", 0.1),
     "training.global_batch_size: got 5, allowed null with rl": ("training.global_batch_size", 5),
     "stages: got a list, allowed null with rl": ("stages", [{"tokens": 9, "sequence_length": 8}]),
+    "model.transformer.attention_dropout: got 0.1, allowed 0.0 with rl": (
+        "model.transformer",
+        {"attention_dropout": 0.1},
+    ),
     "rl.group_size: got 1, allowed at least 2": ("rl.group_size", 1),
     "rl.clip: got 1.0, allowed less than 1": ("rl.clip", 1.0),
     "rl.top_p: got 0.0, allowed more than 0": ("rl.top_p", 0.0),
@@ -57,6 +61,9 @@ def test_balance_loss_and_ignored(tmp_path: Path) -> None:
         "data.packing is ignored: rl packs complete answers by best fit",
         "training.validation_interval is ignored: rl.validation_prompts is null",
     ]
+    [clipped] = ignored_settings(policy_config(tmp_path, rl={"clip_high": 0.3}))
+    assert clipped == "rl.clip_high is ignored: rl.updates_per_batch is 1, where all ratios are 1"
+    assert not ignored_settings(policy_config(tmp_path, rl={"clip_high": 0.3, "updates_per_batch": 2}))
     assert config.training.global_batch_size == 12
     assert type(config).model_validate(yaml.safe_load(config.to_yaml())) == config
 

@@ -1,6 +1,7 @@
 """Prompts and rewards that are wrong: one line that says what, before anything is generated where it can be."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,14 @@ def test_rewards() -> None:
     assert [score("exact", completion=text) for text in ("2+2\n 4 \n", "4\n5", "", "14")] == [1, 0, 0, 0]
     both = ("exact", {"function": "tests.rl.test_wrong:half", "weight": -2})
     assert score(*both, completion="4") == 0 and score(*both, completion="5") == -1
+
+
+def test_a_reward_in_the_folder_where_the_command_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The console script does not have that folder on its path."""
+    (tmp_path / "rewards_of_mine.py").write_text("def always(*_):\n    return 1\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
+    assert score("rewards_of_mine:always", completion="4") == 1
 
 
 def test_math() -> None:

@@ -21,7 +21,7 @@ class Documents(NamedTuple):
 
 
 class Decays(NamedTuple):
-    """What is left of a token's write, by channel; 0 across the borders of documents.
+    """Shares that remain of a token's write, by channel; 0 across the borders of documents.
 
     between: from the row of the second to that of the first dim, [B, M, C, C, K], 0 for rows that come later.
     from_start, to_end: from the chunk's start to each row, from each row to its end, [B, M, C, K].
