@@ -19,6 +19,8 @@ def run(request: Request) -> int:
     if config.stages is not None:
         number = longest_stage(config).number + 1
         print(f"for stage {number} of {len(config.stages)}, which has the longest sequences")
+    if config.rl is not None:
+        print("every answer of rl is counted as a sequence of its own; generating it is not counted")
     if request.search:
         config, num_gpus = _planned_run(config, request.gpus)
         documents = count_documents(config, request.documents)
