@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from torch.distributed import HashStore, TCPStore
+from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
 
 from megatron_sse.launch.meeting import Meeting
 from megatron_sse.launch.nodes import Nodes
@@ -34,6 +35,18 @@ def test_a_killed_process_starts_all_again(tmp_path: Path) -> None:
     assert [len(lines) for lines in places] == [2, 2]
     assert places[0][0] != places[0][1]
     assert [line.replace("0 of", "1 of") for line in places[0]] == places[1]
+
+
+def test_only_the_agent_of_ours_restarts_for_another_node() -> None:
+    """torch's agent asks the meeting once more behind ours, and would restart with no cause, uncounted."""
+    store = HashStore()
+    first, second = (Meeting(Nodes(2, rank, "localhost", 1), store, "", 1.0) for rank in (0, 1))
+    assert not first.is_waited_for()
+    with pytest.raises(RendezvousTimeoutError):
+        second.seconds_to_meet = 0
+        second.next_rendezvous()
+    assert first.is_waited_for()
+    assert first.num_nodes_waiting() == 0
 
 
 def test_restarts_are_counted(tmp_path: Path) -> None:

@@ -37,8 +37,9 @@ FINAL_EXITS = (USER_ERROR_EXIT, NOT_FINITE_EXIT, INTERRUPT_EXIT)
 class Agent(LocalElasticAgent):
     """torch's agent; it logs why it restarts the processes, and does not restart them where that is useless."""
 
-    def __init__(self, spec: WorkerSpec, restarts_left: int):
+    def __init__(self, spec: WorkerSpec, meeting: Meeting, restarts_left: int):
         super().__init__(spec, DefaultLogsSpecs())
+        self.meeting = meeting
         self._remaining_restarts = restarts_left
         self.is_ending, self.is_done = False, False
         # Exit status and cause of the last failure.
@@ -60,7 +61,7 @@ class Agent(LocalElasticAgent):
             raise SignalException("ended while starting", signal.Signals(signum))
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        meeting, store = worker_group.spec.rdzv_handler, worker_group.store
+        store = worker_group.store
         assert store is not None
         result = super()._monitor_workers(worker_group)
         if result.failures:
@@ -73,9 +74,9 @@ class Agent(LocalElasticAgent):
         if result.state == WorkerState.SUCCEEDED and self._all_are_done(worker_group):
             return result
         # Checked even if the processes of this machine have succeeded: they restart with the others.
-        if meeting.is_closed():
+        if self.meeting.is_closed():
             raise RendezvousClosedError
-        if meeting.num_nodes_waiting():
+        if self.meeting.is_waited_for():
             self.status, self.reason = 1, store.compare_set("reason", "", "a node was started again").decode()
             return RunResult(WorkerState.UNHEALTHY)
         return RunResult(WorkerState.HEALTHY)
@@ -126,7 +127,7 @@ def run_processes(
         signal.signal(signal.SIGTERM, _stop)
         try:
             meeting = meet(nodes, timeout_minutes)
-            agent = Agent(_describe(arguments, meeting, per_node, max_restarts), restarts_left)
+            agent = Agent(_describe(arguments, meeting, per_node, max_restarts), meeting, restarts_left)
             return _run(agent, meeting)
         except KeyboardInterrupt:
             return INTERRUPT_EXIT

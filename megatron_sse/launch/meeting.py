@@ -121,8 +121,12 @@ class Meeting(RendezvousHandler):
         raise UserError(f"NODE_RANK: got {got} on {count} nodes, allowed each number from 0 to {count - 1} once")
 
     def num_nodes_waiting(self) -> int:
-        """Return 1 if a launcher waits for the next round: it was started again, or its processes failed."""
-        return int(self._of_round(self.round + 1).check([_JOINED]))
+        """Return 0. torch's agent would restart its processes at any other number without a cause and uncounted."""
+        return 0
+
+    def is_waited_for(self) -> bool:
+        """Return whether a launcher waits for the next round: it was started again, or its processes failed."""
+        return self._of_round(self.round + 1).check([_JOINED])
 
     def is_closed(self) -> bool:
         return self.store.check([_ENDED])
