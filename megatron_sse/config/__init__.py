@@ -10,6 +10,7 @@ from megatron_sse.config.derive import (
     recomputed_parts,
     uses_distributed_optimizer,
 )
+from megatron_sse.config.distill import DistillConfig
 from megatron_sse.config.ignored import ignored_settings
 from megatron_sse.config.load import load_config
 from megatron_sse.config.megatron import transformer_settings
@@ -42,6 +43,7 @@ __all__ = [
     "NeedleVariant",
     "OptimizerConfig",
     "ParallelConfig",
+    "DistillConfig",
     "RLConfig",
     "RunConfig",
     "SSEConfig",

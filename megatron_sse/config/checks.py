@@ -177,6 +177,7 @@ def _pipeline(config: Settings) -> Found:
 def _run(config: Settings) -> Found:
     training, optimizer = config.training, config.optimizer
     yield from batch_problems(config, config.parallel.data or 1)
+    yield from _distill(config)
     stay = max(0, training.steps - optimizer.warmup_steps)
     if optimizer.schedule == "wsd" and optimizer.decay_steps > stay:
         yield "optimizer.decay_steps", optimizer.decay_steps, f"at most the {stay} steps after the warm-up"
@@ -187,6 +188,18 @@ def _run(config: Settings) -> Found:
         window = getattr(config.monitor, name)
         if window is not None and window[1] > training.steps:
             yield f"monitor.{name}", window, f"steps up to training.steps {training.steps}"
+
+
+def _distill(config: Settings) -> Found:
+    distill, pipeline = config.training.distill, config.parallel.pipeline
+    if distill is None:
+        return
+    if config.rl is not None:
+        yield "training.distill", "a teacher", "null with rl, whose loss has no teacher"
+    if pipeline > 1:
+        yield "parallel.pipeline", pipeline, "1 with training.distill: the teacher has no pipeline stages"
+    if not distill.logits and not distill.hidden:
+        yield "training.distill.logits", distill.logits, "more than 0 while training.distill.hidden is 0, too"
 
 
 def batch_problems(config: Settings, data_size: int) -> Found:

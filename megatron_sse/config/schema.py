@@ -13,6 +13,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from megatron_sse.config.distill import DistillConfig
 from megatron_sse.config.pattern import expand_pattern
 from megatron_sse.config.problem import show
 from megatron_sse.config.rl import RLConfig
@@ -334,6 +335,7 @@ class TrainingConfig(Section):
     validation_interval: Steps0 = 0
     validation_batches: Count = 8
     max_skipped_steps: Steps = 10
+    distill: DistillConfig | None = None
 
 
 class OptimizerConfig(Section):

@@ -70,10 +70,14 @@ def _find_loop(config: RunConfig) -> Callable[[RunConfig, Lease | None], int]:
 
     Imported late: a world size that does not fit is reported before Megatron-Core is loaded.
     """
-    if config.rl is None:
-        from megatron_sse.training.loop import train
+    if config.rl is not None:
+        from megatron_sse.rl.run import train_policy
 
-        return train
-    from megatron_sse.rl.run import train_policy
+        return train_policy
+    if config.training.distill is not None:
+        from megatron_sse.distill.run import distill
 
-    return train_policy
+        return distill
+    from megatron_sse.training.loop import train
+
+    return train

@@ -37,7 +37,7 @@ from megatron_sse.model.mixer import SSEMixer
 from megatron_sse.parallel.device import Device
 from megatron_sse.parallel.groups import processes_per_node, split_by_node
 from megatron_sse.parallel.handoff import HandOff
-from megatron_sse.parallel.linear_cross_entropy import OutputLayer
+from megatron_sse.parallel.output_layer import OutputLayer
 from megatron_sse.parallel.sharding import ContextShard
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,9 @@ from torch import Tensor
 from megatron_sse.config import ModelConfig
 from megatron_sse.model.backend import Backend
 from megatron_sse.parallel.layout import TokenLayout
-from megatron_sse.parallel.linear_cross_entropy import OutputLayer, TokenScores, score_tokens
+from megatron_sse.parallel.linear_cross_entropy import TokenScores, score_tokens
+from megatron_sse.parallel.linear_divergence import Teacher, diverge
+from megatron_sse.parallel.output_layer import OutputLayer
 
 
 class LanguageModel(GPTModel):
@@ -38,6 +40,7 @@ class LanguageModel(GPTModel):
         labels: Tensor | None = None,
         likeliest: bool = False,
         temperature: float = 1.0,
+        teacher: Teacher | None = None,
         runtime_gather_output: bool = False,
     ) -> Tensor | TokenScores:
         """Run this stage.
@@ -48,25 +51,32 @@ class LanguageModel(GPTModel):
             labels: int64 [B, L], what should follow each token.
             likeliest: also find the likeliest tokens.
             temperature: divides the logits that the scores are of.
+            teacher: also find how far this model's distributions are from the teacher's.
             runtime_gather_output: return the logits of all tensor ranks.
 
         Returns:
             hidden states [L, B, d] on all stages but the last, and there the scores of `labels`, [B, L], or without
             labels this tensor rank's part of the logits, [B, L, v].
         """
-        hidden_LBd = self.embedding(input_ids, None) if self.pre_process else None
-        hidden_LBd = self.decoder(hidden_LBd, None, packed_seq_params=packed_seq_params)
+        hidden_LBd = self.hidden_states(input_ids, packed_seq_params)
         if not self.post_process:
             return hidden_LBd
         weight_vd = self.output_weight()
         if labels is None:
             logits_LBv, _ = self.output_layer(hidden_LBd, weight=weight_vd, runtime_gather_output=runtime_gather_output)
             return logits_LBv.transpose(0, 1).contiguous()
+        divergence_BL = None if teacher is None else diverge(hidden_LBd, weight_vd, teacher, self.output).t()
         if temperature != 1.0:
             # The same as dividing the logits, which never exist together.
             hidden_LBd = hidden_LBd / temperature
         scores = score_tokens(hidden_LBd, weight_vd, labels.t(), self.output, likeliest)
-        return TokenScores(scores.loss.t(), None if scores.likeliest is None else scores.likeliest.t())
+        return TokenScores(scores.loss.t(), None if scores.likeliest is None else scores.likeliest.t(), divergence_BL)
+
+    def hidden_states(self, input_ids: Tensor, layout: TokenLayout) -> Tensor:
+        """Return what the next stage, or on the last one the output layer, takes: [L, B, d], under sequence parallelism
+        this tensor rank's part of L."""
+        hidden_LBd = self.embedding(input_ids, None) if self.pre_process else None
+        return self.decoder(hidden_LBd, None, packed_seq_params=layout)
 
     def output_weight(self) -> Tensor:
         """Return the output layer's weight on this rank: its own, or the embedding that it is tied to."""

@@ -21,6 +21,8 @@ def run(request: Request) -> int:
         print(f"for stage {number} of {len(config.stages)}, which has the longest sequences")
     if config.rl is not None:
         print("every answer of rl is counted as a sequence of its own; generating it is not counted")
+    if config.training.distill is not None:
+        print("the teacher of training.distill is not counted: its weights, and a forward pass of it in every step")
     if request.search:
         config, num_gpus = _planned_run(config, request.gpus)
         documents = count_documents(config, request.documents)

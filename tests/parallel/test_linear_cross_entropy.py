@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_sse.parallel import linear_cross_entropy
 from megatron_sse.parallel.groups import init_groups
-from megatron_sse.parallel.linear_cross_entropy import OutputLayer, score_tokens
+from megatron_sse.parallel.linear_cross_entropy import score_tokens
+from megatron_sse.parallel.output_layer import OutputLayer
 from tests.workers import run_workers
 
 L, B, D, PADDED = 10, 3, 8, 24
@@ -72,7 +73,7 @@ def chunked(case: Case) -> dict[str, Tensor]:
         wide = torch.promote_types(case.dtype, torch.float32)
         weight_vd.main_grad = torch.ones_like(weight_vd, dtype=wide)  # type: ignore[attr-defined]
     # As a model calls it: labels [B, L], transposed.
-    loss_LB, likeliest_LB = score_tokens(hidden_LBd, weight_vd, label_LB.t().contiguous().t(), layer, likeliest=True)
+    loss_LB, likeliest_LB, _ = score_tokens(hidden_LBd, weight_vd, label_LB.t().contiguous().t(), layer, likeliest=True)
     assert likeliest_LB is not None
     (loss_LB * counts_LB).sum().backward()
     assert hidden_LBd.grad is not None and weight_vd.grad is not None

@@ -1,0 +1,48 @@
+"""A run that trains a model beside a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from megatron_sse.config import RunConfig
+from megatron_sse.data.batch import Batch
+from megatron_sse.distill.objective import Distillation
+from megatron_sse.distill.teacher import OpenTeacher, open_teacher
+from megatron_sse.errors import found_by_all
+from megatron_sse.lease import Lease
+from megatron_sse.pretrained.network import build_and_load
+from megatron_sse.training.loop import Run, train
+from megatron_sse.training.step import StepResult
+
+
+def distill(config: RunConfig, lease: Lease | None = None) -> int:
+    """Run the distillation that `config` describes; as training.loop.train. Raises UserError."""
+    with found_by_all():
+        teacher = open_teacher(config)
+    return train(config, lease, partial(DistillRun, teacher))  # type: ignore[arg-type]
+
+
+class DistillRun(Run):
+    """A run with a teacher, whose weights are on the device, too."""
+
+    def __init__(self, teacher: OpenTeacher, config: RunConfig, *others: Any) -> None:
+        super().__init__(config, *others)
+        assert config.training.distill is not None
+        [chunk] = self.trainer.chunks
+        net = build_and_load(teacher.model, teacher.config, self.groups, self.device, core_attention=None)
+        net.requires_grad_(False)
+        optimizer = self.trainer.optimizer
+        self.trainer.objective = Distillation(
+            config.training.distill, net, chunk.module, self.groups, optimizer.get_loss_scale
+        )
+
+    def _take_step(self, step: int, batches: Iterator[Batch]) -> StepResult:
+        result = super()._take_step(step, batches)
+        names = [name for name in ("divergence", "hidden") if name in result.losses]
+        is_due = step % self.config.monitor.log_interval == 0 or step == self.config.training.steps
+        line = " | ".join(f"{name} {result.losses[name]:.4f}" for name in names)
+        if is_due and names:
+            self.monitor.report(step, {f"distill/{name}": result.losses[name] for name in names}, line)
+        return result
