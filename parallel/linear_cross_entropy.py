@@ -29,7 +29,12 @@ class TokenScores(NamedTuple):
 
 
 def score_tokens(
-    hidden_LBd: Tensor, weight_vd: Tensor, label_LB: Tensor, layer: OutputLayer, likeliest: bool = False
+    hidden_LBd: Tensor,
+    weight_vd: Tensor,
+    label_LB: Tensor,
+    layer: OutputLayer,
+    likeliest: bool = False,
+    temperature: float = 1.0,
 ) -> TokenScores:
     """Return the loss of every token; differentiable in `hidden_LBd` and `weight_vd`.
 
@@ -42,8 +47,9 @@ def score_tokens(
         weight_vd: this rank's rows.
         label_LB: int64, of all tokens of the context rank.
         likeliest: also return the likeliest tokens (without a gradient).
+        temperature: divides the logits of the loss, in fp32 (fp64 in fp64 models) as in generation: after the product.
     """
-    loss_T = _LinearCrossEntropy.apply(hidden_LBd.flatten(0, 1), weight_vd, label_LB.flatten(), layer)
+    loss_T = _LinearCrossEntropy.apply(hidden_LBd.flatten(0, 1), weight_vd, label_LB.flatten(), layer, temperature)
     best_LB = None
     if likeliest:
         best_LB = _likeliest(hidden_LBd.flatten(0, 1), weight_vd, layer).view_as(label_LB)
@@ -62,7 +68,9 @@ def _likeliest(hidden_Td: Tensor, weight_vd: Tensor, layer: OutputLayer) -> Tens
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, own_Td: Tensor, weight_vd: Tensor, label_T: Tensor, layer: OutputLayer) -> Tensor:
+    def forward(
+        ctx: Any, own_Td: Tensor, weight_vd: Tensor, label_T: Tensor, layer: OutputLayer, temperature: float
+    ) -> Tensor:
         hidden_Td = all_tokens(own_Td, layer)
         dtype = torch.promote_types(hidden_Td.dtype, torch.float32)
         num_rows = len(weight_vd)
@@ -71,13 +79,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         log_sum_T, logit_T = torch.empty(2, len(hidden_Td), dtype=dtype, device=hidden_Td.device)
         summarize = compiled(_summarize) if layer.fused else _summarize
         for chunk in layer.chunks(len(hidden_Td)):
-            found = summarize(hidden_Td[chunk] @ weight_vd.t(), place_T[chunk], layer.real_rows(num_rows), dtype)
+            logits_Cv = hidden_Td[chunk] @ weight_vd.t()
+            found = summarize(logits_Cv, place_T[chunk], layer.real_rows(num_rows), dtype, temperature)
             log_sum_T[chunk], logit_T[chunk] = found
         logit_T = torch.where(is_own_T, logit_T, 0.0)
         if layer.group.size() > 1:
             log_sum_T, logit_T = _join(log_sum_T, logit_T, layer.group)
         ctx.save_for_backward(own_Td, weight_vd, label_T, log_sum_T)
-        ctx.layer = layer
+        ctx.layer, ctx.temperature = layer, temperature
         # Not saved as a tensor: it is the optimizer's, and changed in place by every micro-batch.
         ctx.main_grad = getattr(weight_vd, "main_grad", None)
         return log_sum_T - logit_T
@@ -97,21 +106,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
             place_C, log_sum_C, grad_C, label_grad_C = (
                 part[chunk] for part in (place_T, log_sum_T, grad_T, label_grad_T)
             )
-            # Without a name, so that the callee can free them.
-            grad_Cv = differentiate(
-                hidden_Td[chunk] @ weight_vd.t(), place_C, log_sum_C, grad_C, label_grad_C, layer.real_rows(num_rows)
-            )
+            of_chunk = place_C, log_sum_C, grad_C, label_grad_C, layer.real_rows(num_rows), ctx.temperature
+            # Logits without a name, so that the callee can free them.
+            grad_Cv = differentiate(hidden_Td[chunk] @ weight_vd.t(), *of_chunk)
             torch.mm(grad_Cv, weight_vd, out=grad_hidden_Td[chunk])
             if weight_grad is not None:
                 weight_grad.add(grad_Cv, hidden_Td[chunk])
             del grad_Cv
         grad_own_Td = sum_over_rows(grad_hidden_Td, layer) if ctx.needs_input_grad[0] else None
-        return grad_own_Td, None if weight_grad is None else weight_grad.result(), None, None
+        return grad_own_Td, None if weight_grad is None else weight_grad.result(), None, None, None
 
 
-def _summarize(logits_Cv: Tensor, place_C: Tensor, real: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _summarize(
+    logits_Cv: Tensor, place_C: Tensor, real: int, dtype: torch.dtype, temperature: float
+) -> tuple[Tensor, Tensor]:
     """Return the logarithm of the sum of the exponentials of the first `real` logits, and the logit at `place_C`."""
-    logits_Cv = _mask(logits_Cv.to(dtype), real)
+    logits_Cv = _mask(_divide(logits_Cv.to(dtype), temperature), real)
     logit_C = logits_Cv.gather(1, place_C[:, None])[:, 0]
     # A rank whose rows are all padding has no largest logit: its sum is 0.
     most_C = logits_Cv.amax(1).clamp(min=torch.finfo(dtype).min)
@@ -120,14 +130,25 @@ def _summarize(logits_Cv: Tensor, place_C: Tensor, real: int, dtype: torch.dtype
 
 
 def _differentiate(
-    logits_Cv: Tensor, place_C: Tensor, log_sum_C: Tensor, grad_C: Tensor, label_grad_C: Tensor, real: int
+    logits_Cv: Tensor,
+    place_C: Tensor,
+    log_sum_C: Tensor,
+    grad_C: Tensor,
+    label_grad_C: Tensor,
+    real: int,
+    temperature: float,
 ) -> Tensor:
     """Return the gradient of the logits, in their dtype: (softmax - label) times the gradient of the loss."""
     dtype = logits_Cv.dtype
-    logits_Cv = _mask(logits_Cv.to(log_sum_C.dtype), real)
+    logits_Cv = _mask(_divide(logits_Cv.to(log_sum_C.dtype), temperature), real)
     grad_Cv = logits_Cv.sub_(log_sum_C[:, None]).exp_().mul_(grad_C[:, None])
     # label_grad_C is 0 where another rank holds the label.
-    return grad_Cv.scatter_add_(1, place_C[:, None], -label_grad_C[:, None]).to(dtype)
+    return _divide(grad_Cv.scatter_add_(1, place_C[:, None], -label_grad_C[:, None]), temperature).to(dtype)
+
+
+def _divide(x_Cv: Tensor, temperature: float) -> Tensor:
+    """Divide logits or their gradients by the temperature, in place."""
+    return x_Cv if temperature == 1 else x_Cv.div_(temperature)
 
 
 def _mask(logits_Cv: Tensor, real: int) -> Tensor:

@@ -66,10 +66,7 @@ class LanguageModel(GPTModel):
             logits_LBv, _ = self.output_layer(hidden_LBd, weight=weight_vd, runtime_gather_output=runtime_gather_output)
             return logits_LBv.transpose(0, 1).contiguous()
         divergence_BL = None if teacher is None else diverge(hidden_LBd, weight_vd, teacher, self.output).t()
-        if temperature != 1.0:
-            # The same as dividing the logits, which never exist together.
-            hidden_LBd = hidden_LBd / temperature
-        scores = score_tokens(hidden_LBd, weight_vd, labels.t(), self.output, likeliest)
+        scores = score_tokens(hidden_LBd, weight_vd, labels.t(), self.output, likeliest, temperature)
         return TokenScores(scores.loss.t(), None if scores.likeliest is None else scores.likeliest.t(), divergence_BL)
 
     def hidden_states(self, input_ids: Tensor, layout: TokenLayout) -> Tensor:

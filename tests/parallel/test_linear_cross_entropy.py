@@ -30,6 +30,7 @@ class Case:
     main_grad: bool = False
     masked: str = "some"
     dtype: torch.dtype = torch.float64
+    temperature: float = 1.0
 
 
 def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -47,7 +48,7 @@ def plain(case: Case) -> dict[str, Tensor]:
     """Return losses, likeliest tokens and gradients by torch's autograd, from inputs of this dtype, in fp64."""
     hidden_LBd, weight_vd, label_LB, counts_LB = inputs(case)
     hidden_LBd, weight_vd = (x.double().requires_grad_() for x in (hidden_LBd, weight_vd))
-    logits_LBv = (hidden_LBd @ weight_vd.t())[..., : case.vocab_size]
+    logits_LBv = (hidden_LBd @ weight_vd.t())[..., : case.vocab_size] / case.temperature
     loss_LB = cross_entropy(logits_LBv.flatten(0, 1), label_LB.flatten(), reduction="none").view_as(label_LB)
     (loss_LB * counts_LB).sum().backward()
     assert hidden_LBd.grad is not None and weight_vd.grad is not None
@@ -73,7 +74,8 @@ def chunked(case: Case) -> dict[str, Tensor]:
         wide = torch.promote_types(case.dtype, torch.float32)
         weight_vd.main_grad = torch.ones_like(weight_vd, dtype=wide)  # type: ignore[attr-defined]
     # As a model calls it: labels [B, L], transposed.
-    loss_LB, likeliest_LB, _ = score_tokens(hidden_LBd, weight_vd, label_LB.t().contiguous().t(), layer, likeliest=True)
+    label_LB = label_LB.t().contiguous().t()
+    loss_LB, likeliest_LB, _ = score_tokens(hidden_LBd, weight_vd, label_LB, layer, True, case.temperature)
     assert likeliest_LB is not None
     (loss_LB * counts_LB).sum().backward()
     assert hidden_LBd.grad is not None and weight_vd.grad is not None
@@ -105,6 +107,7 @@ CASES = [
     Case(vocab_size=PADDED),
     Case(main_grad=True),
     Case(masked="all"),
+    Case(temperature=0.6, main_grad=True),
     Case(vocab_size=5, chunk=4),  # of two ranks or more, some hold only rows that pad the vocabulary
 ]
 

@@ -15,7 +15,7 @@ from megatron_sse.parallel.layout import TokenLayout
 from megatron_sse.rl.advantages import Group
 from megatron_sse.rl.run import PolicyRun, open_problems
 from tests.rl import oracle
-from tests.rl.support import MODEL, policy_config
+from tests.rl.support import LENGTH, MODEL, policy_config
 from tests.training.support import cpu
 from tests.training.test_layouts import Part
 from tests.workers import run_workers
@@ -161,6 +161,24 @@ def test_generation_and_training_agree(folder: Path, one_process: Step) -> None:
         for rl in ({}, {"temperature": 0.7, "top_p": 0.9}):
             [step] = run_workers(1, take_step, folder, {"model": model, "rl": rl})
             assert step.farthest < 1e-5, name
+
+
+def distance_in_bf16(folder: Path) -> float:
+    """Return how far log-probabilities that training computes are from those of the same logits as generation has."""
+    run = make_run(folder, training={"steps": 1, "micro_batch_size": 1, "precision": "bf16"})
+    run.net.eval()
+    tokens_BL = torch.arange(1, LENGTH + 1)[None]
+    layout = TokenLayout.from_starts(torch.zeros(tokens_BL.shape, dtype=torch.bool).numpy())
+    with torch.no_grad():
+        logits_BLv = run.net(tokens_BL, packed_seq_params=layout)[..., :257].float()
+        scores = run.net(tokens_BL, labels=tokens_BL, packed_seq_params=layout, temperature=0.7)
+    logp_BL = (logits_BLv / 0.7).log_softmax(-1).gather(-1, tokens_BL[..., None])[..., 0]
+    return float((logp_BL + scores.loss).abs().max())
+
+
+def test_the_temperature_is_not_rounded_to_bf16(folder: Path) -> None:
+    [distance] = run_workers(1, distance_in_bf16, folder)
+    assert distance < 1e-5
 
 
 def failing_reward(folder: Path) -> str:
