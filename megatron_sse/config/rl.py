@@ -11,6 +11,8 @@ from megatron_sse.config.section import Count, Name, NonNegative, Positive, Sect
 Algorithm = Literal["grpo", "dr_grpo", "dapo", "gspo"]
 # Rewards that have a name; others are given as module:function.
 EXACT, MATH = NAMED_REWARDS = ("exact", "math")
+# Answers that are generated at the same time on a process, where no setting says how many.
+ANSWERS_AT_ONCE = 256
 # DAPO's bound above the ratio (arXiv 2503.14476, 4.1).
 _DAPO_HIGH = 0.28
 
@@ -51,6 +53,7 @@ class RLConfig(Section):
     group_size: Annotated[int, Field(ge=2, le=1 << 16)] = 8
     prompts_per_step: Count
     max_new_tokens: Count
+    answers_at_once: Count = ANSWERS_AT_ONCE
     temperature: Positive = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     algorithm: Algorithm = "grpo"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_sse.config import RunConfig
-from megatron_sse.config.rl import EXACT, Reward
+from megatron_sse.config.rl import ANSWERS_AT_ONCE, EXACT, Reward
 from megatron_sse.errors import UserError
 from megatron_sse.evaluation.request import Request
 from megatron_sse.model.language_model import LanguageModel
@@ -55,6 +55,7 @@ class Solving:
     max_tokens: int
     sampler: Sampler
     tries: int
+    at_once: int
     seed: int
 
 
@@ -84,13 +85,14 @@ def prepare(request: Request, model: Model, config: RunConfig, longest: int) -> 
     sampler = Sampler(vocab_size, temperature, request.top_p)
     # The likeliest tokens are the same in every try.
     tries = request.samples if temperature else 1
-    return Solving(file, prompts, texts, Scorer(rewards), max_tokens, sampler, tries, request.seed)
+    at_once = ANSWERS_AT_ONCE if rl is None else rl.answers_at_once
+    return Solving(file, prompts, texts, Scorer(rewards), max_tokens, sampler, tries, at_once, request.seed)
 
 
 def solve(net: LanguageModel, job: Solving) -> Solved:
     """Let a model answer each prompt several times. Raises UserError where a reward fails."""
     keys = [[make_key(job.seed, number, each) for each in range(job.tries)] for number in range(len(job.prompts))]
-    rollouts = generate(net, job.prompts, keys, job.max_tokens, job.sampler)
+    rollouts = generate(net, job.prompts, keys, job.max_tokens, job.sampler, job.at_once)
     rewards, majority = [], []
     for prompt, group in zip(job.prompts, rollouts, strict=True):
         texts = [job.texts.decode(prompt, rollout.tokens) for rollout in group]

@@ -70,8 +70,10 @@ def report_out_of_memory(error: BaseException, config: RunConfig) -> None:
 
 def advise(config: RunConfig) -> str:
     """Return a text with the settings that would save memory in this run, the cheapest first."""
-    training, parallel = config.training, config.parallel
+    training, parallel, rl = config.training, config.parallel, config.rl
     changes = []
+    if rl is not None and rl.answers_at_once > rl.group_size:
+        changes.append(f"rl.answers_at_once={max(rl.group_size, rl.answers_at_once // 2)}")
     if training.micro_batch_size > 1:
         changes.append(f"training.micro_batch_size={training.micro_batch_size // 2}")
     if training.recompute != "full":

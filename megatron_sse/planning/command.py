@@ -20,7 +20,7 @@ def run(request: Request) -> int:
         number = longest_stage(config).number + 1
         print(f"for stage {number} of {len(config.stages)}, which has the longest sequences")
     if config.rl is not None:
-        print("every answer of rl is counted as a sequence of its own; generating it is not counted")
+        print("every answer of rl is counted as a sequence of its own; the time to generate it is not counted")
     if config.training.distill is not None:
         print("the teacher of training.distill is not counted: its weights, and a forward pass of it in every step")
     if request.search:

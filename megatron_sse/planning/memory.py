@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from megatron_sse.chunking import DECAYS_AT_ONCE
 from megatron_sse.config import choose_loss_chunk, uses_distributed_optimizer
 from megatron_sse.planning.activations import INT64, Kept, add, end_activations, kept_of_layer
+from megatron_sse.planning.generation import generation_bytes
 from megatron_sse.planning.parameters import chunk_buffers, stage_chunks
 from megatron_sse.planning.sizes import FP32, Sizes
 from megatron_sse.planning.working import Moment, fullest_moment
@@ -29,6 +30,8 @@ class Memory:
         reports the layers' health. working: gradients and intermediate results, less what is released by then.
     Held while the loss is computed:
         logits: of a chunk of tokens, with the gradients of the output layer's input and weight.
+    Held while answers are generated, when there are neither activations nor tables:
+        generation: what layers keep of the answers under way, and what drawing tokens takes; 0 without rl.
     """
 
     weights: int
@@ -42,11 +45,21 @@ class Memory:
     metrics: int
     working: int
     logits: int
+    generation: int
 
     @property
     def total(self) -> int:
-        """Memory at the fullest moment: in a layer, or in the loss."""
-        held = self.weights + self.gradients + self.optimizer + self.activations + self.states + self.tables
+        """Memory at the fullest moment: in a layer, in the loss, or while answers are generated."""
+        return self.weights + self.gradients + self.optimizer + max(self._training, self.generation)
+
+    @property
+    def is_fullest_in_generation(self) -> bool:
+        return self.generation > self._training
+
+    @property
+    def _training(self) -> int:
+        """What forward and backward passes hold at their fullest moment."""
+        held = self.activations + self.states + self.tables
         return held + max(self.recomputed + self.hand_off + self.metrics + self.working, self.logits)
 
 
@@ -71,6 +84,7 @@ def rank_memory(sizes: Sizes, stage: int) -> Memory:
         metrics=max(_metrics(sizes, kind) for kind in kinds),
         working=moment.working,
         logits=_logits(sizes) if chunks[-1].is_last else 0,
+        generation=generation_bytes(sizes),
     )
 
 

@@ -19,10 +19,13 @@ from megatron_sse.visible import count_of
 
 # Rows of the table of memory, by the moment at which it is held.
 ALL_THE_TIME, IN_A_LAYER, IN_THE_LOSS = "held all the time", "while a layer is computed", "while the loss is computed"
+# Only with rl, and only weights, gradients and optimizer are held then.
+IN_GENERATION = "while answers are generated"
 MOMENTS = {
     ALL_THE_TIME: ["weights", "gradients", "optimizer", "activations", "states", "tables"],
     IN_A_LAYER: ["recomputed", "hand_off", "metrics", "working"],
     IN_THE_LOSS: ["logits"],
+    IN_GENERATION: ["generation"],
 }
 _MORE_RANKS = "more parallel.context, or parallel.tensor with parallel.sequence"
 SMALLER_WITH = {
@@ -37,6 +40,7 @@ SMALLER_WITH = {
     "metrics": _MORE_RANKS,
     "working": _MORE_RANKS,
     "logits": "a smaller training.loss_chunk, or more parallel.tensor",
+    "generation": "a smaller rl.answers_at_once",
 }
 MAX_STAGES = 8
 MAX_LAYOUTS = 15
@@ -72,6 +76,8 @@ def _memory(layout: Layout, gpu: Gpu, longest: int) -> list[str]:
     columns = [f"stage {stage}" for stage in stages]
     lines = [f"{'memory of a GPU, GiB':<28}" + "".join(f"{name:>12}" for name in columns)]
     for group, names in MOMENTS.items():
+        if group == IN_GENERATION and layout.sizes.config.rl is None:
+            continue
         lines.append(f"  {group}")
         for name in names:
             values = [getattr(layout.memory[stage], name) for stage in stages]
@@ -96,6 +102,8 @@ def _advice(layout: Layout) -> str:
     in_layer, in_loss = MOMENTS[IN_A_LAYER], MOMENTS[IN_THE_LOSS]
     layer, loss = (sum(getattr(memory, name) for name in names) for names in (in_layer, in_loss))
     names = [*MOMENTS[ALL_THE_TIME], *(in_layer if layer >= loss else in_loss)]
+    if memory.is_fullest_in_generation:
+        names = ["weights", "gradients", "optimizer", *MOMENTS[IN_GENERATION]]
     largest = max(names, key=lambda name: getattr(memory, name))
     share = getattr(memory, largest) / memory.total
     return f"largest: {largest.replace('_', ' ')}, {share:.0%}; smaller with {SMALLER_WITH[largest]}"

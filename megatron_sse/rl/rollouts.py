@@ -22,9 +22,6 @@ from megatron_sse.parallel.device import Device, to_device
 from megatron_sse.rl.prompts import Prompt
 from megatron_sse.rl.sampler import Sampler
 
-# Answers that are generated at the same time on a process.
-AT_ONCE = 256
-
 
 @dataclass(frozen=True)
 class Rollout:
@@ -78,7 +75,7 @@ def generate(
     keys: Sequence[Sequence[int]],
     max_new_tokens: int,
     sampler: Sampler,
-    at_once: int = AT_ONCE,
+    at_once: int,
 ) -> list[list[Rollout]]:
     """Return answers to each prompt, as many as it has keys.
 

@@ -178,6 +178,7 @@ class PolicyRun(Run):
             [keys[number] for number in mine],
             self.rl.max_new_tokens,
             sampler,
+            self.rl.answers_at_once,
         )
         found: list[tuple[int, Any, list[str], list[float]]] = []
         failed: str | None = None

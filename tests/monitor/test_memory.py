@@ -12,6 +12,7 @@ import torch
 from megatron_sse.config import RunConfig
 from megatron_sse.monitor.memory import MemoryWindow, advise, is_out_of_memory, report_out_of_memory
 from tests.data.files import run_config
+from tests.rl.support import policy_config
 from tests.training.support import small_run
 from tests.workers import run_workers
 
@@ -63,6 +64,8 @@ def config_of(tmp_path: Path, **training: object) -> RunConfig:
 def test_advice_names_what_this_run_can_change(tmp_path: Path) -> None:
     text = advise(config_of(tmp_path, micro_batch_size=4))
     assert text.startswith("to save memory: training.micro_batch_size=2, training.recompute=full, parallel.context=2,")
+    assert "rl.answers_at_once=128, " in advise(policy_config(tmp_path / "rl"))
+    assert "rl." not in advise(policy_config(tmp_path / "rl", rl={"answers_at_once": 4}))
     text = advise(config_of(tmp_path, micro_batch_size=1, recompute="full"))
     assert text.startswith("to save memory: parallel.context=2, ")
 
