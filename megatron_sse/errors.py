@@ -1,5 +1,6 @@
 """Errors that a user can correct, and exit statuses."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,4 +64,16 @@ def found_by_all() -> Iterator[None]:
     try:
         yield
     except UserError as error:
+        raise SharedUserError(*str(error).split("\n")) from None
+
+
+@contextmanager
+def found_by_machine() -> Iterator[None]:
+    """Turn UserErrors of a block into SharedUserErrors, except on the first process of each machine, which reports
+    them: a file or package may be missing on one machine only."""
+    try:
+        yield
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0" and not isinstance(error, SharedUserError):
+            raise
         raise SharedUserError(*str(error).split("\n")) from None

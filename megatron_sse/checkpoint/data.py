@@ -45,10 +45,22 @@ class _File(BaseModel):
     hash: str
 
 
+@dataclass(frozen=True)
+class SavedReference:
+    """The checkpoint from which a run of reinforcement learning measures how far it is (rl.kl).
+
+    step: of that checkpoint. hash: of its manifest, which has those of all its files.
+    """
+
+    step: Count
+    hash: str
+
+
 class SavedData(BaseModel):
     """The content of a checkpoint's DATA: the keys of describe_data, and where the run was.
 
     position, learning_rate (of the last step), validation_samples: None in checkpoints of versions without them.
+    reference: None without rl.kl.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -57,6 +69,7 @@ class SavedData(BaseModel):
     position: Position | None = None
     learning_rate: float | None = None
     validation_samples: int | None = None
+    reference: SavedReference | None = None
 
 
 def describe_place(stage: StageRun, step: int, consumed_samples: int, learning_rate: float) -> dict[str, Any]:
@@ -141,12 +154,15 @@ def warn_of_changed_schedule(checkpoint: Path, config: RunConfig, learning_rate:
             *(saved.learning_rate, learning_rate, saved.learning_rate),
         )
     now = _validation_samples(config)
-    if saved.validation_samples is not None and saved.validation_samples != now:
+    if None not in (saved.validation_samples, now) and saved.validation_samples != now:
         text = "validation losses before the resume are of %d sequences, from here on of %d"
         logger.warning(text, saved.validation_samples, now)
 
 
-def _validation_samples(config: RunConfig) -> int:
+def _validation_samples(config: RunConfig) -> int | None:
+    """Return the sequences of a validation; None with rl, which tries all held-out prompts."""
+    if config.rl is not None:
+        return None
     return config.training.validation_batches * config.training.global_batch_size
 
 

@@ -6,7 +6,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from megatron_sse.config.problem import show
-from megatron_sse.config.section import Count, Name, NonNegative, Positive, Section
+from megatron_sse.config.section import Count, Name, NonNegative, Positive, Section, Size0
 
 Algorithm = Literal["grpo", "dr_grpo", "dapo", "gspo"]
 # Rewards that have a name; others are given as module:function.
@@ -60,6 +60,8 @@ class RLConfig(Section):
     clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
     # None: that of the algorithm.
     clip_high: Positive | None = None
+    resample_rounds: Size0 = 0
+    overlong_buffer: Size0 = 0
     kl: NonNegative = 0.0
     updates_per_batch: Count = 1
     balance_loss: NonNegative = 0.0

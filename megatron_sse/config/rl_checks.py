@@ -23,6 +23,8 @@ def rl_problems(config: Settings) -> Found:
     if rl.max_new_tokens >= data.sequence_length:
         allowed = f"less than data.sequence_length {data.sequence_length}, which holds a prompt and its answer"
         yield "rl.max_new_tokens", rl.max_new_tokens, allowed
+    if rl.overlong_buffer > rl.max_new_tokens:
+        yield "rl.overlong_buffer", rl.overlong_buffer, f"at most rl.max_new_tokens {rl.max_new_tokens}"
     if rl.kl and config.checkpoint.load_weights is None:
         yield "rl.kl", rl.kl, "0.0 while checkpoint.load_weights, which is the reference, is null"
     for name in ("hidden_dropout", "attention_dropout"):

@@ -17,7 +17,7 @@ from megatron_sse.pretrained.text import open_tokenizer
 from megatron_sse.rl.prompts import Prompt, Texts, read_prompts
 from megatron_sse.rl.rewards import SOLVED, Scorer
 from megatron_sse.rl.rollouts import generate
-from megatron_sse.rl.sampler import Sampler, make_key
+from megatron_sse.rl.sampler import KeyedSampler, make_key
 
 # Tokens of an answer, where neither the request nor the model's run says how many.
 MAX_TOKENS = 1024
@@ -53,7 +53,7 @@ class Solving:
     texts: Texts
     scorer: Scorer
     max_tokens: int
-    sampler: Sampler
+    sampler: KeyedSampler
     tries: int
     at_once: int
     seed: int
@@ -75,18 +75,22 @@ def prepare(request: Request, model: Model, config: RunConfig, longest: int) -> 
         raise UserError(f"--reward: got {reward!r}, allowed exact, math or module:function") from None
     max_tokens = request.max_tokens or (MAX_TOKENS if rl is None else rl.max_new_tokens)
     if max_tokens >= longest:
-        raise UserError(f"--max-tokens: got {max_tokens}, allowed less than {longest}, with --any-length more")
+        key = "--max-tokens" if request.max_tokens else "rl.max_new_tokens of the model's run"
+        raise UserError(f"{key}: got {max_tokens}, allowed less than {longest}, with --any-length more")
     temperature = request.temperature
     if temperature is None:
         temperature = 1.0 if rl is None else rl.temperature
     texts = Texts(open_tokenizer(model), model)
     vocab_size = config.model.vocab_size
-    prompts = read_prompts("--prompts", file, texts, vocab_size, longest - max_tokens, "what --max-tokens leaves")
-    sampler = Sampler(vocab_size, temperature, request.top_p)
+    key = "--prompts" if request.prompts else "rl.validation_prompts of the model's run"
+    why = f"what answers of {max_tokens} tokens leave"
+    prompts = read_prompts(key, file, texts, vocab_size, longest - max_tokens, why)
+    sampler = KeyedSampler(vocab_size, temperature, request.top_p)
     # The likeliest tokens are the same in every try.
     tries = request.samples if temperature else 1
+    scorer = Scorer(rewards, "--reward" if request.reward else "rl.reward of the model's run")
     at_once = ANSWERS_AT_ONCE if rl is None else rl.answers_at_once
-    return Solving(file, prompts, texts, Scorer(rewards), max_tokens, sampler, tries, at_once, request.seed)
+    return Solving(file, prompts, texts, scorer, max_tokens, sampler, tries, at_once, request.seed)
 
 
 def solve(net: LanguageModel, job: Solving) -> Solved:

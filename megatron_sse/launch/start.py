@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_sse.checkpoint.folders import checkpoint_folder
 from megatron_sse.config import RunConfig, count_processes
 from megatron_sse.config.world_size import PROCESSES_PER_MACHINE
 from megatron_sse.errors import UserError, describe_error
@@ -44,12 +45,22 @@ def start(config: RunConfig, program: Sequence[str]) -> int:
         refuse_if_held_here(folder, key, LEASE)
     if nodes.count > 1:
         key = f"node {nodes.rank}, monitor.folder"
-    # Until it is had, nothing is written: neither logs, nor to the place where a live run's launchers meet.
-    with hold(folder, key, launcher_lease(nodes.rank)):
-        set_environment(per_node, num_gpus)
-        if per_node < num_gpus:
-            print(f"uses {per_node} of {num_gpus} GPUs, as many as parallel and training.global_batch_size can feed")
-        return _start(config, program, nodes, per_node)
+    is_new = not folder.exists()
+    try:
+        # Until it is had, nothing is written: neither logs, nor to the place where a live run's launchers meet.
+        with hold(folder, key, launcher_lease(nodes.rank)):
+            set_environment(per_node, num_gpus)
+            if per_node < num_gpus:
+                # With rl any number of data-parallel ranks has answers to generate.
+                reason = "parallel" if config.rl is not None else "parallel and training.global_batch_size"
+                print(f"uses {per_node} of {num_gpus} GPUs, as many as {reason} can feed")
+            return _start(config, program, nodes, per_node)
+    except UserError:
+        # A run that is refused leaves nothing behind; what is not empty stays.
+        for made in (checkpoint_folder(config), folder) if is_new else ():
+            with contextlib.suppress(OSError):
+                made.rmdir()
+        raise
 
 
 def start_command(num_processes: int, layout: str, program: Sequence[str]) -> int:

@@ -67,6 +67,8 @@ class Monitor:
             self.stragglers = Stragglers(config.monitor.straggler_factor, groups.pp.rank(), device.type)
             for chunk in model_chunks:
                 get_model_config(chunk).timers = self.stragglers.clock
+        # A new run may report before its first step, as step 0.
+        first_report = first_step if first_step > 1 else 0
         self.windows = self._find_windows()
         self.settings, self.settings_output = config.to_yaml(), Output(CONFIG)
         self.events: Events | None = None
@@ -74,9 +76,9 @@ class Monitor:
         if self.is_writer:
             self._write_settings()
             if config.monitor.tensorboard:
-                self.events = Events(self.folder / TENSORBOARD, first_step)
-        self.metrics, self.metrics_output = Metrics(self.folder / METRICS, first_step), Output(METRICS)
-        self.trackers = start_trackers(config, first_step) if self.is_writer else []
+                self.events = Events(self.folder / TENSORBOARD, first_report)
+        self.metrics, self.metrics_output = Metrics(self.folder / METRICS, first_report), Output(METRICS)
+        self.trackers = start_trackers(config, first_report) if self.is_writer else []
 
     def start_stage(self, config: RunConfig) -> None:
         """Switch to the settings of a stage, whose sequence length decides the FLOPs per token."""

@@ -119,7 +119,7 @@ def check_trackers(config: RunConfig) -> None:
 
 
 def start_trackers(config: RunConfig, first_step: int) -> list[Sender]:
-    """Start a thread for each tracker that the run asks for."""
+    """Start a thread for each tracker that the run asks for. first_step: 0 or 1 in a new run."""
     return [Sender(kind(), config, first_step) for kind in _asked(config)]
 
 
@@ -138,7 +138,7 @@ class Sender:
         self.path = Path(config.monitor.folder) / f"{tracker.name}_{STATE}"
         self.output = Output(tracker.name, (Exception,))
         self.waiting: queue.Queue[tuple[int, dict[str, float], float] | None] = queue.Queue(_MAX_WAITING)
-        self.known_as, self.last = self._read_state() if first_step > 1 else (None, 0)
+        self.known_as, self.last = self._read_state() if first_step > 1 else (None, -1)
         self.sent = self.last
         self.thread = threading.Thread(target=self._run, name=tracker.name, daemon=True)
         self.thread.start()
@@ -186,4 +186,4 @@ class Sender:
             pass
         except (UserError, KeyError, ValueError) as error:
             logger.warning("%s cannot be read (%s): the run is a new one at %s", self.path, error, self.tracker.name)
-        return None, 0
+        return None, -1

@@ -1,7 +1,7 @@
 """From text to tokens and back: the tokenizer in a model's folder, or the byte tokens of training."""
 
 import codecs
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from megatron_sse.data.metadata import TOKENIZER, TOKENIZER_SETTINGS, read_metadata
@@ -24,6 +24,10 @@ class Tokenizer(Protocol):
         """Return the tokens of a text. continues: it continues another text, so that no start is marked."""
         ...
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens, without special ones and without a character that is not complete at the end."""
+        ...
+
     def stream(self) -> Callable[[int], str]:
         """Return a function that takes one token after the other and returns the text that each completes."""
         ...
@@ -40,6 +44,11 @@ class ByteTokenizer:
 
     def encode(self, text: str, continues: bool = False) -> list[int]:
         return list(text.encode())
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        # An incremental one keeps what is not complete to itself.
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        return decoder.decode(bytes(token for token in tokens if token < END_OF_DOCUMENT))
 
     def stream(self) -> Callable[[int], str]:
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -63,6 +72,9 @@ class FolderTokenizer:
     def is_special(self, token: int) -> bool:
         added = self.tokenizer.added_tokens_decoder.get(token)
         return added is not None and added.special
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=True).rstrip(_BROKEN)
 
     def stream(self) -> Callable[[int], str]:
         tokens: list[int] = []

@@ -17,18 +17,11 @@ _NO_SPREAD = 1e-9
 
 @dataclass(frozen=True)
 class Group:
-    """The answers to a prompt, their texts and their rewards. number: of the prompt in the step."""
+    """The answers to a prompt and their rewards."""
 
-    number: int
     prompt: Prompt
     rollouts: list[Rollout]
-    texts: list[str]
     rewards: list[float]
-
-    @property
-    def has_spread(self) -> bool:
-        """Whether the rewards differ, so that there is something to learn."""
-        return max(self.rewards) - min(self.rewards) > _NO_SPREAD
 
 
 @dataclass(frozen=True)
@@ -44,6 +37,24 @@ class Answer:
     weight: float
 
 
+def shape(group: Group, rl: RLConfig) -> np.ndarray:
+    """Return the rewards less what too long answers cost, as DAPO has it (arXiv 2503.14476, eq. 13), [answers].
+
+    Of the last rl.overlong_buffer tokens that an answer may have, each costs the same, and all of them 1.
+    """
+    rewards = np.array(group.rewards)
+    if not rl.overlong_buffer:
+        return rewards
+    length = np.array([len(rollout.tokens) for rollout in group.rollouts])
+    return rewards - (length - rl.max_new_tokens + rl.overlong_buffer).clip(0) / rl.overlong_buffer
+
+
+def has_spread(group: Group, rl: RLConfig) -> bool:
+    """Check whether the rewards differ, so that there is something to learn."""
+    rewards = shape(group, rl)
+    return bool(rewards.max() - rewards.min() > _NO_SPREAD)
+
+
 def weigh(groups: Sequence[Group], rl: RLConfig) -> list[Answer]:
     """Return the answers to train on, with the loss of a step as the algorithm's paper writes it.
 
@@ -51,7 +62,7 @@ def weigh(groups: Sequence[Group], rl: RLConfig) -> list[Answer]:
     dapo: the mean over the tokens of groups with a spread. Groups without one have no advantages; they are left out
     unless there is a KL term.
     """
-    kept = [group for group in groups if group.has_spread or rl.kl]
+    kept = [group for group in groups if has_spread(group, rl) or rl.kl]
     num_answers = sum(len(group.rollouts) for group in groups)
     num_tokens = sum(len(rollout.tokens) for group in kept for rollout in group.rollouts)
     answers = []
@@ -68,8 +79,8 @@ def weigh(groups: Sequence[Group], rl: RLConfig) -> list[Answer]:
 
 
 def _advantages(group: Group, rl: RLConfig) -> list[float]:
-    rewards = np.array(group.rewards)
-    if not group.has_spread:
+    rewards = shape(group, rl)
+    if not has_spread(group, rl):
         return [0.0] * len(rewards)
     above = rewards - rewards.mean()
     # Dr. GRPO does not divide: it would weigh prompts whose rewards hardly differ more.

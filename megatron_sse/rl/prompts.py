@@ -39,12 +39,11 @@ class Texts:
         if problem.messages is None:
             return Prompt(problem, self.tokenizer.encode(problem.prompt), self.tokenizer.end)
         chat = self._open_chat(problem)
-        return Prompt(problem, chat.encode(problem.messages), chat.end)
+        return Prompt(problem, chat.encode(problem.messages, f"{problem.place}: messages"), chat.end)
 
     def decode(self, prompt: Prompt, tokens: Sequence[int]) -> str:
         """Return the text of an answer, without its end."""
-        add = self.tokenizer.stream()
-        text = "".join(add(token) for token in tokens if token != prompt.end)
+        text = self.tokenizer.decode([token for token in tokens if token != prompt.end])
         return text if prompt.problem.messages is None else text.removesuffix(self._open_chat(prompt.problem).closing)
 
     def _open_chat(self, problem: Problem) -> Chat:
@@ -54,7 +53,8 @@ class Texts:
                     f"{problem.place}: messages: need checkpoint.load_weights, whose chat template renders them; give "
                     "it, or a prompt"
                 )
-            self._chat = open_chat(self.model, self.tokenizer)
+            key = f"{problem.place}: messages"
+            self._chat = open_chat(self.model, self.tokenizer, key, "give a prompt in place of the messages")
         return self._chat
 
 
@@ -77,7 +77,8 @@ def open_texts(config: RunConfig, checkpoint: Path | None) -> Texts:
 def read_prompts(key: str, file: str, texts: Texts, vocab_size: int, longest: int, why: str) -> list[Prompt]:
     """Return the prompts of a JSONL file as tokens.
 
-    longest: tokens that a prompt may have. why: what bounds them, for the message. Raises UserError.
+    longest: tokens that a prompt may have. why: what bounds them, for the message. Raises UserError; also where no
+    token ends an answer.
     """
     prompts = []
     for problem in read_problems(key, file):
@@ -87,6 +88,11 @@ def read_prompts(key: str, file: str, texts: Texts, vocab_size: int, longest: in
                 f"{problem.place}: got a prompt of {len(prompt.tokens)} tokens, allowed 1 to {longest}, {why}"
             )
         check_tokens(problem.place, prompt.tokens, vocab_size)
+        if prompt.end is None:
+            raise UserError(
+                f"{problem.place}: the tokenizer has no token that ends an answer, so that none would end; give it an "
+                "eos_token, or a chat template that ends answers with a special token"
+            )
         prompts.append(prompt)
     return prompts
 

@@ -20,10 +20,14 @@ Score = Callable[[str, str, str], float]
 
 
 class Scorer:
-    """The sum of weighted rewards. Making one imports what they need. Raises UserError."""
+    """The sum of weighted rewards. Making one imports what they need. Raises UserError.
 
-    def __init__(self, rewards: Sequence[Reward]) -> None:
-        self.scores = [(reward.function, _find(reward.function), reward.weight) for reward in rewards]
+    key: the setting or argument that names them, for errors.
+    """
+
+    def __init__(self, rewards: Sequence[Reward], key: str = "rl.reward") -> None:
+        self.key = key
+        self.scores = [(reward.function, _find(reward.function, key), reward.weight) for reward in rewards]
 
     def __call__(self, problem: Problem, completion: str) -> float:
         """Return the reward of a completion. Raises UserError where a function raises or returns no finite number."""
@@ -36,20 +40,20 @@ class Scorer:
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"rl.reward: {name} raised {type(error).__name__} ({reason}) for the prompt of {problem.place}"
+                f"{self.key}: {name} raised {type(error).__name__} ({reason}) for the prompt of {problem.place}"
             ) from None
         if not math.isfinite(value):
             raise UserError(
-                f"rl.reward: {name} returned {value}, allowed a finite number, for the prompt of {problem.place}"
+                f"{self.key}: {name} returned {value}, allowed a finite number, for the prompt of {problem.place}"
             )
         return value
 
 
-def _find(name: str) -> Score:
+def _find(name: str, key: str) -> Score:
     if name == EXACT:
         return exact
     if name == MATH:
-        require("math_verify", f"rl.reward {MATH}", "rl")
+        require("math_verify", f"{key} {MATH}", "rl")
         return verify_math
     module, _, function = name.partition(":")
     # python -m has the folder where it starts on the path; the console script does not.
@@ -60,9 +64,9 @@ def _find(name: str) -> Score:
     # Importing a user's module runs it.
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"rl.reward: {name} cannot be imported ({type(error).__name__}: {reason})") from None
+        raise UserError(f"{key}: {name} cannot be imported ({type(error).__name__}: {reason})") from None
     if not callable(found):
-        raise UserError(f"rl.reward: got {name}, which is no function, allowed one of prompt, completion and answer")
+        raise UserError(f"{key}: got {name}, which is no function, allowed one of prompt, completion and answer")
     return found
 
 

@@ -20,7 +20,7 @@ from megatron_sse.model.attention import TorchAttention
 from megatron_sse.model.language_model import LanguageModel
 from megatron_sse.parallel.device import Device, to_device
 from megatron_sse.rl.prompts import Prompt
-from megatron_sse.rl.sampler import Sampler
+from megatron_sse.rl.sampler import KeyedSampler
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def generate(
     prompts: Sequence[Prompt],
     keys: Sequence[Sequence[int]],
     max_new_tokens: int,
-    sampler: Sampler,
+    sampler: KeyedSampler,
     at_once: int,
 ) -> list[list[Rollout]]:
     """Return answers to each prompt, as many as it has keys.
@@ -136,7 +136,7 @@ def _start(
     return logits_Dv.repeat_interleave(size, 0)
 
 
-def _draw(running: list[_Running], logits_Dv: Tensor, sampler: Sampler) -> list[_Running]:
+def _draw(running: list[_Running], logits_Dv: Tensor, sampler: KeyedSampler) -> list[_Running]:
     """Draw a token for each answer and append it."""
     device = logits_Dv.device
     key_D = to_device(np.array([each.key for each in running]), device)

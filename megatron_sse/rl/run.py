@@ -7,33 +7,37 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_sse.checkpoint.folders import find_all_damage, find_checkpoints, find_weights
 from megatron_sse.checkpoint.names import TOKENIZER_FILES
+from megatron_sse.checkpoint.verify import first_intact
 from megatron_sse.config import RunConfig, StageRun, choose_layout
 from megatron_sse.data.batch import Batch
 from megatron_sse.data.fingerprint import describe_data
 from megatron_sse.data.iterators import ValidationFactory
 from megatron_sse.durable import write_durably
-from megatron_sse.errors import SharedUserError, UserError, found_by_all
+from megatron_sse.errors import SharedUserError, UserError, found_by_all, found_by_machine
 from megatron_sse.lease import Lease
 from megatron_sse.monitor.output import Output
+from megatron_sse.parallel.device import Device
 from megatron_sse.parallel.sharding import ContextShard
-from megatron_sse.rl.advantages import Group, weigh
+from megatron_sse.rl.advantages import Group, has_spread, weigh
 from megatron_sse.rl.objective import PolicyObjective
 from megatron_sse.rl.packing import make_batches, pack
 from megatron_sse.rl.prompts import Prompt, Texts, choose, open_texts, read_run_prompts
-from megatron_sse.rl.reference import Reference
+from megatron_sse.rl.reference import Reference, describe_reference, find_reference
 from megatron_sse.rl.rewards import SOLVED, Scorer
-from megatron_sse.rl.rollouts import generate, share_weights
-from megatron_sse.rl.sampler import Sampler, make_key
+from megatron_sse.rl.rollouts import Rollout, generate, share_weights
+from megatron_sse.rl.sampler import KeyedSampler, make_key
+from megatron_sse.rl.share import Scored, gather, own_numbers
 from megatron_sse.run_folder import SAMPLES
 from megatron_sse.training.loop import Run, UselessRunError, train
 from megatron_sse.training.step import NOT_FINITE, StepResult
@@ -60,28 +64,52 @@ class Problems:
 
 def train_policy(config: RunConfig, lease: Lease | None = None) -> int:
     """Run the reinforcement learning that `config` describes; as training.loop.train. Raises UserError."""
-    with found_by_all():
+    with found_by_machine():
         problems = open_problems(config)
     return train(config, lease, partial(PolicyRun, problems))  # type: ignore[arg-type]
 
 
 def open_problems(config: RunConfig) -> Problems:
-    """Read the prompts and find the rewards of a run. Raises UserError."""
+    """Read the prompts and find the rewards of a run, and check that its reference is there. Raises UserError."""
     assert config.rl is not None
     # A damaged one is passed over when the run resumes, too.
     intact = (path for path in find_checkpoints(config) if not find_all_damage(path, hashes=False))
-    checkpoint = next(intact, None) or find_weights(config)
+    resume = next(intact, None)
+    find_reference(config, resume)
+    checkpoint = resume or find_weights(config)
     files = [] if checkpoint is None else [checkpoint / name for name in TOKENIZER_FILES.values()]
     tokenizer = {file.name: file.read_bytes() for file in files if file.is_file()}
     texts = open_texts(config, checkpoint)
     return Problems(texts, *read_run_prompts(config, texts), Scorer(config.rl.reward), tokenizer)
 
 
+@dataclass
+class RolledOut:
+    """The answers of a step.
+
+    drawn: those to the step's prompts. groups: those to train on, with others in the places of some that had equal
+    rewards. tokens: of all answers that were generated.
+    """
+
+    drawn: list[Group]
+    groups: list[Group]
+    tokens: int
+
+
 class PolicyRun(Run):
     """A run whose batches are answers of its own model."""
 
-    def __init__(self, problems: Problems, config: RunConfig, *others: Any) -> None:
-        super().__init__(config, *others)
+    def __init__(
+        self,
+        problems: Problems,
+        config: RunConfig,
+        groups: ProcessGroupCollection,
+        device: Device,
+        resume: Path | None,
+        weights: Path | None = None,
+        lease: Lease | None = None,
+    ) -> None:
+        super().__init__(config, groups, device, resume, weights, lease)
         assert config.rl is not None
         self.rl, self.problems = config.rl, problems
         self.net = self.trainer.chunks[0].module
@@ -92,34 +120,51 @@ class PolicyRun(Run):
         self.saver.tokenizer = problems.tokenizer
         # Advantages of a group sum to 0, and so does most of the loss.
         self.monitor.watches_loss = False
-        reference = find_weights(config) if self.rl.kl else None
-        self.reference = None if reference is None else Reference(reference, self.net, self.groups)
+        self.reference_path = self._find_reference(weights)
+        self.reference = None
+        if self.reference_path is not None:
+            self.reference = Reference(self.reference_path, self.net, self.groups)
         self.shard = ContextShard(self.groups.cp.rank(), self.groups.cp.size(), choose_layout(config)[0])
         self.samples_output = Output(SAMPLES)
         self.num_rows = 0
+
+    def _find_reference(self, weights: Path | None) -> Path | None:
+        """Return the reference's checkpoint, the same on all ranks. weights: those that a new run starts from.
+
+        Raises SharedUserError.
+        """
+        if not self.rl.kl or self.resume is None:
+            return weights if self.rl.kl else None
+        with found_by_all():
+            reference = find_reference(self.config, self.resume)
+        assert reference is not None
+        return first_intact([reference], self.config.checkpoint.verify == "hashes")
 
     def _enter(self, stage: StageRun) -> tuple[Iterator[Batch], ValidationFactory | None]:
         self.stage = stage
         self.trainer.start_stage(stage.config)
         self.monitor.start_stage(stage.config)
-        self.saver.start_stage(stage, describe_data(stage))
+        data = describe_data(stage)
+        if self.reference_path is not None:
+            data["reference"] = asdict(describe_reference(self.reference_path))
+        self.saver.start_stage(stage, data)
         if self.problems.held_out and self.first_step == 1:
             self._validate(0, lambda: iter(()))
         return iter(()), (lambda: iter(())) if self.problems.held_out else None
 
     def _take_step(self, step: int, batches: Iterator[Batch]) -> StepResult:
         started = time.perf_counter()
-        groups = self._roll_out(step)
+        found = self._roll_out(step)
         generated = time.perf_counter()
-        answers = weigh(groups, self.rl)
+        answers = weigh(found.groups, self.rl)
         length, training = self.config.data.sequence_length, self.config.training
         rows = pack(answers, length)
         place = self.groups.dp.rank(), self.groups.dp.size(), self.shard, self.device.type
         made = make_batches(rows, length, training.micro_batch_size, *place)
         self.num_rows = len(made) * training.micro_batch_size * self.groups.dp.size()
-        results = self._update(step, made) if made else [self._take_no_step(groups)]
+        results = self._update(step, made) if made else [self._take_no_step(found.groups)]
         seconds = generated - started, time.perf_counter() - generated
-        self._report_step(step, groups, results, sum(len(each.rollout.tokens) for each in answers), seconds)
+        self._report_step(step, found, results, sum(len(each.rollout.tokens) for each in answers), seconds)
         skipped = next((result for result in results if result.skip is not None), None)
         return skipped or results[0]
 
@@ -154,50 +199,68 @@ class PolicyRun(Run):
     def _num_tokens(self) -> int:
         return self.num_rows * self.config.data.sequence_length * self.rl.updates_per_batch
 
-    def _roll_out(self, step: int) -> list[Group]:
-        """Generate and score the answers of a step, each data and context rank its share; return them on all ranks."""
-        first, number = self.consumed_samples // self.rl.group_size, self.rl.prompts_per_step
-        seed = self.config.training.seed
-        chosen = choose(len(self.problems.prompts), first, number, seed)
-        prompts = {place: self.problems.prompts[index] for place, index in enumerate(chosen)}
-        sampler = Sampler(self.config.model.vocab_size, self.rl.temperature, self.rl.top_p)
-        keys = {
-            place: [make_key(seed, step, first + place, sample) for sample in range(self.rl.group_size)]
-            for place in prompts
-        }
-        return self._share(prompts, keys, sampler)
+    def _roll_out(self, step: int) -> RolledOut:
+        """Generate and score the answers of a step, each data and context rank its share; return them on all ranks.
 
-    def _share(self, prompts: dict[int, Prompt], keys: dict[int, list[int]], sampler: Sampler) -> list[Group]:
-        """Answer prompts by number, each data and context rank some of them. Raises SharedUserError."""
-        ranks = self.groups.dp_cp
-        mine = [number for number in sorted(prompts) if number % ranks.size() == ranks.rank()]
+        Groups with equal rewards are replaced by those of other prompts, which depend on seed, step and round alone, as
+        far as rl.resample_rounds allows.
+        """
+        first, rl, seed = self.consumed_samples // self.rl.group_size, self.rl, self.config.training.seed
+        prompts = [self.problems.prompts[at] for at in self._choose(first)]
+        sampler = KeyedSampler(self.config.model.vocab_size, rl.temperature, rl.top_p)
+        drawn = self._share(prompts, self._keys(step, first, range(len(prompts))), sampler)
+        found = RolledOut(drawn, list(drawn), sum(map(_count_tokens, drawn)))
+        for number in range(1, rl.resample_rounds + 1):
+            flat = [place for place, group in enumerate(found.groups) if not has_spread(group, rl)]
+            if not flat:
+                break
+            others = np.random.default_rng([seed, step, number]).integers(len(self.problems.prompts), size=len(flat))
+            others_keys = self._keys(step, first, flat, number)
+            for place, group in zip(
+                flat, self._share([self.problems.prompts[at] for at in others], others_keys, sampler), strict=True
+            ):
+                found.tokens += _count_tokens(group)
+                if has_spread(group, rl):
+                    found.groups[place] = group
+        return found
+
+    def _choose(self, first: int) -> list[int]:
+        """Return the numbers of the step's prompts, from the place `first` of the run on."""
+        return choose(len(self.problems.prompts), first, self.rl.prompts_per_step, self.config.training.seed)
+
+    def _keys(self, step: int, first: int, places: Sequence[int], *round_number: int) -> list[list[int]]:
+        """Return what the random numbers of the answers at places of a step depend on, for each group."""
+        samples, seed = range(self.rl.group_size), self.config.training.seed
+        return [[make_key(seed, step, first + place, sample, *round_number) for sample in samples] for place in places]
+
+    def _share(self, prompts: list[Prompt], keys: list[list[int]], sampler: KeyedSampler) -> list[Group]:
+        """Answer prompts, each data and context rank some of them. Raises SharedUserError."""
+        mine = own_numbers(len(prompts), self.groups.dp_cp)
         self._gather_weights()
-        rollouts = generate(
-            self.generator,
-            [prompts[number] for number in mine],
-            [keys[number] for number in mine],
-            self.rl.max_new_tokens,
-            sampler,
-            self.rl.answers_at_once,
-        )
-        found: list[tuple[int, Any, list[str], list[float]]] = []
+        of_mine = [prompts[number] for number in mine], [keys[number] for number in mine]
+        rollouts = generate(self.generator, *of_mine, self.rl.max_new_tokens, sampler, self.rl.answers_at_once)
+        scored: list[Scored] | None = None
         failed: str | None = None
-        # Tensor ranks generate alike; a reward that draws random numbers must not come out differently on them.
-        if self.groups.tp.rank() == 0:
-            try:
-                for number, group in zip(mine, rollouts, strict=True):
-                    texts = [self.problems.texts.decode(prompts[number], rollout.tokens) for rollout in group]
-                    rewards = [self.problems.scorer(prompts[number].problem, text) for text in texts]
-                    found.append((number, group, texts, rewards))
-            except UserError as error:
-                failed = str(error)
-        every: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(every, (found, failed))
-        wrong = next((failed for _, failed in every if failed), None)
-        if wrong is not None:
-            raise SharedUserError(wrong)
-        shared = sorted((each for part, _ in every for each in part), key=lambda each: each[0])
-        return [Group(number, prompts[number], *others) for number, *others in shared]
+        try:
+            scored = [
+                (group, self._score(prompts[number], group)) for number, group in zip(mine, rollouts, strict=True)
+            ]
+        except UserError as error:
+            failed = str(error)
+        found = gather(scored, len(prompts), self.groups, self.device.type)
+        if not found:
+            every: list[str | None] = [None] * dist.get_world_size()
+            dist.all_gather_object(every, failed)
+            raise SharedUserError(next(text for text in every if text is not None))
+        return [Group(prompt, *each) for prompt, each in zip(prompts, found, strict=True)]
+
+    def _score(self, prompt: Prompt, rollouts: list[Rollout]) -> list[float]:
+        """Return the rewards of answers. Raises UserError."""
+        if self.groups.tp.rank():
+            # Those of the first tensor rank count: a reward may draw random numbers.
+            return [0.0] * len(rollouts)
+        texts = (self.problems.texts.decode(prompt, rollout.tokens) for rollout in rollouts)
+        return [self.problems.scorer(prompt.problem, text) for text in texts]
 
     def _gather_weights(self) -> None:
         """Wait for weights that other copies have updated, which else the next forward pass of training would."""
@@ -206,13 +269,15 @@ class PolicyRun(Run):
                 chunk.start_param_sync(force_sync=True)
 
     def _report_step(
-        self, step: int, groups: list[Group], results: list[StepResult], trained: int, seconds: tuple[float, float]
+        self, step: int, found: RolledOut, results: list[StepResult], trained: int, seconds: tuple[float, float]
     ) -> None:
+        # Those that took others' places are no sample of what the model does.
+        groups = found.drawn
         rollouts = [rollout for group in groups for rollout in group.rollouts]
-        tokens = sum(len(rollout.tokens) for rollout in rollouts)
+        tokens = sum(map(_count_tokens, groups))
         rewards = np.array([group.rewards for group in groups])
         logp = sum(float(rollout.logp_T.sum(dtype=np.float64)) for rollout in rollouts)
-        flat = sum(not group.has_spread for group in groups) / len(groups)
+        flat = sum(not has_spread(group, self.rl) for group in groups) / len(groups)
         scalars = {
             "rl/reward": float(rewards.mean()),
             "rl/length": tokens / len(rollouts),
@@ -220,9 +285,12 @@ class PolicyRun(Run):
             "rl/entropy": -logp / tokens,
             "rl/cut_off": sum(rollout.is_cut for rollout in rollouts) / len(rollouts),
             "rl/flat_groups": flat,
-            "speed/generated_tokens_per_second": tokens / seconds[0],
+            "speed/generated_tokens_per_second": found.tokens / seconds[0],
             "speed/trained_tokens_per_second": trained * self.rl.updates_per_batch / seconds[1],
         }
+        if self.rl.resample_rounds:
+            replaced = sum(ours is not theirs for ours, theirs in zip(found.groups, groups, strict=True))
+            scalars["rl/resampled"] = replaced / len(groups)
         line = f"reward {scalars['rl/reward']:.3f} | {scalars['rl/length']:.1f} tokens"
         if trained:
             scalars["rl/logprob_error"] = results[0].losses["error"]
@@ -243,9 +311,10 @@ class PolicyRun(Run):
     def _write_samples(self, step: int, group: Group) -> None:
         folder = Path(self.config.monitor.folder) / SAMPLES
         problem = group.prompt.problem
+        texts = [self.problems.texts.decode(group.prompt, rollout.tokens) for rollout in group.rollouts]
         lines = [
             json.dumps({"prompt": problem.prompt, "completion": text, "answer": problem.answer, "reward": reward})
-            for text, reward in zip(group.texts, group.rewards, strict=True)
+            for text, reward in zip(texts, group.rewards, strict=True)
         ]
         with self.samples_output.attempt():
             folder.mkdir(parents=True, exist_ok=True)
@@ -253,13 +322,17 @@ class PolicyRun(Run):
 
     def _validate(self, step: int, make_validation: ValidationFactory) -> None:
         """Answer the held-out prompts, each with the likeliest tokens."""
-        prompts = dict(enumerate(self.problems.held_out))
-        keys = {number: [0] for number in prompts}
-        groups = self._share(prompts, keys, Sampler(self.config.model.vocab_size, temperature=0.0))
+        held_out = self.problems.held_out
+        groups = self._share(
+            held_out, [[0]] * len(held_out), KeyedSampler(self.config.model.vocab_size, temperature=0.0)
+        )
         scalars = describe_held_out(groups)
         line = f"held out: reward {scalars['validation/reward']:.3f} | pass@1 {scalars['validation/pass_at_1']:.3f}"
-        # Step 0 has no line of its own in files that hold a line for each step.
-        self.monitor.report(step, scalars if step else {}, f"{line} | {scalars['validation/length']:.1f} tokens")
+        self.monitor.report(step, scalars, f"{line} | {scalars['validation/length']:.1f} tokens")
+
+
+def _count_tokens(group: Group) -> int:
+    return sum(len(rollout.tokens) for rollout in group.rollouts)
 
 
 def describe_held_out(groups: Sequence[Group]) -> dict[str, float]:

@@ -14,8 +14,8 @@ _MIX = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64
 
 
 @dataclass(frozen=True)
-class Sampler:
-    """Draws tokens by their logits.
+class KeyedSampler:
+    """Draws tokens by their logits, with random numbers that follow from the key of each answer.
 
     vocab_size: tokens that may be drawn; what pads the vocabulary may not. temperature: logits are divided by it; 0
     takes the likeliest token. top_p: tokens are drawn among the fewest likeliest that have this share of the

@@ -31,6 +31,7 @@ def test_bytes() -> None:
     tokenizer, text = ByteTokenizer(), ByteTokenizer().stream()
     parts = [text(token) for token in [*tokenizer.encode(TEXT), 256]]
     assert "".join(parts) == TEXT and "" in parts[:-1] and parts[-1] == ""
+    assert tokenizer.decode([*tokenizer.encode(TEXT), 256]) == TEXT and tokenizer.decode("é".encode()[:1]) == ""
     assert text(0xFF) == "\ufffd"
 
 
@@ -46,6 +47,7 @@ def test_of_the_folder(tmp_path: Path, file: str) -> None:
     text = tokenizer.stream()
     parts = [text(token) for token in tokens]
     assert "".join(parts) == TEXT and len([part for part in parts if part]) > 20
+    assert tokenizer.decode(tokens) == TEXT and tokenizer.decode(tokenizer.encode("a 🐈")[:-1]) == "a "
     if file == "tokenizer_config.json":
         assert tokenizer.end == fast.eos_token_id is not None
 

@@ -23,26 +23,36 @@ class Answer:
 
 @dataclass(frozen=True)
 class Settings:
-    """algorithm: grpo, dr_grpo, dapo or gspo. longest: tokens that an answer may have."""
+    """algorithm: grpo, dr_grpo, dapo or gspo. longest: tokens that an answer may have. buffer: DAPO's L_cache."""
 
     algorithm: str
     low: float = 0.2
     high: float = 0.2
     kl: float = 0.0
     longest: int = 16
+    buffer: int = 0
 
 
-def advantages(group: list[Answer], algorithm: str) -> list[float]:
+def reward(answer: Answer, settings: Settings) -> float:
+    """Return the reward with DAPO's soft punishment of overlong answers (2503.14476, eq. 13)."""
+    length, free = len(answer.now), settings.longest - settings.buffer
+    if length <= free:
+        return answer.reward
+    return answer.reward + (free - length) / settings.buffer if length <= settings.longest else answer.reward - 1
+
+
+def advantages(group: list[Answer], settings: Settings) -> list[float]:
     """Return each answer's advantage over its group.
 
     GRPO (arXiv 2402.03300, 4.1.2): (r - mean) / std. Dr. GRPO (2503.20783, 3.2): without the division.
     """
-    mean = sum(answer.reward for answer in group) / len(group)
-    variance = sum((answer.reward - mean) ** 2 for answer in group) / len(group)
+    rewards = [reward(answer, settings) for answer in group]
+    mean = sum(rewards) / len(group)
+    variance = sum((each - mean) ** 2 for each in rewards) / len(group)
     if variance == 0:
         return [0.0] * len(group)
-    divisor = 1.0 if algorithm == "dr_grpo" else variance**0.5
-    return [(answer.reward - mean) / divisor for answer in group]
+    divisor = 1.0 if settings.algorithm == "dr_grpo" else variance**0.5
+    return [(each - mean) / divisor for each in rewards]
 
 
 def loss(groups: list[list[Answer]], settings: Settings) -> Tensor:
@@ -50,10 +60,10 @@ def loss(groups: list[list[Answer]], settings: Settings) -> Tensor:
     sequences = sum(len(group) for group in groups)
     total = torch.zeros((), dtype=torch.float64)
     # DAPO (2503.14476, eq. 8 to 11) leaves out groups without a spread, and weighs all tokens that stay alike.
-    kept = [any(advantages(group, settings.algorithm)) or settings.kl > 0 for group in groups]
+    kept = [any(advantages(group, settings)) or settings.kl > 0 for group in groups]
     tokens = sum(len(answer.now) for group, stays in zip(groups, kept, strict=True) if stays for answer in group)
     for group, stays in zip(groups, kept, strict=True):
-        for answer, advantage in zip(group, advantages(group, settings.algorithm), strict=True):
+        for answer, advantage in zip(group, advantages(group, settings), strict=True):
             length = len(answer.now)
             ratio_of_sequence = torch.zeros((), dtype=torch.float64)
             for place in range(length):

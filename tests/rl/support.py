@@ -38,7 +38,7 @@ def make_groups(vocab_size: int = 257, seed: int = 0) -> list[Group]:
             drawn = draw.integers(0, vocab_size, draw.integers(1, 10)).tolist()
             logp_T = -draw.exponential(2.0, len(drawn)).astype(np.float32)
             rollouts.append(Rollout(drawn, logp_T, is_cut=False))
-        groups.append(Group(number, prompt, rollouts, [""] * len(rewards), list(rewards)))
+        groups.append(Group(prompt, rollouts, list(rewards)))
     return groups
 
 

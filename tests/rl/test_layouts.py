@@ -13,7 +13,7 @@ from megatron_sse.model.initialize import global_name, own_part
 from megatron_sse.parallel.groups import init_groups
 from megatron_sse.parallel.layout import TokenLayout
 from megatron_sse.rl.advantages import Group
-from megatron_sse.rl.run import PolicyRun, open_problems
+from megatron_sse.rl.run import PolicyRun, RolledOut, open_problems
 from tests.rl import oracle
 from tests.rl.support import LENGTH, MODEL, policy_config
 from tests.training.support import cpu
@@ -70,7 +70,13 @@ def take_step(folder: Path, sections: dict[str, Any]) -> Step:
     objective.loss = loss_and_note  # type: ignore[method-assign]
     groups: list[Group] = []
     roll_out = run._roll_out
-    run._roll_out = lambda step: groups.extend(roll_out(step)) or groups  # type: ignore[method-assign,func-returns-value]
+
+    def roll_out_and_note(step: int) -> RolledOut:
+        found = roll_out(step)
+        groups.extend(found.groups)
+        return found
+
+    run._roll_out = roll_out_and_note  # type: ignore[method-assign]
     result = run._take_step(1, iter(()))
     gradients = {global_name(name, run.net): Part(parameter) for name, parameter in run.net.named_parameters()}
     return Step(
@@ -86,7 +92,7 @@ def take_step(folder: Path, sections: dict[str, Any]) -> Step:
 def oracle_step(folder: Path, sections: dict[str, Any]) -> tuple[float, dict[str, Tensor]]:
     """Return loss and gradients of the same step by the oracle: every answer alone, and plain logits."""
     run = make_run(folder, **sections)
-    groups = run._roll_out(1)
+    groups = run._roll_out(1).groups
     run.net.train()
     answers = []
     for group in groups:
@@ -179,6 +185,33 @@ def distance_in_bf16(folder: Path) -> float:
 def test_the_temperature_is_not_rounded_to_bf16(folder: Path) -> None:
     [distance] = run_workers(1, distance_in_bf16, folder)
     assert distance < 1e-5
+
+
+def roll_out(folder: Path, sections: dict[str, Any]) -> tuple[list[Any], list[Any], int]:
+    """Return tokens and rewards of the answers that were drawn and of those to train on, and all tokens."""
+    run = make_run(folder, **sections)
+    found = run._roll_out(1)
+    drawn, kept = (
+        [([rollout.tokens for rollout in group.rollouts], group.rewards) for group in groups]
+        for groups in (found.drawn, found.groups)
+    )
+    return drawn, kept, found.tokens
+
+
+def test_groups_with_equal_rewards_are_replaced(folder: Path) -> None:
+    rl = {"group_size": 2, "prompts_per_step": 6}
+    [(plain, kept, _)] = run_workers(1, roll_out, folder, {"rl": rl})
+    assert plain == kept and any(len(set(rewards)) == 1 for _, rewards in plain)
+    rl["resample_rounds"] = 8
+    [(drawn, kept, _)] = run_workers(1, roll_out, folder, {"rl": rl})
+    assert drawn == plain and all(len(set(rewards)) == 2 for _, rewards in kept)
+    # What has a spread stays in its place.
+    assert all(ours == theirs for ours, theirs in zip(kept, drawn, strict=True) if len(set(theirs[1])) == 2)
+    assert [found[:2] for found in run_workers(2, roll_out, folder, {"rl": rl})] == [(drawn, kept)] * 2
+    # No group ever has a spread, and the limit is kept: 1 + 2 rounds of 6 groups of 2 answers of at most 8 tokens.
+    never = rl | {"resample_rounds": 2, "reward": "exact"}
+    [(drawn, kept, tokens)] = run_workers(1, roll_out, folder, {"rl": never})
+    assert drawn == kept and 2 * 6 * 2 * 8 < tokens <= 3 * 6 * 2 * 8
 
 
 def failing_reward(folder: Path) -> str:

@@ -17,7 +17,7 @@ from megatron_sse.planning.search import work_out
 from megatron_sse.planning.sizes import Sizes
 from megatron_sse.rl.prompts import Prompt
 from megatron_sse.rl.rollouts import generate
-from megatron_sse.rl.sampler import Sampler
+from megatron_sse.rl.sampler import KeyedSampler
 from tests.planning.live import LiveBytes
 from tests.rl.support import MODEL, policy_config
 from tests.training.support import cpu
@@ -41,7 +41,7 @@ def peaks(folder: Path) -> list[tuple[int, int]]:
     for model, longest in ((LARGE_VOCABULARY, 3), (MANY_STATES, 3), (LONG, LENGTH - 5)):
         config = config_of(folder, model, group_size=32, answers_at_once=64)
         [net] = build_model(config, init_groups(), cpu(), core_attention=TorchAttention)
-        sampler = Sampler(config.model.vocab_size)
+        sampler = KeyedSampler(config.model.vocab_size)
         keys = [[prompt * 32 + sample for sample in range(32)] for prompt in range(3)]
         # Without an end, so that all answers are as long as they may be.
         prompts = [Prompt(Problem("p", None, "1", "p:1"), [number] * 6, None) for number in range(3)]

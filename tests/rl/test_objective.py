@@ -25,6 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "other bounds": {"clip": 0.05, "clip_high": 0.4},
     "dr_grpo": {"algorithm": "dr_grpo"},
     "dapo": {"algorithm": "dapo"},
+    "dapo, overlong": {"algorithm": "dapo", "overlong_buffer": 7},
     "dapo with a reference": {"algorithm": "dapo", "kl": 0.2},
     "gspo": {"algorithm": "gspo", "clip": 0.1, "kl": 0.05},
 }
@@ -47,7 +48,9 @@ def expected(case: dict[str, Any]) -> tuple[float, list[list[Tensor]]]:
             answers.append(oracle.Answer(now, rollout.logp_T.tolist(), away.tolist(), reward))
         groups.append(answers)
     high = {"dapo": 0.28}.get(rl.algorithm, rl.clip) if rl.clip_high is None else rl.clip_high
-    loss = oracle.loss(groups, oracle.Settings(rl.algorithm, rl.clip, high, rl.kl, rl.max_new_tokens))
+    loss = oracle.loss(
+        groups, oracle.Settings(rl.algorithm, rl.clip, high, rl.kl, rl.max_new_tokens, rl.overlong_buffer)
+    )
     loss.backward()
     # An answer that is left out has no gradient.
     gradients = [

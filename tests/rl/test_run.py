@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_sse.config import RunConfig
 from megatron_sse.data.problems import Problem
+from megatron_sse.errors import UserError
 from megatron_sse.parallel.groups import destroy_groups, init_groups
+from megatron_sse.plot.read import read_scalars
 from megatron_sse.rl import run as run_module
 from megatron_sse.rl.advantages import Group
 from megatron_sse.rl.prompts import Prompt
+from megatron_sse.rl.reference import find_reference
 from megatron_sse.rl.rollouts import Rollout
 from megatron_sse.rl.run import PolicyRun, describe_held_out, open_problems
 from megatron_sse.training.loop import Signals, UselessRunError
@@ -57,13 +62,20 @@ def stop_and_resume(folder: Path) -> None:
     for name in ("step_0000003.jsonl", "step_0000004.jsonl"):
         samples = [(folder / part / "run/samples" / name).read_text() for part in "ab"]
         assert samples[0] == samples[1] and len(samples[0].splitlines()) == 4
-    with_reference(folder, middle)
+    with_reference(folder, folder / "a/run/checkpoints")
 
 
-def with_reference(folder: Path, checkpoint: Path) -> None:
+def with_reference(folder: Path, checkpoints: Path) -> None:
+    """Check a run with a reference, and that this stays the same where its run has gone on."""
+    checkpoint = folder / "sft" / "iter_0000002"
+    shutil.copytree(checkpoints / checkpoint.name, checkpoint)
     rl = {"kl": 0.1, "updates_per_batch": 2, "prompts": str(folder / "a/prompts.jsonl"), "group_size": 4}
     rl |= {"prompts_per_step": 3, "max_new_tokens": 8, "reward": "tests.rl.support:is_even"}
-    sections = {"rl": rl | {"validation_prompts": rl["prompts"]}, "checkpoint": {"load_weights": str(checkpoint)}}
+    sections = {
+        "rl": rl | {"validation_prompts": rl["prompts"]},
+        "checkpoint": {"load_weights": str(checkpoint.parent)},
+    }
+    sections["monitor"] = {"tensorboard": True}
     config = policy_config(folder / "c", training={"steps": 2, "precision": "fp32"}, **sections)
     run = PolicyRun(open_problems(config), config, init_groups(), cpu(), None, checkpoint)
     assert run.reference is not None
@@ -82,8 +94,27 @@ def with_reference(folder: Path, checkpoint: Path) -> None:
     # The first update starts at the reference; what is reported is the divergence in the second.
     assert all(found[step]["rl/kl"] > 0 and 1 <= found[step]["rl/logprob_error"] < 1.00001 for step in (1, 2))
     assert not equal(weights(run), before)
-    last = [json.loads(line) for line in (folder / "c/run/metrics.jsonl").read_text().splitlines()][-1]
+    first, *_, last = [json.loads(line) for line in (folder / "c/run/metrics.jsonl").read_text().splitlines()]
+    assert first["step"] == 0 and 0 <= first["validation/pass_at_1"] <= 1 and "rl/reward" not in first
     assert 0 <= last["validation/pass_at_1"] <= 1 and last["validation/length"] == 8
+    assert [step for step, _ in read_scalars(folder / "c/run")["validation/pass_at_1"]] == [0, 2]
+    reference_stays(config, before, checkpoints)
+
+
+def reference_stays(config: RunConfig, reference: list[Tensor], checkpoints: Path) -> None:
+    """Check that a resumed run has the same reference, or is refused."""
+    assert config.checkpoint.load_weights is not None
+    sft, resume = Path(config.checkpoint.load_weights), Path(config.monitor.folder) / "checkpoints/iter_0000002"
+    shutil.copytree(checkpoints / "iter_0000004", sft / "iter_0000004")
+    assert find_reference(config, None) == sft / "iter_0000004"
+    run = PolicyRun(open_problems(config), config, init_groups(), cpu(), resume)
+    assert run.reference is not None and equal([part for _, part in run.reference.parts], reference)
+    destroy_groups()
+    shutil.rmtree(sft / "iter_0000002")
+    with pytest.raises(UserError, match="load_weights: got .*sft, which does not hold the checkpoint that rl.kl"):
+        open_problems(config)
+    accepting = config.checkpoint.model_copy(update={"changed_data": "accept"})
+    assert find_reference(config.model_copy(update={"checkpoint": accepting}), resume) == sft / "iter_0000004"
 
 
 def test_resumed_and_with_a_reference(tmp_path: Path) -> None:
@@ -126,5 +157,5 @@ def test_a_rounded_sum_of_rewards_is_solved() -> None:
     prompt = Prompt(Problem("2+2=", None, "4", "p.jsonl:1"), [1], None)
     rewards = [0.6 + 0.3 + 0.1, 0.6]
     assert rewards[0] < 1
-    group = Group(0, prompt, [Rollout([1], np.zeros(1), is_cut=False)] * 2, ["", ""], rewards)
+    group = Group(prompt, [Rollout([1], np.zeros(1), is_cut=False)] * 2, rewards)
     assert describe_held_out([group])["validation/pass_at_1"] == 0.5

@@ -3,19 +3,19 @@
 import pytest
 import torch
 
-from megatron_sse.rl.sampler import Sampler, make_key, uniform
+from megatron_sse.rl.sampler import KeyedSampler, make_key, uniform
 
 LOGITS = torch.tensor([0.0, 1.0, 2.0, -1.0, 9.0])
 
 
-def draw(sampler: Sampler, number: int = 4000) -> tuple[torch.Tensor, torch.Tensor]:
+def draw(sampler: KeyedSampler, number: int = 4000) -> tuple[torch.Tensor, torch.Tensor]:
     keys = torch.tensor([make_key(1, 2, 3, sample) for sample in range(number)])
     return sampler.draw(LOGITS.expand(number, -1), keys, torch.zeros(number, dtype=torch.int64))
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.8)])
 def test_shares(temperature: float, top_p: float) -> None:
-    tokens, logp = draw(Sampler(4, temperature, top_p))
+    tokens, logp = draw(KeyedSampler(4, temperature, top_p))
     full = (LOGITS[:4] / temperature).softmax(-1)
     kept = full if top_p == 1 else torch.where(full > 0.1, full, 0.0)
     shares = torch.bincount(tokens, minlength=4) / len(tokens)
@@ -25,7 +25,7 @@ def test_shares(temperature: float, top_p: float) -> None:
 
 
 def test_greedy() -> None:
-    tokens, _ = draw(Sampler(4, 0.0), 3)
+    tokens, _ = draw(KeyedSampler(4, 0.0), 3)
     assert tokens.tolist() == [2] * 3
 
 

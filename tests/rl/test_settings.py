@@ -29,6 +29,7 @@ WRONG: dict[str, tuple[str, Any]] = {
         "model.transformer",
         {"attention_dropout": 0.1},
     ),
+    "rl.overlong_buffer: got 9, allowed at most rl.max_new_tokens 8": ("rl.overlong_buffer", 9),
     "rl.group_size: got 1, allowed at least 2": ("rl.group_size", 1),
     "rl.clip: got 1.0, allowed less than 1": ("rl.clip", 1.0),
     "rl.top_p: got 0.0, allowed more than 0": ("rl.top_p", 0.0),

@@ -1,6 +1,7 @@
 """Prompts and rewards that are wrong: one line that says what, before anything is generated where it can be."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ import pytest
 
 from megatron_sse.config.rl import Reward
 from megatron_sse.data.problems import Problem, read_problems
-from megatron_sse.errors import UserError
+from megatron_sse.errors import SharedUserError, UserError, found_by_machine
+from megatron_sse.launch.start import start
 from megatron_sse.rl.rewards import Scorer
 from megatron_sse.rl.run import open_problems
 from tests.rl.support import policy_config
@@ -90,6 +92,29 @@ def test_a_reward_in_the_folder_where_the_command_starts(tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
     assert score("rewards_of_mine:always", completion="4") == 1
+
+
+def test_every_machine_reports_what_only_it_may_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first process of a machine does; to the others on it the error is known."""
+    for local_rank, kind in (("0", UserError), ("1", SharedUserError)):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        with pytest.raises(UserError, match="ModuleNotFoundError") as error, found_by_machine():
+            score("nowhere:f", completion="4")
+        assert type(error.value) is kind
+
+
+def test_a_refused_run_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = policy_config(tmp_path, rl={"prompts": str(tmp_path / "none")})
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    with pytest.raises(UserError, match="rl.prompts: .*none cannot be read"):
+        start(config, [])
+    folder = Path(config.monitor.folder)
+    assert not folder.exists()
+    # What was there before stays.
+    folder.mkdir()
+    with pytest.raises(UserError, match="rl.prompts"):
+        start(config, [])
+    assert folder.is_dir()
 
 
 def test_math() -> None:
