@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_sse.chunking import CPU_BLOCK, GPU_BLOCK, choose_chunk_size
-from megatron_sse.kernels.scan import scan_spans, scan_states
+from megatron_sse.kernels.scan import begin_spans, finish_spans, scan_states
 from megatron_sse.kernels.segments import Segments, from_chunks, make_grid, to_chunks
 
 
@@ -47,7 +47,8 @@ def run_chunks(
         entering, final_SHKV = scan_states(transition, increment, grid.chunks, initial_SHKV)
     else:
         assert initial_SHKV is None
-        entering, final_SHKV = scan_spans(transition, increment, grid.chunks, segments.edges)
+        under_way = begin_spans(transition, increment, grid.chunks, segments.edges)
+        entering, final_SHKV = finish_spans(under_way, grid.chunks, segments.edges)
     entering = entering.flatten(0, 1)
     if segments.resets is None:
         return from_chunks(torch.baddbmm(within, query, entering), grid), final_SHKV

@@ -4,7 +4,8 @@ A span of tokens acts on a state as S -> transition S + increment, whatever the 
 per key channel for GLA and a matrix for the delta rule. The same pair describes a rank's span to its neighbours.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -115,11 +116,27 @@ def scan_states(
     return _Scan.apply(transition_M, increment_M, initial_S, pieces)
 
 
-def scan_spans(transition_M: Tensor, increment_M: Tensor, pieces: Pieces, edges: Edges) -> tuple[Tensor, Tensor]:
-    """Do what scan_states does, with states that enter the spans from other ranks.
+class UnderWay(NamedTuple):
+    """A scan of spans that have handed on their states, and wait for those that enter them.
+
+    begun, finish: of the exchange (see Edges).
+    entering, final: what scan_states returns where zeros enter the spans.
+    before, whole: the product of a segment's transitions before each piece, and of all its pieces.
+    """
+
+    begun: Tensor
+    finish: Callable[[Tensor], Tensor]
+    entering: Tensor
+    final: Tensor
+    before: Tensor
+    whole: Tensor
+
+
+def begin_spans(transition_M: Tensor, increment_M: Tensor, pieces: Pieces, edges: Edges) -> UnderWay:
+    """Start what scan_states does, with states that enter the spans from other ranks.
 
     The scan runs once, from zero, with extra columns that start as the identity: they become what a segment does to the
-    state that enters it. What enters is added when it has arrived.
+    state that enters it. What enters is added when it has arrived (finish_spans).
     """
     key_dim, value_dim = increment_M.shape[-2:]
     columns = transition_M.shape[-1]
@@ -128,19 +145,28 @@ def scan_spans(transition_M: Tensor, increment_M: Tensor, pieces: Pieces, edges:
     if columns > 1:
         identity = torch.eye(key_dim, dtype=increment_M.dtype, device=increment_M.device)
     shape = (pieces.last_S.shape[0], *increment_M.shape[1:])
-    zeros = increment_M.new_zeros(shape)
-    start = torch.cat((zeros, identity.expand(*shape[:-1], columns)), dim=-1)
+    start = torch.cat((increment_M.new_zeros(shape), identity.expand(*shape[:-1], columns)), dim=-1)
     padded = torch.nn.functional.pad(increment_M, (0, columns))
     entering, final = scan_states(transition_M, padded, pieces, start)
     (entering, before), (final, whole) = (x.split((value_dim, columns), dim=-1) for x in (entering, final))
+    if not transition_M.requires_grad:
+        # These columns depend on the transitions alone.
+        before, whole = before.detach(), whole.detach()
 
     # A span in which a document starts passes on nothing of what entered it: its transition is zero.
     leaving = _empty(whole[edges.span_FU], ~edges.carries_FU)
     settled = final if pieces.resets is None else pieces.resets.settle(final)
-    arriving = edges.exchange(leaving.flatten(1, 2), settled[edges.span_FU].flatten(1, 2))
-    arriving = _empty(arriving.view(*edges.span_FU.shape, *shape[1:]), ~edges.continues_FU)
+    begun, finish = edges.exchange(leaving.flatten(1, 2), settled[edges.span_FU].flatten(1, 2))
+    return UnderWay(begun, finish, entering, final, before, whole)
+
+
+def finish_spans(under_way: UnderWay, pieces: Pieces, edges: Edges) -> tuple[Tensor, Tensor]:
+    """Wait for the states that enter the spans, and return what scan_states does."""
+    _, _, entering, final, before, whole = under_way
+    arriving = under_way.finish(under_way.begun)
+    arriving = _empty(arriving.view(*edges.span_FU.shape, *final.shape[1:]), ~edges.continues_FU)
     # Every segment is of one span and bank, so that each gets a state.
-    initial = zeros.index_copy(0, edges.span_FU.flatten(), arriving.flatten(0, 1))
+    initial = torch.zeros_like(final).index_copy(0, edges.span_FU.flatten(), arriving.flatten(0, 1))
     # Linear in what enters: the state that enters a piece is the local one plus the product of the pieces before it.
     if pieces.resets is None:
         return entering + apply_transition(before, initial[pieces.segment_M]), final + apply_transition(whole, initial)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from megatron_sse.kernels.resets import PieceResets, Resets, find_resets
 
+Exchange = Callable[[Tensor, Tensor], tuple[Tensor, Callable[[Tensor], Tensor]]]
+
 
 @dataclass(frozen=True)
 class Edges:
@@ -21,13 +23,15 @@ class Edges:
     continues_FU: bool, whether the span's first document began before the span.
     carries_FU: bool, whether this document fills the span, so that what enters the span also leaves it.
     exchange: given what each span does to the state that enters it, S -> transition S + state, with transition
-        [F, U * H, K, 1 or K] and state [F, U * H, K, V], returns the states that enter the spans [F, U * H, K, V].
+        [F, U * H, K, 1 or K] and state [F, U * H, K, V], starts to hand states on. It returns a tensor `begun` and a
+        function: finish(begun) waits and returns the states that enter the spans [F, U * H, K, V]. In backward, finish
+        starts to hand on the gradients, and what made `begun` waits for them.
     """
 
     span_FU: Tensor
     continues_FU: Tensor
     carries_FU: Tensor
-    exchange: Callable[[Tensor, Tensor], Tensor]
+    exchange: Exchange
 
     def of_banks(self, num_spans: int, num_partitions: int) -> "Edges":
         """Return the edges of segments: span y's shared bank is segment y, its sparse ones start at Y + y * N."""

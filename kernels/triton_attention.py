@@ -11,7 +11,7 @@ from megatron_sse.chunking import choose_chunks_per_piece
 from megatron_sse.kernels.banks import BankInputs, BankOutputs, Picks, by_segment, by_span
 from megatron_sse.kernels.resets import Resets, find_bad_rows
 from megatron_sse.kernels.routing import join_segments
-from megatron_sse.kernels.scan import scan_pieces, scan_spans
+from megatron_sse.kernels.scan import begin_spans, finish_spans, scan_pieces
 from megatron_sse.kernels.segments import Segments, Spans
 from megatron_sse.kernels.triton import gdn, gla
 from megatron_sse.kernels.triton.rows import Rows, make_rows
@@ -24,22 +24,38 @@ class Operators(NamedTuple):
     prepare: takes the inputs and T, returns the arguments that all others take first.
     with_inputs: returns these arguments with other inputs, for `attend`.
     summarize: returns what each piece does to the state that enters it: transition and increment.
-    attend: returns the outputs [R, HV, V], given the entering states.
+    meet: returns what else the outputs need besides the entering states, such as scores; not what `prepare` has made.
+    attend: returns the outputs [R, HV, V], given what `meet` returns and the entering states.
     summarize_backward: returns the gradients of the entering states through the pieces' own outputs.
-    attend_backward: returns the gradients of q, k, g, (beta,) v, write and read by row, given the entering states and
-        the full gradients of the leaving ones. These two determine the transition's gradient, which is never made.
+    again: returns what `attend_backward` needs of the forward pass, given the entering states.
+    attend_backward: returns the gradients of q, k, g, (beta,) v, write and read by row, given what `again` returns and
+        the full gradients of the leaving states. These two determine the transition's gradient, which is never made.
+
+    So `meet` and `again` can run while states of other ranks, or their gradients, are on their way.
     """
 
     prepare: Callable
     with_inputs: Callable
     summarize: Callable
+    meet: Callable
     attend: Callable
     summarize_backward: Callable
+    again: Callable
     attend_backward: Callable
 
 
 def _gla_arguments(inputs: list[Tensor], num_tokens: int) -> tuple:
     return *inputs, num_tokens
+
+
+def _gla_attend(*arguments) -> Tensor:
+    *inputs, met, entering = arguments
+    return gla.gla_attend(*inputs, *met, entering)
+
+
+def _gla_attend_backward(*arguments) -> tuple[Tensor, ...]:
+    *inputs, again, grad_o, grad_leaving = arguments
+    return gla.gla_attend_backward(*inputs, *again, grad_o, grad_leaving)
 
 
 def _gdn_arguments(inputs: list[Tensor], num_tokens: int) -> tuple:
@@ -52,16 +68,21 @@ OPERATORS = {
         prepare=_gla_arguments,
         with_inputs=lambda arguments, inputs: (*inputs, arguments[-1]),
         summarize=gla.gla_summarize,
-        attend=gla.gla_attend,
+        meet=gla.gla_prepare,
+        attend=_gla_attend,
         summarize_backward=gla.gla_summarize_backward,
-        attend_backward=gla.gla_attend_backward,
+        again=gla.gla_again,
+        attend_backward=_gla_attend_backward,
     ),
     "gdn": Operators(
         prepare=_gdn_arguments,
         with_inputs=lambda arguments, inputs: (inputs, *arguments[1:]),
         summarize=gdn.gdn_summarize,
-        attend=gdn.gdn_attend,
+        # Scores are made beside the inverse, which `summarize` needs.
+        meet=lambda *arguments: (),
+        attend=lambda *arguments: gdn.gdn_attend(*arguments[:-2], arguments[-1]),
         summarize_backward=gdn.gdn_summarize_backward,
+        again=gdn.gdn_again,
         attend_backward=gdn.gdn_attend_backward,
     ),
 }
@@ -146,15 +167,23 @@ class _Recurrence(torch.autograd.Function):
         inputs = [*(x.contiguous() for x in tensors), *rows.tables]
         arguments = operators.prepare(inputs, rows.num_tokens)
         transition, increment = operators.summarize(*arguments)
-        ctx.handed_on = None
-        if segments.edges is None:
-            entering, final = scan_pieces(transition, increment, initial_SHKV, rows.pieces, reverse=False)
-        else:
+        ctx.handed_on = under_way = None
+        if segments.edges is not None:
             # The exchange with other ranks is differentiable itself: its graph is kept, and run in backward.
             with torch.enable_grad():
-                graph = scan_spans(transition, increment.requires_grad_(), rows.pieces, segments.edges)
-            ctx.handed_on = increment, graph
-            entering, final = (x.detach() for x in graph)
+                under_way = begin_spans(transition, increment.requires_grad_(), rows.pieces, segments.edges)
+        met = operators.meet(*arguments)
+        if under_way is None:
+            entering, final = scan_pieces(transition, increment, initial_SHKV, rows.pieces, reverse=False)
+        else:
+            # The graph is cut here, so that backward can run its two halves one after the other.
+            local = under_way.begun, under_way.entering, under_way.final
+            with torch.enable_grad():
+                begun, *scanned = cut = tuple(x.detach().requires_grad_() for x in local)
+                under_way = under_way._replace(begun=begun, entering=scanned[0], final=scanned[1])
+                states = finish_spans(under_way, rows.pieces, segments.edges)
+            ctx.handed_on = increment, local, cut, states
+            entering, final = (x.detach() for x in states)
         reading = arguments
         if segments.resets is not None:
             entering, spoiled_R = _keep_finite(entering, rows, segments.resets)
@@ -167,7 +196,7 @@ class _Recurrence(torch.autograd.Function):
             reading = operators.with_inputs(arguments, with_nan)
         ctx.save_for_backward(transition, entering, *inputs)
         ctx.operators, ctx.rows, ctx.has_initial = operators, rows, initial_SHKV is not None
-        return operators.attend(*reading, entering), final
+        return operators.attend(*reading, met, entering), final
 
     @staticmethod
     def backward(ctx, grad_o_RHV, grad_final):
@@ -180,10 +209,14 @@ class _Recurrence(torch.autograd.Function):
         if ctx.handed_on is None:
             pieces = ctx.rows.pieces
             grad_leaving, grad_initial = scan_pieces(transition, grad_entering, grad_final, pieces, reverse=True)
+            again = operators.again(*arguments, entering)
         else:
-            increment, graph = ctx.handed_on
-            (grad_leaving,), grad_initial = torch.autograd.grad(graph, increment, (grad_entering, grad_final)), None
-        *grads, grad_write, grad_read = operators.attend_backward(*arguments, entering, grad_o_RHV, grad_leaving)
+            increment, local, cut, states = ctx.handed_on
+            # The first half starts to exchange gradients, the second waits for them.
+            grad_local = torch.autograd.grad(states, cut, (grad_entering, grad_final))
+            again = operators.again(*arguments, entering)
+            (grad_leaving,), grad_initial = torch.autograd.grad(local, increment, grad_local), None
+        *grads, grad_write, grad_read = operators.attend_backward(*arguments, again, grad_o_RHV, grad_leaving)
         shared, sparse = zip(*(_by_token(grad, num_tokens) for grad in grads), strict=True)
         # All banks see the same values, so the gradients of both kinds of rows add up.
         grad_v = shared[-1] if sparse[-1] is None else shared[-1] + sparse[-1]

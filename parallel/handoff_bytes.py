@@ -17,7 +17,7 @@ def handoff_bytes(
     wire_bytes: int | None = None,
     node_size: int = 1,
 ) -> tuple[int, int]:
-    """Return the bytes that `rank` sends to other ranks in one exclusive_scan: (forward, backward), padding included.
+    """Return the bytes that `rank` sends to other ranks in one hand-off: (forward, backward), padding included.
 
     units, key_dim, value_dim: U, K and V there; matrix: transitions are [K, K]. element_bytes: bytes of an element of
     the tensors; wire_bytes: of a state's element as it is sent, where that differs. node_size: ranks of a node, for

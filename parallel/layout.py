@@ -6,7 +6,6 @@ parallelism. `document_id` is the number of the full document instead. Next to F
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -21,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from megatron_sse.kernels import BankInputs, BankOutputs, Edges, Routes, sse_attention
+from megatron_sse.kernels.segments import Exchange
 from megatron_sse.parallel.device import to_device
 from megatron_sse.parallel.halo import convolve_slots
 from megatron_sse.parallel.sharding import MASKED_PAIRS, ContextShard
@@ -162,7 +162,7 @@ class TokenLayout(PackedSeqParams):
         v_THV: Tensor,
         routes: Routes | None,
         *,
-        exchange: Callable[[Tensor, Tensor], Tensor],
+        exchange: Exchange,
         group: ProcessGroup,
         **options: Any,
     ) -> BankOutputs:
@@ -171,7 +171,7 @@ class TokenLayout(PackedSeqParams):
         Args:
             layer_number, group: of a layer and its context ranks, for layouts that keep states.
             shared, sparse, v_THV, routes, options: as for kernels.sse_attention.
-            exchange: hands states from slot to slot, see kernels.Edges.
+            exchange: starts to hand states from slot to slot, see kernels.Edges.
         """
         edges = None
         if self.edges is not None:

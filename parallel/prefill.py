@@ -12,8 +12,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_sse.kernels import Edges
 from megatron_sse.kernels.scan import apply_transition
-
-Exchange = Callable[[Tensor, Tensor], Tensor]
+from megatron_sse.kernels.segments import Exchange as Exchange
 
 
 def edges_behind(initial_UKV: Tensor, exchange: Exchange, rank: int) -> Edges:
@@ -22,14 +21,19 @@ def edges_behind(initial_UKV: Tensor, exchange: Exchange, rank: int) -> Edges:
     initial_UKV: what enters the first rank's part, known to all. exchange: hands states from part to part.
     """
 
-    def enter(transition: Tensor, state_1UKV: Tensor) -> Tensor:
+    def enter(transition: Tensor, state_1UKV: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         initial_1UKV = initial_UKV[None]
         if rank == 0:
             # The exchange starts from zeros, so rank 0 publishes its final state and no dependence on what came before.
             state_1UKV = apply_transition(transition, initial_1UKV) + state_1UKV
             transition = torch.zeros_like(transition)
-        entering_1UKV = exchange(transition, state_1UKV)
-        return initial_1UKV if rank == 0 else entering_1UKV
+        begun, finish = exchange(transition, state_1UKV)
+
+        def arrive(begun: Tensor) -> Tensor:
+            entering_1UKV = finish(begun)
+            return initial_1UKV if rank == 0 else entering_1UKV
+
+        return begun, arrive
 
     # The part is one span of one document.
     only = torch.zeros(1, 1, dtype=torch.int64, device=initial_UKV.device)

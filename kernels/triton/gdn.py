@@ -220,28 +220,46 @@ def gdn_summarize_backward_fake(inputs, num_tokens, prepared, grad_o_RHV):
     return x.empty_states(x.piece_start_M, x.dims.value_dim)
 
 
+@torch.library.custom_op("megatron_sse::gdn_again", mutates_args=())
+def gdn_again(
+    inputs: Sequence[Tensor], num_tokens: int, prepared: Sequence[Tensor], entering_MHKV: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return what the backward pass needs of the forward pass, for gdn_attend_backward, in v's dtype.
+
+    These are the states that enter the chunks [G, HV, K, V] and what is written, by sorted position [HV, R, V].
+    """
+    states_GHKV, d_HRV = gdn_again_fake(inputs, num_tokens, prepared, entering_MHKV)
+    tensors = _named(prepared) | {"entering_MHKV": entering_MHKV, "states_GHKV": states_GHKV, "d_HRV": d_HRV}
+    _launch(gdn_forward.gdn_attend_kernel, GdnInputs(*inputs), num_tokens, tensors, store=True)
+    return states_GHKV, d_HRV
+
+
+@gdn_again.register_fake
+def gdn_again_fake(inputs, num_tokens, prepared, entering_MHKV):
+    x = GdnInputs(*inputs)
+    return x.empty_states(x.chunk_start_G, x.dims.value_dim, x.dims.dtype), x.empty_rows(x.dims.value_dim)
+
+
 @torch.library.custom_op("megatron_sse::gdn_attend_backward", mutates_args=())
 def gdn_attend_backward(
     inputs: Sequence[Tensor],
     num_tokens: int,
     prepared: Sequence[Tensor],
-    entering_MHKV: Tensor,
+    again: Sequence[Tensor],
     grad_o_RHV: Tensor,
     grad_leaving_MHKV: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients by row: q, k [R, H, K], g, beta [R, HV], v [R, HV, V], write and read [R].
 
     Args:
-        entering_MHKV: the states that enter the pieces.
+        again: what gdn_again returns.
         grad_leaving_MHKV: the full gradients of the states that leave the pieces.
     """
     x = GdnInputs(*inputs)
     dims = x.dims
-    states = [x.empty_states(x.chunk_start_G, dims.value_dim, dims.dtype) for _ in range(2)]
-    tensors = _named(prepared) | dict(zip(("states_GHKV", "grad_states_GHKV"), states, strict=True))
-    tensors |= {"d_HRV": x.empty_rows(dims.value_dim), "grad_change_HRV": x.empty_rows(dims.value_dim)}
-    tensors |= {"entering_MHKV": entering_MHKV, "grad_o_RHV": grad_o_RHV, "grad_leaving_MHKV": grad_leaving_MHKV}
-    _launch(gdn_forward.gdn_attend_kernel, x, num_tokens, tensors, store=True)
+    tensors = _named(prepared) | dict(zip(("states_GHKV", "d_HRV"), again, strict=True))
+    tensors |= {"grad_states_GHKV": torch.empty_like(again[0]), "grad_change_HRV": torch.empty_like(again[1])}
+    tensors |= {"grad_o_RHV": grad_o_RHV, "grad_leaving_MHKV": grad_leaving_MHKV}
     _launch(gdn_backward.gdn_states_backward_kernel, x, num_tokens, tensors, store=True)
 
     gates_4HR = tensors["gates_4HR"]
@@ -265,7 +283,7 @@ def gdn_attend_backward(
 
 
 @gdn_attend_backward.register_fake
-def gdn_attend_backward_fake(inputs, num_tokens, prepared, entering_MHKV, grad_o_RHV, grad_leaving_MHKV):
+def gdn_attend_backward_fake(inputs, num_tokens, prepared, again, grad_o_RHV, grad_leaving_MHKV):
     x = GdnInputs(*inputs)
     by_token = (x.q1_THK, x.k1_THK, x.g1_TH, x.beta1_TH, x.v_THV)
     rows = x.row_R.shape[0]

@@ -13,6 +13,7 @@ dtype.
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -162,7 +163,7 @@ _INPUTS = (
 _SCHEMA = ", ".join(f"Tensor {name}" for name in _INPUTS[:-1]) + ", SymInt num_tokens"
 
 
-def _named(inputs: tuple) -> dict[str, Any]:
+def _named(inputs: Sequence) -> dict[str, Any]:
     return dict(zip(_INPUTS, inputs, strict=True))
 
 
@@ -210,19 +211,66 @@ def gla_summarize_backward(*inputs):
 gla_summarize_backward.register_fake(lambda *inputs: _empty_states(_named(inputs[:-1])))
 
 
-@torch.library.custom_op("megatron_sse::gla_attend", mutates_args=(), schema=f"({_SCHEMA}, Tensor entering) -> Tensor")
+_PREPARED = ("query", "key", "scores", "decay", "steep")
+_PREPARED_SCHEMA = ", ".join(f"Tensor {name}" for name in _PREPARED)
+
+
+def _empty_prepared(*inputs) -> tuple[Tensor, ...]:
+    x = _named(inputs)
+    num_rows, num_chunks = x["row"].shape[0], x["chunk_start"].shape[0]
+    num_heads, key_dim = x["q1"].shape[1:]
+    new_empty = x["v"].new_empty
+    return (
+        new_empty(num_rows, num_heads, key_dim),
+        new_empty(num_rows, num_heads, key_dim),
+        new_empty(num_rows, num_heads, CHUNK_SIZE),
+        new_empty(num_chunks, num_heads, key_dim, dtype=torch.float32),
+        new_empty(num_chunks, num_heads, dtype=torch.int32),
+    )
+
+
+@torch.library.custom_op(
+    "megatron_sse::gla_prepare",
+    mutates_args=(),
+    schema=f"({_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def gla_prepare(*inputs):
+    """Return what the outputs need besides the entering states.
+
+    These are decayed queries and keys [R, H, K] and scores [R, H, C], all by sorted position, the chunks' decays
+    [G, H, K], and whether chunks are steep, int32 [G, H].
+    """
+    prepared = _empty_prepared(*inputs)
+    x = _named(inputs) | dict(zip(_PREPARED, prepared, strict=True))
+    num_chunks = x["chunk_start"].shape[0]
+    _launch(gla_prepare_kernel, num_chunks, x)
+    _launch(gla_steep_scores_kernel, num_chunks, x)
+    return prepared
+
+
+gla_prepare.register_fake(_empty_prepared)
+
+
+@torch.library.custom_op(
+    "megatron_sse::gla_attend", mutates_args=(), schema=f"({_SCHEMA}, {_PREPARED_SCHEMA}, Tensor entering) -> Tensor"
+)
 def gla_attend(*inputs):
-    """Return the outputs [R, HV, V] by row, given the states [M, HV, K, V] that enter the pieces."""
-    *inputs, entering = inputs
-    x = _prepare(_named(inputs))
+    """Return the outputs [R, HV, V] by row, given what gla_prepare returns and the states [M, HV, K, V] that enter."""
+    x, entering = _named_with_prepared(inputs)
     o = _empty_rows(x, x["v"])
     _launch(gla_output_kernel, len(entering), x | {"entering": entering.contiguous(), "o": o})
     return o
 
 
+def _named_with_prepared(inputs: Sequence) -> tuple[dict[str, Any], Any]:
+    """Return the inputs and what is prepared by name, and the last input."""
+    first = len(_INPUTS)
+    return _named(inputs[:first]) | dict(zip(_PREPARED, inputs[first:-1], strict=True)), inputs[-1]
+
+
 @gla_attend.register_fake
 def _(*inputs):
-    x = _named(inputs[:-1])
+    x, _ = _named_with_prepared(inputs)
     return _empty_rows(x, x["v"])
 
 
@@ -231,55 +279,62 @@ def _empty_rows(x: dict, like: Tensor) -> Tensor:
     return like.new_empty(x["row"].shape[0], *like.shape[1:])
 
 
-def _prepare(x: dict) -> dict:
-    """Return `x` with what needs no state.
+def _empty_chunk_states(*inputs) -> Tensor:
+    x, _ = _named_with_prepared(inputs)
+    key_dim, (_, num_value_heads, value_dim) = x["q1"].shape[2], x["v"].shape
+    return x["v"].new_empty(x["chunk_start"].shape[0], num_value_heads, key_dim, value_dim)
 
-    Added are decayed queries and keys [R, H, K] and scores [R, H, C], all by sorted position, the chunks' decays
-    [G, H, K], and whether chunks are steep, int32 [G, H].
+
+@torch.library.custom_op(
+    "megatron_sse::gla_chunk_states",
+    mutates_args=(),
+    schema=f"({_SCHEMA}, {_PREPARED_SCHEMA}, Tensor entering) -> Tensor",
+)
+def gla_chunk_states(*inputs):
+    """Return the states that enter the chunks [G, HV, K, V], in v's dtype, given those that enter the pieces."""
+    x, entering = _named_with_prepared(inputs)
+    chunk_states = _empty_chunk_states(*inputs)
+    _launch(gla_states_kernel, len(entering), x | {"entering": entering.contiguous(), "chunk_states": chunk_states})
+    return chunk_states
+
+
+gla_chunk_states.register_fake(_empty_chunk_states)
+
+
+def gla_again(*inputs) -> tuple[Tensor, ...]:
+    """Return what the backward pass needs of the forward pass, for gla_attend_backward.
+
+    The last input is the states [M, HV, K, V] that enter the pieces.
     """
-    num_rows, num_chunks = x["row"].shape[0], x["chunk_start"].shape[0]
-    num_heads, key_dim = x["q1"].shape[1:]
-    new_empty = x["v"].new_empty
-    x = x | {
-        "query": new_empty(num_rows, num_heads, key_dim),
-        "key": new_empty(num_rows, num_heads, key_dim),
-        "scores": new_empty(num_rows, num_heads, CHUNK_SIZE),
-        "decay": new_empty(num_chunks, num_heads, key_dim, dtype=torch.float32),
-        "steep": new_empty(num_chunks, num_heads, dtype=torch.int32),
-    }
-    _launch(gla_prepare_kernel, num_chunks, x)
-    _launch(gla_steep_scores_kernel, num_chunks, x)
-    return x
+    *arguments, entering = inputs
+    prepared = gla_prepare(*arguments)
+    return *prepared, gla_chunk_states(*arguments, *prepared, entering)
 
 
 @torch.library.custom_op(
     "megatron_sse::gla_attend_backward",
     mutates_args=(),
-    schema=f"({_SCHEMA}, Tensor entering, Tensor grad_o, Tensor grad_leaving)"
+    schema=f"({_SCHEMA}, {_PREPARED_SCHEMA}, Tensor chunk_states, Tensor grad_o, Tensor grad_leaving)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def gla_attend_backward(*inputs):
     """Return the gradients by row: q, k, g [R, H, K], v [R, HV, V], write, read [R].
 
-    The last inputs are the states [M, HV, K, V] that enter the pieces, grad_o [R, HV, V], and the full gradient of the
-    states that leave the pieces [M, HV, K, V].
+    The last inputs are what gla_again returns, grad_o [R, HV, V], and the full gradient of the states that leave the
+    pieces [M, HV, K, V].
     """
-    *inputs, entering, grad_o, grad_leaving = inputs
-    x = _prepare(_named(inputs))
-    x |= {"entering": entering.contiguous(), "grad_o": grad_o.contiguous(), "grad_leaving": grad_leaving.contiguous()}
-    grads = dict(zip(("grad_q", "grad_k", "grad_g", "grad_v"), _empty_gradients(*inputs), strict=True))
-    num_pieces, num_chunks, num_rows = len(entering), x["chunk_start"].shape[0], x["row"].shape[0]
-    (_, num_value_heads, value_dim), key_dim = x["v"].shape, x["q1"].shape[2]
+    *inputs, grad_o, grad_leaving = inputs
+    x, chunk_states = _named_with_prepared(inputs)
+    x |= {"chunk_states": chunk_states, "grad_o": grad_o.contiguous(), "grad_leaving": grad_leaving.contiguous()}
+    grads = dict(zip(("grad_q", "grad_k", "grad_g", "grad_v"), _empty_gradients(x), strict=True))
+    num_pieces, num_chunks, num_rows = len(grad_leaving), x["chunk_start"].shape[0], x["row"].shape[0]
+    num_value_heads, key_dim = x["v"].shape[1], x["q1"].shape[2]
     new_empty = x["v"].new_empty
 
     write_partial = new_empty(
         num_rows, num_value_heads, _count_blocks(_configure_for(gla_values_kernel, x)[0]), dtype=torch.float32
     )
     _launch(gla_values_kernel, num_pieces, x | grads | {"write_partial": write_partial})
-
-    x["chunk_states"] = new_empty(num_chunks, num_value_heads, key_dim, value_dim)
-    _launch(gla_states_kernel, num_pieces, x)
-    del x["key"]
 
     read_partial = new_empty(
         num_rows, num_value_heads, _count_blocks(_configure_for(gla_inter_kernel, x)[0]), dtype=torch.float32
@@ -291,19 +346,16 @@ def gla_attend_backward(*inputs):
         "through": new_empty(num_chunks, num_value_heads, key_dim, dtype=torch.float32),
     }
     _launch(gla_inter_kernel, num_pieces, x | inner | {"read_partial": read_partial})
-    del x["query"], x["scores"], x["chunk_states"]
-
     for steep in (False, True):
         _launch(gla_intra_kernel, num_chunks, x | inner | grads, variant=steep)
     return *grads.values(), write_partial.sum((1, 2)), read_partial.sum((1, 2))
 
 
-def _empty_gradients(*inputs) -> tuple[Tensor, ...]:
-    x = _named(inputs)
+def _empty_gradients(x: dict) -> tuple[Tensor, ...]:
     return tuple(_empty_rows(x, x[name]) for name in ("q1", "k1", "g1", "v"))
 
 
 @gla_attend_backward.register_fake
 def _(*inputs):
-    x = _named(inputs[:-3])
-    return *_empty_gradients(*inputs[:-3]), torch.empty_like(x["write"]), torch.empty_like(x["read"])
+    x, _ = _named_with_prepared(inputs[:-2])
+    return *_empty_gradients(x), torch.empty_like(x["write"]), torch.empty_like(x["read"])

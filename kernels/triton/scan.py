@@ -257,7 +257,7 @@ def compile_cases(arch: int) -> list[tuple[triton.JITFunction, dict, dict, dict]
     for dim in (64, 128, 256):
         for columns in (1, dim):
             for reverse in (False, True):
-                # With the extra columns that scan_spans adds.
+                # With the extra columns that begin_spans adds.
                 kernel, _, constants, options = _choose(dim, dim + columns, columns)
                 flags = {"HAS_INITIAL": True, "HAS_RESETS": True, "REVERSE": reverse}
                 cases.append((kernel, signature, constants | flags, options))

@@ -23,12 +23,13 @@ from megatron_sse.kernels import BankInputs, BankOutputs, Routes, gated_norm
 from megatron_sse.model.backend import Backend
 from megatron_sse.model.convolution import InputConvolution
 from megatron_sse.model.features import constant_decay, delta_decay, gate_decay, map_key, map_query
+from megatron_sse.model.meanwhile import Meanwhile
 from megatron_sse.model.metrics import LayerMetrics
 from megatron_sse.model.projections import LowRank
 from megatron_sse.model.recompute import recomputed
 from megatron_sse.model.router import AttachLoss, Router
 from megatron_sse.parallel.collectives import sum_gradient
-from megatron_sse.parallel.handoff import HandOff, exclusive_scan
+from megatron_sse.parallel.handoff import HandOff, begin_exclusive_scan
 from megatron_sse.parallel.layout import TokenLayout
 
 
@@ -53,7 +54,7 @@ class SSEMixer(MegatronModule):
         recompute: bool = False,
     ):
         super().__init__(config)
-        self.exchange = partial(exclusive_scan, hand_off=hand_off)
+        self.exchange = partial(begin_exclusive_scan, hand_off=hand_off)
         self.layer_number, self.spec, self.settings = layer_number, spec, spec.settings
         self.num_partitions = spec.num_partitions
         self.recompute = recompute
@@ -136,17 +137,18 @@ class SSEMixer(MegatronModule):
         shared, sparse, v_THV = self._bank_inputs(hidden_states, layout)
         routes, balance_loss = self.router(hidden_states, layout) if self.num_partitions else (None, None)
         sparse, options = self._weigh(sparse, routes)
+        gate = Meanwhile(partial(self._output_gate, hidden_states))
         banks = layout.attend_banks(
             self.layer_number,
             shared,
             sparse,
             v_THV,
             routes,
-            exchange=self.exchange,
+            exchange=gate.during(self.exchange),
             group=self.cp_group,
             **options,
         )
-        out = self._project_out(banks, hidden_states, layout)
+        out = self._project_out(banks, gate.get(), hidden_states, layout)
         if balance_loss is not None and layout.layer_loss_scale is not None:
             scale = (self.settings.balance_loss * layout.layer_loss_scale).to(balance_loss)
             out = AttachLoss.apply(out, balance_loss, scale)
@@ -240,13 +242,18 @@ class SSEMixer(MegatronModule):
         out = _flatten(out_LBc).view_as(stacked)
         return out[:, :, 0], None if k_THK is None else out[:, :, 1]
 
-    def _project_out(self, banks: BankOutputs, hidden_LBd: Tensor, layout: TokenLayout) -> Tensor:
+    def _output_gate(self, hidden_LBd: Tensor) -> Tensor | None:
+        """Return the logits of the output gate [T, value heads, V]; None where there is no gate."""
+        if not self.settings.output_gate:
+            return None
+        return _flatten(self.output_gate(hidden_LBd)).unflatten(-1, (self.num_value_heads, self.value_dim))
+
+    def _project_out(
+        self, banks: BankOutputs, gate_THV: Tensor | None, hidden_LBd: Tensor, layout: TokenLayout
+    ) -> Tensor:
         """Sum over banks, per-head RMSNorm, output gate, projection."""
         # Each tensor rank sees its own heads: the gradient of the weight they share is summed here.
         weight_V = sum_gradient(self.norm_weight, self.tp_group)
-        gate_THV = None
-        if self.settings.output_gate:
-            gate_THV = _flatten(self.output_gate(hidden_LBd)).view_as(banks.shared_THV)
         eps = self.config.layernorm_epsilon
         o_THV = gated_norm(banks.shared_THV, banks.picked_TPHV, weight_V, gate_THV, eps)
         o_LBc = o_THV.flatten(1).unflatten(0, (layout.batch_size, layout.length)).transpose(0, 1)

@@ -13,8 +13,8 @@ from megatron_sse.planning.parameters import chunk_buffers, stage_chunks
 from megatron_sse.planning.sizes import FP32, Sizes
 from megatron_sse.planning.working import Moment, fullest_moment
 
-# How many copies of a rank's states exclusive_scan holds at most, without and with the delta rule; counted by
-# tests/parallel/test_handoff_volume.py.
+# How many copies of a rank's states a hand-off (parallel/handoff) holds at most, without and with the delta rule;
+# counted by tests/parallel/test_handoff_volume.py.
 HAND_OFF_COPIES = {False: 4.2, True: 5.1}
 
 

@@ -1,9 +1,9 @@
 """Algorithms that compute the state which enters each slot of a chain over several ranks.
 
-All have the same signature. transition [F, U, ...] and state [F, U, ...] are those of this rank's slots, in rows
-(fold.py). Forward: `kept` is None; the result is what enters the slots, and the transitions to keep for backward.
-Backward is the same recurrence along the reversed chain: `state` is the gradient of what entered, `kept` is those
-transitions, transposed, and `transition` is None, since transitions are not sent again.
+All have the same signature, and are written as steps (wire.py). transition [F, U, ...] and state [F, U, ...] are those
+of this rank's slots, in rows (fold.py). Forward: `kept` is None; the result is what enters the slots, and the
+transitions to keep for backward. Backward is the same recurrence along the reversed chain: `state` is the gradient of
+what entered, `kept` is those transitions, transposed, and `transition` is None, since transitions are not sent again.
 """
 
 import torch
@@ -13,41 +13,42 @@ from torch.distributed import ProcessGroup
 
 from megatron_sse.parallel.handoff.fold import Order, fold, leaving, product, take_over
 from megatron_sse.parallel.handoff.settings import HandOff
-from megatron_sse.parallel.handoff.wire import gather, return_to_ranks, send_to_owners
+from megatron_sse.parallel.handoff.wire import Steps, gather, in_group, return_to_ranks, send_to_owners
 from megatron_sse.parallel.sharding import node_runs
 
 Kept = tuple[Tensor, ...]
+Scan = Steps[tuple[Tensor, Kept]]
 
 
-def exscan(hand_off: HandOff, transition: Tensor | None, state: Tensor, kept: Kept | None) -> tuple[Tensor, Kept]:
+def exscan(hand_off: HandOff, transition: Tensor | None, state: Tensor, kept: Kept | None) -> Scan:
     """Compute it with two all-to-alls: each rank folds its share of the rows over the full chain.
 
     Rows are independent, so with 4 rows on 2 ranks, rank 0 gets rows 0 and 1 of every slot, folds them along the chain,
     and returns to each rank what enters its slots. Bytes and memory per rank do not grow with the number of ranks.
     """
     group, wire, order = _parts(hand_off, state, kept)
-    received, increment = send_to_owners(transition, state, group, wire)
+    received, increment = yield from send_to_owners(transition, state, group, wire)
     kept = kept or _kept(received)
     entering = torch.empty_like(increment)
     fold(kept[0], increment, order, entering)
     del increment  # as large as `state`: freed before return_to_ranks allocates as much again
-    return return_to_ranks(entering, state.shape, group, wire), kept
+    return (yield from return_to_ranks(entering, state.shape, group, wire)), kept
 
 
-def allgather(hand_off: HandOff, transition: Tensor | None, state: Tensor, kept: Kept | None) -> tuple[Tensor, Kept]:
+def allgather(hand_off: HandOff, transition: Tensor | None, state: Tensor, kept: Kept | None) -> Scan:
     """Compute it with one all-gather: each rank folds all rows over the full chain.
 
     Bytes and memory grow with the number of ranks, but there is only one step of communication.
     """
     group, wire, order = _parts(hand_off, state, kept)
-    received, increment = gather(transition, state, group, wire)
+    received, increment = yield from gather(transition, state, group, wire)
     kept = kept or _kept(received)
     entering = torch.empty_like(increment)
     fold(kept[0], increment, order, entering)
     return entering[hand_off.rank].clone(), kept
 
 
-def serial(hand_off: HandOff, transition: Tensor | None, state: Tensor, kept: Kept | None) -> tuple[Tensor, Kept]:
+def serial(hand_off: HandOff, transition: Tensor | None, state: Tensor, kept: Kept | None) -> Scan:
     """Compute it slot by slot along the chain: each rank sends its state to the rank of the next slot.
 
     Only states are sent, and none between slots of the same rank.
@@ -65,17 +66,17 @@ def serial(hand_off: HandOff, transition: Tensor | None, state: Tensor, kept: Ke
         after = order[min(place + 1, len(order) - 1)][0]
         if before != rank:
             arriving = torch.empty_like(carried, dtype=wire)
-            dist.recv(arriving, group=hand_off.group, group_src=before)
+            yield in_group(dist.irecv(arriving, group=hand_off.group, group_src=before))
             carried = arriving.to(state.dtype)
         entering[slot] = carried
         # In backward the same line passes the gradient on: `kept` is transposed, and the order reversed.
         carried = take_over(kept[0][slot], carried) + state[slot]
         if after != rank:
-            dist.send(carried.to(wire), group=hand_off.group, group_dst=after)
+            yield in_group(dist.isend(carried.to(wire), group=hand_off.group, group_dst=after))
     return entering, kept
 
 
-def two_level(hand_off: HandOff, transition: Tensor | None, state: Tensor, kept: Kept | None) -> tuple[Tensor, Kept]:
+def two_level(hand_off: HandOff, transition: Tensor | None, state: Tensor, kept: Kept | None) -> Scan:
     """Compute it with exscan inside each node, around an exscan between nodes.
 
     What crosses nodes is what each run (a stretch of the chain inside one node, see node_runs) does as a whole: its
@@ -88,7 +89,7 @@ def two_level(hand_off: HandOff, transition: Tensor | None, state: Tensor, kept:
     runs = node_runs(hand_off.chain, node.size())
     if kept is not None:
         runs = [(place, run[::-1]) for place, run in reversed(runs)]
-    received, increment = send_to_owners(transition, state, node, wire)
+    received, increment = yield from send_to_owners(transition, state, node, wire)
     slots = received if kept is None else kept[0]
     assert slots is not None
 
@@ -106,17 +107,17 @@ def two_level(hand_off: HandOff, transition: Tensor | None, state: Tensor, kept:
             done[number] = product(slots, run)
 
     # 2. Fold the runs of all nodes, for a share of the rows: the result is what enters each run.
-    received, total = send_to_owners(done, added, cross, wire)
+    received, total = yield from send_to_owners(done, added, cross, wire)
     kept = kept or (slots, *_kept(received))
     entering_share = torch.empty_like(total)
     fold(kept[1], total, [place for place, _ in runs], entering_share)
-    entering_runs = return_to_ranks(entering_share, added.shape, cross, wire)
+    entering_runs = yield from return_to_ranks(entering_share, added.shape, cross, wire)
     # 3. Fold the slots of each own run, from what enters it.
     entering = torch.empty_like(increment)
     for (_, number), run in own_runs:
         fold(slots, increment, run, entering, first=entering_runs[number])
     del increment
-    return return_to_ranks(entering, state.shape, node, wire), kept
+    return (yield from return_to_ranks(entering, state.shape, node, wire)), kept
 
 
 def _parts(hand_off: HandOff, state: Tensor, kept: Kept | None) -> tuple[ProcessGroup, torch.dtype, Order]:

@@ -14,7 +14,7 @@ ALGORITHMS = ("exscan", "allgather", "p2p", "two_level")
 
 @dataclass(frozen=True)
 class HandOff:
-    """What exclusive_scan needs besides the tensors; known on the host and the same on every rank.
+    """What begin_exclusive_scan needs besides the tensors; known on the host and the same on every rank.
 
     Attributes:
         chain: (rank in the group, slot) of the slots of all ranks, in the order of the sequence.

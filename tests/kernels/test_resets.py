@@ -60,12 +60,12 @@ class HandedOn:
         return attention_in_spans(form, self.spans, self.edges)
 
     @staticmethod
-    def exchange(transition_F: Tensor, state_F: Tensor) -> Tensor:
+    def exchange(transition_F: Tensor, state_F: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         entering = [torch.zeros_like(state_F[0])]
         for transition, state in zip(transition_F[:-1], state_F[:-1], strict=True):
             is_reset = ~transition.flatten(1).any(1)[:, None, None]
             entering.append(apply_transition(transition, entering[-1].masked_fill(is_reset, 0)) + state)
-        return torch.stack(entering)
+        return torch.stack(entering), lambda begun: begun
 
 
 # Spans that begin inside documents, with one, and inside one that fills a span; the last document begins in the middle.

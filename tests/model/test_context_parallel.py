@@ -74,7 +74,11 @@ def test_beside_tensor_parallelism(sequence: bool, one_rank: dict[tuple[str, str
 
 
 def skip_hand_off(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(mixer_module, "exclusive_scan", lambda transition, state, hand_off: torch.zeros_like(state))
+    patch.setattr(
+        mixer_module,
+        "begin_exclusive_scan",
+        lambda transition, state, hand_off: (torch.zeros_like(state), lambda begun: begun),
+    )
 
 
 def forget_reset(patch: pytest.MonkeyPatch) -> None:
@@ -98,10 +102,10 @@ def forget_boundary(patch: pytest.MonkeyPatch) -> None:
 
 
 def chain_in_rank_order(patch: pytest.MonkeyPatch) -> None:
-    original = mixer_module.exclusive_scan
+    original = mixer_module.begin_exclusive_scan
     patch.setattr(
         mixer_module,
-        "exclusive_scan",
+        "begin_exclusive_scan",
         lambda transition, state, hand_off: original(
             transition, state, replace(hand_off, chain=tuple(sorted(hand_off.chain)))
         ),

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_sse.kernels.scan import apply_transition
-from megatron_sse.parallel.handoff import HandOff, exclusive_scan, scan
+from megatron_sse.parallel.handoff import HandOff, begin_exclusive_scan, scan
 from megatron_sse.parallel.sharding import Chain, ContextShard
 from tests.workers import run_workers
 
@@ -108,6 +108,12 @@ def _node_groups(node_size: int) -> tuple[Any, Any]:
     return nodes[rank // node_size], crosses[rank % node_size]
 
 
+def exclusive_scan(transition: Tensor, state: Tensor, hand_off: HandOff) -> Tensor:
+    """Return the entering states, with nothing done while they travel."""
+    begun, finish = begin_exclusive_scan(transition, state, hand_off)
+    return finish(begun)
+
+
 def scan_own_slots(case: Case, bug: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Return this rank's entering states and gradients of transitions and states. bug: the fault to inject."""
     own = own_slots(case, dist.get_rank())
@@ -124,7 +130,8 @@ def scan_own_slots(case: Case, bug: str | None = None) -> tuple[Tensor, Tensor, 
     return entering.detach(), own.transition.grad, own.state.grad
 
 
-def _skip(hand_off: HandOff, transition: Tensor | None, state: Tensor, kept: Any) -> tuple[Tensor, Any]:
+def _skip(hand_off: HandOff, transition: Tensor | None, state: Tensor, kept: Any) -> Any:
+    yield from ()
     return torch.zeros_like(state), kept or (transition,)
 
 

@@ -12,10 +12,11 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_sse.config.schema import ParallelConfig
 from megatron_sse.kernels.scan import apply_transition
-from megatron_sse.parallel.handoff import ALGORITHMS, HandOff, exclusive_scan
+from megatron_sse.parallel.handoff import ALGORITHMS, HandOff
 from megatron_sse.parallel.sharding import ContextShard
 from tests.parallel.handoff_cases import (
     Case,
+    exclusive_scan,
     in_chain_order,
     make_hand_off,
     own_slots,

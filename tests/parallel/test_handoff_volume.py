@@ -15,11 +15,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from megatron_sse.parallel.handoff import ALGORITHMS, HandOff, exclusive_scan
+from megatron_sse.parallel.handoff import ALGORITHMS, HandOff
 from megatron_sse.parallel.handoff_bytes import handoff_bytes
 from megatron_sse.parallel.sharding import ContextShard
 from megatron_sse.parallel.traffic import Traffic
-from tests.parallel.handoff_cases import Case, make_hand_off, own_slots
+from tests.parallel.handoff_cases import Case, exclusive_scan, make_hand_off, own_slots
 from tests.workers import WorkerError, run_workers
 
 CASES = [
@@ -155,6 +155,11 @@ class LiveMemory(TorchDispatchMode):
         return result
 
 
+def filled(output: torch.Tensor, *_: Any, **__: Any) -> Any:
+    output.zero_()
+    return SimpleNamespace(wait=lambda: None)
+
+
 def peak_memory(case: Case) -> tuple[float, float, float]:
     """Return memory of forward, between passes, and backward, above the start, in units of one rank's states.
 
@@ -163,7 +168,7 @@ def peak_memory(case: Case) -> tuple[float, float, float]:
     own = own_slots(case, 0)
     group: Any = SimpleNamespace(size=lambda: case.size, rank=lambda: 0)
     hand_off = HandOff(case.chain, group, case.algorithm)
-    fill = {name: lambda output, *_, **__: output.zero_() for name in ("all_to_all_single", "all_gather_into_tensor")}
+    fill = dict.fromkeys(("all_to_all_single", "all_gather_into_tensor"), filled)
     with mock.patch.multiple(dist, **fill), LiveMemory() as memory:
         entering = exclusive_scan(own.transition, own.state, hand_off)
         forward, memory.peak = memory.peak, 0

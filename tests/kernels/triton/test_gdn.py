@@ -41,7 +41,8 @@ class _Attend(torch.autograd.Function):
             states = scan_states(transition, increment, rows.pieces, initial)
         grad_states = gdn.gdn_summarize_backward(*arguments, grad_o), grad_final
         grad_leaving, grad_initial = torch.autograd.grad(states, leaves, grad_states)
-        *by_row, grad_write, grad_read = gdn.gdn_attend_backward(*arguments, entering, grad_o, grad_leaving)
+        again = gdn.gdn_again(*arguments, entering)
+        *by_row, grad_write, grad_read = gdn.gdn_attend_backward(*arguments, again, grad_o, grad_leaving)
         shared = [x[: rows.num_tokens] for x in by_row]
         sparse = [x[rows.num_tokens :].view(rows.num_tokens, -1, *x.shape[1:]).sum(1) for x in by_row]
         grads = *shared[:4], *sparse[:4], shared[4] + sparse[4]

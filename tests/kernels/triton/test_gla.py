@@ -30,7 +30,7 @@ class _Attention(torch.autograd.Function):
                 leaves.append(initial_S.detach().requires_grad_())
             entering_M, final_S = scan_states(*leaves[:2], pieces, leaves[2] if len(leaves) > 2 else None)
         ctx.saved = (rows, inputs, leaves, entering_M, final_S)
-        return gla.gla_attend(*inputs, entering_M.detach()), final_S.detach()
+        return gla.gla_attend(*inputs, *gla.gla_prepare(*inputs), entering_M.detach()), final_S.detach()
 
     @staticmethod
     def backward(ctx, grad_o_R, grad_final_S):
@@ -38,9 +38,8 @@ class _Attention(torch.autograd.Function):
         grad_entering_M = gla.gla_summarize_backward(*inputs, grad_o_R)
         grad_outputs = (grad_entering_M, grad_final_S)
         _, grad_leaving_M, *grad_initial = torch.autograd.grad((entering_M, final_S), leaves, grad_outputs)
-        *grads, dv_R, dwrite_R, dread_R = gla.gla_attend_backward(
-            *inputs, entering_M.detach(), grad_o_R, grad_leaving_M
-        )
+        again = gla.gla_again(*inputs, entering_M.detach())
+        *grads, dv_R, dwrite_R, dread_R = gla.gla_attend_backward(*inputs, *again, grad_o_R, grad_leaving_M)
         num_tokens = rows.num_tokens
         shared = [x[:num_tokens] for x in grads]
         sparse = [_sum_picks(x, num_tokens) for x in grads]
@@ -214,10 +213,13 @@ def test_operators_are_registered() -> None:
     key, value, ones = torch.randn(3, 1, 16), torch.randn(3, 1, 20), torch.ones(3)
     inputs = (*(key, key, -key.abs()) * 2, value, ones, ones, ones, *rows.tables, 3)
     states = torch.randn(len(rows.pieces.start_M), 1, 16, 20)
+    prepared = gla.gla_prepare(*inputs)
     for operator, rest in (
         (gla.gla_summarize, ()),
-        (gla.gla_attend, (states,)),
+        (gla.gla_prepare, ()),
+        (gla.gla_attend, (*prepared, states)),
+        (gla.gla_chunk_states, (*prepared, states)),
         (gla.gla_summarize_backward, (value,)),
-        (gla.gla_attend_backward, (states, value, states)),
+        (gla.gla_attend_backward, (*prepared, states, value, states)),
     ):
         torch.library.opcheck(operator, (*inputs, *rest), test_utils=("test_schema", "test_faketensor"))
