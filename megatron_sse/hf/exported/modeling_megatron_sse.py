@@ -154,6 +154,10 @@ class MegatronSSEModel(MegatronSSEPreTrainedModel):
         tokens = self._read_tokens(
             x_BLd, cache, attention_mask, position_ids, cache_position, (cu_seq_lens_q, cu_seq_lens_k), seq_idx
         )
+        real_BL = tokens.real_BL()
+        if real_BL is not None:
+            # What the embeddings of padding hold, which may be anything, takes no part.
+            x_BLd = x_BLd.masked_fill(~real_BL[..., None], 0)
         hidden_states, kept = [], []
         for number, layer in enumerate(self.layers):
             if with_hidden:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, logsigmoid, scaled_dot_product_attention, silu, softplus
 
 from .recurrences_megatron_sse import gdn, gla, kda
-from .tokens_megatron_sse import ShortConvolution, Tokens, make_tokens
+from .tokens_megatron_sse import ShortConvolution, Tokens, hold_gradients, is_finite, make_tokens, spread
 
 # The package's kernels for the recurrences, where it is installed: the same results, faster.
 try:
@@ -70,7 +70,11 @@ class SoftmaxMixer(nn.Module):
             self.k_norm = RMSNorm(self.head_dim, epsilon)
 
     def forward(self, x_BLd: Tensor, tokens: Tokens, kept: Sequence[Any]) -> tuple[Tensor, tuple]:
-        """Return the output, and the keys and values so far. kept: those of earlier calls."""
+        """Return the output, and of the tokens so far keys, values and which are not finite. kept: of earlier calls.
+
+        No value of one document reaches another, not even inf or nan; from such a value on, the outputs of its document
+        are nan.
+        """
         parts = (self.q_proj(x_BLd), self.k_proj(x_BLd), self.v_proj(x_BLd))
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         if self.settings["qk_norm"]:
@@ -78,12 +82,27 @@ class SoftmaxMixer(nn.Module):
         if self.settings["rotary_base"]:
             angles = tokens.position_BL[:, :, None, None] * self._frequencies(x_BLd.device)
             q, k = rotate(q, angles), rotate(k, angles)
+        bad = None
+        if tokens.starts_BR is not None:
+            # A mask does not keep documents apart, since 0 * inf is nan: such tokens are left out.
+            bad = torch.stack([~is_finite(part, (2, 3)) for part in (q, k, v)]).any(0)
+            q, k, v = (part.masked_fill(bad[..., None, None], 0) for part in (q, k, v))
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         if kept:
-            k, v = torch.cat((kept[0], k), dim=2), torch.cat((kept[1], v), dim=2)
+            k_before, v_before, bad_before = kept
+            if bad is not None:
+                if bad_before is None:
+                    # Earlier calls had no documents to keep apart.
+                    bad_before = ~(is_finite(k_before, (1, 3)) & is_finite(v_before, (1, 3)))
+                    k_before, v_before = (x.masked_fill(bad_before[:, None, :, None], 0) for x in (k_before, v_before))
+                bad = torch.cat((bad_before, bad), dim=1)
+            k, v = torch.cat((k_before, k), dim=2), torch.cat((v_before, v), dim=2)
         mask = tokens.sees(self.settings["window"], q.shape[2])
         o = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-        return self.o_proj(o.transpose(1, 2).flatten(2)), (k, v)
+        if bad is not None and tokens.starts_BR is not None:
+            spoiled_BL = spread(bad, tokens.starts_BR)[:, tokens.num_before :]
+            o = o.masked_fill(spoiled_BL[:, None, :, None], torch.nan)
+        return self.o_proj(o.transpose(1, 2).flatten(2)), (k, v, bad)
 
     def _frequencies(self, device: torch.device) -> Tensor:
         exponent = torch.arange(0, self.head_dim, 2, device=device, dtype=torch.float32) / self.head_dim
@@ -254,8 +273,9 @@ class SSEMixer(nn.Module):
             x.repeat_interleave(num_heads, dim=-1)[..., None] for x in (writes, write_scale, read_scale)
         )
         g = g * (writes if self.channel_decay else writes[..., 0])
+        starts_BL = tokens.starts_BL()
         if not self.delta_rule:
-            o, state = gla(q, k, v * write_scale, g, state, tokens.documents)
+            o, state = gla(q, k, v * write_scale, g, state, starts_BL)
         else:
             delta_rule = kda if self.channel_decay else gdn
             if self.settings["gate"] == "reference":
@@ -264,7 +284,7 @@ class SSEMixer(nn.Module):
             # The weight scales what is written, or how strongly.
             on_beta, on_v = (write_scale, 1) if self.settings["gate"] == "beta" else (writes, write_scale)
             beta = beta * on_beta[..., 0]
-            o, state = delta_rule(normalize(q), normalize(k), v * on_v, g, beta, state, tokens.documents)
+            o, state = delta_rule(normalize(q), normalize(k), v * on_v, g, beta, state, starts_BL)
         return (o * read_scale).unflatten(2, (-1, num_heads)).sum(2), state
 
     def _side_by_side(self, parts: Sequence[Tensor | None]) -> Any:
@@ -313,7 +333,9 @@ class SSEMixer(nn.Module):
             *flat,
             self.settings,
         )
-        return o_THV.float().view_as(v_BLHV), final_BAHKV.flatten(1, 2)
+        o_BLHV = o_THV.float().view_as(v_BLHV)
+        # Of the banks that a sum comes from, some may be finite where others are not.
+        return o_BLHV if real_BL is None else hold_gradients(o_BLHV), final_BAHKV.flatten(1, 2)
 
 
 def normalize(x: Tensor) -> Tensor:

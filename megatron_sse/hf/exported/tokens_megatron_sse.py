@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from .recurrences_megatron_sse import Documents
-
 
 class Flat(NamedTuple):
     """A batch laid out in one row, as the kernels of the package megatron_sse take it.
@@ -32,7 +30,7 @@ class Tokens(NamedTuple):
     document_BR: int64, the number of each token's document in its sequence, -1 for padding. None where every token is
         real and each sequence is one document; so are the next three.
     index_BR: int64, the number of each real token in its document.
-    documents: as the recurrences take them.
+    starts_BR: bool, where a document starts.
     order_BL: int64, the columns of the real tokens, then those of padding.
     flat: given where the package's kernels run the recurrences.
     """
@@ -41,13 +39,17 @@ class Tokens(NamedTuple):
     position_BL: Tensor
     document_BR: Tensor | None = None
     index_BR: Tensor | None = None
-    documents: Documents | None = None
+    starts_BR: Tensor | None = None
     order_BL: Tensor | None = None
     flat: Flat | None = None
 
     def real_BL(self) -> Tensor | None:
         """Return which tokens are real; None where all are."""
         return None if self.document_BR is None else self.document_BR[:, self.num_before :] >= 0
+
+    def starts_BL(self) -> Tensor | None:
+        """Return where documents start; None for nowhere."""
+        return None if self.starts_BR is None else self.starts_BR[:, self.num_before :]
 
     def sees(self, window: int | None, num_queries: int) -> Tensor | None:
         """Return which tokens so far a token attends to, bool [B or 1, 1, L, R]; None for plain causal attention."""
@@ -111,15 +113,15 @@ def make_tokens(
     document_BR = torch.cat((kept_BR, document_BL), dim=1)
     last_BR = document_BR.cummax(-1).values
     count_BR = (document_BR >= 0).cumsum(-1)
-    first_BR = document_BR > pad(last_BR[:, :-1], (1, 0), value=-1)
-    index_BR = count_BR - 1 - torch.where(first_BR, count_BR - 1, 0).cummax(-1).values
+    starts_BR = document_BR > pad(last_BR[:, :-1], (1, 0), value=-1)
+    index_BR = count_BR - 1 - torch.where(starts_BR, count_BR - 1, 0).cummax(-1).values
     index_BR = index_BR.clamp(min=0)
     return Tokens(
         num_before=num_before,
         position_BL=index_BR[:, num_before:] if position_BL is None else position_BL,
         document_BR=document_BR,
         index_BR=index_BR,
-        documents=Documents(last_BR[:, num_before:], before_B),
+        starts_BR=starts_BR,
         order_BL=real_BL.int().argsort(dim=-1, descending=True, stable=True),
         flat=_flatten(x_BLd, start_BL) if with_flat else None,
     )
@@ -142,6 +144,28 @@ def _flatten(x_BLd: Tensor, start_BL: Tensor | None) -> Flat:
     first_T = torch.arange(batch_size * length, device=device) % length == 0
     sequence_T = first_T.cumsum(0) - 1
     return Flat(offsets_B1, sequence_T, None if start_BL is None else (first_T | start_BL.flatten()).cumsum(0) - 1)
+
+
+def spread(bad: Tensor, starts: Tensor) -> Tensor:
+    """Return whether a token or one before it in its document is bad, bool [B, n]. starts: where documents start."""
+    number_n = torch.arange(starts.shape[1], device=starts.device)
+    first = torch.where(starts, number_n, 0).cummax(-1).values
+    return torch.where(bad, number_n, -1).cummax(-1).values >= first
+
+
+def is_finite(x: Tensor, dims: tuple[int, ...], largest: float = 2.0**56) -> Tensor:
+    """Return, over these dims, whether no value is inf, nan or so large that sums of products of two would be inf."""
+    # The norm is nan where a value is.
+    return torch.linalg.vector_norm(x.detach(), torch.inf, dim=dims) <= min(largest, torch.finfo(x.dtype).max)
+
+
+def hold_gradients(x: Tensor) -> Tensor:
+    """Return x [B, L, ...] with nan for tokens that are not finite, through which no gradient passes.
+
+    Theirs is nan, and would reach tokens that they were computed from, from there other documents.
+    """
+    bad_BL = ~is_finite(x, tuple(range(2, x.dim())), torch.inf)
+    return x.masked_fill(bad_BL.view(*bad_BL.shape, *[1] * (x.dim() - 2)), torch.nan)
 
 
 class ShortConvolution(nn.Conv1d):
@@ -168,6 +192,7 @@ class ShortConvolution(nn.Conv1d):
         for back in range(width):
             weighted = x[:, width - 1 - back :][:, :length] * self.weight[:, 0, width - 1 - back]
             out = out + weighted.masked_fill((index_BL < back)[..., None], 0)
+        out = hold_gradients(out)
         last = real_BL.sum(-1, keepdim=True) + torch.arange(width - 1, device=x.device)
         return _take(out, (real_BL.cumsum(-1) - 1).clamp(min=0)), _take(x, last)
 
