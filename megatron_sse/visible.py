@@ -14,6 +14,14 @@ def count_of(number: int, noun: str) -> str:
     return f"{number:,} {noun}{plural}"
 
 
+def size_of(number: int) -> str:
+    """Return a number of bytes in the largest unit that it reaches: 512 B, 1.5 KiB, 2.0 GiB."""
+    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if number >= factor:
+            return f"{number / factor:.1f} {unit}"
+    return f"{number} B"
+
+
 def make_visible(text: str) -> str:
     """Return text with control characters (but newlines and tabs) and bidirectional controls as \\x1b or \\u202e."""
     return "".join(_escape(char) if _is_hidden(char) else char for char in text)

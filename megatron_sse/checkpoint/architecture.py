@@ -1,6 +1,6 @@
 """Checking that a checkpoint holds the model that a run describes, and describing how they differ."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,10 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_sse.checkpoint.index import tensors_of
 from megatron_sse.checkpoint.names import OPTIMIZER
+from megatron_sse.checkpoint.settings import changed_settings, flatten
 from megatron_sse.checkpoint.state import MASTER
 from megatron_sse.config import RunConfig
-from megatron_sse.config.problem import show
-from megatron_sse.errors import SharedUserError, UserError
-from megatron_sse.reading import read_yaml
-from megatron_sse.run_folder import CONFIG
+from megatron_sse.errors import SharedUserError
 
 _MAX_LINES = 20
 
@@ -33,7 +31,7 @@ def check_architecture(path: Path, config: RunConfig, state: dict[str, Any], ind
     there = {key: tuple(entry.size) for key, entry in tensors_of(index).items()}
     if not any(key.startswith(OPTIMIZER) and not key.startswith(MASTER) for key in wanted):
         there = {key: shape for key, shape in there.items() if not key.startswith(OPTIMIZER) or key in wanted}
-    model_keys = [key for key in _flatten(config.model_dump(mode="json")) if key.startswith("model.")]
+    model_keys = [key for key in flatten(config.model_dump(mode="json")) if key.startswith("model.")]
     settings = changed_settings(path, config, model_keys)
     same_vocabulary = not any(line.startswith("model.vocab_size:") for line in settings)
     tensors = []
@@ -57,20 +55,6 @@ def check_architecture(path: Path, config: RunConfig, state: dict[str, Any], ind
         raise SharedUserError(f"{path}: the checkpoint's architecture differs from that of this run", *table)
 
 
-def changed_settings(path: Path, config: RunConfig, keys: Iterable[str]) -> list[str]:
-    """Return a line for each of these settings that has another value in the checkpoint's YAML than in this run."""
-    try:
-        saved = _flatten(read_yaml(path / CONFIG, dict[str, Any]))
-    except UserError:
-        return []
-    now = _flatten(config.model_dump(mode="json"))
-    return [
-        f"{key}: {show(saved[key])} in the checkpoint, {show(now[key])} in this run"
-        for key in keys
-        if key in saved and key in now and saved[key] != now[key]
-    ]
-
-
 def _wanted(state: dict[str, Any]) -> tuple[Shapes, set[str]]:
     """Return the full shapes of the tensors that all ranks load, by key, and the keys of those that are padded."""
     every: list[Any] = [None] * dist.get_world_size()
@@ -87,13 +71,6 @@ def _tensors(state: dict[str, Any]) -> Iterator[ShardedTensor]:
             yield entry
         else:
             yield from nested_values({"parts": entry.build()})
-
-
-def _flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in section.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def _show(shape: tuple[int, ...] | None) -> str:

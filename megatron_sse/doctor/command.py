@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from megatron_sse.config import RunConfig
 from megatron_sse.doctor.finding import BAD, GOOD, Finding
-from megatron_sse.doctor.machine import check_disk, check_gpu, check_versions
-from megatron_sse.doctor.modules import check_attention, check_connections, check_modules
 from megatron_sse.doctor.request import Request
-from megatron_sse.doctor.run import check_checkpoints, check_layout, check_memory, check_token_files
+from megatron_sse.doctor.versions import check_versions
 from megatron_sse.errors import UserError
 
 FAULT_EXIT = 1
-_CHECKS: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
-    check_layout,
-    check_token_files,
-    check_checkpoints,
-    check_disk,
-    check_memory,
-    check_attention,
-    check_connections,
-)
 
 
 def run(request: Request) -> int:
@@ -38,13 +26,25 @@ def run(request: Request) -> int:
 def find_all(request: Request) -> Iterator[Finding]:
     """Yield all findings. The machine is checked even if the settings are wrong."""
     yield from check_versions()
+    # Imported late: torch, for which the first line does not wait.
+    import torch
+
+    from megatron_sse.doctor.machine import check_disk, check_gpu
+    from megatron_sse.doctor.run import check_checkpoints, check_layout, check_memory, check_token_files
+
+    checks = [check_layout, check_token_files, check_checkpoints, check_disk, check_memory]
     yield from check_gpu()
-    yield from check_modules()
+    if torch.cuda.is_available():
+        # Imported late: Megatron-Core, which without a GPU is not needed.
+        from megatron_sse.doctor.modules import check_attention, check_connections, check_modules
+
+        yield from check_modules()
+        checks += [check_attention, check_connections]
     try:
         config = request.run_config
     except UserError as error:
         yield Finding(BAD, "settings", str(error))
         return
     yield Finding(GOOD, "settings", request.config)
-    for check in _CHECKS:
+    for check in checks:
         yield from check(config)

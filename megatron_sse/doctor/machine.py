@@ -1,64 +1,25 @@
-"""The machine: versions, GPUs, room on the disk."""
+"""The machine: GPUs, room on the disk."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from packaging.requirements import Requirement
 
 from megatron_sse.checkpoint.folders import checkpoint_folder, find_left_overs, list_checkpoints
 from megatron_sse.config import RunConfig
 from megatron_sse.config.weights import model_weights
 from megatron_sse.doctor.finding import BAD, GOOD, OPEN, Finding
+from megatron_sse.doctor.versions import check_versions
 from megatron_sse.planning.ceilings import GIB
 from megatron_sse.visible import count_of
 
-PACKAGE = "megatron-sse"
-
-
-def check_versions() -> Iterator[Finding]:
-    """Compare installed packages with the requirements; those of the gpu extra only if there is a GPU."""
-    try:
-        asked = [Requirement(text) for text in importlib.metadata.requires(PACKAGE) or []]
-    except importlib.metadata.PackageNotFoundError:
-        yield Finding(BAD, "versions", f"{PACKAGE} is not installed; ./run.sh test --version installs it in place")
-        return
-    extra = "gpu" if torch.cuda.is_available() else ""
-    wrong, right = [], []
-    for requirement in asked:
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
-            continue
-        # A run starts without it; check_modules reports it.
-        if requirement.name == "transformer-engine":
-            continue
-        problem = _problem(requirement)
-        if problem is not None:
-            wrong.append(problem)
-        elif requirement.name in ("torch", "megatron-core", "triton"):
-            right.append(f"{requirement.name} {importlib.metadata.version(requirement.name)}")
-    if wrong:
-        yield Finding(BAD, "versions", f"{'; '.join(wrong)}: ./run.sh test --version installs the tested ones")
-    else:
-        yield Finding(GOOD, "versions", ", ".join(right))
-
-
-def _problem(requirement: Requirement) -> str | None:
-    try:
-        version = importlib.metadata.version(requirement.name)
-    except importlib.metadata.PackageNotFoundError:
-        return f"{requirement.name} is not installed"
-    if requirement.specifier.contains(version, prereleases=True):
-        return None
-    return f"{requirement.name} {version}, needed {requirement.specifier}"
-
 
 def check_gpu() -> Iterator[Finding]:
-    """Check the GPUs, and NCCL."""
+    """Check the GPUs, the packages that only GPUs need, and NCCL."""
     if not torch.cuda.is_available():
         # nvidia-smi comes with the driver, which is installed where there is a GPU.
         if shutil.which("nvidia-smi"):
@@ -73,6 +34,7 @@ def check_gpu() -> Iterator[Finding]:
             yield Finding(BAD, f"GPU {number}", f"{name} has no bf16; use one from A100 on")
         else:
             yield Finding(GOOD, f"GPU {number}", f"{name}, {memory / GIB:.0f} GiB")
+    yield from check_versions("gpu")
     if torch.distributed.is_nccl_available():
         yield Finding(GOOD, "NCCL", ".".join(map(str, torch.cuda.nccl.version())))
     else:

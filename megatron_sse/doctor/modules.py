@@ -17,8 +17,6 @@ from megatron_sse.parallel.device import CONNECTIONS, needs_one_connection
 
 def check_modules() -> Iterator[Finding]:
     """Name the modules for GPUs that are installed. A run starts without them, with plain ones in their place."""
-    if not torch.cuda.is_available():
-        return
     installed = find_installed()
     if installed.transformer_engine:
         version = importlib.metadata.version("transformer-engine")
@@ -35,7 +33,7 @@ def check_modules() -> Iterator[Finding]:
 
 def check_attention(config: RunConfig) -> Iterator[Finding]:
     """Name the attention of softmax layers on this machine's GPUs."""
-    if not torch.cuda.is_available() or "softmax" not in config.model.layer_kinds():
+    if "softmax" not in config.model.layer_kinds():
         return
     installed = find_installed()
     obstacle: str | None = "Transformer Engine cannot be imported"
@@ -50,7 +48,7 @@ def check_attention(config: RunConfig) -> Iterator[Finding]:
 def check_connections(config: RunConfig) -> Iterator[Finding]:
     """Compare CUDA_DEVICE_MAX_CONNECTIONS, where it is set, with what the run would set."""
     given = os.environ.get(CONNECTIONS)
-    if not torch.cuda.is_available() or given is None:
+    if given is None:
         return
     wanted = needs_one_connection(config.parallel.tensor)
     if wanted == (given == "1"):

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_sse.checkpoint.architecture import changed_settings
 from megatron_sse.checkpoint.data import changed_data, moved
 from megatron_sse.checkpoint.folders import describe_finished, find_all_damage, find_checkpoints, find_weights
 from megatron_sse.checkpoint.manifest import read_manifest
-from megatron_sse.checkpoint.verify import find_missing
+from megatron_sse.checkpoint.settings import changed_settings
 from megatron_sse.config import DataConfig, RunConfig, Source, count_processes, load_config, plan_stages
 from megatron_sse.config.weights import model_weights
 from megatron_sse.data.checks import check_token_file
@@ -109,6 +108,9 @@ def check_checkpoints(config: RunConfig) -> Iterator[Finding]:
 
 
 def _check_checkpoint(config: RunConfig, key: str, path: Path) -> Finding:
+    # Imported late: torch's checkpoints take a second.
+    from megatron_sse.checkpoint.verify import find_missing
+
     damaged = find_all_damage(path, hashes=config.checkpoint.verify == "hashes")
     damaged = damaged or find_missing(path, read_manifest(path))
     if damaged:
