@@ -47,9 +47,9 @@ class _File(BaseModel):
 
 @dataclass(frozen=True)
 class SavedReference:
-    """The checkpoint from which a run of reinforcement learning measures how far it is (rl.kl).
+    """The model that a run is measured against: the reference of rl.kl, or the teacher of training.distill.
 
-    step: of that checkpoint. hash: of its manifest, which has those of all its files.
+    step: of its checkpoint, 0 in other folders. hash: of what identifies it (reference.py).
     """
 
     step: Count
@@ -60,7 +60,7 @@ class SavedData(BaseModel):
     """The content of a checkpoint's DATA: the keys of describe_data, and where the run was.
 
     position, learning_rate (of the last step), validation_samples: None in checkpoints of versions without them.
-    reference: None without rl.kl.
+    reference: None without such a model.
     """
 
     model_config = ConfigDict(extra="allow")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from megatron_sse.config import RunConfig
+from megatron_sse.checkpoint.folders import find_all_damage, find_checkpoints
+from megatron_sse.checkpoint.reference import describe_reference
+from megatron_sse.config import RunConfig, StageRun
 from megatron_sse.data.batch import Batch
 from megatron_sse.distill.objective import Distillation
 from megatron_sse.distill.teacher import OpenTeacher, open_teacher
-from megatron_sse.errors import found_by_all
+from megatron_sse.errors import found_by_machine
 from megatron_sse.lease import Lease
 from megatron_sse.pretrained.network import build_and_load
 from megatron_sse.training.loop import Run, train
@@ -19,8 +22,10 @@ from megatron_sse.training.step import StepResult
 
 def distill(config: RunConfig, lease: Lease | None = None) -> int:
     """Run the distillation that `config` describes; as training.loop.train. Raises UserError."""
-    with found_by_all():
-        teacher = open_teacher(config)
+    with found_by_machine():
+        # A damaged one is passed over when the run resumes, too.
+        intact = (path for path in find_checkpoints(config) if not find_all_damage(path, hashes=False))
+        teacher = open_teacher(config, next(intact, None))
     return train(config, lease, partial(DistillRun, teacher))  # type: ignore[arg-type]
 
 
@@ -29,6 +34,7 @@ class DistillRun(Run):
 
     def __init__(self, teacher: OpenTeacher, config: RunConfig, *others: Any) -> None:
         super().__init__(config, *others)
+        self.teacher = describe_reference(teacher.model.folder)
         assert config.training.distill is not None
         [chunk] = self.trainer.chunks
         net = build_and_load(teacher.model, teacher.config, self.groups, self.device, core_attention=None)
@@ -37,6 +43,9 @@ class DistillRun(Run):
         self.trainer.objective = Distillation(
             config.training.distill, net, chunk.module, self.groups, optimizer.get_loss_scale
         )
+
+    def _describe_data(self, stage: StageRun) -> dict[str, Any]:
+        return super()._describe_data(stage) | {"reference": asdict(self.teacher)}
 
     def _take_step(self, step: int, batches: Iterator[Batch]) -> StepResult:
         result = super()._take_step(step, batches)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from megatron_sse.checkpoint.reference import keep_reference
 from megatron_sse.config import RunConfig, choose_layout
 from megatron_sse.config.load import make_config
 from megatron_sse.errors import UserError
@@ -20,11 +22,17 @@ class OpenTeacher:
     config: RunConfig
 
 
-def open_teacher(config: RunConfig) -> OpenTeacher:
-    """Open the teacher that a run names. Raises UserError where it does not fit the run."""
+def open_teacher(config: RunConfig, resume: Path | None = None) -> OpenTeacher:
+    """Open the teacher that a run names. Raises UserError where it does not fit the run.
+
+    resume: the checkpoint that the run resumes from, whose teacher it was.
+    """
     distill = config.training.distill
     assert distill is not None
     model = open_model(KEY, distill.teacher)
+    folder = keep_reference(config, KEY, model.folder, resume, "training.distill")
+    if folder != model.folder:
+        model = open_model(KEY, folder)
     theirs, own = model.config.model, config.model
     needed = [("vocab_size", "vocab_size"), ("padded_vocab_size", "vocab_size rounded up to vocab_multiple")]
     if distill.hidden:

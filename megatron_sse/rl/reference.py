@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,18 +9,13 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_sse.checkpoint.data import SavedReference, read_data
-from megatron_sse.checkpoint.folders import find_weights, step_folder
+from megatron_sse.checkpoint.folders import find_weights
 from megatron_sse.checkpoint.full_weights import read_weights
-from megatron_sse.checkpoint.manifest import read_manifest
-from megatron_sse.checkpoint.names import MANIFEST
+from megatron_sse.checkpoint.reference import keep_reference
 from megatron_sse.config import RunConfig
-from megatron_sse.errors import UserError
 from megatron_sse.model.initialize import global_name, own_part
 from megatron_sse.model.language_model import LanguageModel
 from megatron_sse.rl.packing import PolicyBatch
-
-logger = logging.getLogger(__name__)
 
 
 def find_reference(config: RunConfig, resume: Path | None) -> Path | None:
@@ -32,28 +25,11 @@ def find_reference(config: RunConfig, resume: Path | None) -> Path | None:
     checkpoint.load_weights names has newer checkpoints by now. Raises UserError where it is gone or another, unless
     checkpoint.changed_data is accept.
     """
-    newest = find_weights(config) if config.rl is not None and config.rl.kl else None
-    saved = None if newest is None or resume is None else read_data(resume)
-    if newest is None or saved is None or saved.reference is None:
-        return newest
-    then = saved.reference
-    for path in (newest, step_folder(newest.parent, then.step)):
-        if (path / MANIFEST).is_file() and describe_reference(path) == then:
-            return path
-    if config.checkpoint.changed_data == "accept":
-        logger.warning("rl.kl: measured from %s from here on, and before from another checkpoint", newest)
-        return newest
-    raise UserError(
-        f"checkpoint.load_weights: got {config.checkpoint.load_weights}, which does not hold the checkpoint that rl.kl "
-        f"has been measured from since the run began (after {then.step} steps, manifest {then.hash[:12]}); put it "
-        f"back, or set checkpoint.changed_data: accept to measure from {newest}"
-    )
-
-
-def describe_reference(checkpoint: Path) -> SavedReference:
-    """Return what a run's checkpoints say of the reference. Raises UserError."""
-    digest = hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
-    return SavedReference(read_manifest(checkpoint).step, digest)
+    if config.rl is None or not config.rl.kl:
+        return None
+    newest = find_weights(config)
+    assert newest is not None
+    return keep_reference(config, "checkpoint.load_weights", newest, resume, "rl.kl")
 
 
 class Reference:

@@ -18,10 +18,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_sse.checkpoint.folders import find_all_damage, find_checkpoints, find_weights
 from megatron_sse.checkpoint.names import TOKENIZER_FILES
+from megatron_sse.checkpoint.reference import describe_reference
 from megatron_sse.checkpoint.verify import first_intact
 from megatron_sse.config import RunConfig, StageRun, choose_layout
 from megatron_sse.data.batch import Batch
-from megatron_sse.data.fingerprint import describe_data
 from megatron_sse.data.iterators import ValidationFactory
 from megatron_sse.durable import write_durably
 from megatron_sse.errors import SharedUserError, UserError, found_by_all, found_by_machine
@@ -33,7 +33,7 @@ from megatron_sse.rl.advantages import Group, has_spread, weigh
 from megatron_sse.rl.objective import PolicyObjective
 from megatron_sse.rl.packing import make_batches, pack
 from megatron_sse.rl.prompts import Prompt, Texts, choose, open_texts, read_run_prompts
-from megatron_sse.rl.reference import Reference, describe_reference, find_reference
+from megatron_sse.rl.reference import Reference, find_reference
 from megatron_sse.rl.rewards import SOLVED, Scorer
 from megatron_sse.rl.rollouts import Rollout, generate, share_weights
 from megatron_sse.rl.sampler import KeyedSampler, make_key
@@ -144,13 +144,16 @@ class PolicyRun(Run):
         self.stage = stage
         self.trainer.start_stage(stage.config)
         self.monitor.start_stage(stage.config)
-        data = describe_data(stage)
-        if self.reference_path is not None:
-            data["reference"] = asdict(describe_reference(self.reference_path))
-        self.saver.start_stage(stage, data)
+        self.saver.start_stage(stage, self._describe_data(stage))
         if self.problems.held_out and self.first_step == 1:
             self._validate(0, lambda: iter(()))
         return iter(()), (lambda: iter(())) if self.problems.held_out else None
+
+    def _describe_data(self, stage: StageRun) -> dict[str, Any]:
+        data = super()._describe_data(stage)
+        if self.reference_path is not None:
+            data["reference"] = asdict(describe_reference(self.reference_path))
+        return data
 
     def _take_step(self, step: int, batches: Iterator[Batch]) -> StepResult:
         started = time.perf_counter()

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -237,7 +238,7 @@ class Run:
         self.stage = stage
         self.trainer.start_stage(stage.config)
         self.monitor.start_stage(stage.config)
-        self.saver.start_stage(stage, describe_data(stage))
+        self.saver.start_stage(stage, self._describe_data(stage))
         if len(self.stages) > 1:
             data, training = stage.config.data, stage.config.training
             logger.info(
@@ -247,6 +248,10 @@ class Run:
             )
         consumed = max(0, self.consumed_samples - stage.first_sample)
         return build_data_iterators(stage, self.groups, consumed, self.device.type)
+
+    def _describe_data(self, stage: StageRun) -> dict[str, Any]:
+        """Return what checkpoints of the stage say of its data, to be compared on resume."""
+        return describe_data(stage)
 
     def _take_step(self, step: int, batches: Iterator[Batch]) -> StepResult:
         """Train on the next global batch."""

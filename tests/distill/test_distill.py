@@ -11,7 +11,6 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from megatron_sse.checkpoint.folders import named_checkpoint
 from megatron_sse.config import RunConfig
 from megatron_sse.data.iterators import build_data_iterators
 from megatron_sse.distill.objective import Distillation
@@ -35,8 +34,9 @@ WEIGHTS = {"logits": 0.7, "hidden": 0.4, "labels": 0.3, "temperature": 1.7}
 
 
 def train_teacher(folder: Path) -> str:
-    """Train one step in a process of the pool; return the run's folder."""
-    config = small_run(folder, model=TEACHER, training={"steps": 1}, monitor={"folder": str(folder / "teacher")})
+    """Train two steps in a process of the pool, with a checkpoint after each; return the run's folder."""
+    sections = {"training": {"steps": 2}, "checkpoint": {"interval": 1, "asynchronous": False}}
+    config = small_run(folder, model=TEACHER, monitor={"folder": str(folder / "teacher")}, **sections)
     Run(config, init_groups(), cpu(), None).run(Signals())
     return config.monitor.folder
 
@@ -182,9 +182,10 @@ def finish(config: RunConfig, weights: Path | None) -> list[tuple[int, dict[str,
 
 def test_a_model_that_is_its_teacher_has_nothing_to_learn(teacher: Path) -> None:
     """Without labels, and with the teacher's weights, all distances and gradients are 0; they are written down."""
+    first = teacher / "checkpoints/iter_0000001"
     config = student_config(
         teacher,
-        {"labels": 0.0, "hidden": 1.0},
+        {"labels": 0.0, "hidden": 1.0, "teacher": str(first)},
         model=TEACHER,
         data={"validation": str(teacher.parent / "train")},
         # AdamW makes whole steps of gradients that are rounding.
@@ -192,12 +193,25 @@ def test_a_model_that_is_its_teacher_has_nothing_to_learn(teacher: Path) -> None
         training={"validation_interval": 3},
         monitor={"folder": str(teacher.parent / "same")},
     )
-    [found] = run_workers(1, finish, config, named_checkpoint("teacher", str(teacher)))
+    [found] = run_workers(1, finish, config, first)
     said = {key: value for step, scalars in found for key, value in scalars.items() if step == 3}
     assert said["distill/divergence"] == pytest.approx(0, abs=1e-6)
     assert max(said["distill/hidden"], said["validation/hidden"]) < 1e-9
     assert said["validation/divergence"] == pytest.approx(0, abs=1e-6)
     assert said["validation/loss"] > 1
+    teacher_stays(teacher, Path(config.monitor.folder) / "checkpoints/iter_0000003")
+
+
+def teacher_stays(teacher: Path, resume: Path) -> None:
+    """Check that a resumed run has the teacher that it had, or is refused."""
+    first, newest = (teacher / f"checkpoints/iter_000000{step}" for step in (1, 2))
+    config = student_config(teacher, {}, model=TEACHER)
+    assert open_teacher(config).model.folder == newest
+    assert open_teacher(config, resume).model.folder == first
+    hidden = first.rename(teacher / "hidden")
+    with pytest.raises(UserError, match=r"^training.distill.teacher: got .*, and training.distill has been measured f"):
+        open_teacher(config, resume)
+    hidden.rename(first)
 
 
 WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
