@@ -111,8 +111,8 @@ case "${1:-}" in
     setup
     cd "$root"
     # Run two test files at a time, since most tests compute in one thread.
-    echo "OMP_NUM_THREADS=1 $venv/bin/python -m pytest -n 2 --dist loadfile $*"
-    OMP_NUM_THREADS=1 exec "$venv/bin/python" -m pytest -n 2 --dist loadfile "$@"
+    echo "OMP_NUM_THREADS=1 $venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $*"
+    OMP_NUM_THREADS=1 exec "$venv/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
     ;;
   *)
     setup

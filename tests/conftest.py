@@ -26,6 +26,31 @@ for _name in list(os.environ):
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# The files that take the longest start first, so that no process is left with one of them at the end.
+_LONGEST = (
+    "training/test_layouts.py",
+    "tools/test_rehearse_gpu.py",
+    "model/test_context_parallel.py",
+    "kernels/triton/test_attention.py",
+    "tests/test_docs.py",
+    "launch/test_start_faults.py",
+    "checkpoint/test_layouts.py",
+    "inference/test_context.py",
+    "planning/test_memory.py",
+    "launch/test_multi_node.py",
+    "tools/test_recall_study.py",
+    "checkpoint/test_processes.py",
+    "rl/test_layouts.py",
+    "distill/test_distill.py",
+    "distill/test_docs.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put long files first; pytest-xdist keeps the order with --no-loadscope-reorder."""
+    items.sort(key=lambda item: not item.path.as_posix().endswith(_LONGEST))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _working_directory(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Run all tests in an empty folder: relative paths must not reach runs/ or corpora/ of the checkout."""
