@@ -1,6 +1,7 @@
-"""Norm and scaling of many tensors at once, where Megatron-Core has neither Transformer Engine's nor Apex's kernels.
+"""Norm and scaling of many tensors at once, where Transformer Engine's or Apex's kernels are not there or cannot run.
 
-Its own loops over the tensors read each norm on the host: a wait for the GPU for every parameter and step.
+Megatron-Core's own loops over the tensors read each norm on the host: a wait for the GPU for every parameter and step.
+The kernels run on GPUs alone, and Megatron-Core takes them where they are installed, also in a run on the CPU.
 """
 
 from collections.abc import Sequence
@@ -11,12 +12,12 @@ from megatron.core.utils import local_multi_tensor_l2_norm, local_multi_tensor_s
 from torch import Tensor
 
 
-def replace_loops() -> None:
-    """Let Megatron-Core call this file's functions where it would call its loops; a second call does nothing."""
-    if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
+def replace_loops(on_gpu: bool) -> None:
+    """Let Megatron-Core call this file's functions where it would call its loops, and on the CPU in any case."""
+    if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm or not on_gpu:
         clip_grads.l2_norm_impl = l2_norm
     for module in (clip_grads, optimizer):
-        if module.multi_tensor_scale_impl is local_multi_tensor_scale:
+        if module.multi_tensor_scale_impl is local_multi_tensor_scale or not on_gpu:
             module.multi_tensor_scale_impl = scale
 
 

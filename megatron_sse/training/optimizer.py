@@ -81,8 +81,9 @@ def build_optimizer(
     config: RunConfig, chunks: list[torch.nn.Module], groups: ProcessGroupCollection
 ) -> MegatronOptimizer:
     """Build Megatron-Core's AdamW over model chunks in DDP: plain, mixed-precision or distributed, as the run asks."""
-    _provide_adam()
-    replace_loops()
+    on_gpu = next(chunks[0].parameters()).is_cuda
+    provide_adam(on_gpu)
+    replace_loops(on_gpu)
     settings = config.optimizer
     bf16 = config.training.precision == "bf16"
     no_decay = ParamWithNamePredicate("no_decay", lambda parameter, name: not parameter.weight.decayed)
@@ -119,9 +120,11 @@ def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> Non
         group["weight_decay"] = optimizer.config.weight_decay * group["wd_mult"]
 
 
-def _provide_adam() -> None:
-    # Without Transformer Engine and Apex our Adam takes the place of the FusedAdam that Megatron-Core expects.
-    if megatron_optimizer.USING_PYTORCH_OPTIMIZER:
+def provide_adam(on_gpu: bool) -> None:
+    """Give Megatron-Core our Adam for the FusedAdam that it expects: without Transformer Engine and Apex, and on the CPU.
+
+    The fused ones run on GPUs alone."""
+    if megatron_optimizer.USING_PYTORCH_OPTIMIZER or not on_gpu:
         megatron_optimizer.Adam = distrib_optimizer.Adam = Adam
-        megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
+        megatron_optimizer.USING_PYTORCH_OPTIMIZER = distrib_optimizer.USING_TE_OPTIMIZER = False
         distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True

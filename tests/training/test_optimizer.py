@@ -4,9 +4,10 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import megatron.core.optimizer as megatron_optimizer
 import pytest
 import torch
-from megatron.core.optimizer import clip_grads
+from megatron.core.optimizer import clip_grads, distrib_optimizer
 from torch.optim.adamw import adamw
 
 from megatron_sse.training import optimizer
@@ -103,7 +104,7 @@ def test_the_fused_adam_of_gpus_steps_like_torchs(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("size", [1.0, 1e-4])
 def test_norm_and_clipping_read_nothing_on_the_host(size: float) -> None:
     """A number read from a tensor of the meta device is an error, as it is a wait on a GPU."""
-    replace_loops()
+    replace_loops(on_gpu=True)
     gradients = [torch.ones(shape, device="meta") for shape in ((3, 4), (5,), (2, 2))]
     norm, _ = clip_grads.multi_tensor_applier(clip_grads.l2_norm_impl, None, [gradients], False)
     assert norm.shape == (1,) and norm.is_meta
@@ -117,6 +118,36 @@ def test_norm_and_clipping_read_nothing_on_the_host(size: float) -> None:
     whole = [x.clone() for x in real]
     clip_grads.multi_tensor_scale_impl(1, None, [whole, whole], 0.5)
     assert all(torch.equal(x, 0.5 * y) for x, y in zip(whole, real, strict=True))
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_kernels_of_gpus_are_left_out_on_the_cpu(on_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Transformer Engine is installed, Megatron-Core takes its kernels, which cannot read tensors of the CPU."""
+
+    def kernel(*args: Any) -> None:
+        raise AssertionError("a kernel of GPUs")
+
+    for module, name in (
+        (clip_grads, "l2_norm_impl"),
+        (clip_grads, "multi_tensor_scale_impl"),
+        (megatron_optimizer.optimizer, "multi_tensor_scale_impl"),
+        (megatron_optimizer, "Adam"),
+        (distrib_optimizer, "Adam"),
+    ):
+        monkeypatch.setattr(module, name, kernel)
+    monkeypatch.setattr(megatron_optimizer, "USING_PYTORCH_OPTIMIZER", False)
+    monkeypatch.setattr(distrib_optimizer, "USING_TE_OPTIMIZER", True)
+    replace_loops(on_gpu)
+    optimizer.provide_adam(on_gpu)
+    found = {
+        clip_grads.l2_norm_impl,
+        clip_grads.multi_tensor_scale_impl,
+        megatron_optimizer.optimizer.multi_tensor_scale_impl,
+        megatron_optimizer.Adam,
+        distrib_optimizer.Adam,
+    }
+    assert found == {kernel} if on_gpu else kernel not in found
+    assert distrib_optimizer.USING_TE_OPTIMIZER == on_gpu
 
 
 def test_adam_resumes_from_its_saved_state() -> None:
