@@ -121,9 +121,7 @@ def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> Non
 
 
 def provide_adam(on_gpu: bool) -> None:
-    """Give Megatron-Core our Adam for the FusedAdam that it expects: without Transformer Engine and Apex, and on the CPU.
-
-    The fused ones run on GPUs alone."""
+    """Give Megatron-Core our Adam for the FusedAdam that it expects: where none is installed, and on the CPU."""
     if megatron_optimizer.USING_PYTORCH_OPTIMIZER or not on_gpu:
         megatron_optimizer.Adam = distrib_optimizer.Adam = Adam
         megatron_optimizer.USING_PYTORCH_OPTIMIZER = distrib_optimizer.USING_TE_OPTIMIZER = False
