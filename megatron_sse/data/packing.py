@@ -6,8 +6,10 @@ reads and one more, which is the label of the last. The examples below use room 
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left, insort
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -104,7 +106,7 @@ class Windows:
 
 @dataclass(frozen=True)
 class PieceTable:
-    """Pieces in the order of their documents, int64 [p] each.
+    """Pieces in the order of their documents, [p] each: begin_p int64, the others int32 where they fit.
 
     document_p: number of the document. begin_p: first token in the file. length_p: number of tokens. sample_p: the
     sample that holds the piece, set when it is packed.
@@ -146,7 +148,11 @@ def fill_samples(offsets_D1: np.ndarray, table: PieceTable, room: int) -> Made:
     documents = len(offsets_D1) - 1
     padding, dropped = samples * room - held, tokens - (held - shared)
     account = Account(samples, tokens, documents, padding, dropped, documents - whole)
-    arrays = {"begin_p": table.begin_p[order_p], "length_p": table.length_p[order_p], "first_n1": first_n1}
+    arrays = {
+        "begin_p": table.begin_p[order_p],
+        "length_p": table.length_p[order_p].astype(np.int64),
+        "first_n1": first_n1,
+    }
     return Made(arrays, asdict(account))
 
 
@@ -157,15 +163,23 @@ def split_long(offsets_D1: np.ndarray, room: int, keep_rest: bool) -> PieceTable
     token of the piece before, so that every token but the first is a label: a document of 10 tokens becomes the pieces
     0 to 4, 4 to 8 and 8 to 9.
     """
-    size_D = np.diff(offsets_D1)
+    size_D = _narrow(np.diff(offsets_D1))
     # Each piece adds room - 1 tokens to the first token of its document.
     count_D = np.maximum(1, -(-(size_D - 1) // (room - 1))) if keep_rest else np.ones_like(size_D)
-    document_p = np.repeat(np.arange(len(size_D)), count_D)
+    document_p = np.repeat(_narrow(np.arange(len(size_D))), count_D)
     # A piece's number in its document: for counts 1 3 2, pieces 0 | 0 1 2 | 0 1.
     number_p = np.arange(len(document_p)) - np.repeat(np.cumsum(count_D) - count_D, count_D)
-    skipped_p = number_p * (room - 1)
-    length_p = np.minimum(room, size_D[document_p] - skipped_p)
-    return PieceTable(document_p, offsets_D1[document_p] + skipped_p, length_p, np.zeros_like(document_p))
+    del count_D
+    begin_p = number_p * (room - 1)
+    del number_p
+    length_p = np.minimum(room, size_D[document_p] - begin_p)
+    begin_p += offsets_D1[document_p]
+    return PieceTable(document_p, begin_p, _narrow(length_p), np.zeros_like(document_p))
+
+
+def _narrow(numbers: np.ndarray) -> np.ndarray:
+    """Return int32 for numbers below 2^31: tables of millions of pieces are half as large."""
+    return numbers.astype(np.int32) if not len(numbers) or numbers.max() < 1 << 31 else numbers
 
 
 def cut_in_order(offsets_D1: np.ndarray, room: int) -> PieceTable:
@@ -190,27 +204,46 @@ def best_fit(table: PieceTable, room: int) -> PieceTable:
 
     Pieces of 3, 2, 4 and 1 tokens: 4 opens sample 0, 3 opens sample 1, 2 fills sample 1, and 1 fills sample 0.
     """
-    sample_p = np.zeros_like(table.length_p)
+    order_p = np.argsort(-table.length_p, kind="stable")
+    length_p = table.length_p[order_p]
+    begins = np.flatnonzero(np.diff(length_p, prepend=-1)).tolist()
+    # The sample of each piece of order_p; pieces of one length are placed together.
+    placed_p = np.empty_like(table.sample_p)
     # Open samples by their free tokens, and the keys of this dictionary as a sorted list: the smallest key that is at
-    # least a piece's length is found by bisection.
-    samples_by_free: dict[int, list[int]] = {}
+    # least a piece's length is found by bisection. The sample that came last is filled first.
+    samples_by_free: dict[int, array[int]] = {}
     there: list[int] = []
     samples = 0
-    order_p = np.argsort(-table.length_p, kind="stable")
-    for piece, length in zip(order_p.tolist(), table.length_p[order_p].tolist(), strict=True):
-        at = bisect_left(there, length)
-        if at < len(there):
-            free = there[at]
-            sample = samples_by_free[free].pop()
-            if not samples_by_free[free]:
-                del samples_by_free[free], there[at]
-        else:
-            free, sample = room, samples
-            samples += 1
-        sample_p[piece] = sample
-        if free - length:
-            if free - length not in samples_by_free:
-                samples_by_free[free - length] = []
-                insort(there, free - length)
-            samples_by_free[free - length].append(sample)
+
+    def keep(opened: array[int], free: int) -> None:
+        if not free or not opened:
+            return
+        if free not in samples_by_free:
+            samples_by_free[free] = array("q")
+            insort(there, free)
+        samples_by_free[free].extend(opened)
+
+    for begin, end in pairwise([*begins, len(length_p)]):
+        length = int(length_p[begin])
+        while begin < end:
+            at = bisect_left(there, length)
+            free = there[at] if at < len(there) else room
+            # So many of these pieces go into each sample, one after the other.
+            each = free // length if length else end - begin
+            needed = -(-(end - begin) // each)
+            if at < len(there):
+                chosen = samples_by_free[free][: -needed - 1 : -1]
+                del samples_by_free[free][-needed:]
+                if not samples_by_free[free]:
+                    del samples_by_free[free], there[at]
+            else:
+                chosen = array("q", range(samples, samples + needed))
+                samples += needed
+            count = min(len(chosen) * each, end - begin)
+            placed_p[begin : begin + count] = np.repeat(chosen, each)[:count]
+            begin += count
+            keep(chosen[:-1], free - each * length)
+            keep(chosen[-1:], free - (count - (len(chosen) - 1) * each) * length)
+    sample_p = np.empty_like(placed_p)
+    sample_p[order_p] = placed_p
     return replace(table, sample_p=sample_p)
