@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, logsigmoid, scaled_dot_product_attention, silu, softplus
+from torch.nn.functional import linear, logsigmoid, rms_norm, scaled_dot_product_attention, silu, softplus
 
 from .recurrences_megatron_sse import gdn, gla, kda
 from .tokens_megatron_sse import ShortConvolution, Tokens, hold_gradients, is_finite, make_tokens, spread
@@ -33,9 +33,7 @@ class RMSNorm(nn.Module):
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.epsilon)
-        return (wide * self.weight.float()).to(x.dtype)
+        return rms_norm(x.float(), self.weight.shape, self.weight.float(), self.epsilon).to(x.dtype)
 
 
 class MLP(nn.Module):
@@ -295,7 +293,7 @@ class SSEMixer(nn.Module):
         if parts[0] is None:
             return None
         group = self.num_value_heads // parts[0].shape[2]
-        heads = [part.repeat_interleave(group, dim=2) for part in parts if part is not None]
+        heads = [part if group == 1 else part.repeat_interleave(group, dim=2) for part in parts if part is not None]
         return torch.cat([heads[0], *heads[1:] * self.num_partitions], dim=2)
 
     def _picks(self, prob_BLrN: Tensor) -> tuple[Tensor, Tensor, Tensor]:

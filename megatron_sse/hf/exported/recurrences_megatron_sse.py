@@ -102,15 +102,32 @@ def _run(
         rows = tuple(x.masked_fill(spoiled_BL[..., None, None], 0) for x in rows)
         decay = decay.masked_fill((spoiled_BL | starts_BL)[..., None, None], 0)
         state = state.masked_fill(bad_B[:, None, None, None], 0)
+    if q.shape[1] == 1:
+        o, state = _step([x[:, 0] for x in (*rows, decay)], state)
+        return _spoil(o[:, None], state, spoiled_BL)
     outputs = []
     for block in zip(*(x.transpose(1, 2).split(BLOCK, dim=2) for x in (*rows, decay)), strict=True):
         o, state = _run_block(meet, block, state)
         outputs.append(o)
-    o = torch.cat(outputs, dim=2).transpose(1, 2)
+    return _spoil(torch.cat(outputs, dim=2).transpose(1, 2), state, spoiled_BL)
+
+
+def _spoil(o: Tensor, state: Tensor, spoiled_BL: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return outputs and the new state, with nan for spoiled tokens."""
     if spoiled_BL is None:
         return o, state
     o = o.masked_fill(spoiled_BL[..., None, None], torch.nan)
     return o, state.masked_fill(spoiled_BL[:, -1, None, None, None], torch.nan)
+
+
+def _step(rows: Sequence[Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the outputs of one token [B, M, V] and the new state. rows: as in _run_block, [B, M, c]."""
+    q, k, v, *beta, decay = rows
+    state = decay[..., None] * state
+    if beta:
+        v = beta[0] * (v - (k[..., None, :] @ state).squeeze(-2))
+    state = state + k[..., None] * v[..., None, :]
+    return (q[..., None, :] @ state).squeeze(-2), state
 
 
 def _run_block(meet: Callable[..., Met], rows: tuple[Tensor, ...], state: Tensor) -> tuple[Tensor, Tensor]:

@@ -148,6 +148,8 @@ def _flatten(x_BLd: Tensor, start_BL: Tensor | None) -> Flat:
 
 def spread(bad: Tensor, starts: Tensor) -> Tensor:
     """Return whether a token or one before it in its document is bad, bool [B, n]. starts: where documents start."""
+    if starts.shape[1] == 1:
+        return bad
     number_n = torch.arange(starts.shape[1], device=starts.device)
     first = torch.where(starts, number_n, 0).cummax(-1).values
     return torch.where(bad, number_n, -1).cummax(-1).values >= first
@@ -164,6 +166,8 @@ def hold_gradients(x: Tensor) -> Tensor:
 
     Theirs is nan, and would reach tokens that they were computed from, from there other documents.
     """
+    if not x.requires_grad:
+        return x
     bad_BL = ~is_finite(x, tuple(range(2, x.dim())), torch.inf)
     return x.masked_fill(bad_BL.view(*bad_BL.shape, *[1] * (x.dim() - 2)), torch.nan)
 
@@ -184,7 +188,15 @@ class ShortConvolution(nn.Conv1d):
         real_BL = tokens.real_BL()
         if real_BL is None or tokens.index_BR is None or tokens.order_BL is None:
             x_BLc = torch.cat((tail, x_BLc), dim=1)
+            if length == 1:
+                return (x_BLc * self.weight[:, 0].t()).sum(1, keepdim=True), x_BLc[:, 1:]
             return super().forward(x_BLc.transpose(1, 2)).transpose(1, 2), x_BLc[:, length:]
+        if length == 1:
+            x = torch.cat((tail, x_BLc), dim=1)
+            back_W1 = torch.arange(width - 1, -1, -1, device=x.device)[:, None]
+            seen = x.masked_fill(tokens.index_BR[:, -1, None, None] < back_W1, 0)
+            tail = torch.where(real_BL[..., None], x[:, 1:], tail)
+            return hold_gradients((seen * self.weight[:, 0].t()).sum(1, keepdim=True)), tail
         # Real tokens first, so that those before a token are its neighbours, also behind padding.
         x = torch.cat((tail, _take(x_BLc, tokens.order_BL)), dim=1)
         index_BL = tokens.index_BR[:, tokens.num_before :].gather(1, tokens.order_BL)
