@@ -235,7 +235,9 @@ class TokenLayout(PackedSeqParams):
         if self.shard.size > 1:
             key, value = (gather_from_sequence_parallel_region(x, group=group) for x in (key, value))
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        masked = self.shard.size > 1 or self.num_documents > self.batch_size or window is not None
+        # A window that holds all tokens hides none.
+        narrow = window is not None and window < self.length
+        masked = self.shard.size > 1 or self.num_documents > self.batch_size or narrow
 
         def attend_some(q: Tensor, k: Tensor, v: Tensor, first: int = 0) -> Tensor:
             mask = self._mask(window, slice(first, first + q.shape[2])) if masked else None

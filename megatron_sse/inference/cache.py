@@ -125,8 +125,8 @@ def _make_key_value_cache(attention: SoftmaxAttention, num_sequences: int, devic
     num_rows = 0 if window is None else window
     shape = (
         num_sequences,
-        num_rows,
         attention.num_query_groups_per_partition,
+        num_rows,
         attention.hidden_size_per_attention_head,
     )
     keys = torch.zeros(shape, dtype=attention.config.params_dtype, device=device)

@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_sse.kernels import BankInputs, BankOutputs, Routes, short_convolution, sse_attention
+from megatron_sse.kernels.attention import MASK_ELEMENTS, attend_last
 from megatron_sse.kernels.decode import decode_step
 from megatron_sse.parallel.device import to_device
 from megatron_sse.parallel.layout import TokenLayout
@@ -24,8 +25,8 @@ from megatron_sse.parallel.prefill import Exchange, edges_behind, of_all_ranks, 
 from megatron_sse.parallel.sharding import ContextShard
 
 _MIN_ROWS = 64
-# Of a mask of new tokens x tokens kept: bounds what attention takes beside the cache.
-_MASK_ELEMENTS = 2**24
+# Of queries that share a mask of their windows: with fewer, more time goes to calls than to scores outside the windows.
+_MIN_QUERIES = 128
 
 
 @dataclass(kw_only=True, eq=False)
@@ -216,12 +217,13 @@ class BankCache(LayerCache):
 class KeyValueCache(LayerCache):
     """Keys (rotated) and values of a softmax layer: all of them, or with a window a ring of its last ones.
 
-    key_XRHK, value_XRHK: the token at position p is in row p, with a window in row p mod R.
+    key_XHRK, value_XHRK: the token at position p is in row p, with a window in row p mod R. The rows of a head lie
+    together, as attention reads them.
     """
 
-    def __init__(self, key_XRHK: Tensor, window: int | None, tails: Mapping[str, Tail]):
+    def __init__(self, key_XHRK: Tensor, window: int | None, tails: Mapping[str, Tail]):
         super().__init__(tails)
-        self.key_XRHK, self.value_XRHK, self.window = key_XRHK, torch.zeros_like(key_XRHK), window
+        self.key_XHRK, self.value_XHRK, self.window = key_XHRK, torch.zeros_like(key_XHRK), window
 
     def attend(
         self,
@@ -245,6 +247,8 @@ class KeyValueCache(LayerCache):
             return self._attend_one(q_THK, k_THK, v_THK, layout.places[0], layout.past[0], first, scale)
         if layout.one_each:
             return self._attend_step(q_THK, k_THK, v_THK, layout, scale)
+        if layout.num_documents == 1:
+            return self._attend_one(q_THK, k_THK, v_THK, layout.places[0], layout.past[0], layout.past[0], scale)
         parts = [x.split(list(layout.counts)) for x in (q_THK, k_THK, v_THK)]
         return torch.cat(
             [
@@ -257,18 +261,20 @@ class KeyValueCache(LayerCache):
         self, q_DHK: Tensor, k_DHK: Tensor, v_DHK: Tensor, layout: CachedLayout, scale: float | None
     ) -> Tensor:
         """Attend from one token of each sequence that continues."""
-        position_D, num_rows = layout.position_BL[0], self.key_XRHK.shape[1]
+        position_D, num_rows = layout.position_BL[0], self.key_XHRK.shape[2]
         row_D = position_D % num_rows
-        self.key_XRHK[layout.place_D, row_D], self.value_XRHK[layout.place_D, row_D] = k_DHK, v_DHK
+        self.key_XHRK[layout.place_D, :, row_D], self.value_XHRK[layout.place_D, :, row_D] = k_DHK, v_DHK
         # A full ring is seen completely, whatever its order: softmax attention does not depend on the order of rows.
         used = min(max(layout.past) + 1, num_rows)
         seen_DR = None
         if min(layout.past) + 1 < used:
             seen_DR = torch.arange(used, device=q_DHK.device) <= position_D[:, None]
-        keys, values = self.key_XRHK[:, :used], self.value_XRHK[:, :used]
+        keys, values = self.key_XHRK[:, :, :used], self.value_XHRK[:, :, :used]
         if list(layout.places) != list(range(len(keys))):
             keys, values = keys[layout.place_D], values[layout.place_D]
-        return _attend(q_DHK[:, None], keys, values, seen_DR, scale)[:, 0]
+        seen = None if seen_DR is None else seen_DR[:, None, None]
+        q = q_DHK[:, :, None]
+        return scaled_dot_product_attention(q, keys, values, attn_mask=seen, scale=scale, enable_gqa=True)[:, :, 0]
 
     def _attend_one(
         self,
@@ -284,53 +290,67 @@ class KeyValueCache(LayerCache):
 
         past: position of the first key and value. position: that of the first query.
         """
-        keys_RHK, values_RHK = self.key_XRHK[place], self.value_XRHK[place]
-        length, num_rows = len(k_EHK), len(keys_RHK)
-        position_L = torch.arange(position, position + len(q_LHK), device=q_LHK.device)
+        keys_HRK, values_HRK = self.key_XHRK[place], self.value_XHRK[place]
+        new_HEK, new_values_HEK = k_EHK.transpose(0, 1), v_EHK.transpose(0, 1)
+        length, num_rows = len(k_EHK), keys_HRK.shape[1]
         if self.window is None:
             first = 0
-            keys_RHK[past : past + length], values_RHK[past : past + length] = k_EHK, v_EHK
-            keys, values = keys_RHK[: past + length], values_RHK[: past + length]
+            keys_HRK[:, past : past + length], values_HRK[:, past : past + length] = new_HEK, new_values_HEK
+            keys, values = keys_HRK, values_HRK
         else:
             first = max(0, past - self.window + 1)
             # Position p is in row p mod R, so the window before `past` may wrap around the end of the ring.
             kept = torch.arange(first, past, device=q_LHK.device) % num_rows
-            keys, values = torch.cat((keys_RHK[kept], k_EHK)), torch.cat((values_RHK[kept], v_EHK))
+            keys, values = (
+                torch.cat((keys_HRK[:, kept], new_HEK), 1),
+                torch.cat((values_HRK[:, kept], new_values_HEK), 1),
+            )
             last = torch.arange(past, past + length, device=q_LHK.device)[-num_rows:] % num_rows
-            keys_RHK[last], values_RHK[last] = k_EHK[-num_rows:], v_EHK[-num_rows:]
-        position_R = torch.arange(first, past + length, device=q_LHK.device)
-        outputs = []
-        # The mask is new tokens x kept tokens; queries are taken in blocks that bound it.
-        block = max(1, _MASK_ELEMENTS // len(keys))
-        for q, position_Q in zip(q_LHK.split(block), position_L.split(block), strict=True):
-            distance_QR = position_Q[:, None] - position_R
-            seen_QR = distance_QR >= 0
-            if self.window is not None:
-                seen_QR &= distance_QR < self.window
-            outputs.append(_attend(q[None], keys[None], values[None], seen_QR[None], scale)[0])
-        return torch.cat(outputs)
+            keys_HRK[:, last], values_HRK[:, last] = new_HEK[:, -num_rows:], new_values_HEK[:, -num_rows:]
+        # From here on, positions count from the first row of keys and values.
+        return _attend_last(q_LHK, keys, values, position - first, self.window, scale)
 
     def _reserve(self, num_rows: int) -> None:
         """Make room for sequences of `num_rows` tokens; grow by half, so that few copies are made."""
-        have = self.key_XRHK.shape[1]
+        have = self.key_XHRK.shape[2]
         if num_rows <= have:
             return
         more = max(num_rows, have + have // 2, _MIN_ROWS) - have
-        self.key_XRHK, self.value_XRHK = (
-            torch.cat((x, x.new_zeros(len(x), more, *x.shape[2:])), dim=1) for x in (self.key_XRHK, self.value_XRHK)
+        self.key_XHRK, self.value_XHRK = (
+            torch.cat((x, x.new_zeros(*x.shape[:2], more, x.shape[3])), dim=2) for x in (self.key_XHRK, self.value_XHRK)
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"key": self.key_XRHK, "value": self.value_XRHK, **super().tensors()}
+        # In files the rows come before the heads, as earlier versions keep them.
+        keys, values = self.key_XHRK.transpose(1, 2), self.value_XHRK.transpose(1, 2)
+        return {"key": keys, "value": values, **super().tensors()}
 
     def set_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         super().set_tensors(tensors)
-        self.key_XRHK, self.value_XRHK = tensors["key"], tensors["value"]
+        self.key_XHRK, self.value_XHRK = (tensors[name].transpose(1, 2).contiguous() for name in ("key", "value"))
 
 
-def _attend(q_DLHK: Tensor, k_DRHK: Tensor, v_DRHK: Tensor, seen: Tensor | None, scale: float | None) -> Tensor:
-    """Attend to the rows that are seen: bool [D, R] or [D, L, R]; None for all."""
-    if seen is not None:
-        seen = seen[:, None, None] if seen.dim() == 2 else seen[:, None]
-    q, k, v = (x.transpose(1, 2) for x in (q_DLHK, k_DRHK, v_DRHK))
-    return scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True).transpose(1, 2)
+def _attend_last(
+    q_LHK: Tensor, k_HRK: Tensor, v_HRK: Tensor, position: int, window: int | None, scale: float | None
+) -> Tensor:
+    """Attend from the tokens at `position` and behind it, each to the rows up to its own, or to its window of them."""
+    q, k, v = q_LHK.transpose(0, 1)[None], k_HRK[None], v_HRK[None]
+    num_rows = position + len(q_LHK)
+    if window is None or num_rows <= window:
+        return attend_last(q, k[:, :, :num_rows], v[:, :, :num_rows], scale)[0].transpose(0, 1)
+    outputs = []
+    # Queries are taken in blocks, each with the rows that its windows hold: this bounds the masks.
+    most = min(max(window, _MIN_QUERIES), max(1, MASK_ELEMENTS // window))
+    for block in q.split(most, dim=2):
+        end = position + block.shape[2]
+        first = max(0, position - window + 1)
+        query_L = torch.arange(position, end, device=q.device)
+        distance_LR = query_L[:, None] - torch.arange(first, end, device=q.device)
+        seen_LR = (distance_LR >= 0) & (distance_LR < window)
+        rows = slice(first, end)
+        out = scaled_dot_product_attention(
+            block, k[:, :, rows], v[:, :, rows], attn_mask=seen_LR, scale=scale, enable_gqa=True
+        )
+        outputs.append(out)
+        position = end
+    return torch.cat(outputs, dim=2)[0].transpose(0, 1)
