@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+# A number beyond it counts as not finite: sums of such numbers would be inf.
+LIMIT = torch.finfo(torch.float32).max * 2.0**-20
+
 
 @dataclass(frozen=True)
 class Resets:
@@ -100,7 +103,7 @@ def find_bad_rows(g: Tensor, *others: Tensor) -> Tensor:
     """
     bad_R = ~(g.detach().flatten(1).amax(1) < torch.inf)
     for x in others:
-        limit = torch.finfo(torch.promote_types(x.dtype, torch.float32)).max * 2.0**-20
+        limit = LIMIT if x.dtype != torch.float64 else torch.finfo(torch.float64).max * 2.0**-20
         # Both are nan where a value is, and are found faster than the largest absolute value.
         low_R, high_R = x.detach().flatten(1).amin(1), x.detach().flatten(1).amax(1)
         bad_R = bad_R | ~((low_R >= -limit) & (high_R <= limit))

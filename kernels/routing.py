@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from megatron_sse.kernels.backend import use_triton
 from megatron_sse.kernels.segments import Segments, Spans
@@ -55,9 +56,10 @@ class Routes:
         return self._weight(self.first_reader, self.num_readers, weighted)
 
     def _weight(self, first: int, count: int, weighted: bool) -> Tensor:
-        number_P = torch.arange(self.weight_TP.shape[-1], device=self.weight_TP.device)
-        picked = (number_P >= first) & (number_P < first + count)
-        return (self.weight_TP if weighted else torch.ones_like(self.weight_TP)) * picked
+        weight_TP = self.weight_TP[:, first : first + count]
+        weight_TP = weight_TP if weighted else torch.ones_like(weight_TP)
+        after = self.weight_TP.shape[-1] - first - count
+        return pad(weight_TP, (first, after)) if first or after else weight_TP
 
 
 def route(prob_TN: Tensor, num_writers: int, num_readers: int, bank_TP: Tensor | None = None) -> Routes:

@@ -54,19 +54,19 @@ def sse_attention(
     is_mask, before_norm = {"varlen": False, "mask": True}[form], BEFORE_NORM[gate]
     spans = Spans(offsets_Y1, span_T, document_T, edges)
     recurrence = shared.recurrence
-    if recurrence.delta_rule:
-        shared = shared.normalize()
     picks = None
     if sparse is not None and routes is not None:
         picks = Picks.of(routes, v_THV.dtype, weight_writes, weight_reads, before_norm)
-        if recurrence.delta_rule and not before_norm:
-            sparse = sparse.normalize()
     if use_triton(v_THV) and recurrence.has_triton and not before_norm:
         # Imported late: Triton is not installed on machines without a GPU.
         from megatron_sse.kernels.triton_attention import attend_banks
 
         picks = picks.spread() if picks is not None and is_mask else picks
         return attend_banks(shared, sparse, v_THV, picks, spans, initial_YAHKV)
+    if recurrence.delta_rule:
+        shared = shared.normalize()
+        if sparse is not None and not before_norm:
+            sparse = sparse.normalize()
     shared = shared.expand_heads(v_THV.shape[1])
     if sparse is None or picks is None:
         initial = None if initial_YAHKV is None else initial_YAHKV[:, 0]

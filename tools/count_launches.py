@@ -1,9 +1,10 @@
-"""Counts the Triton launches of an SSE layer, each compiled as it is really made, without a GPU.
+"""Counts the kernels that an SSE layer queues on a GPU, without one; Triton's are compiled as they are really made.
 
     python -m megatron_sse.tools.count_launches [--arch 80 90 100] [--tokens 4096] [--heads 16] [--dim 128]
         [--only-count] [--output X]
 
-The layer's convolution, routing, attention, norm and gate run forward and backward on fake CUDA tensors. A stand-in for
+The layer's convolution, routing, attention, norm and gate run forward and backward on fake CUDA tensors, with documents
+that start inside the tokens, as in training. Projections and activations are not counted. A stand-in for
 Triton's driver compiles every launch with its own types, alignment and specialisation. A launch that needs more shared
 memory than the GPU has ends the program, as it would there. Exit status 1 if anything would make the host wait. Needs
 a CPU build of torch, and g++ the first time.
@@ -15,6 +16,8 @@ import argparse
 import multiprocessing
 import os
 import sys
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
     from megatron_sse.tools.rehearsal.launches import Launches
 
 COLUMNS = ("recurrence", "sm", "kernel", "forward", "backward", "warps", "shared")
-PARTITIONS, PICKS, CONVOLUTION = 4, 1, 4
+PARTITIONS, PICKS, CONVOLUTION, DOCUMENT = 4, 1, 4, 1024
 
 
 def main() -> int:
@@ -81,14 +84,20 @@ def count(arch: int, options: argparse.Namespace) -> tuple[list[tuple], list[str
     rows = []
     for recurrence in options.recurrences:
         launches.counts.clear()
-        with Watch(findings):
-            run_layer(recurrence, options.tokens, options.heads, options.dim)
+        operators: Counter[bool] = Counter()
+
+        def count_operator(name: str, operators: Counter[bool] = operators) -> None:
+            operators[torch._C._current_graph_task_id() != -1] += 1
+
+        with Watch(findings, count_operator):
+            run_layer(recurrence, options.tokens, options.heads, options.dim, operators.clear)
         rows += [(recurrence, arch, *row) for row in by_kernel(launches)]
+        rows.append((recurrence, arch, "torch's operators", operators[False], operators[True], "", 0))
     return rows, list(findings.report())
 
 
-def run_layer(recurrence: str, tokens: int, heads: int, dim: int) -> None:
-    """Run what a layer launches, forward and backward."""
+def run_layer(recurrence: str, tokens: int, heads: int, dim: int, start: Callable[[], object]) -> None:
+    """Run what a layer launches, forward and backward; `start` is called once its inputs are made."""
     import torch
 
     from megatron_sse.kernels import BankInputs, gated_norm, route, short_convolution, sse_attention
@@ -105,17 +114,21 @@ def run_layer(recurrence: str, tokens: int, heads: int, dim: int) -> None:
         return BankInputs(q, k, leaf(*gates, dtype=torch.float32), beta)
 
     def convolved(x_THK: torch.Tensor) -> torch.Tensor:
-        weight = leaf(heads * dim, CONVOLUTION)
         return short_convolution(x_THK.flatten(1), weight, position_T).view_as(x_THK)
 
-    position_T = torch.arange(tokens, device="cuda")
+    position_T, span_T = torch.arange(tokens, device="cuda"), torch.zeros(tokens, dtype=torch.int64, device="cuda")
+    document_T = position_T // DOCUMENT
+    offsets_Y1 = torch.empty(2, dtype=torch.int64, device="cuda")
     shared, sparse, v_THV = bank(), bank(), leaf(tokens, heads, dim)
+    logits_TN = leaf(tokens, PARTITIONS, dtype=torch.float32)
+    weight_V, gate_THV, grad_THV = leaf(dim), leaf(tokens, heads, dim), leaf(tokens, heads, dim).detach()
+    weight = leaf(heads * dim, CONVOLUTION)
+    start()
     shared = BankInputs(convolved(shared.q_THK), shared.k_THK, shared.g, shared.beta_TH)
-    routes = route(leaf(tokens, PARTITIONS, dtype=torch.float32).softmax(-1), PICKS, PICKS)
-    offsets_D1 = torch.empty(2, dtype=torch.int64, device="cuda")
-    banks = sse_attention(shared, sparse, v_THV, routes, offsets_D1, torch.zeros_like(position_T))
-    out_THV = gated_norm(banks.shared_THV, banks.picked_TPHV, leaf(dim), leaf(tokens, heads, dim), 1e-5)
-    out_THV.sum().backward()
+    routes = route(logits_TN.softmax(-1), PICKS, PICKS)
+    banks = sse_attention(shared, sparse, v_THV, routes, offsets_Y1, span_T, document_T)
+    out_THV = gated_norm(banks.shared_THV, banks.picked_TPHV, weight_V, gate_THV, 1e-5)
+    out_THV.backward(grad_THV)
 
 
 def by_kernel(launches: Launches) -> list[tuple[str, int, int, str, int]]:

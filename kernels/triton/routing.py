@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 OPTIONS = {"num_warps": 4}
-PICK_BLOCK = 256
+PICK_BLOCK, SUM_BLOCK = 256, 1024
 
 
 @triton.jit
@@ -67,6 +67,20 @@ def count_picks_kernel(
 
 
 @triton.jit
+def sum_counts_kernel(count_ptr, until_ptr, num_blocks, BLOCK: tl.constexpr):
+    """Add up a bank's picks in the blocks before each block; the last column is their total; program (bank)."""
+    bank = tl.program_id(0).to(tl.int64)
+    total = tl.sum(tl.zeros([BLOCK], tl.int32), axis=0)
+    until_ptr += bank * (num_blocks + 1)
+    tl.store(until_ptr, total)
+    for first in range(0, num_blocks, BLOCK):
+        block = first + tl.arange(0, BLOCK)
+        b_count = tl.load(count_ptr + bank * num_blocks + block, mask=block < num_blocks, other=0)
+        tl.store(until_ptr + block + 1, total + tl.cumsum(b_count, axis=0), mask=block < num_blocks)
+        total += tl.sum(b_count, axis=0)
+
+
+@triton.jit
 def count_before_spans_kernel(
     bank_ptr,
     span_ptr,
@@ -88,6 +102,36 @@ def count_before_spans_kernel(
     b_before = tl.load(until_ptr + bank.to(tl.int64) * (num_blocks + 1) + block, mask=bank < N, other=0)
     b_before += _count(bank_ptr, block * BLOCK, end, bank, BLOCK, TILE, BLOCK_N)
     tl.store(before_ptr + span * N + bank, b_before, mask=bank < N)
+
+
+@triton.jit
+def offsets_kernel(
+    span_offset_ptr,
+    before_ptr,
+    offset_ptr,
+    base_ptr,
+    num_tokens,
+    num_spans,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write the offsets of all banks' segments, and the base of each span's and bank's picks; one program."""
+    for first in range(0, num_spans + 1, BLOCK):
+        span = first + tl.arange(0, BLOCK)
+        offset = tl.load(span_offset_ptr + span, mask=span <= num_spans, other=0)
+        tl.store(offset_ptr + span, offset, mask=span <= num_spans)
+    total = tl.sum(tl.zeros([BLOCK], tl.int32), axis=0).to(tl.int64)
+    for first in range(0, num_spans * N, BLOCK):
+        segment = first + tl.arange(0, BLOCK)
+        inside = segment < num_spans * N
+        # before is [Y + 1, N], so that the picks before the next span are N places further.
+        b_before = tl.load(before_ptr + segment, mask=inside, other=0).to(tl.int64)
+        b_count = tl.load(before_ptr + segment + N, mask=inside, other=0).to(tl.int64) - b_before
+        b_end = total + tl.cumsum(b_count, axis=0)
+        tl.store(offset_ptr + num_spans + 1 + segment, num_tokens + b_end, mask=inside)
+        # What a pick's `until` counts of earlier spans lies in their segments, so it is taken off here.
+        tl.store(base_ptr + segment, b_end - b_count - b_before, mask=inside)
+        total += tl.sum(b_count, axis=0)
 
 
 @triton.jit
@@ -153,39 +197,61 @@ def _(prob_TN, num_picks):
     return prob_TN.new_empty(prob_TN.shape[0], num_picks, dtype=torch.int64)
 
 
-@torch.library.custom_op("megatron_sse::sort_by_segment", mutates_args=())
-def sort_by_segment(bank_TP: Tensor, span_T: Tensor, num_spans: int, num_partitions: int) -> tuple[Tensor, Tensor]:
-    """Compute kernels.routing.sort_by_segment, for spans that follow each other (span_T never falls)."""
+@torch.library.custom_op("megatron_sse::sort_picks", mutates_args=())
+def sort_picks(bank_TP: Tensor, span_T: Tensor, offsets_Y1: Tensor, num_partitions: int) -> tuple[Tensor, Tensor]:
+    """Return the picks by segment, int64 [T P], and the offsets of the segments of all banks (segments.Segments).
+
+    offsets_Y1: the spans' offsets over the tokens.
+    """
     bank_TP, span_T, device = bank_TP.contiguous(), span_T.contiguous(), bank_TP.device
     num_picks, picks_per_token = bank_TP.numel(), bank_TP.shape[1]
+    num_spans = len(offsets_Y1) - 1
     counting = _count_constants(num_partitions)
     num_blocks, bank_blocks = triton.cdiv(num_picks, PICK_BLOCK), triton.cdiv(num_partitions, counting["BLOCK_N"])
 
-    count_NZ = torch.empty(num_partitions, num_blocks, dtype=torch.int32, device=device)
+    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    count_NZ, until_NZ1 = empty(num_partitions, num_blocks), empty(num_partitions, num_blocks + 1)
     count_picks_kernel[(num_blocks, bank_blocks)](bank_TP, count_NZ, num_picks, num_blocks, **counting, **OPTIONS)
-    # Picks per bank in the blocks before each block; the last column is their total.
-    until_NZ1 = torch.nn.functional.pad(count_NZ.cumsum(1, dtype=torch.int32), (1, 0))
-
-    start_Y1 = torch.searchsorted(span_T, torch.arange(num_spans + 1, device=device))
-    before_Y1N = torch.empty(num_spans + 1, num_partitions, dtype=torch.int32, device=device)
+    sum_counts_kernel[(num_partitions,)](count_NZ, until_NZ1, num_blocks, BLOCK=SUM_BLOCK, **OPTIONS)
+    before_Y1N = empty(num_spans + 1, num_partitions)
     count_before_spans_kernel[(num_spans + 1, bank_blocks)](
-        bank_TP, start_Y1, until_NZ1, before_Y1N, num_blocks, P=picks_per_token, **counting, **OPTIONS
+        bank_TP, offsets_Y1, until_NZ1, before_Y1N, num_blocks, P=picks_per_token, **counting, **OPTIONS
     )
-    offsets = torch.nn.functional.pad(before_Y1N.diff(dim=0).flatten().cumsum(0), (1, 0))
-    # What a pick's `until` counts of earlier spans lies in their segments, so it is taken off here.
-    base_YN = offsets[:-1] - before_Y1N[:-1].flatten()
-
-    order = torch.empty(num_picks, dtype=torch.int64, device=device)
+    offsets_S1, base_YN = (
+        empty(size, dtype=torch.int64) for size in (num_spans * (1 + num_partitions) + 1, num_spans * num_partitions)
+    )
+    offsets_kernel[(1,)](
+        offsets_Y1,
+        before_Y1N,
+        offsets_S1,
+        base_YN,
+        len(span_T),
+        num_spans,
+        N=num_partitions,
+        BLOCK=SUM_BLOCK,
+        **OPTIONS,
+    )
+    order = empty(num_picks, dtype=torch.int64)
     constants = _place_constants(num_partitions, picks_per_token)
     place_picks_kernel[(num_blocks,)](
         bank_TP, span_T, until_NZ1, base_YN, order, num_picks, num_blocks, **constants, **OPTIONS
     )
-    return order, offsets
+    return order, offsets_S1
 
 
-@sort_by_segment.register_fake
-def _(bank_TP, span_T, num_spans, num_partitions):
-    return bank_TP.new_empty(bank_TP.numel()), bank_TP.new_empty(num_spans * num_partitions + 1)
+@sort_picks.register_fake
+def _(bank_TP, span_T, offsets_Y1, num_partitions):
+    num_segments = (len(offsets_Y1) - 1) * (1 + num_partitions)
+    return bank_TP.new_empty(bank_TP.numel()), bank_TP.new_empty(num_segments + 1)
+
+
+def sort_by_segment(bank_TP: Tensor, span_T: Tensor, num_spans: int, num_partitions: int) -> tuple[Tensor, Tensor]:
+    """Compute kernels.routing.sort_by_segment, for spans that follow each other (span_T never falls)."""
+    offsets_Y1 = torch.searchsorted(span_T.contiguous(), torch.arange(num_spans + 1, device=span_T.device))
+    order, offsets_S1 = sort_picks(bank_TP, span_T, offsets_Y1, num_partitions)
+    return order, offsets_S1[num_spans:] - len(span_T)
 
 
 def compile_cases(arch: int) -> list[tuple[triton.JITFunction, dict, dict, dict]]:
@@ -196,11 +262,16 @@ def compile_cases(arch: int) -> list[tuple[triton.JITFunction, dict, dict, dict]
     spans = bank | {"span_ptr": "*i64", "until_ptr": "*i32"}
     before = spans | {"before_ptr": "*i32", "num_blocks": "i32"}
     place = spans | {"base_ptr": "*i64", "order_ptr": "*i64"} | sizes
+    sums = {"count_ptr": "*i32", "until_ptr": "*i32", "num_blocks": "i32"}
+    offsets = {"span_offset_ptr": "*i64", "before_ptr": "*i32", "offset_ptr": "*i64", "base_ptr": "*i64"}
+    offsets |= {"num_tokens": "i32", "num_spans": "i32"}
     cases = []
     for n, p in ((4, 1), (6, 2), (256, 8)):
         counting = _count_constants(n)
         cases.append((top_banks_kernel, top, _top_constants(n, p), OPTIONS))
         cases.append((count_picks_kernel, count, counting, OPTIONS))
+        cases.append((sum_counts_kernel, sums, {"BLOCK": SUM_BLOCK}, OPTIONS))
+        cases.append((offsets_kernel, offsets, {"N": n, "BLOCK": SUM_BLOCK}, OPTIONS))
         cases.append((count_before_spans_kernel, before, counting | {"P": p}, OPTIONS))
         cases.append((place_picks_kernel, place, _place_constants(n, p), OPTIONS))
     return cases

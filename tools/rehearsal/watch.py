@@ -28,15 +28,16 @@ _UNKNOWN_SIZES = {
     aten.unique_consecutive.default,
     aten.bincount.default,
 }
+_WITHOUT_KERNEL = ("aten.empty", "aten.new_empty", "aten._unsafe_view", "aten.lift_fresh")
 _COPIES = {aten._to_copy.default, aten.copy_.default}
 
 
 class Watch(TorchDispatchMode):
     """A mode in which tensors on CUDA are fake; `findings` receives what would make a GPU wait or fail."""
 
-    def __init__(self, findings: Findings) -> None:
+    def __init__(self, findings: Findings, on_operator: Callable[[str], None] = lambda name: None) -> None:
         super().__init__()
-        self.findings = findings
+        self.findings, self.on_operator = findings, on_operator
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
         # Pinned tensors by address. They are kept, so that no other tensor gets the same address.
         self._pinned: dict[int, Tensor] = {}
@@ -63,6 +64,7 @@ class Watch(TorchDispatchMode):
             with self:
                 return launch(*args, **kwargs)
         if FakeTensor in types:
+            self._count(func)
             handle = self._handlers.get(func, self._compute)
             return handle(func, args, kwargs)
         return self._on_host(func, args, kwargs)
@@ -70,6 +72,7 @@ class Watch(TorchDispatchMode):
     def _on_host(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation that has no tensor on the GPU: a real one, or one that makes the first."""
         if _is_cuda(kwargs.get("device")):
+            self._count(func)
             with self.fake_mode:
                 return func(*args, **kwargs)
         if func is aten.is_pinned.default:
@@ -79,6 +82,11 @@ class Watch(TorchDispatchMode):
         if kwargs.get("pin_memory"):
             return self._pin(func(*args, **{**kwargs, "pin_memory": False}))
         return func(*args, **kwargs)
+
+    def _count(self, func: Any) -> None:
+        # A view or an uninitialised tensor queues nothing on the GPU.
+        if not func.is_view and not _name(func).startswith(_WITHOUT_KERNEL):
+            self.on_operator(_name(func))
 
     def is_pinned(self, x: Tensor) -> bool:
         """Check whether a tensor on the host shares the memory of a pinned one."""
@@ -120,6 +128,8 @@ class Watch(TorchDispatchMode):
         from_gpu = isinstance(source, FakeTensor)
         to_gpu = from_gpu if wanted is None else _is_cuda(wanted)
         if from_gpu == to_gpu:
+            if from_gpu:
+                self._count(func)
             return func(*args, **kwargs)
         self._note_copy(source, to_gpu, bool(kwargs.get("non_blocking")))
         dtype = kwargs.get("dtype") or source.dtype

@@ -107,8 +107,13 @@ def test_shapes_are_known_without_data(recurrence: str) -> None:
 
 def read_rows_for_tokens(patch: pytest.MonkeyPatch) -> None:
     """Number picks by partition first, which is wrong."""
-    rows, num_tokens = triton_attention.make_rows, sum(LENGTHS)
-    patch.setattr(triton_attention, "make_rows", lambda *args: replace(r := rows(*args), token_R=r.row_R % num_tokens))
+    lay_out, num_tokens = triton_attention.lay_out, sum(LENGTHS)
+
+    def wrong(*args):
+        rows, *rest = lay_out(*args)
+        return replace(rows, token_R=rows.row_R % num_tokens), *rest
+
+    patch.setattr(triton_attention, "lay_out", wrong)
 
 
 def forget_the_leaving_gradient(patch: pytest.MonkeyPatch) -> None:
