@@ -79,6 +79,8 @@ def _ignored_with_rl(config: RunConfig) -> Iterator[str]:
     yield from _changed(config.data, "data", ["packing", "long_documents"], "rl packs complete answers by best fit")
     if rl.updates_per_batch == 1:
         yield from _changed(rl, "rl", ["clip", "clip_high"], "rl.updates_per_batch is 1, where all ratios are 1")
+    if not (config.model.sse.num_partitions and "sse" in config.model.layer_kinds()):
+        yield from _changed(rl, "rl", ["replay_routing"], "no layer has partitions")
     names = ["validation_batches"] if rl.validation_prompts else _VALIDATION_SETTINGS
     reason = "all of rl.validation_prompts are tried" if rl.validation_prompts else "rl.validation_prompts is null"
     yield from _changed(config.training, "training", names, reason)

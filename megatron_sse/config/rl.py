@@ -65,6 +65,7 @@ class RLConfig(Section):
     kl: NonNegative = 0.0
     updates_per_batch: Count = 1
     balance_loss: NonNegative = 0.0
+    replay_routing: bool = False
 
     @property
     def rollouts_per_step(self) -> int:

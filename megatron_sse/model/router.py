@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -26,13 +27,22 @@ class Router(torch.nn.Module):
         super().__init__()
         self.num_writers, self.num_readers = settings.num_writers, settings.num_readers
         self.num_routers, self.weight_scale = settings.num_routers, settings.weight_scale
+        self.num_partitions = num_partitions
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         self.sequence_parallel = config.sequence_parallel
         dtype = torch.promote_types(config.params_dtype, torch.float32)
         # Rows of the router of writes, then of that of reads if it has its own.
         self.proj = ReplicatedLinear(config, config.hidden_size, self.num_routers * num_partitions, dtype)
         # The picks [T, P] to use for a micro-batch in place of the top ones, where layouts are compared.
-        self.replay: Callable[[TokenLayout], Tensor] | None = None
+        self.replay: Callable[[TokenLayout], Tensor | None] | None = None
+        # Takes the picks [T, P] of a micro-batch, where they are to be replayed later.
+        self.record: Callable[[Any, Tensor], None] | None = None
+
+    @property
+    def num_picks(self) -> int:
+        """Partitions that are picked for a token: P."""
+        counts = self.num_writers, self.num_readers
+        return max(counts) if self.num_routers == 1 else sum(counts)
 
     def forward(self, hidden_LBd: Tensor, layout: TokenLayout) -> tuple[Routes, Tensor | None]:
         """Return the picks of all B * L tokens, and the balance loss of the micro-batch (None where text is generated).
@@ -47,6 +57,8 @@ class Router(torch.nn.Module):
             prob_LBrN = sum_gradient(own_LBrN, self.tp_group)
         picks_TP = None if self.replay is None else self.replay(layout)
         routes = self._route(prob_LBrN.transpose(0, 1).flatten(0, 1).unbind(1), picks_TP)
+        if self.record is not None:
+            self.record(layout, routes.bank_TP)
         loss = self._balance_loss(own_LBrN[:, :, 0], routes, layout) if layout.has_layer_losses else None
         return routes, loss
 

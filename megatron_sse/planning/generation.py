@@ -38,6 +38,15 @@ def _answers(sizes: Sizes) -> int:
     return rl.group_size * min(max(1, rl.answers_at_once // rl.group_size), groups)
 
 
+def _picks(sizes: Sizes, kind: str) -> int:
+    """Return the bytes of the picks of a sequence that are replayed in training, int16."""
+    rl, sse = sizes.config.rl, sizes.config.model.sse
+    if rl is None or not rl.replay_routing or kind != "sse" or not sse.num_partitions:
+        return 0
+    counts = sse.num_writers, sse.num_readers
+    return 2 * sizes.config.data.sequence_length * (max(counts) if sse.num_routers == 1 else sum(counts))
+
+
 def _kept_of_layer(sizes: Sizes, kind: str) -> int:
     """Return the bytes that a layer keeps of one sequence."""
     model, tensor = sizes.config.model, sizes.config.parallel.tensor
@@ -45,7 +54,7 @@ def _kept_of_layer(sizes: Sizes, kind: str) -> int:
     if kind != "softmax":
         mixer = sizes.of_mixer(kind)
         tail = max(0, mixer.spec.settings.short_convolution - 1) * mixer.maps * mixer.keys * sizes.element
-        return kept + tail + (1 + mixer.partitions) * mixer.state * FP32
+        return kept + tail + (1 + mixer.partitions) * mixer.state * FP32 + _picks(sizes, kind)
     softmax = model.softmax
     rows = softmax.window or int(_SPARE_ROWS * sizes.config.data.sequence_length)
     return kept + 2 * rows * max(1, softmax.num_kv_heads // tensor) * softmax.head_dim * sizes.element

@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_sse.config import RLConfig
 from megatron_sse.parallel.linear_cross_entropy import TokenScores
 from megatron_sse.rl.packing import PolicyBatch
+from megatron_sse.rl.routing import Replay
 from megatron_sse.training.objective import MicroBatchLoss
 
 
@@ -22,15 +23,18 @@ class PolicyObjective:
     off) and "error": how far log-probabilities are from those when the answers were generated, the mean over tokens of
     exp |difference|. Before the first update of a step that is what generation and training compute differently.
 
-    group: the context ranks, over which the tokens of an answer may be split.
+    group: the context ranks, over which the tokens of an answer may be split. replay: picks partitions again.
     """
 
     sums: tuple[str, ...] = ("loss", "kl", "clipped", "error")
 
-    def __init__(self, rl: RLConfig, group: dist.ProcessGroup) -> None:
-        self.rl, self.group = rl, group
+    def __init__(self, rl: RLConfig, group: dist.ProcessGroup, replay: Replay | None = None) -> None:
+        self.rl, self.group, self.replay = rl, group, replay
 
     def forward(self, model: Any, batch: PolicyBatch, training: bool) -> Any:
+        if self.replay is not None:
+            # Without pipeline stages, the backward pass follows before the next micro-batch.
+            self.replay.picks_BLMP = batch.picks_BLMP
         return model(
             batch.tokens_BL, labels=batch.labels_BL, packed_seq_params=batch.layout, temperature=self.rl.temperature
         )

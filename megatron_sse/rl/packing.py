@@ -31,6 +31,7 @@ class PolicyBatch(Batch):
         answer_BL: int64, the number of the label's answer in the micro-batch, the same on all context ranks.
         num_answers: numbers of answers in the micro-batch.
         reference_BL: fp32, log-probability by the reference; None without a KL term.
+        picks_BLMP: int16, of the token itself: the partitions to pick (see rl/routing.py); None for the best ones.
     """
 
     old_BL: Tensor
@@ -40,6 +41,7 @@ class PolicyBatch(Batch):
     answer_BL: Tensor
     num_answers: int
     reference_BL: Tensor | None = None
+    picks_BLMP: Tensor | None = None
 
 
 def pack(answers: Sequence[Answer], length: int) -> list[list[Answer]]:
@@ -62,10 +64,12 @@ def make_batches(
     shard: ContextShard,
     device: torch.device | str,
     dtype: type = np.float32,
+    filler_MP: np.ndarray | None = None,
 ) -> list[PolicyBatch]:
     """Return this rank's micro-batches of `length` tokens a sequence, equally many on every data-parallel rank.
 
-    What is missing for that is filled with empty sequences. dtype: of what is not a whole number.
+    What is missing for that is filled with empty sequences. dtype: of what is not a whole number. filler_MP: picks of
+    tokens that have none, where those of the answers are replayed.
     """
     num_tokens = sum(len(answer.rollout.tokens) for row in rows for answer in row)
     per_round = micro_batch * data_size
@@ -73,7 +77,7 @@ def make_batches(
     padded = [*rows, *([[]] * (count * per_round - len(rows)))]
     positions = rank_positions(0, len(padded), micro_batch, data_rank, data_size)
     chosen = [[padded[position] for position in next(positions)] for _ in range(count)]
-    return [_make_batch(each, length, num_tokens, shard, device, dtype) for each in chosen]
+    return [_make_batch(each, length, num_tokens, shard, device, dtype, filler_MP) for each in chosen]
 
 
 def _make_batch(
@@ -83,6 +87,7 @@ def _make_batch(
     shard: ContextShard,
     device: torch.device | str,
     dtype: type,
+    filler_MP: np.ndarray | None,
 ) -> PolicyBatch:
     old_BE1, advantage_BE1, weight_BE1, length_BE1 = np.zeros((4, len(rows), length + 1))
     answer_BE1 = np.zeros((len(rows), length + 1), dtype=np.int64)
@@ -114,4 +119,20 @@ def _make_batch(
     )
     answer_BL = to_device(answer_BE1[:, 1:][:, column_L], device)
     values: dict[str, Any] = {**vars(plain), **dict(zip(per_token, fields, strict=True))}
+    if filler_MP is not None:
+        values["picks_BLMP"] = to_device(_pack_picks(rows, length, filler_MP)[:, column_L], device)
     return PolicyBatch(**values, answer_BL=answer_BL, num_answers=max(1, number))
+
+
+def _pack_picks(rows: Sequence[Sequence[Answer]], length: int, filler_MP: np.ndarray) -> np.ndarray:
+    """Return the picks of the tokens of packed answers, int16 [B, E, M, P]."""
+    picks_BEMP = np.broadcast_to(filler_MP, (len(rows), length, *filler_MP.shape)).copy()
+    for row, answers in enumerate(rows):
+        place = 0
+        for answer in answers:
+            picks_RMP = answer.rollout.picks_RMP
+            assert picks_RMP is not None
+            # The last token of an answer was not fed while generating.
+            picks_BEMP[row, place : place + len(picks_RMP)] = picks_RMP
+            place += len(answer.prompt) + len(answer.rollout.tokens)
+    return picks_BEMP

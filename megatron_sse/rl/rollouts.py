@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +21,7 @@ from megatron_sse.model.attention import TorchAttention
 from megatron_sse.model.language_model import LanguageModel
 from megatron_sse.parallel.device import Device, to_device
 from megatron_sse.rl.prompts import Prompt
+from megatron_sse.rl.routing import Recorder
 from megatron_sse.rl.sampler import KeyedSampler
 
 
@@ -27,12 +29,14 @@ from megatron_sse.rl.sampler import KeyedSampler
 class Rollout:
     """An answer: its tokens, with the end where it has one, and their log-probabilities when they were drawn.
 
-    is_cut: whether it had no end yet when it was as long as it may be.
+    is_cut: whether it had no end yet when it was as long as it may be. picks_RMP: int16, partitions picked for the
+    tokens of prompt and answer but its last, where they are to be replayed.
     """
 
     tokens: list[int]
     logp_T: np.ndarray
     is_cut: bool
+    picks_RMP: np.ndarray | None = None
 
 
 @dataclass(eq=False)
@@ -76,63 +80,88 @@ def generate(
     max_new_tokens: int,
     sampler: KeyedSampler,
     at_once: int,
+    records: bool = False,
 ) -> list[list[Rollout]]:
     """Return answers to each prompt, as many as it has keys.
 
     Each prompt is computed once and its states are copied. Answers that have ended leave, and others take their places.
 
     keys: of each prompt's answers, the same number for all (sampler.make_key). at_once: answers at the same time, at
-    least those to one prompt.
+    least those to one prompt. records: whether the partitions that are picked are kept, to be replayed.
     """
     if not prompts:
         return []
     size = len(keys[0])
     num_places = size * min(max(1, at_once // size), len(prompts))
     cache = Cache(net, num_places)
-    free, waiting = deque(range(num_places)), deque(range(len(prompts)))
+    recorder = None
+    if records:
+        recorder = Recorder(net, num_places, max(len(prompt.tokens) for prompt in prompts) + max_new_tokens)
+    with nullcontext() if recorder is None else recorder.recording():
+        return _generate(net, cache, recorder, prompts, keys, max_new_tokens, sampler)
+
+
+def _generate(
+    net: LanguageModel,
+    cache: Cache,
+    recorder: Recorder | None,
+    prompts: Sequence[Prompt],
+    keys: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampler: KeyedSampler,
+) -> list[list[Rollout]]:
+    size = len(keys[0])
+    free, waiting = deque(range(len(cache.lengths))), deque(range(len(prompts)))
     found: list[list[Rollout | None]] = [[None] * size for _ in prompts]
     running: list[_Running] = []
     while waiting or running:
         fresh: list[_Running] = []
-        firsts = []
         while waiting and len(free) >= size:
             number = waiting.popleft()
-            places = [free.popleft() for _ in range(size)]
             fresh += [
-                _Running(number, sample, place, keys[number][sample], prompts[number].end)
-                for sample, place in enumerate(places)
+                _Running(number, sample, free.popleft(), keys[number][sample], prompts[number].end)
+                for sample in range(size)
             ]
-            firsts.append(places[0])
-        continuing, running = running, []
+        drawn: list[_Running] = []
         if fresh:
-            logits_Dv = _start(net, cache, [prompts[each.prompt].tokens for each in fresh[::size]], firsts, fresh, size)
-            running += _draw(fresh, logits_Dv, sampler)
-        if continuing:
-            fed_T = torch.tensor([each.tokens[-1] for each in continuing])
-            places = [each.place for each in continuing]
+            logits_Dv = _start(net, cache, recorder, prompts, fresh, size)
+            drawn += _draw(fresh, logits_Dv, sampler)
+        if running:
+            fed_T = torch.tensor([each.tokens[-1] for each in running])
+            places = [each.place for each in running]
             logits_Dv = logits_of(net, feed(net, cache, fed_T, places, [1] * len(places)))
-            running += _draw(continuing, logits_Dv, sampler)
-        drawn, running = running, []
+            drawn += _draw(running, logits_Dv, sampler)
+        running = []
         for each in drawn:
             has_end = each.tokens[-1] == each.end
             if not has_end and len(each.tokens) < max_new_tokens:
                 running.append(each)
                 continue
-            found[each.prompt][each.sample] = Rollout(each.tokens, np.array(each.logp), not has_end)
+            picks_RMP = None if recorder is None else recorder.take(each.place, cache.lengths[each.place])
+            found[each.prompt][each.sample] = Rollout(each.tokens, np.array(each.logp), not has_end, picks_RMP)
             free.append(each.place)
     return [[rollout for rollout in group if rollout is not None] for group in found]
 
 
 def _start(
-    net: LanguageModel, cache: Cache, prompts: list[list[int]], firsts: list[int], fresh: list[_Running], size: int
+    net: LanguageModel,
+    cache: Cache,
+    recorder: Recorder | None,
+    prompts: Sequence[Prompt],
+    fresh: list[_Running],
+    size: int,
 ) -> Tensor:
     """Feed prompts to the first place of each group, and copy what is kept to the others; return logits for all."""
     cache.clear([each.place for each in fresh])
-    logits_Dv = prefill(net, cache, prompts, places=firsts)
+    firsts = fresh[::size]
+    tokens = [prompts[first.prompt].tokens for first in firsts]
+    logits_Dv = prefill(net, cache, tokens, places=[first.place for first in firsts])
     for number, first in enumerate(firsts):
         others = [each.place for each in fresh[number * size + 1 : (number + 1) * size]]
         if others:
-            cache.copy(first, others)
+            cache.copy(first.place, others)
+            if recorder is not None:
+                recorder.copy(first.place, others)
     return logits_Dv.repeat_interleave(size, 0)
 
 

@@ -36,6 +36,7 @@ from megatron_sse.rl.prompts import Prompt, Texts, choose, open_texts, read_run_
 from megatron_sse.rl.reference import Reference, find_reference
 from megatron_sse.rl.rewards import SOLVED, Scorer
 from megatron_sse.rl.rollouts import Rollout, generate, share_weights
+from megatron_sse.rl.routing import Replay, find_routers, make_filler, picks_shape
 from megatron_sse.rl.sampler import KeyedSampler, make_key
 from megatron_sse.rl.share import Scored, gather, own_numbers
 from megatron_sse.run_folder import SAMPLES
@@ -114,7 +115,9 @@ class PolicyRun(Run):
         self.rl, self.problems = config.rl, problems
         self.net = self.trainer.chunks[0].module
         self.generator = share_weights(config, self.groups, self.device, self.net)
-        self.trainer.objective = PolicyObjective(self.rl, self.groups.cp)
+        routers = find_routers(self.net)
+        self.replay = Replay(self.net) if self.rl.replay_routing and routers else None
+        self.trainer.objective = PolicyObjective(self.rl, self.groups.cp, self.replay)
         in_model = config.model.sse.balance_loss
         self.trainer.layer_loss_factor = self.rl.balance_loss / in_model if in_model else 0.0
         self.saver.tokenizer = problems.tokenizer
@@ -162,8 +165,9 @@ class PolicyRun(Run):
         answers = weigh(found.groups, self.rl)
         length, training = self.config.data.sequence_length, self.config.training
         rows = pack(answers, length)
+        filler = None if self.replay is None else make_filler(self.replay.routers)
         place = self.groups.dp.rank(), self.groups.dp.size(), self.shard, self.device.type
-        made = make_batches(rows, length, training.micro_batch_size, *place)
+        made = make_batches(rows, length, training.micro_batch_size, *place, filler_MP=filler)
         self.num_rows = len(made) * training.micro_batch_size * self.groups.dp.size()
         results = self._update(step, made) if made else [self._take_no_step(found.groups)]
         seconds = generated - started, time.perf_counter() - generated
@@ -182,6 +186,9 @@ class PolicyRun(Run):
     def _update(self, step: int, batches: list[Any]) -> list[StepResult]:
         """Take the optimizer steps of a batch; return their results. Raises UselessRunError."""
         if self.reference is not None:
+            if self.replay is not None:
+                # The reference picks its own.
+                self.replay.picks_BLMP = None
             self.reference.score(batches, self.rl.temperature)
         self.trainer.num_micro_batches = len(batches)
         results = [self.trainer.train_step(iter(batches)) for _ in range(self.rl.updates_per_batch)]
@@ -236,12 +243,25 @@ class PolicyRun(Run):
         samples, seed = range(self.rl.group_size), self.config.training.seed
         return [[make_key(seed, step, first + place, sample, *round_number) for sample in samples] for place in places]
 
-    def _share(self, prompts: list[Prompt], keys: list[list[int]], sampler: KeyedSampler) -> list[Group]:
-        """Answer prompts, each data and context rank some of them. Raises SharedUserError."""
+    def _share(
+        self, prompts: list[Prompt], keys: list[list[int]], sampler: KeyedSampler, replays: bool = True
+    ) -> list[Group]:
+        """Answer prompts, each data and context rank some of them. Raises SharedUserError.
+
+        replays: whether training may follow, which picks the same partitions.
+        """
         mine = own_numbers(len(prompts), self.groups.dp_cp)
         self._gather_weights()
         of_mine = [prompts[number] for number in mine], [keys[number] for number in mine]
-        rollouts = generate(self.generator, *of_mine, self.rl.max_new_tokens, sampler, self.rl.answers_at_once)
+        replay = self.replay if replays else None
+        rollouts = generate(
+            self.generator,
+            *of_mine,
+            self.rl.max_new_tokens,
+            sampler,
+            self.rl.answers_at_once,
+            records=replay is not None,
+        )
         scored: list[Scored] | None = None
         failed: str | None = None
         try:
@@ -250,7 +270,8 @@ class PolicyRun(Run):
             ]
         except UserError as error:
             failed = str(error)
-        found = gather(scored, len(prompts), self.groups, self.device.type)
+        shape = None if replay is None else picks_shape(replay.routers)
+        found = gather(scored, len(prompts), self.groups, self.device.type, shape)
         if not found:
             every: list[str | None] = [None] * dist.get_world_size()
             dist.all_gather_object(every, failed)
@@ -326,9 +347,8 @@ class PolicyRun(Run):
     def _validate(self, step: int, make_validation: ValidationFactory) -> None:
         """Answer the held-out prompts, each with the likeliest tokens."""
         held_out = self.problems.held_out
-        groups = self._share(
-            held_out, [[0]] * len(held_out), KeyedSampler(self.config.model.vocab_size, temperature=0.0)
-        )
+        sampler = KeyedSampler(self.config.model.vocab_size, temperature=0.0)
+        groups = self._share(held_out, [[0]] * len(held_out), sampler, replays=False)
         scalars = describe_held_out(groups)
         line = f"held out: reward {scalars['validation/reward']:.3f} | pass@1 {scalars['validation/pass_at_1']:.3f}"
         self.monitor.report(step, scalars, f"{line} | {scalars['validation/length']:.1f} tokens")
