@@ -1,14 +1,18 @@
-"""Problems with answers that can be checked, read from JSONL: {"prompt": "2+2=", "answer": "4"}."""
+"""Problems with answers that can be checked, read from JSONL or Parquet: {"prompt": "2+2=", "answer": "4"}."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sse.errors import UserError
+from megatron_sse.errors import UserError, foreign_errors
+from megatron_sse.installed import require
+
+_COLUMNS = ("prompt", "messages", "answer")
 
 
 @dataclass(frozen=True)
@@ -25,27 +29,45 @@ class Problem:
 
 
 def read_problems(key: str, file: str) -> list[Problem]:
-    """Return the problems of a JSONL file, which the setting or argument `key` names. Raises UserError."""
-    problems = []
+    """Return the problems of a file, which the setting or argument `key` names: Parquet where its name ends with
+    .parquet, else JSONL. Raises UserError."""
     try:
+        # Opened first, so that a file that is not there is the same error for both.
         with Path(file).open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    problems.append(_read(line, f"{file}:{number}"))
+            records = _read_rows(key, file) if file.endswith(".parquet") else _read_lines(lines, file)
+            problems = [_check(record, place) for place, record in records]
     except OSError as error:
         raise UserError(f"{key}: {file} cannot be read ({error.strerror or error})") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{key}: {file} cannot be read as text in UTF-8 ({error.reason})") from None
     if not problems:
-        raise UserError(f"{key}: {file} is empty, allowed a line of JSON for each prompt")
+        raise UserError(f"{key}: {file} is empty, allowed a line of JSON or a row for each prompt")
     return problems
 
 
-def _read(line: str, place: str) -> Problem:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: broken JSON ({error})") from None
+def _read_lines(lines: Iterable[str], file: str) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            yield f"{file}:{number}", json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{file}:{number}: broken JSON ({error})") from None
+
+
+def _read_rows(key: str, file: str) -> Iterator[tuple[str, Any]]:
+    require("pyarrow", f"{key}: {file}", "data")
+    import pyarrow.parquet as parquet
+
+    with foreign_errors(f"{key}: {file} cannot be read as Parquet"):
+        columns = [name for name in parquet.read_schema(file).names if name in _COLUMNS]
+        rows = parquet.read_table(file, columns=columns).to_pylist()
+    for number, row in enumerate(rows, 1):
+        yield f"{file}:{number}", row
+
+
+def _check(record: Any, place: str) -> Problem:
+    """Return the problem of a line or row. Raises UserError."""
     if not isinstance(record, dict):
         raise UserError(f"{place}: got a JSON {type(record).__name__}, allowed an object with prompt and answer")
     answer = record.get("answer")

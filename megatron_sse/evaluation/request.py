@@ -43,7 +43,9 @@ class Request(ModelRequest):
     variants: str | None = option("LIST", f"needle: {', '.join(VARIANTS)}", unset="as trained, or all")
     depths: str = option("LIST", "needle: depths of the first number, percent of the text", default="0,25,50,75,100")
     digits: int | None = option("N", "needle: digits of a number", unset=f"as trained, or {DIGITS}")
-    prompts: str | None = option("FILE", "solve: JSONL of prompts, answers", unset="rl.validation_prompts of the run")
+    prompts: str | None = option(
+        "FILE", "solve: JSONL or Parquet of prompts, answers", unset="rl.validation_prompts of the run"
+    )
     reward: str | None = option("NAME", "solve: exact, math or module:function", unset="as trained, or exact")
     max_tokens: int | None = option("N", "solve: tokens of an answer", unset="as trained, or 1024")
     temperature: float | None = option("X", "solve: 0 for the likeliest tokens", unset="as trained, or 1")

@@ -67,7 +67,9 @@ def prepare(request: Request, model: Model, config: RunConfig, longest: int) -> 
     rl = model.config.rl
     file = request.prompts or (None if rl is None else rl.validation_prompts)
     if file is None:
-        raise UserError("--prompts: not given, and the model's run has no rl.validation_prompts; give a JSONL file")
+        raise UserError(
+            "--prompts: not given, and the model's run has no rl.validation_prompts; give a JSONL or Parquet file"
+        )
     reward = request.reward or EXACT
     try:
         rewards = [Reward(function=reward)] if request.reward or rl is None else rl.reward

@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from megatron_sse.config.rl import Reward
 from megatron_sse.data.problems import Problem, read_problems
@@ -48,6 +50,26 @@ def test_files(tmp_path: Path) -> None:
     config = policy_config(tmp_path / "run", rl={"max_new_tokens": 31})
     with pytest.raises(UserError, match="got a prompt of 2 tokens, allowed 1 to 1, what rl.max_new_tokens leaves"):
         open_problems(config)
+
+
+def test_parquet(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "2+2?"}]
+    file = tmp_path / "p.parquet"
+    rows = [{"prompt": "2+2=", "messages": None, "answer": "4"}, {"prompt": None, "messages": turns, "answer": "4"}]
+    parquet.write_table(pyarrow.Table.from_pylist([row | {"other": 1} for row in rows]), file)
+    plain, chat = read_problems("rl.prompts", str(file))
+    assert plain == Problem("2+2=", None, "4", f"{file}:1") and chat == Problem("2+2?", turns, "4", f"{file}:2")
+    parquet.write_table(pyarrow.Table.from_pylist([rows[0], rows[0] | {"answer": None}]), file)
+    with pytest.raises(UserError, match="p.parquet:2: answer: got nothing"):
+        read_problems("rl.prompts", str(file))
+    parquet.write_table(pyarrow.Table.from_pylist([{"question": "2+2="}]), file)
+    with pytest.raises(UserError, match="p.parquet"):
+        read_problems("rl.prompts", str(file))
+    file.write_text("no Parquet")
+    with pytest.raises(UserError, match="rl.prompts: .*p.parquet cannot be read as Parquet"):
+        read_problems("rl.prompts", str(file))
+    with pytest.raises(UserError, match="rl.prompts: .*none.parquet cannot be read"):
+        read_problems("rl.prompts", str(tmp_path / "none.parquet"))
 
 
 def nan(*_: str) -> float:
