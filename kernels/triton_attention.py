@@ -14,7 +14,7 @@ from megatron_sse.kernels.segments import Spans
 from megatron_sse.kernels.triton import gdn, gla
 from megatron_sse.kernels.triton.finite import keep_finite
 from megatron_sse.kernels.triton.normalize import normalize_both, normalize_one
-from megatron_sse.kernels.triton.rows import lay_out
+from megatron_sse.kernels.triton_rows import lay_out
 from megatron_sse.recurrence import RECURRENCES
 
 

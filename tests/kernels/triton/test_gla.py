@@ -12,7 +12,7 @@ from megatron_sse.kernels.routing import sort_by_segment
 from megatron_sse.kernels.scan import scan_states
 from megatron_sse.kernels.segments import Segments
 from megatron_sse.kernels.triton import gla
-from megatron_sse.kernels.triton.rows import Rows, make_rows
+from megatron_sse.kernels.triton_rows import Rows, make_rows
 from tests.kernels.cases import Case, Inputs, errors, make_inputs, outputs_and_gradients
 from tests.kernels.implementations import oracle
 

@@ -11,7 +11,7 @@ from megatron_sse.kernels.banks import Picks
 from megatron_sse.kernels.resets import find_bad_rows
 from megatron_sse.kernels.segments import Segments, Spans
 from megatron_sse.kernels.triton.finite import keep_finite
-from megatron_sse.kernels.triton.rows import Rows, Scales, lay_out, make_rows
+from megatron_sse.kernels.triton_rows import Rows, Scales, lay_out, make_rows
 
 CHUNKS_PER_PIECE = 2
 
