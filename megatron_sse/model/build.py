@@ -62,6 +62,8 @@ def build_model(
         backend = replace(backend, core_attention=core_attention)
     hand_off = make_hand_off(config, groups)
     transformer = transformer_config(config, backend, device)
+    # Megatron-Core draws nothing, but goes through all weights to mark how tensor ranks split them.
+    transformer.perform_initialization = draw or groups.tp.size() > 1
     output = OutputLayer(
         vocab_size=config.model.vocab_size,
         group=groups.tp,

@@ -1,20 +1,21 @@
 """Logits of a model in a folder: of ours by Megatron-Core's modules, of others by their own code."""
 
 import ctypes
-import gc
 from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from megatron_sse.config import RunConfig
 from megatron_sse.hf.exported.network_megatron_sse import Network
 from megatron_sse.hf.name_map import OUTPUT
 from megatron_sse.installed import require
 from megatron_sse.parallel.layout import TokenLayout
-from megatron_sse.pretrained.network import build_and_load, inference_groups
+from megatron_sse.pretrained.lending import compute_in_fp32
+from megatron_sse.pretrained.network import build_and_lend, inference_groups
 from megatron_sse.pretrained.open import HF, OURS, SSE, Model, make_run_config
 
 
@@ -29,25 +30,26 @@ def compute_logits(model: Model, tokens_BL: Tensor) -> Tensor:
     """Compute logits [B, L, vocabulary] in fp32; they are returned on the CPU."""
     compute = {OURS: _by_megatron, HF: _by_network, SSE: _by_network}.get(model.kind, _by_transformers)
     logits = compute(model, tokens_BL)
-    _free_memory()
+    # glibc keeps what was freed, for the next model; other C libraries have no such call.
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
     return logits[..., : model.config.model.vocab_size].float().cpu()
 
 
-def _free_memory() -> None:
-    """Give the memory of a model that is no longer needed back to the system, for the next one."""
-    # Models are reference cycles.
-    gc.collect()
-    # glibc keeps what was freed; other C libraries have no such call.
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+def _drop_weights(network: Module) -> None:
+    """Free a network's weights at once: networks are reference cycles, which Python frees at some later time."""
+    for parameter in network.parameters():
+        parameter.data = parameter.data.new_empty(0)
 
 
 def _by_megatron(model: Model, tokens_BL: Tensor) -> Tensor:
     config = make_run_config(model.config.model.model_dump(), tokens_BL.shape[1], "fp32", "model")
     with inference_groups() as (groups, device):
-        network = build_and_load(model, config, groups, device, core_attention=None)
+        network = build_and_lend(model, config, groups, device)
         layout = TokenLayout.from_starts(np.zeros(tuple(tokens_BL.shape), dtype=bool), device=device.type)
-        return network(tokens_BL.to(device.type), None, None, packed_seq_params=layout)
+        logits = network(tokens_BL.to(device.type), None, None, packed_seq_params=layout)
+        _drop_weights(network)
+        return logits
 
 
 def _by_network(model: Model, tokens_BL: Tensor) -> Tensor:
@@ -62,7 +64,9 @@ def _by_network(model: Model, tokens_BL: Tensor) -> Tensor:
     }
     output = weights.pop(OUTPUT, weights["embeddings.weight"])
     network.load_state_dict(weights, assign=True)
-    return network(network.embeddings(tokens_BL)) @ output.t()
+    logits = network(network.embeddings(tokens_BL)) @ output.t()
+    _drop_weights(network)
+    return logits
 
 
 def network_settings(config: RunConfig) -> dict[str, Any]:
@@ -75,7 +79,13 @@ def _by_transformers(model: Model, tokens_BL: Tensor) -> Tensor:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    # Weights of one type are kept as they are; others are fp32 from the start.
+    stored = {model.weights.dtype(name) for name in model.weights.keys()}
+    dtype = stored.pop() if len(stored) == 1 else torch.float32
     network = transformers.AutoModelForCausalLM.from_pretrained(
-        model.folder, dtype=torch.float32, local_files_only=True, attn_implementation="sdpa"
+        model.folder, dtype=dtype, local_files_only=True, attn_implementation="sdpa"
     )
-    return network.eval()(tokens_BL, use_cache=False).logits
+    compute_in_fp32(network)
+    logits = network.eval()(tokens_BL, use_cache=False).logits
+    _drop_weights(network)
+    return logits

@@ -1,12 +1,15 @@
 """The network of a model in a folder, built on the processes that share it."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+from torch.nn import Parameter
 
 from megatron_sse.config import RunConfig
 from megatron_sse.config.load import make_config
@@ -16,6 +19,7 @@ from megatron_sse.model.initialize import global_name, own_part
 from megatron_sse.model.language_model import LanguageModel
 from megatron_sse.parallel.device import Device, setup_device
 from megatron_sse.parallel.groups import destroy_groups, init_groups, init_process_group
+from megatron_sse.pretrained.lending import lend_weights
 from megatron_sse.pretrained.open import Model
 
 
@@ -51,6 +55,31 @@ def build_and_load(
         parameter.copy_(own_part(full, parameter, rank, size))
     assert not parameters, parameters.keys()
     return chunk.eval()
+
+
+@torch.no_grad()
+def build_and_lend(model: Model, config: RunConfig, groups: ProcessGroupCollection, device: Device) -> LanguageModel:
+    """Build a model of our checkpoint on one tensor rank, for one forward pass with the backend's attention.
+
+    Each layer reads its weights when it needs them, and has none before and after.
+    """
+    [chunk] = build_model(config, groups, device, draw=False, core_attention=None)
+    in_layers = set(chunk.decoder.layers.parameters())
+    for name, parameter in chunk.named_parameters():
+        if parameter not in in_layers:
+            parameter.copy_(model.weights.get(global_name(name, chunk)))
+    for layer in chunk.decoder.layers:
+        values: dict[Parameter, Callable[[], Tensor]] = {}
+        for name, parameter in layer.named_parameters():
+            parameter.data = parameter.data.new_empty(0)
+            full = f"decoder.layers.{layer.layer_number - 1}.{name}"
+            values[parameter] = partial(_read, model, full, parameter.dtype, parameter.device)
+        lend_weights(layer, values)
+    return chunk.eval()
+
+
+def _read(model: Model, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return model.weights.get(name).to(device, dtype)
 
 
 @contextmanager
