@@ -23,7 +23,8 @@ def generation_bytes(sizes: Sizes) -> int:
     kept = sum(_kept_of_layer(sizes, kind) for kind in config.model.layer_kinds())
     # The logits of all tensor ranks come to each of them.
     draw = _DRAW if config.rl.top_p == 1 else _DRAW_SORTED
-    logits = config.model.padded_vocab_size * (draw + sizes.element)
+    # What the output layer gives is converted, unless it is fp32.
+    logits = config.model.padded_vocab_size * (draw + (sizes.element if sizes.element < FP32 else 0))
     return answers * (kept + logits)
 
 

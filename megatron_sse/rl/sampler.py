@@ -48,10 +48,12 @@ class KeyedSampler:
             # Kept are the tokens whose predecessors sum to less than top_p.
             prob_Dv = prob_Dv.masked_fill(prob_Dv.cumsum(-1) - prob_Dv >= self.top_p, 0)
         sum_Dv = prob_Dv.cumsum(-1)
-        rank_D1 = torch.searchsorted(sum_Dv, uniform_D[:, None] * sum_Dv[:, -1:], right=True)
-        # Rounding may lead behind the last token that has a probability.
-        last_D1 = prob_Dv.shape[1] - 1 - (prob_Dv > 0).flip(-1).int().argmax(-1, keepdim=True)
-        rank_D1 = torch.minimum(rank_D1, last_D1)
+        all_D1 = sum_Dv[:, -1:]
+        # Below the whole sum, where rounding may lead: the first larger sum is then that of a token with a probability.
+        drawn_D1 = torch.minimum(uniform_D[:, None] * all_D1, torch.nextafter(all_D1, torch.zeros_like(all_D1)))
+        rank_D1 = torch.searchsorted(sum_Dv, drawn_D1, right=True)
+        # Sums that are not finite lead anywhere.
+        rank_D1 = rank_D1.clamp(max=sum_Dv.shape[1] - 1)
         return (rank_D1 if order_Dv is None else order_Dv.gather(-1, rank_D1))[:, 0]
 
 

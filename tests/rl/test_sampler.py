@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron_sse.rl import sampler as sampler_module
 from megatron_sse.rl.sampler import KeyedSampler, make_key, uniform
 
 LOGITS = torch.tensor([0.0, 1.0, 2.0, -1.0, 9.0])
@@ -22,6 +23,16 @@ def test_shares(temperature: float, top_p: float) -> None:
     # Three standard deviations of 4,000 draws are 0.024 at most.
     assert torch.allclose(shares, kept / kept.sum(), atol=0.024)
     assert torch.allclose(logp, full.log()[tokens]) and tokens.max() < 4
+
+
+def test_numbers_next_to_one_lead_to_no_token_without_a_probability(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampler_module, "uniform", lambda keys, counts: torch.full((len(keys),), 1 - 2.0**-53).double())
+    logits = torch.tensor([[0.0, 1.0, -torch.inf], [0.0, -torch.inf, -torch.inf]]).double()
+    zeros = torch.zeros(2, dtype=torch.int64)
+    tokens, logp = KeyedSampler(3).draw(logits, zeros, zeros)
+    assert tokens.tolist() == [1, 0] and logp.isfinite().all()
+    tokens, _ = KeyedSampler(3, 1.0, 0.5).draw(logits, zeros, zeros)
+    assert tokens.tolist() == [1, 0]
 
 
 def test_greedy() -> None:
