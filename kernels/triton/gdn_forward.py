@@ -22,7 +22,7 @@ def load_rows(row_ptr, token_ptr, place, valid):
 
 @triton.jit
 def load_runs(run_ptr, start, end, C: tl.constexpr):
-    """Load the runs (see rows.Rows) of a chunk's rows [C], the run before the first row, and that of the last row.
+    """Load the runs (see triton_rows.Rows) of a chunk's rows [C], the run before the first row, and the last row's.
 
     Rows of the run before see the state that enters the chunk, and those of the last run reach the one that leaves it.
     """

@@ -5,7 +5,8 @@ Every operator takes the same inputs first (R rows, T tokens, H key heads, HV va
     g1, g2 [T, H, K]: log decays, fp32, <= 0.
     writes_R, write_R, read_R: fp32, by row; they multiply the log decays, the values written, and the outputs. Rows at
         which a document starts have writes of 0: what resets do is masked by the runs.
-    row_R, token_R, run_R: int32; chunk_start_G, chunk_end_G, piece_start_M, piece_end_M, chunk_M: int64; see rows.Rows.
+    row_R, token_R, run_R: int32; chunk_start_G, chunk_end_G, piece_start_M, piece_end_M, chunk_M: int64; see
+        triton_rows.Rows.
     num_tokens: chunks and pieces that start at this position or later belong to partitions.
 All are contiguous. States and their gradients are fp32; q, k, v, outputs and the tensors between kernels share one
 dtype.

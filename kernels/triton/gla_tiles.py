@@ -46,7 +46,7 @@ def load_log_decays(g_ptr, writes_ptr, row_ptr, token_ptr, position_C, end, head
 
 @triton.jit
 def load_runs(run_ptr, start, end, C: tl.constexpr):
-    """Load the runs (see rows.Rows) of the rows start .. end - 1 of a chunk or piece, at most C of them.
+    """Load the runs (see triton_rows.Rows) of the rows start .. end - 1 of a chunk or piece, at most C of them.
 
     Returns the rows' runs [C], the run before the first row, and that of the last row. Rows of the run before see the
     state that enters, rows of the last run reach the one that leaves; where the two differ nothing passes through.

@@ -1,9 +1,9 @@
 """The rows at the sorted positions, and where documents reset states there, from the tokens' picks.
 
-This is what Spans.segments_of_banks, kernels.resets and rows.make_rows compute in torch, bit for bit, in two launches:
-first each position by itself, then with what came before it. Both work on blocks of positions. A block's summary is how
-many documents start in it, the last position at which a document or a segment starts, and the last row that is not
-finite; each block of the second launch adds up the summaries of those before it.
+This is what Spans.segments_of_banks, kernels.resets and triton_rows.make_rows compute in torch, bit for bit, in two
+launches: first each position by itself, then with what came before it. Both work on blocks of positions. A block's
+summary is how many documents start in it, the last position at which a document or a segment starts, and the last row
+that is not finite; each block of the second launch adds up the summaries of those before it.
 """
 
 from typing import NamedTuple
@@ -187,7 +187,7 @@ def spoil_rows_kernel(
 
 
 class RowTables(NamedTuple):
-    """R sorted positions. row_R, token_R, run_R: as in rows.Rows, int32.
+    """R sorted positions. row_R, token_R, run_R: as in triton_rows.Rows, int32.
 
     spoiled_R: by position, spoiled_rows_R: by row, bool, whether a row of the same document and segment, up to this
         one, is not finite (see kernels.resets).

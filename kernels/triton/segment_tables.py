@@ -1,4 +1,4 @@
-"""The segments cut into chunks and pieces in one launch: what segments.cut and rows.make_rows do, bit for bit."""
+"""The segments cut into chunks and pieces in one launch, as segments.cut and triton_rows.make_rows do, bit for bit."""
 
 from typing import NamedTuple
 
@@ -186,7 +186,7 @@ def cut_segments_kernel(
 
 
 class SegmentTables(NamedTuple):
-    """chunk_start_G .. chunk_M: as in rows.Rows, int64. The rest: as in segments.Pieces and resets.PieceResets."""
+    """chunk_start_G .. chunk_M: as in triton_rows.Rows, int64. The rest: as in segments.Pieces and its resets."""
 
     chunk_start_G: Tensor
     chunk_end_G: Tensor
