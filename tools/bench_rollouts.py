@@ -13,6 +13,8 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import transformers
@@ -47,7 +49,7 @@ def ours(net: LanguageModel, vocab_size: int, batch: int, tokens: int) -> int:
     return sum(len(rollout.tokens) for rollout in group)
 
 
-def theirs(network: transformers.PreTrainedModel, batch: int, tokens: int) -> int:
+def theirs(network: Any, batch: int, tokens: int) -> int:
     """Generate with transformers; return the number of tokens."""
     prompts_BL = torch.tensor([PROMPT] * batch)
     settings = {"do_sample": True, "top_k": 0, "min_new_tokens": tokens, "max_new_tokens": tokens, "pad_token_id": 0}
@@ -78,8 +80,8 @@ def main() -> None:
         for batch in args.batches:
             rates: list[tuple[float, float]] = []
             for _ in range(args.repeats + 1):
-                mine = tokens_per_second(lambda batch=batch: ours(net, config.model.vocab_size, batch, args.tokens))
-                other = tokens_per_second(lambda batch=batch: theirs(network, batch, args.tokens))
+                mine = tokens_per_second(partial(ours, net, config.model.vocab_size, batch, args.tokens))
+                other = tokens_per_second(partial(theirs, network, batch, args.tokens))
                 rates.append((mine, other))
             # The first warms up.
             mine, other = (statistics.median(column) for column in zip(*rates[1:], strict=True))
