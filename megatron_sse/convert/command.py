@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 REPORT = "conversion.json"
 # Number and length of the sequences whose logits are compared.
-_COMPARED = (2, 64)
+_COMPARED = (2, 128)
 
 
 def run(request: Request) -> int:
