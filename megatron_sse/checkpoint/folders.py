@@ -174,6 +174,9 @@ def check_named(config: RunConfig) -> None:
         damaged = find_all_damage(path, hashes=False)
         if damaged:
             raise UserError(f"checkpoint.{key}: got a damaged checkpoint: {damaged[0]}")
+    distill = config.training.distill
+    if distill is not None and not Path(distill.teacher).is_dir():
+        named_checkpoint("training.distill.teacher", distill.teacher)
     check_writable(checkpoint_folder(config))
 
 

@@ -98,10 +98,10 @@ class CheckpointWeights:
             raise UserError(f"{path}: {index.fqn} cannot be read ({type(error).__name__})") from None
 
 
-def read_weights(folder: Path) -> CheckpointWeights:
-    """Open the model weights of a checkpoint folder after checking its hashes. Raises UserError."""
+def read_weights(folder: Path, hashes: bool = True) -> CheckpointWeights:
+    """Open the model weights of a checkpoint folder after checking its files' hashes or sizes. Raises UserError."""
     manifest = read_manifest(folder)
-    damage = find_damage(folder, manifest, manifest.files, hashes=True)
+    damage = find_damage(folder, manifest, manifest.files, hashes)
     if damage:
         raise UserError(damage[0])
     return CheckpointWeights(folder, read_index(folder))

@@ -11,6 +11,7 @@ from megatron_sse.checkpoint.folders import step_folder
 from megatron_sse.checkpoint.manifest import read_manifest
 from megatron_sse.checkpoint.names import MANIFEST
 from megatron_sse.config import RunConfig
+from megatron_sse.data.fingerprint import add_file
 from megatron_sse.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -42,11 +43,12 @@ def keep_reference(config: RunConfig, key: str, newest: Path, resume: Path | Non
 def describe_reference(folder: Path) -> SavedReference:
     """Return what a run's checkpoints say of the model that it is measured against. Raises UserError.
 
-    The manifest of a checkpoint has the hashes of its files. Of other folders the settings and the files' sizes count.
+    The manifest of a checkpoint has the hashes of its files. Other folders are hashed as token files are.
     """
     if (folder / MANIFEST).is_file():
         digest = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
         return SavedReference(read_manifest(folder).step, digest)
-    sizes = sorted((path.name, path.stat().st_size) for path in folder.glob("*.safetensors"))
-    settings = [path.read_bytes() for path in sorted(folder.glob("config.json"))]
-    return SavedReference(0, hashlib.sha256(repr((sizes, settings)).encode()).hexdigest())
+    whole = hashlib.sha256()
+    for path in sorted((*folder.glob("config.json"), *folder.glob("*.safetensors"))):
+        add_file(whole, path.name, path)
+    return SavedReference(0, whole.hexdigest())

@@ -24,11 +24,12 @@ logger = logging.getLogger(__name__)
 _NEEDED = (INDEX, COMMON, STORAGE_FORMAT)
 
 
-def first_intact(candidates: list[Path], hashes: bool) -> Path | None:
+def first_intact(candidates: list[Path], hashes: bool, key: str = "checkpoint.resume") -> Path | None:
     """Return the first checkpoint that is intact; None where there are no candidates. Collective over all ranks.
 
     hashes: check those of all files, each read by one rank; otherwise those of small files, and only the sizes of
-    larger ones. Raises SharedUserError, with every damaged file, where none is intact.
+    larger ones. key: the setting that names them. Raises SharedUserError, with every damaged file, where none is
+    intact.
     """
     # The folder may change while the ranks list it, so all use rank 0's list.
     listed = [candidates]
@@ -45,7 +46,7 @@ def first_intact(candidates: list[Path], hashes: bool) -> Path | None:
                 logger.warning("%s is damaged: falling back to the checkpoint before it", path)
         found += damaged
     if listed[0]:
-        raise SharedUserError(f"checkpoint.resume: no checkpoint is intact: {'; '.join(found)}")
+        raise SharedUserError(f"{key}: no checkpoint is intact: {'; '.join(found)}")
     return None
 
 

@@ -64,15 +64,19 @@ def hash_file(prefix: str) -> str:
     digest = hashlib.sha256()
     for suffix in (".idx", ".bin", ".mask"):
         path = Path(prefix + suffix)
-        if suffix == ".mask" and not path.exists():
-            continue
-        size = path.stat().st_size
-        digest.update(f"{suffix} {size}".encode())
-        with path.open("rb") as stream:
-            if size <= BLOCKS * BLOCK_BYTES:
-                digest.update(stream.read())
-                continue
-            for number in range(BLOCKS):
-                stream.seek(number * (size - BLOCK_BYTES) // (BLOCKS - 1))
-                digest.update(stream.read(BLOCK_BYTES))
+        if suffix != ".mask" or path.exists():
+            add_file(digest, suffix, path)
     return digest.hexdigest()
+
+
+def add_file(digest: hashlib._Hash, name: str, path: Path) -> None:
+    """Add a file to a hash under a name: its size, and its content or, of a large file, blocks of it."""
+    size = path.stat().st_size
+    digest.update(f"{name} {size}".encode())
+    with path.open("rb") as stream:
+        if size <= BLOCKS * BLOCK_BYTES:
+            digest.update(stream.read())
+            return
+        for number in range(BLOCKS):
+            stream.seek(number * (size - BLOCK_BYTES) // (BLOCKS - 1))
+            digest.update(stream.read(BLOCK_BYTES))

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
@@ -40,8 +39,7 @@ class Distillation(LanguageModelling):
         groups: ProcessGroupCollection,
         loss_scale: Callable[[], Tensor],
     ) -> None:
-        self.distill, self.teacher, self.groups = distill, teacher, groups
-        self.is_split = student.config.sequence_parallel and groups.tp.size() > 1
+        self.distill, self.teacher = distill, teacher
         self.layers = None
         if distill.hidden:
             scale = distill.hidden / len(student.decoder.layers)
@@ -60,13 +58,12 @@ class Distillation(LanguageModelling):
         assert output.divergence is not None
         found = super().loss(output, batch)
         divergence = (output.divergence * batch.loss_mask_BL).sum()
-        loss = self.distill.labels * found.loss + self.distill.logits * self.distill.temperature**2 * divergence
+        loss = self.distill.labels * found.loss
+        if self.distill.logits:
+            loss = loss + self.distill.logits * self.distill.temperature**2 * divergence
         sums = found.sums | {"divergence": divergence.detach()}
         if self.layers is not None:
             sums["hidden"] = self.layers.mean()
-            if self.is_split:
-                # Each tensor rank has the distances of its own tokens.
-                dist.all_reduce(sums["hidden"], group=self.groups.tp)
         return MicroBatchLoss(loss, found.tokens, sums)
 
     def means(self, sums: dict[str, float], tokens: float) -> dict[str, float]:

@@ -9,7 +9,7 @@ from megatron_sse.checkpoint.reference import keep_reference
 from megatron_sse.config import RunConfig, choose_layout
 from megatron_sse.config.load import make_config
 from megatron_sse.errors import UserError
-from megatron_sse.pretrained.open import Model, open_model
+from megatron_sse.pretrained.open import Model, find_model, open_model
 
 KEY = "training.distill.teacher"
 
@@ -29,12 +29,10 @@ def open_teacher(config: RunConfig, resume: Path | None = None) -> OpenTeacher:
     """
     distill = config.training.distill
     assert distill is not None
-    model = open_model(KEY, distill.teacher)
-    folder = keep_reference(config, KEY, model.folder, resume, "training.distill")
-    if folder != model.folder:
-        model = open_model(KEY, folder)
+    folder = keep_reference(config, KEY, find_model(KEY, distill.teacher), resume, "training.distill")
+    model = open_model(KEY, folder, hashes=config.checkpoint.verify == "hashes")
     theirs, own = model.config.model, config.model
-    needed = [("vocab_size", "vocab_size"), ("padded_vocab_size", "vocab_size rounded up to vocab_multiple")]
+    needed = [("vocab_size", "vocab_size"), ("padded_vocab_size", "vocab_size rounded up to model.vocab_multiple")]
     if distill.hidden:
         needed += [("num_layers", "num_layers, with training.distill.hidden")]
         needed += [("hidden_size", "hidden_size, with training.distill.hidden")]
@@ -53,6 +51,12 @@ def _teacher_config(model: Model, config: RunConfig) -> RunConfig:
     # The sequences are split in one way for both models.
     layout = "zigzag" if choose_layout(config)[0] else "contiguous"
     values["model"] = model.config.model.model_dump()
+    # Of how the teacher was trained: it runs without dropout, and split as this run.
+    transformer = values["model"]["transformer"]
+    for name in ("hidden_dropout", "attention_dropout", "cp_comm_type"):
+        transformer.pop(name, None)
+    if comm_type := config.model.transformer.get("cp_comm_type"):
+        transformer["cp_comm_type"] = comm_type
     values["parallel"] |= {"layout": layout if config.parallel.context > 1 else "auto"}
     values["training"] |= {"distill": None, "recompute": "none"}
     values["stages"] = None

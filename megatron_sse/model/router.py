@@ -27,7 +27,7 @@ class Router(torch.nn.Module):
         super().__init__()
         self.num_writers, self.num_readers = settings.num_writers, settings.num_readers
         self.num_routers, self.weight_scale = settings.num_routers, settings.weight_scale
-        self.num_partitions = num_partitions
+        self.num_partitions, self.num_picks = num_partitions, settings.num_picks
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         self.sequence_parallel = config.sequence_parallel
         dtype = torch.promote_types(config.params_dtype, torch.float32)
@@ -37,12 +37,6 @@ class Router(torch.nn.Module):
         self.replay: Callable[[TokenLayout], Tensor | None] | None = None
         # Takes the picks [T, P] of a micro-batch, where they are to be replayed later.
         self.record: Callable[[Any, Tensor], None] | None = None
-
-    @property
-    def num_picks(self) -> int:
-        """Partitions that are picked for a token: P."""
-        counts = self.num_writers, self.num_readers
-        return max(counts) if self.num_routers == 1 else sum(counts)
 
     def forward(self, hidden_LBd: Tensor, layout: TokenLayout) -> tuple[Routes, Tensor | None]:
         """Return the picks of all B * L tokens, and the balance loss of the micro-batch (None where text is generated).

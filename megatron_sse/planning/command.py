@@ -22,7 +22,7 @@ def run(request: Request) -> int:
     if config.rl is not None:
         print("every answer of rl is counted as a sequence of its own; the time to generate it is not counted")
     if config.training.distill is not None:
-        print("the teacher of training.distill is not counted: its weights, and a forward pass of it in every step")
+        print("the teacher of training.distill is not counted: its weights, logits and forward passes")
     if request.search:
         config, num_gpus = _planned_run(config, request.gpus)
         documents = count_documents(config, request.documents)

@@ -44,8 +44,7 @@ def _picks(sizes: Sizes, kind: str) -> int:
     rl, sse = sizes.config.rl, sizes.config.model.sse
     if rl is None or not rl.replay_routing or kind != "sse" or not sse.num_partitions:
         return 0
-    counts = sse.num_writers, sse.num_readers
-    return 2 * sizes.config.data.sequence_length * (max(counts) if sse.num_routers == 1 else sum(counts))
+    return 2 * sizes.config.data.sequence_length * sse.num_picks
 
 
 def _kept_of_layer(sizes: Sizes, kind: str) -> int:

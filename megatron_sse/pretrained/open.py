@@ -56,20 +56,30 @@ class Model:
         return to_ours(self.links, self.weights)
 
 
-def open_model(key: str, path: str | Path) -> Model:
-    """Open the model in a folder.
+def find_model(key: str, path: str | Path) -> Path:
+    """Return the folder of a model: a Hugging Face folder itself, or the best checkpoint of a run or folder.
 
-    key: the argument that gives the path. Names and shapes of tensors are checked: those of Hugging Face folders here,
-    those of checkpoints when the model is built. Raises UserError.
+    key: the argument that gives the path. Raises UserError.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"{key}: folder {path} not found")
-    return _open_hf(folder) if (folder / CONFIG).is_file() else _open_ours(named_checkpoint(key, str(path)))
+    return folder if (folder / CONFIG).is_file() else named_checkpoint(key, str(path))
 
 
-def _open_ours(folder: Path) -> Model:
-    weights, config = read_weights(folder), load_config(folder / RUN_CONFIG)
+def open_model(key: str, path: str | Path, hashes: bool = True) -> Model:
+    """Open the model in a folder.
+
+    key: the argument that gives the path. hashes: of the files of a checkpoint are checked, else their sizes. Names and
+    shapes of tensors are checked: those of Hugging Face folders here, those of checkpoints when the model is built.
+    Raises UserError.
+    """
+    folder = find_model(key, path)
+    return _open_hf(folder) if (folder / CONFIG).is_file() else _open_ours(folder, hashes)
+
+
+def _open_ours(folder: Path, hashes: bool) -> Model:
+    weights, config = read_weights(folder, hashes), load_config(folder / RUN_CONFIG)
     check_shapes({weight.name: weight.shape for weight in model_weights(config.model)}, weights, str(folder))
     return Model(OURS, folder, config, weights, links=[])
 

@@ -37,7 +37,8 @@ class Reference:
 
     def __init__(self, checkpoint: Path, net: LanguageModel, groups: ProcessGroupCollection) -> None:
         self.net = net
-        weights = read_weights(checkpoint)
+        # All ranks have checked it together.
+        weights = read_weights(checkpoint, hashes=False)
         self.parts: list[tuple[torch.nn.Parameter, Tensor]] = []
         for name, parameter in net.named_parameters():
             part = own_part(weights.get(global_name(name, net)), parameter, groups.tp.rank(), groups.tp.size())

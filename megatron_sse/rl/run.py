@@ -141,7 +141,7 @@ class PolicyRun(Run):
         with found_by_all():
             reference = find_reference(self.config, self.resume)
         assert reference is not None
-        return first_intact([reference], self.config.checkpoint.verify == "hashes")
+        return first_intact([reference], self.config.checkpoint.verify == "hashes", "checkpoint.load_weights")
 
     def _enter(self, stage: StageRun) -> tuple[Iterator[Batch], ValidationFactory | None]:
         self.stage = stage

@@ -125,7 +125,7 @@ def train(config: RunConfig, lease: Lease | None = None, make_run: "type[Run] | 
         hashes = config.checkpoint.verify == "hashes"
         resume = first_intact(candidates, hashes)
         if resume is None:
-            weights = first_intact([] if weights is None else [weights], hashes)
+            weights = first_intact([] if weights is None else [weights], hashes, "checkpoint.load_weights")
         run = (make_run or Run)(config, groups, device, resume, weights, lease)
         run.run(signals)
     except (UselessRunError, SaveError) as error:

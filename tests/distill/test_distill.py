@@ -1,6 +1,7 @@
 """Training beside a teacher: one step against torch's autograd, layouts against one process, and what is refused."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
+from megatron_sse.checkpoint.reference import describe_reference
 from megatron_sse.config import RunConfig
 from megatron_sse.data.iterators import build_data_iterators
+from megatron_sse.distill.layers import _Distance
 from megatron_sse.distill.objective import Distillation
-from megatron_sse.distill.run import DistillRun
+from megatron_sse.distill.run import DistillRun, check_same_teacher
 from megatron_sse.distill.teacher import open_teacher
 from megatron_sse.errors import UserError
 from megatron_sse.model.initialize import global_name, own_part
@@ -23,7 +26,7 @@ from megatron_sse.run_folder import METRICS
 from megatron_sse.training.loop import Run, Signals
 from tests.training.support import cpu, small_run
 from tests.training.test_layouts import Part
-from tests.workers import run_workers
+from tests.workers import WorkerError, run_workers
 
 COMMON = {"num_layers": 2, "hidden_size": 32, "vocab_size": 64, "softmax": {"num_heads": 4, "num_kv_heads": 2}}
 SSE = {"num_heads": 2, "head_dim": 8, "num_partitions": 3}
@@ -153,6 +156,7 @@ LAYOUTS: list[tuple[int, dict[str, Any], str]] = [
     (2, {"tensor": 2, "sequence": True}, "none"),
     (2, {"context": 2, "layout": "zigzag"}, "none"),
     (2, {"context": 2}, "full"),
+    (2, {}, "none"),
     (4, {"context": 2, "tensor": 2}, "mixer"),
 ]
 
@@ -212,6 +216,34 @@ def teacher_stays(teacher: Path, resume: Path) -> None:
     with pytest.raises(UserError, match=r"^training.distill.teacher: got .*, and training.distill has been measured f"):
         open_teacher(config, resume)
     hidden.rename(first)
+
+
+def test_distance_of_layers() -> None:
+    """As the plain form, in fp64; an output of zeros counts nothing."""
+    x_LBd, wanted_LBd = torch.randn(2, 4, 3, 5, dtype=torch.float64).unbind()
+    wanted_LBd[1, 2] = 0
+    mask_LB = torch.rand(4, 3, dtype=torch.float64)
+    counts_LB = mask_LB.clone()
+    counts_LB[1, 2] = 0
+    x_LBd.requires_grad_()
+    found = _Distance.apply(x_LBd, wanted_LBd, mask_LB)
+    size_LB = wanted_LBd.square().sum(-1)
+    size_LB[1, 2] = 1
+    plain = ((x_LBd - wanted_LBd).square().sum(-1) / size_LB * counts_LB).sum()
+    torch.testing.assert_close(found, plain)
+    [ours], [theirs] = (torch.autograd.grad(3 * loss, x_LBd) for loss in (found, plain))
+    torch.testing.assert_close(ours, theirs)
+
+
+def distinct_teachers(folder: Path) -> None:
+    step = int(os.environ["RANK"]) + 1
+    path = folder / f"checkpoints/iter_000000{step}"
+    check_same_teacher(path, describe_reference(path))
+
+
+def test_all_ranks_have_the_same_teacher(teacher: Path) -> None:
+    with pytest.raises(WorkerError, match="SharedUserError: training.distill.teacher: got .*iter_0000001 on one pro"):
+        run_workers(2, distinct_teachers, teacher)
 
 
 WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
