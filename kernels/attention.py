@@ -11,7 +11,7 @@ from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-# Of a mask, where one is needed: bounds what attention takes beside keys and values.
+# Of a mask, where one is needed. The plain form that then runs also makes as many scores for each head.
 MASK_ELEMENTS = 2**24
 
 

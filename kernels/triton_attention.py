@@ -107,7 +107,8 @@ def attend_banks(
     if picks is not None:
         num_picks = picks.bank_TP.shape[1]
         edges = edges and edges.of_banks(spans.num_spans, picks.num_partitions)
-    banks = _cast(shared, sparse, v_THV.dtype)
+    # An expanded decay is written out once, for all that read it.
+    banks = tuple(x.contiguous() for x in _cast(shared, sparse, v_THV.dtype))
     # About as many programs as share a piece: one for each head and 64 value channels.
     programs_per_piece = num_heads * -(-v_THV.shape[-1] // 64)
     chunks_per_piece = choose_chunks_per_piece(num_tokens * (1 + num_picks), programs_per_piece)

@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_sse.kernels import Edges
 from megatron_sse.kernels.scan import apply_transition
-from megatron_sse.kernels.segments import Exchange as Exchange
+from megatron_sse.kernels.segments import Exchange
 
 
 def edges_behind(initial_UKV: Tensor, exchange: Exchange, rank: int) -> Edges:

@@ -48,7 +48,7 @@ def _count(bank_ptr, start, end, bank, BLOCK: tl.constexpr, TILE: tl.constexpr, 
     return b_count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_picks", "num_blocks"])
 def count_picks_kernel(
     bank_ptr,
     count_ptr,
@@ -66,7 +66,7 @@ def count_picks_kernel(
     tl.store(count_ptr + bank.to(tl.int64) * num_blocks + block, b_count, mask=bank < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def sum_counts_kernel(count_ptr, until_ptr, num_blocks, BLOCK: tl.constexpr):
     """Add up a bank's picks in the blocks before each block; the last column is their total; program (bank)."""
     bank = tl.program_id(0).to(tl.int64)
@@ -80,7 +80,7 @@ def sum_counts_kernel(count_ptr, until_ptr, num_blocks, BLOCK: tl.constexpr):
         total += tl.sum(b_count, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def count_before_spans_kernel(
     bank_ptr,
     span_ptr,
@@ -104,7 +104,7 @@ def count_before_spans_kernel(
     tl.store(before_ptr + span * N + bank, b_before, mask=bank < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_spans"])
 def offsets_kernel(
     span_offset_ptr,
     before_ptr,
@@ -134,7 +134,7 @@ def offsets_kernel(
         total += tl.sum(b_count, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_picks", "num_blocks"])
 def place_picks_kernel(
     bank_ptr,
     span_ptr,

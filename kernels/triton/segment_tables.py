@@ -40,18 +40,18 @@ def _cut_segment(
     num_rows,
     num_pieces,
     is_last,
-    SIZE: tl.constexpr,
+    size,
     HAS_RESETS: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write a segment's pieces of SIZE rows; the last segment also writes those that are not used."""
+    """Write a segment's pieces of `size` rows; the last segment also writes those that are not used."""
     last = tl.where(is_last, num_pieces, before + count)
     for first in range(before, last, BLOCK):
         piece = first + tl.arange(0, BLOCK)
         mask = piece < last
-        start = offset + (piece - before).to(tl.int64) * SIZE
-        end = tl.minimum(start + SIZE, end_of_segment)
+        start = offset + (piece - before).to(tl.int64) * size
+        end = tl.minimum(start + size, end_of_segment)
         tl.store(start_ptr + piece, start, mask=mask)
         tl.store(end_ptr + piece, end, mask=mask)
         if WHOLE:
@@ -64,7 +64,7 @@ def _cut_segment(
                 tl.store(before_ptr + piece, at_start > at_offset, mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_rows", "num_spans", "num_chunks", "num_pieces"])
+@triton.jit(do_not_specialize=["num_tokens", "num_rows", "num_spans", "num_chunks", "num_pieces", "piece_size"])
 def cut_segments_kernel(
     offset_ptr,
     span_offset_ptr,
@@ -92,10 +92,10 @@ def cut_segments_kernel(
     num_spans,
     num_chunks,
     num_pieces,
+    piece_size,
     N: tl.constexpr,
     P: tl.constexpr,
     CHUNK: tl.constexpr,
-    PIECE: tl.constexpr,
     HAS_RESETS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -110,10 +110,10 @@ def cut_segments_kernel(
         size = tl.load(offset_ptr + other + 1, mask=other < segment, other=0)
         size -= tl.load(offset_ptr + other, mask=other < segment, other=0)
         chunks_before += ((size + CHUNK - 1) // CHUNK).to(tl.int32)
-        pieces_before += ((size + PIECE - 1) // PIECE).to(tl.int32)
+        pieces_before += ((size + piece_size - 1) // piece_size).to(tl.int32)
     first_chunk, first_piece = tl.sum(chunks_before, axis=0), tl.sum(pieces_before, axis=0)
     count_chunks = ((end - offset + CHUNK - 1) // CHUNK).to(tl.int32)
-    count_pieces = ((end - offset + PIECE - 1) // PIECE).to(tl.int32)
+    count_pieces = ((end - offset + piece_size - 1) // piece_size).to(tl.int32)
     is_last = segment == num_segments - 1
     _cut_segment(
         segment,
@@ -152,7 +152,7 @@ def cut_segments_kernel(
         num_rows,
         num_pieces,
         is_last,
-        PIECE,
+        piece_size,
         HAS_RESETS,
         True,
         BLOCK,
@@ -163,7 +163,9 @@ def cut_segments_kernel(
     for first in range(first_piece, last, BLOCK):
         piece = first + tl.arange(0, BLOCK)
         tl.store(
-            chunk_ptr + piece, kept_chunk + (piece - first_piece).to(tl.int64) * (PIECE // CHUNK), mask=piece < last
+            chunk_ptr + piece,
+            kept_chunk + (piece - first_piece).to(tl.int64) * (piece_size // CHUNK),
+            mask=piece < last,
         )
     tl.store(first_ptr + segment, tl.minimum(first_piece, num_pieces - 1).to(tl.int64))
     tl.store(last_ptr + segment, tl.maximum(first_piece + count_pieces - 1, 0).to(tl.int64))
@@ -242,10 +244,10 @@ def _segment_tables(
         len(offsets_Y1) - 1,
         len(out.chunk_start_G),
         len(out.piece_start_M),
+        piece_size,
         N=num_partitions,
         P=num_rows // num_tokens - 1,
         CHUNK=CHUNK_SIZE,
-        PIECE=piece_size,
         HAS_RESETS=document_T is not None,
         BLOCK=BLOCK,
         **OPTIONS,
@@ -288,7 +290,7 @@ def compile_cases(arch: int) -> list[tuple[triton.JITFunction, dict, dict, dict]
     types["spoiled_segment_ptr"] = "*i1"
     for partitions, picks in ((0, 0), (4, 1), (256, 8)):
         for resets in (False, True):
-            constants = {"N": partitions, "P": picks, "CHUNK": CHUNK_SIZE, "PIECE": 8 * CHUNK_SIZE}
+            constants = {"N": partitions, "P": picks, "CHUNK": CHUNK_SIZE}
             constants |= {"HAS_RESETS": resets, "BLOCK": BLOCK}
             names = [name for name in kernel.arg_names if name not in constants]
             signature = {name: types.get(name, "*i64" if name.endswith("_ptr") else "i32") for name in names}

@@ -19,9 +19,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from megatron_sse.kernels import BankInputs, BankOutputs, Routes, short_convolution, sse_attention
 from megatron_sse.kernels.attention import MASK_ELEMENTS, attend_last
 from megatron_sse.kernels.decode import decode_step
+from megatron_sse.kernels.segments import Exchange
 from megatron_sse.parallel.device import to_device
 from megatron_sse.parallel.layout import TokenLayout
-from megatron_sse.parallel.prefill import Exchange, edges_behind, of_all_ranks, of_last_rank, tails
+from megatron_sse.parallel.prefill import edges_behind, of_all_ranks, of_last_rank, tails
 from megatron_sse.parallel.sharding import ContextShard
 
 _MIN_ROWS = 64

@@ -33,7 +33,8 @@ class Router(torch.nn.Module):
         dtype = torch.promote_types(config.params_dtype, torch.float32)
         # Rows of the router of writes, then of that of reads if it has its own.
         self.proj = ReplicatedLinear(config, config.hidden_size, self.num_routers * num_partitions, dtype)
-        # The picks [T, P] to use for a micro-batch in place of the top ones, where layouts are compared.
+        # Returns the picks [T, P] to use for a micro-batch, None for the top ones; set where layouts are compared, and
+        # by rl.replay_routing.
         self.replay: Callable[[TokenLayout], Tensor | None] | None = None
         # Takes the picks [T, P] of a micro-batch, where they are to be replayed later.
         self.record: Callable[[Any, Tensor], None] | None = None

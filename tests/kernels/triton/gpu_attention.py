@@ -5,11 +5,13 @@ compute-sanitizer --tool memcheck (racecheck) python -m pytest THIS_FILE -k smal
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from megatron_sse.kernels import Routes, sse_attention
 from tests.kernels.cases import Case, Inputs, errors, make_inputs, outputs_and_gradients
 from tests.kernels.implementations import attention, attention_in_spans, oracle, oracle_in_spans
 from tests.kernels.triton.rounding import errors_of_bf16
@@ -67,11 +69,25 @@ def test_does_not_wait_for_the_device(recurrence: str) -> None:
 
 
 def step(case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
-    """Return output and gradients, computed without random numbers or copies from the host."""
+    """Return output and gradients, computed without random numbers or copies from the host.
+
+    First with a state for each document, as in generation, then with documents that are resets, as in training.
+    """
     from tests.kernels.cases import run
 
-    o_THV, final = run(attention("varlen"), case, inputs)
-    return o_THV, *torch.autograd.grad(o_THV.square().sum() + final.sum(), list(inputs.leaves().values()))
+    found: list[Tensor] = []
+    for function in (attention("varlen"), attention_in_one_span):
+        o_THV, final = run(function, case, inputs)
+        found += [o_THV, *torch.autograd.grad(o_THV.square().sum() + final.sum(), list(inputs.leaves().values()))]
+    return tuple(found)
+
+
+def attention_in_one_span(inputs: Inputs, routes: Routes | None, initial_DAHKV: None = None, **options: Any) -> Any:
+    num_tokens, device = len(inputs.v_THV), inputs.v_THV.device
+    offsets_Y1, span_T = num_tokens * torch.arange(2, device=device), torch.zeros_like(inputs.document_T)
+    options |= {"form": "varlen", "document_T": inputs.document_T}
+    out = sse_attention(inputs.shared, inputs.sparse, inputs.v_THV, routes, offsets_Y1, span_T, **options)
+    return out.o_THV, out.final_YAHKV
 
 
 @every_recurrence
