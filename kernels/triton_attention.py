@@ -207,6 +207,8 @@ class _Recurrence(torch.autograd.Function):
             again = operators.again(*arguments, entering)
             (grad_leaving,), grad_initial = torch.autograd.grad(local, increment, grad_local), None
         *grads, grad_write, grad_read = operators.attend_backward(*arguments, again, grad_o_RHV, grad_leaving)
+        # Of the size of the inputs, and not needed for the sums below.
+        del again, arguments
         shared, sparse = zip(*(_by_token(grad, num_tokens) for grad in grads), strict=True)
         # All banks see the same values, so the gradients of both kinds of rows add up.
         grad_v = shared[-1] if sparse[-1] is None else shared[-1] + sparse[-1]

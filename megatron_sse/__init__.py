@@ -28,6 +28,7 @@ Tensor names end with their dims, outermost first, one letter each; shapes in do
     b  bins of a histogram
     c  channels of a convolution, or any other features
     d  hidden channels
+    e  hidden channels of a teacher
     l  layers
     n  samples of a data set
     p  parts or pairs: of documents when they are packed, of recall tasks

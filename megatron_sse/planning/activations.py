@@ -124,7 +124,13 @@ def _inputs(sizes: Sizes, mixer: Mixer) -> int:
     kept += mixer.banks * FP32 * mixer.keys if sse.query_map == "softmax" else sparse * element * mixer.keys
     kept += sparse * element * mixer.keys if mixer.spec.key_map == "silu" else mixer.banks * FP32 * mixer.keys
     if recurrence.delta_rule:
-        kept += mixer.banks * FP32 * (2 * mixer.decays + mixer.value_heads + 2 * (mixer.keys + mixer.heads))
+        kept += mixer.banks * FP32 * (2 * mixer.decays + mixer.value_heads)
+        if runs_torch(sizes, mixer):
+            kept += mixer.banks * FP32 * 2 * (mixer.keys + mixer.heads)
+        else:
+            # The kernel that normalises keeps its input; softmax maps have kept theirs already.
+            maps = (sse.query_map, mixer.spec.key_map)
+            kept += mixer.banks * element * mixer.keys * sum(m == "silu" for m in maps)
     elif sse.decay == "gate":
         kept += 2 * mixer.gates * FP32 * mixer.keys
     kept += sse.short_convolution * mixer.maps * mixer.keys * element
