@@ -79,7 +79,7 @@ def make_rows(segments: Segments, num_tokens: int, num_picks: int, chunks_per_pi
 
 
 class Scales(NamedTuple):
-    """What scales log decays and write strengths, values, and outputs, fp32 by row; zeros for spoiled rows."""
+    """Factors of log decays and write strengths, of values, and of outputs, fp32 by row; zeros for spoiled rows."""
 
     writes_R: Tensor
     write_R: Tensor

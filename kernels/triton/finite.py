@@ -1,4 +1,4 @@
-"""What is not finite, so that it reaches no other document (see kernels.resets): inputs of tokens, entering states."""
+"""Finding inputs and entering states that are not finite, so that they reach no other document (kernels.resets)."""
 
 from collections.abc import Sequence
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,13 +47,7 @@ class Distillation(LanguageModelling):
             self.layers = LayerDistances(teacher, student, groups, lambda: scale * loss_scale())
 
     def forward(self, model: Any, batch: Batch, training: bool) -> Any:
-        return model(
-            batch.tokens_BL,
-            labels=batch.labels_BL,
-            packed_seq_params=batch.layout,
-            likeliest=not training and batch.answers_BL is not None,
-            teacher=self._ask(batch),
-        )
+        return super().forward(partial(model, teacher=self._ask(batch)), batch, training)
 
     def loss(self, output: TokenScores, batch: Batch) -> MicroBatchLoss:
         assert output.divergence is not None

@@ -1,4 +1,4 @@
-"""What a run computes with on this machine's GPUs: which modules, which attention, which of CUDA's settings."""
+"""Modules, attention and CUDA settings that a run uses on this machine's GPUs."""
 
 from __future__ import annotations
 

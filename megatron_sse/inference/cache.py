@@ -19,7 +19,7 @@ _FORMAT = 1
 
 
 class Cache:
-    """What every layer keeps of X sequences.
+    """States, keys and values that the layers keep of X sequences.
 
     Attributes:
         layers: by layer number.

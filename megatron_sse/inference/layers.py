@@ -1,4 +1,4 @@
-"""What layers keep of earlier tokens, so that a sequence can continue: states and convolution tails, keys and values.
+"""Layers that keep states, convolution tails, keys and values of earlier tokens, so that a sequence can continue.
 
 Context ranks may share the new tokens of one sequence: each computes its part, and all keep the same.
 
@@ -144,7 +144,7 @@ class Tail:
 
 
 class LayerCache:
-    """What a layer keeps. tails: of the convolutions that it has, "input" in front of the mixer, "banks" inside."""
+    """State and tails of a layer. tails: of the convolutions that it has, "input" in front of the mixer, "banks" inside."""
 
     def __init__(self, tails: Mapping[str, Tail]):
         self.tails = tails

@@ -58,7 +58,7 @@ class Memory:
 
     @property
     def _training(self) -> int:
-        """What forward and backward passes hold at their fullest moment."""
+        """Bytes that forward and backward passes hold at their fullest moment."""
         held = self.activations + self.states + self.tables
         return held + max(self.recomputed + self.hand_off + self.metrics + self.working, self.logits)
 

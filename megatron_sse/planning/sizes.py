@@ -15,7 +15,7 @@ FP32 = 4
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a rank of a run sees.
+    """Sizes of a run as one rank sees them.
 
     data_size: ranks that work on different sequences. kernels: as in activations.py. documents: of a sequence, on
     average. gpus_per_node: GPUs of a machine.

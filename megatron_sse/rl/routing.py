@@ -68,7 +68,7 @@ class Recorder:
 
 
 class Replay:
-    """What the routers of the model in training pick: set before each forward pass."""
+    """Picks for the routers of the model in training; set before each forward pass."""
 
     def __init__(self, net: LanguageModel) -> None:
         self.routers = find_routers(net)

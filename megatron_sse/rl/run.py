@@ -51,7 +51,7 @@ WARN_ABOVE, STOP_ABOVE = 1.02, 1.05
 
 @dataclass(frozen=True)
 class Problems:
-    """What a run needs besides its model, read and checked before any process group exists.
+    """Prompts, rewards and tokenizer of a run, read and checked before any process group exists.
 
     tokenizer: the content of the tokenizer's files by their names in a checkpoint.
     """

@@ -59,7 +59,7 @@ def begin_exclusive_scan(
 
 @dataclass
 class _UnderWay:
-    """What passes between the two parts, besides `begun` and its gradient.
+    """The state that the two parts share, besides `begun` and its gradient.
 
     finish: waits for what is under way, states or their gradients, and returns it with the transitions to keep.
     entering: for the gradient of the transitions.

@@ -23,7 +23,7 @@ class Flat(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """What layers need to know of the tokens of a call; made once per call. A tuple, so that accelerate can move it.
+    """Positions and documents of the tokens of a call, made once per call. A tuple, so that accelerate can move it.
 
     num_before: tokens of earlier calls, which the cache holds.
     position_BL: rotary positions.
