@@ -144,7 +144,7 @@ class Tail:
 
 
 class LayerCache:
-    """State and tails of a layer. tails: of the convolutions that it has, "input" in front of the mixer, "banks" inside."""
+    """State and tails of a layer. tails: of its convolutions, "input" in front of the mixer, "banks" inside."""
 
     def __init__(self, tails: Mapping[str, Tail]):
         self.tails = tails
