@@ -79,9 +79,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         log_sum_T, logit_T = torch.empty(2, len(hidden_Td), dtype=dtype, device=hidden_Td.device)
         summarize = compiled(_summarize) if layer.fused else _summarize
         for chunk in layer.chunks(len(hidden_Td)):
-            logits_Cv = hidden_Td[chunk] @ weight_vd.t()
-            found = summarize(logits_Cv, place_T[chunk], layer.real_rows(num_rows), dtype, temperature)
-            log_sum_T[chunk], logit_T[chunk] = found
+            # Logits without a name, which would keep them until those of the next chunk are there.
+            log_sum_T[chunk], logit_T[chunk] = summarize(
+                hidden_Td[chunk] @ weight_vd.t(), place_T[chunk], layer.real_rows(num_rows), dtype, temperature
+            )
         logit_T = torch.where(is_own_T, logit_T, 0.0)
         if layer.group.size() > 1:
             log_sum_T, logit_T = _join(log_sum_T, logit_T, layer.group)
@@ -107,7 +108,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 part[chunk] for part in (place_T, log_sum_T, grad_T, label_grad_T)
             )
             of_chunk = place_C, log_sum_C, grad_C, label_grad_C, layer.real_rows(num_rows), ctx.temperature
-            # Logits without a name, so that the callee can free them.
+            # Without a name here as well, so that the callee can free them.
             grad_Cv = differentiate(hidden_Td[chunk] @ weight_vd.t(), *of_chunk)
             torch.mm(grad_Cv, weight_vd, out=grad_hidden_Td[chunk])
             if weight_grad is not None:

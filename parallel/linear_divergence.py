@@ -68,8 +68,10 @@ class _LinearDivergence(torch.autograd.Function):
         sums_3T = torch.empty(3, len(hidden_Td), dtype=dtype, device=hidden_Td.device)
         compare = compiled(_compare) if layer.fused else _compare
         for chunk in layer.chunks(len(hidden_Td)):
-            logits = hidden_Td[chunk] @ weight_vd.t(), hidden_Te[chunk] @ weight_ve.t()
-            most_2T[:, chunk], sums_3T[:, chunk] = compare(*logits, real, temperature, dtype)
+            # Logits without a name, which would keep them until those of the next chunk are there.
+            most_2T[:, chunk], sums_3T[:, chunk] = compare(
+                hidden_Td[chunk] @ weight_vd.t(), hidden_Te[chunk] @ weight_ve.t(), real, temperature, dtype
+            )
         if layer.group.size() > 1:
             most_2T, sums_3T = _join(most_2T, sums_3T, layer.group)
         log_sum_T, teacher_log_sum_T = most_2T + sums_3T[:2].log()
@@ -90,9 +92,8 @@ class _LinearDivergence(torch.autograd.Function):
         differentiate = compiled(_differentiate) if layer.fused else _differentiate
         for chunk in layer.chunks(len(hidden_Td)):
             log_sum_C, teacher_log_sum_C = (log_sum_T[chunk] for log_sum_T in log_sums)
-            logits = hidden_Td[chunk] @ weight_vd.t(), hidden_Te[chunk] @ weight_ve.t()
-            grad_Cv = differentiate(*logits, log_sum_C, teacher_log_sum_C, grad_T[chunk], real, ctx.temperature)
-            del logits
+            of_chunk = log_sum_C, teacher_log_sum_C, grad_T[chunk], real, ctx.temperature
+            grad_Cv = differentiate(hidden_Td[chunk] @ weight_vd.t(), hidden_Te[chunk] @ weight_ve.t(), *of_chunk)
             torch.mm(grad_Cv, weight_vd, out=grad_hidden_Td[chunk])
             if weight_grad is not None:
                 weight_grad.add(grad_Cv, hidden_Td[chunk])
@@ -109,11 +110,13 @@ def _compare(
     The sums: exponentials of what the logits are below the largest, of the model and of the teacher; and the teacher's
     times how far its logit is above the model's.
     """
-    logits_Cv, teacher_Cv = (_scale(part, real, temperature, dtype) for part in (logits_Cv, teacher_Cv))
+    logits_Cv = _scale(logits_Cv, real, temperature, dtype)
+    teacher_Cv = _scale(teacher_Cv, real, temperature, dtype)
     most_2C = torch.stack((logits_Cv.amax(1), teacher_Cv.amax(1)))
-    exp_Cv = (teacher_Cv - most_2C[1, :, None]).exp()
-    gap_C = (exp_Cv * (teacher_Cv - logits_Cv)).sum(1)
-    return most_2C, torch.stack(((logits_Cv - most_2C[0, :, None]).exp().sum(1), exp_Cv.sum(1), gap_C))
+    gap_Cv = teacher_Cv - logits_Cv
+    sum_C = logits_Cv.sub_(most_2C[0, :, None]).exp_().sum(1)
+    exp_Cv = teacher_Cv.sub_(most_2C[1, :, None]).exp_()
+    return most_2C, torch.stack((sum_C, exp_Cv.sum(1), gap_Cv.mul_(exp_Cv).sum(1)))
 
 
 def _differentiate(
@@ -127,8 +130,9 @@ def _differentiate(
 ) -> Tensor:
     """Return the gradient of the model's logits, in their dtype: (q - p) / temperature times that of the divergence."""
     dtype = logits_Cv.dtype
-    logits_Cv, teacher_Cv = (_scale(part, real, temperature, log_sum_C.dtype) for part in (logits_Cv, teacher_Cv))
-    grad_Cv = logits_Cv.sub_(log_sum_C[:, None]).exp_() - teacher_Cv.sub_(teacher_log_sum_C[:, None]).exp_()
+    logits_Cv = _scale(logits_Cv, real, temperature, log_sum_C.dtype)
+    teacher_Cv = _scale(teacher_Cv, real, temperature, log_sum_C.dtype)
+    grad_Cv = logits_Cv.sub_(log_sum_C[:, None]).exp_().sub_(teacher_Cv.sub_(teacher_log_sum_C[:, None]).exp_())
     return grad_Cv.mul_((grad_C / temperature)[:, None]).to(dtype)
 
 

@@ -11,6 +11,7 @@ from megatron_sse.parallel import linear_divergence
 from megatron_sse.parallel.groups import init_groups
 from megatron_sse.parallel.linear_divergence import Teacher, diverge
 from megatron_sse.parallel.output_layer import OutputLayer
+from tests.planning.live import LiveBytes
 from tests.workers import run_workers
 
 L, B, D, TEACHER_D, PADDED = 10, 3, 8, 6, 24
@@ -137,3 +138,25 @@ def chunked_with_fault(case: Case, fault: str) -> dict[str, Tensor]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(linear_divergence, fault, pass_on[fault])
         return chunked(case)
+
+
+def peaks(lengths: list[int], vocab_size: int, chunk: int) -> list[int]:
+    """Return the bytes that one forward and backward pass holds at most beside its inputs, by the number of tokens."""
+    layer, found = OutputLayer(vocab_size, init_groups().tp, chunk=chunk), []
+    for length in lengths:
+        hidden_LBd = torch.randn(length, 1, 4, requires_grad=True)
+        weight_vd = torch.nn.Parameter(torch.randn(vocab_size, 4))
+        teacher = Teacher(torch.randn(length, 1, 4), torch.randn(vocab_size, 4), 1.0)
+        with LiveBytes() as counted:
+            diverge(hidden_LBd, weight_vd, teacher, layer).sum().backward()
+        found.append(counted.peak)
+    return found
+
+
+def test_memory_is_that_of_one_chunk() -> None:
+    """More chunks add a few numbers per token: no chunk's logits are there while the next one's are made."""
+    vocab_size, chunk = 1000, 64
+    [(one, many)] = run_workers(1, peaks, [64, 512], vocab_size, chunk)
+    logits = 4 * chunk * vocab_size
+    assert 3 * logits < one < 4.3 * logits
+    assert many - one < 448 * 100  # bytes per token: gradients, sums
