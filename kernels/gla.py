@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from megatron_sse.kernels.chunks import ChunkAction, join_lower
+from megatron_sse.kernels.chunks import ChunkAction
 
 
 def act(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> ChunkAction:
@@ -29,25 +29,63 @@ def decayed_scores(q: Tensor, k: Tensor, decay: Tensor) -> tuple[Tensor, Tensor,
     Returns:
         scores [G, C, C], q decayed from the chunk's start, k decayed to its end, and the chunk's decay [G, K].
     """
-    scores = (q * k).sum(-1)[..., None, None]
-    q, total = q * decay, decay
-    # Blocks of `half` rows are joined in pairs; q and k are decayed to the borders of their block at every level. Of 4
-    # rows, blocks of 1 have the scores q_t k_t; then come blocks (0 1) and (2 3); in the block of 4, queries 2 and 3
-    # meet keys 0 and 1, with q decayed from the start of its half (row 2) and k to the end of its half (row 1).
-    half = 1
-    while half < q.shape[-2]:
-        (q_early, q_late), (k_early, k_late) = _pairs(q, half), _pairs(k, half)
-        total_early, total_late = _pairs(total, 1)
-        met = (q_late * k_early).sum(-1, keepdim=True) if half == 1 else q_late @ k_early.transpose(-1, -2)
-        scores_early, scores_late = scores.unflatten(1, (-1, 2)).unbind(2)
-        scores = join_lower(scores_early, met, scores_late)
-        q = torch.stack((q_early, q_late * total_early), dim=-3).flatten(-4, -2)
-        k = torch.stack((k_early * total_late, k_late), dim=-3).flatten(-4, -2)
-        total = (total_early * total_late).squeeze(-2)
-        half *= 2
-    return scores[:, 0], q, k, total[:, 0]
+    return _DecayedScores.apply(q, k, decay)
 
 
-def _pairs(x: Tensor, half: int) -> tuple[Tensor, ...]:
+class _DecayedScores(torch.autograd.Function):
+    """Written by hand, since autograd would copy queries, keys and scores at every level, which takes most of the time.
+
+    Blocks of `half` rows are joined in pairs; q and k are decayed to the borders of their block at every level. Of 4
+    rows, blocks of 1 have the scores q_t k_t; then come blocks (0 1) and (2 3); in the block of 4, queries 2 and 3 meet
+    keys 0 and 1, with q decayed from the start of its half (row 2) and k to the end of its half (row 1).
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, decay):
+        scores = q.new_zeros(*q.shape[:2], q.shape[1])
+        scores.diagonal(dim1=-2, dim2=-1).copy_((q * k).sum(-1))
+        query, kept, total = q * decay, k.clone(), decay
+        levels = []
+        half = 1
+        while half < q.shape[-2]:
+            query_late, kept_early = _halves(query, half)[1], _halves(kept, half)[0]
+            q_late, k_early = query_late.contiguous(), kept_early.contiguous()
+            total_early, total_late = _halves(total, 1)
+            met = (q_late * k_early).sum(-1, keepdim=True) if half == 1 else q_late @ k_early.transpose(-1, -2)
+            _below(scores, half).copy_(met)
+            query_late.mul_(total_early)
+            kept_early.mul_(total_late)
+            levels.append((half, q_late, k_early, total_early, total_late))
+            total = (total_early * total_late).squeeze(-2)
+            half *= 2
+        ctx.save_for_backward(q, k, decay)
+        # Not inputs or outputs, and freed with the graph: the caller computes this again in its own backward pass.
+        ctx.levels = levels
+        return scores, query, kept, total[:, 0]
+
+    @staticmethod
+    def backward(ctx, grad_scores, grad_query, grad_kept, grad_total):
+        q, k, decay = ctx.saved_tensors
+        grad_q, grad_k, grad_total = grad_query.clone(), grad_kept.clone(), grad_total[:, None]
+        for half, q_late, k_early, total_early, total_late in reversed(ctx.levels):
+            grad_late, grad_early = _halves(grad_q, half)[1], _halves(grad_k, half)[0]
+            grad_total = grad_total.unsqueeze(-2)
+            of_early = (grad_late * q_late).sum(-2, keepdim=True) + grad_total * total_late
+            of_late = (grad_early * k_early).sum(-2, keepdim=True) + grad_total * total_early
+            grad_met = _below(grad_scores, half).contiguous()
+            grad_late.mul_(total_early).add_(grad_met @ k_early)
+            grad_early.mul_(total_late).add_(grad_met.transpose(-1, -2) @ q_late)
+            grad_total = torch.stack((of_early, of_late), dim=-3).flatten(-4, -2)
+        of_diagonal = grad_scores.diagonal(dim1=-2, dim2=-1)[..., None]
+        return grad_q * decay + of_diagonal * k, grad_k + of_diagonal * q, grad_total + grad_q * q
+
+
+def _halves(x: Tensor, half: int) -> tuple[Tensor, ...]:
     """Return [G, C, c] as early and late halves [G, C / (2 half), half, c] of neighbouring blocks."""
     return x.unflatten(-2, (-1, 2, half)).unbind(-3)
+
+
+def _below(scores: Tensor, half: int) -> Tensor:
+    """Return a view of scores [G, C, C], where late halves of blocks meet early ones: [G, C / (2 half), half, half]."""
+    blocks = scores.unflatten(-2, (-1, 2, half)).unflatten(-1, (-1, 2, half))[:, :, 1, :, :, 0]
+    return blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1)

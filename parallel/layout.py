@@ -6,7 +6,7 @@ parallelism. `document_id` is the number of the full document instead. Next to F
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -20,9 +20,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from megatron_sse.kernels import BankInputs, BankOutputs, Edges, Routes, sse_attention
+from megatron_sse.kernels.attention import Piece, attend_pieces
 from megatron_sse.kernels.segments import Exchange
 from megatron_sse.parallel.device import to_device
 from megatron_sse.parallel.halo import convolve_slots
+from megatron_sse.parallel.pieces import cut_pieces
 from megatron_sse.parallel.sharding import MASKED_PAIRS, ContextShard
 from megatron_sse.parallel.zigzag import ZigzagLayout
 
@@ -90,6 +92,7 @@ class TokenLayout(PackedSeqParams):
     real_BL: Tensor | None = None
     layer_loss_scale: Tensor | None = None
     _zigzag: ZigzagLayout | None = None
+    _pieces: dict[int | None, list[Piece]] = field(default_factory=dict)
     # Whether layers compute losses of their own.
     has_layer_losses: ClassVar[bool] = True
 
@@ -218,7 +221,7 @@ class TokenLayout(PackedSeqParams):
         dropout: float,
         group: ProcessGroup | None,
     ) -> Tensor:
-        """Attend causally inside documents, with torch's attention.
+        """Attend causally inside documents, with torch's kernels.
 
         Under context parallelism each rank gathers the keys and values of all; exact for any layout of the tokens.
 
@@ -235,6 +238,26 @@ class TokenLayout(PackedSeqParams):
         if self.shard.size > 1:
             key, value = (gather_from_sequence_parallel_region(x, group=group) for x in (key, value))
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        if q.is_cpu and not dropout:
+            out = self._attend_pieces(q, k, v, window, scale)
+        else:
+            out = self._attend_masked(q, k, v, window, scale, dropout)
+        return out.permute(2, 0, 1, 3).flatten(-2)
+
+    def _attend_pieces(
+        self, q_BHLK: Tensor, k_BHRK: Tensor, v_BHRK: Tensor, window: int | None, scale: float | None
+    ) -> Tensor:
+        if self.shard.zigzag:
+            order_R = self.key_column_E.argsort()
+            k_BHRK, v_BHRK = (x.index_select(2, order_R) for x in (k_BHRK, v_BHRK))
+        if window not in self._pieces:
+            self._pieces[window] = cut_pieces(self.starts_BE, self.shard, window)
+        return attend_pieces(q_BHLK, k_BHRK, v_BHRK, self._pieces[window], window, scale)
+
+    def _attend_masked(
+        self, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None, dropout: float
+    ) -> Tensor:
+        """Attend where kernels for pieces are missing: on GPUs without Transformer Engine, and with dropout."""
         # A window that holds all tokens hides none.
         narrow = window is not None and window < self.length
         masked = self.shard.size > 1 or self.num_documents > self.batch_size or narrow
@@ -250,10 +273,8 @@ class TokenLayout(PackedSeqParams):
             # Autograd would keep the masks of all chunks: each is made again in the backward pass.
             again = partial(checkpoint, attend_some, use_reentrant=False, preserve_rng_state=dropout > 0)
             parts = [again(part, k, v, most * number) for number, part in enumerate(q.split(most, dim=2))]
-            out = torch.cat(parts, dim=2)
-        else:
-            out = attend_some(q, k, v)
-        return out.permute(2, 0, 1, 3).flatten(-2)
+            return torch.cat(parts, dim=2)
+        return attend_some(q, k, v)
 
     def _mask(self, window: int | None, queries: slice) -> Tensor:
         """Return which keys each of these queries sees, bool [B, 1, queries, E]."""

@@ -98,9 +98,10 @@ def _softmax(sizes: Sizes) -> int:
 
 
 def masked_pairs(sizes: Sizes) -> int:
-    """Return the pairs of queries and keys that a softmax layer masks: with torch's attention, all but causal pairs."""
+    """Return the pairs of queries and keys that a softmax layer masks: on CPUs with dropout, which context excludes."""
     config = sizes.config
-    is_masked = config.parallel.context > 1 or sizes.documents > 1 or config.model.softmax.window is not None
+    is_masked = sizes.documents > 1 or config.model.softmax.window is not None
+    is_masked = is_masked and bool(config.model.transformer.get("attention_dropout"))
     return sizes.tokens * config.data.sequence_length if sizes.kernels == "torch" and is_masked else 0
 
 

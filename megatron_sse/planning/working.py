@@ -55,7 +55,7 @@ def fullest_moment(sizes: Sizes, kind: str) -> Moment:
 
 
 def _in_softmax(sizes: Sizes) -> int:
-    """Return what is there while gradients go through torch's attention, chunk of queries by chunk of queries."""
+    """Return what is there while gradients go through torch's attention, piece by piece."""
     softmax, parallel = sizes.config.model.softmax, sizes.config.parallel
     heads, kv_heads = softmax.num_heads // parallel.tensor, max(1, softmax.num_kv_heads // parallel.tensor)
     # Gradients of queries and outputs, and of all keys and values, to which each chunk adds.

@@ -193,7 +193,11 @@ def test_a_cache_goes_on(network: Any) -> None:
     # A prefix is computed once and used twice.
     prefix = network.make_cache()
     with torch.no_grad():
-        network(TOKENS[:, :17], past_key_values=prefix)
+        network(TOKENS[:, :9], past_key_values=prefix)
+        # The name in newer versions of transformers.
+        network(TOKENS[:, 9:17], cache=prefix)
+        with pytest.raises(ValueError, match="^past_key_values, cache: got both"):
+            network(TOKENS[:, 17:18], past_key_values=prefix, cache=prefix)
     for cache in (deepcopy(prefix), prefix):
         assert torch.equal(network.generate(TOKENS, past_key_values=cache, **GREEDY), expected)
     # A second turn.

@@ -86,7 +86,7 @@ def test_padding_of_another_shape_is_refused():
 def test_attention_in_chunks_of_queries_is_that_of_all_at_once(
     window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Output, gradients and dropout; no mask is larger than allowed."""
+    """Output, gradients and dropout; no mask is larger than allowed. Pieces without dropout give the same."""
     starts_BE = np.zeros((2, 24), dtype=bool)
     starts_BE[0, 7] = starts_BE[1, 20] = True
     layout = TokenLayout.from_starts(starts_BE)
@@ -97,11 +97,16 @@ def test_attention_in_chunks_of_queries_is_that_of_all_at_once(
     make = TokenLayout._mask
     monkeypatch.setattr(TokenLayout, "_mask", lambda *args: masks.append((made := make(*args)).numel()) or made)
 
+    def with_gradients(out: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return out, *torch.autograd.grad(out.square().sum() / 2, qkv)
+
     def attend(pairs: int, dropout: float = 0.0) -> tuple[torch.Tensor, ...]:
         monkeypatch.setattr("megatron_sse.parallel.layout.MASKED_PAIRS", pairs)
         masks.clear()
-        out = layout.attend(1, *qkv, window=window, scale=None, dropout=dropout, group=None)
-        return out, *torch.autograd.grad(out.square().sum() / 2, qkv)
+        if dropout:
+            return with_gradients(layout.attend(1, *qkv, window=window, scale=None, dropout=dropout, group=None))
+        out = layout._attend_masked(*(x.permute(1, 2, 0, 3) for x in qkv), window, None, 0.0)
+        return with_gradients(out.permute(2, 0, 1, 3).flatten(-2))
 
     whole = attend(2 * 24 * 24)
     assert masks == [2 * 24 * 24]
@@ -109,6 +114,9 @@ def test_attention_in_chunks_of_queries_is_that_of_all_at_once(
     # Five chunks, each once more in the backward pass.
     assert len(masks) == 10 and max(masks) == 2 * 24 * 5
     assert all((x - y).abs().max() < 1e-12 for x, y in zip(whole, chunks, strict=True))
+    pieces = with_gradients(layout.attend(1, *qkv, window=window, scale=None, dropout=0.0, group=None))
+    assert len(masks) == 10
+    assert all((x - y).abs().max() < 1e-12 for x, y in zip(whole, pieces, strict=True))
     # The output is linear in the values, so that the same are dropped both times.
     out, *_, grad_v = attend(2 * 24 * 5, dropout=0.4)
     assert (out - whole[0]).abs().max() > 0.1

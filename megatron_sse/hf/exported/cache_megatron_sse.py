@@ -1,10 +1,16 @@
 """The cache of a megatron-sse model: transformers' Cache with states in place of keys and values."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any
 
 from torch import Tensor
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+# transformers renamed the argument and the output in 5.24. Both names are accepted; CACHE is the installed version's.
+CACHE_NAMES = ("past_key_values", "cache")
+CACHE = next(field.name for field in fields(BaseModelOutputWithPast) if field.name in CACHE_NAMES)
 
 
 class KeptByLayer:
@@ -92,3 +98,10 @@ class MegatronSSECache(Cache):
         for layer in self.kept:
             layer.map(function)
         self.document_BR = None if self.document_BR is None else function(self.document_BR)
+
+
+def one_cache(past_key_values: MegatronSSECache | None, cache: MegatronSSECache | None) -> MegatronSSECache | None:
+    """Return the cache by whichever name it was given. Raises ValueError where both were."""
+    if past_key_values is not None and cache is not None:
+        raise ValueError("past_key_values, cache: got both, allowed one of them: they are two names for one argument")
+    return cache if past_key_values is None else past_key_values

@@ -9,7 +9,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import logging
 
-from .cache_megatron_sse import MegatronSSECache
+from .cache_megatron_sse import CACHE, CACHE_NAMES, MegatronSSECache, one_cache
 from .network_megatron_sse import Block, RMSNorm, run_banks
 from .settings_megatron_sse import DERIVED, SHARED, complete_settings, derived_settings, split_settings
 from .tokens_megatron_sse import Tokens, make_tokens
@@ -26,7 +26,7 @@ class MegatronSSEConfig(PretrainedConfig):
     """
 
     model_type = "megatron_sse"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = [*CACHE_NAMES]
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class MegatronSSEPreTrainedModel(PreTrainedModel):
     # Decays are exponentials of exponentials of these; the router picks in fp32.
     _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "attn.e_proj"]
     _no_split_modules = ["MegatronSSELayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [*CACHE_NAMES]
     _supports_sdpa = True
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
@@ -129,6 +129,7 @@ class MegatronSSEModel(MegatronSSEPreTrainedModel):
         max_length_k: int | None = None,
         seq_idx: Tensor | None = None,
         is_causal: bool | None = None,
+        cache: MegatronSSECache | None = None,
     ) -> BaseModelOutputWithPast | tuple:
         """Return the hidden states of the last layer.
 
@@ -137,7 +138,8 @@ class MegatronSSEModel(MegatronSSEPreTrainedModel):
             attention_mask: 0 for padding, anywhere; [B, tokens so far and these], of which only these are read.
             position_ids: for the rotary positions of softmax layers, [B or 1, L]. Where they do not go on by one, a
                 document starts: several can be packed in a row, and each is computed as if it were alone.
-            past_key_values: what an earlier call returned, or make_cache(); changed to include these tokens.
+            past_key_values, cache: what an earlier call returned, or make_cache(); changed to include these tokens. The
+                second name is that of newer versions of transformers.
             use_cache: whether to return a cache; by default as in the configuration, and not in training.
             cache_position: the numbers of these tokens; they can only be the next ones.
             cu_seq_lens_q, cu_seq_lens_k, seq_idx: where packed documents start, as in transformers' collators, next to
@@ -150,7 +152,7 @@ class MegatronSSEModel(MegatronSSEPreTrainedModel):
             raise ValueError("input_ids, inputs_embeds: got both or none, allowed one of them")
         with_hidden = self._check_outputs(output_attentions, output_hidden_states, is_causal)
         x_BLd = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = self._choose_cache(past_key_values, use_cache)
+        cache = self._choose_cache(one_cache(past_key_values, cache), use_cache)
         tokens = self._read_tokens(
             x_BLd, cache, attention_mask, position_ids, cache_position, (cu_seq_lens_q, cu_seq_lens_k), seq_idx
         )
@@ -168,10 +170,11 @@ class MegatronSSEModel(MegatronSSEPreTrainedModel):
         x_BLd = self.norm(x_BLd)
         if cache is not None:
             cache.store(kept, tokens.num_before + x_BLd.shape[1], tokens.document_BR)
+        cache_by_name: dict[str, Any] = {CACHE: cache}
         output = BaseModelOutputWithPast(
             last_hidden_state=x_BLd,
-            past_key_values=cache,
             hidden_states=(*hidden_states, x_BLd) if with_hidden else None,
+            **cache_by_name,
         )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
@@ -294,6 +297,7 @@ class MegatronSSEForCausalLM(MegatronSSEPreTrainedModel, GenerationMixin):
         shift_labels: Tensor | None = None,
         output_router_logits: bool | None = None,
         return_dict: bool | None = None,
+        cache: MegatronSSECache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Return logits and, given labels, the loss.
@@ -312,7 +316,7 @@ class MegatronSSEForCausalLM(MegatronSSEPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=one_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             return_dict=True,
@@ -334,8 +338,8 @@ class MegatronSSEForCausalLM(MegatronSSEPreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **{CACHE: getattr(outputs, CACHE)},
         )
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
@@ -366,7 +370,7 @@ class MegatronSSEForCausalLM(MegatronSSEPreTrainedModel, GenerationMixin):
                 f"cache_implementation: got {generation_config.cache_implementation!r}, allowed None: the model has a "
                 "cache of its own"
             )
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = self.make_cache()
+        if generation_config.use_cache is not False and model_kwargs.get(CACHE) is None:
+            model_kwargs[CACHE] = self.make_cache()
             return
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
