@@ -46,7 +46,7 @@ import logging
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from megatron_sse.late_compile import defer_compilation
+from megatron_sse.light_import import make_import_light
 
 if TYPE_CHECKING:
     from megatron_sse.api import LoadedModel, RunPlan, TrainedRun, load, load_config, plan, train
@@ -64,7 +64,7 @@ def __getattr__(name: str) -> Any:
     return getattr(api, name)
 
 
-defer_compilation()
+make_import_light()
 
 # What Megatron-Core is known to say in every process although nothing is wrong; it would bury the warnings that count.
 for _message in (

@@ -1,6 +1,5 @@
 """The command `megatron-sse train`: starts the processes of a training run, and is each of them."""
 
-import gc
 import logging
 import os
 import signal
@@ -11,6 +10,7 @@ from megatron_sse.config import RunConfig, ignored_settings
 from megatron_sse.config.derive import describe_run
 from megatron_sse.entry.request import Request
 from megatron_sse.lease import Lease, LeaseLostError, hold
+from megatron_sse.light_import import importing
 from megatron_sse.logs import flush_console, open_log
 from megatron_sse.run_folder import LEASE
 
@@ -29,8 +29,9 @@ def run(request: Request) -> int:
 
 
 def _start_processes(request: Request) -> int:
-    # Imported late: torch and Megatron-Core.
-    from megatron_sse.launch.start import start
+    # Imported late: torch.
+    with importing():
+        from megatron_sse.launch.start import start
     from megatron_sse.monitor.trackers import check_trackers
 
     check_trackers(request.run_config)
@@ -59,9 +60,8 @@ def _train(config: RunConfig, rank: int, description: list[str], lease: Lease | 
             logger.info(line)
         for line in ignored_settings(config):
             logger.warning(line)
-    train = _find_loop(config)
-    # Imported modules stay. Each full garbage collection would look through them, while the other ranks wait.
-    gc.freeze()
+    with importing():
+        train = _find_loop(config)
     return train(config, lease)
 
 

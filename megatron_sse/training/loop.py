@@ -39,8 +39,8 @@ from megatron_sse.errors import INTERRUPT_EXIT, NOT_FINITE_EXIT, SharedUserError
 from megatron_sse.interrupts import ending_at_once
 from megatron_sse.lease import Lease
 from megatron_sse.model import build_model
-from megatron_sse.monitor import Monitor
 from megatron_sse.monitor.memory import is_out_of_memory, report_out_of_memory
+from megatron_sse.monitor.monitor import Monitor
 from megatron_sse.parallel.device import Device, setup_device
 from megatron_sse.parallel.groups import init_groups, init_process_group, this_rank
 from megatron_sse.training.faults import is_lost_peer, leave_for_peers, name_lost_peers, seconds_since_launch

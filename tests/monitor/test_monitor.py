@@ -11,9 +11,8 @@ from megatron_sse.config import Source, load_config
 from megatron_sse.costs.flops import train_flops_per_token
 from megatron_sse.data.metadata import BytesOfTokens, Metadata
 from megatron_sse.model import build_model
-from megatron_sse.monitor import Monitor
 from megatron_sse.monitor.health import find_mixers
-from megatron_sse.monitor.monitor import bytes_of_validation
+from megatron_sse.monitor.monitor import Monitor, bytes_of_validation
 from megatron_sse.parallel.device import setup_device
 from megatron_sse.parallel.groups import init_groups
 from tests.data.files import run_config
