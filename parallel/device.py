@@ -97,7 +97,7 @@ def to_device(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
 
 def install_cpu_stand_ins() -> None:
     """Make Megatron-Core run on the CPU in this process; a second call does nothing."""
-    if any(isinstance(mode, CudaOnCpu) for mode in _get_current_function_mode_stack()):
+    if _has_stand_ins():
         return
     for module, name, stand_in in (
         (torch.cuda, "current_device", _current_device),
@@ -118,8 +118,15 @@ def install_cpu_stand_ins() -> None:
 
 
 def without_stand_ins() -> contextlib.AbstractContextManager[None]:
-    """Return a context for code that names no device, in which calls do not go through CudaOnCpu."""
-    return torch._C.DisableTorchFunction()  # type: ignore[no-any-return]
+    """Return a context for code that names no device, in which calls do not go through CudaOnCpu.
+
+    Without stand-ins, as on GPUs, it has no effect.
+    """
+    return torch._C.DisableTorchFunction() if _has_stand_ins() else contextlib.nullcontext()
+
+
+def _has_stand_ins() -> bool:
+    return any(isinstance(mode, CudaOnCpu) for mode in _get_current_function_mode_stack())
 
 
 # Functions that can name a device other than by an argument called `device`.

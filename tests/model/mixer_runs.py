@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_sse.config import SSEConfig
 from megatron_sse.model.initialize import own_part
+from megatron_sse.parallel.device import without_stand_ins
 from megatron_sse.parallel.groups import init_groups
 from megatron_sse.parallel.layout import TokenLayout
 from megatron_sse.parallel.sharding import ContextShard
@@ -84,7 +85,9 @@ def forward_backward(mixer: Any, layout: TokenLayout, groups: ProcessGroupCollec
     if sequence:
         hidden, grad = (x.chunk(groups.tp.size())[groups.tp.rank()].clone() for x in (hidden, grad))
     hidden.requires_grad_()
-    out, _ = mixer(hidden, None, layout)
+    # As in a step of training.
+    with without_stand_ins():
+        out, _ = mixer(hidden, None, layout)
     out.backward(grad)
 
     tp_rank, tp_size = groups.tp.rank(), groups.tp.size()
