@@ -10,7 +10,9 @@ from tests.checkpoint.support import save, take_steps
 from tests.training.support import small_run, start
 from tests.workers import run_workers
 
-NUM_BEFORE, NUM_AFTER = 3, 10
+NUM_BEFORE, NUM_AFTER = 3, 4
+# Rounding causes 1.2e-6 in the steps after a checkpoint; a number of steps that is wrong by one, 6e-5.
+TOLERANCE = 5e-6
 # Everything that a tensor group splits differently; the vocabulary is padded to 128 rows.
 SECTIONS: dict[str, dict[str, Any]] = {
     "model": {
@@ -92,7 +94,7 @@ def test_the_next_losses_are_the_same(at: str, saved: tuple[Path, list[float]]) 
     others = [name for name in SAVED if name != at]
     for losses in run_workers(world_size, load_at, folder, parallel, others):
         for name in others:
-            assert losses[name] == pytest.approx(expected, rel=1e-5), f"saved at {name}, loaded at {at}"
+            assert losses[name] == pytest.approx(expected, rel=TOLERANCE), f"saved at {name}, loaded at {at}"
 
 
 def test_one_process_loads_and_is_loaded(saved: tuple[Path, list[float]]) -> None:
@@ -100,4 +102,4 @@ def test_one_process_loads_and_is_loaded(saved: tuple[Path, list[float]]) -> Non
     [losses] = run_workers(1, load_at, folder, {}, ["tp2_pp2", "tp2_cp2"])
     losses |= run_workers(2, load_at, folder, LOADED["dp2"][1], ["one"])[0]
     for name, values in losses.items():
-        assert values == pytest.approx(expected, rel=1e-5), name
+        assert values == pytest.approx(expected, rel=TOLERANCE), name
