@@ -11,6 +11,7 @@ from tests.training.support import small_run
 # All in one process, whose start takes longer than the rest.
 PROGRAM = """
 import gc, os, sys
+from importlib import import_module
 from unittest import mock
 from megatron_sse.cli import main
 
@@ -23,6 +24,8 @@ assert not loaded("megatron.core", "sympy"), "launcher"
 assert gc.isenabled()
 with mock.patch.dict(os.environ, RANK="0", WORLD_SIZE="1"):
     assert main(["train", sys.argv[1]]) == 0
+for module in ("rl.run", "distill.run", "inference.run", "evaluation.perplexity", "inspection.measure"):
+    import_module(f"megatron_sse.{module}")
 assert not loaded("torch._dynamo", "torch._inductor", "wandb"), "run"
 assert gc.isenabled() and gc.get_freeze_count() > 100_000
 import torch
