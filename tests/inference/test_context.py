@@ -23,7 +23,7 @@ from tests.workers import run_workers
 
 # The first turn has parts shorter than a convolution or window looks back, parts of one token, and too few tokens to
 # split. In the second turn, the kept states enter the first part.
-PROMPTS = ((61, 5, 2), (9, 1, 30))
+PROMPTS = ((33, 5, 2), (9, 1, 30))
 CHUNK = 7
 
 
