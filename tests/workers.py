@@ -33,9 +33,9 @@ def fork_context() -> ForkServerContext:
     Each process that runs tests has one such server, always with the same imports.
     """
     context = get_context("forkserver")
-    context.set_forkserver_preload(
-        ["megatron_sse.training.loop", "megatron_sse.cli", "megatron_sse.launch.start", "pytest"]
-    )
+    # Test modules import pytest, and torch's dispatch modes TorchDynamo, which a run itself does without.
+    ours = ["megatron_sse.training.loop", "megatron_sse.cli", "megatron_sse.launch.start"]
+    context.set_forkserver_preload([*ours, "pytest", "torch._dynamo"])
     # The server starts here, where no signal is blocked, since forked processes inherit its signal mask.
     forkserver.ensure_running()
     return context

@@ -17,19 +17,18 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-# Micro-batches; the first layout has the three that show whether they are copied too early.
-FEWER = ["training.global_batch_size=2"]
+# Micro-batches: the first layout has the three that show whether they are copied too early, the pipeline two.
 LAYOUTS = {
     "one GPU, GLA": ("1", ["model.num_layers=3", "model.layers=sse, gdn, softmax"]),
     "context 2, GDN": (
         "2",
         ["model.num_layers=3", "model.layers=sse, gla, softmax", "model.sse.recurrence=gdn", "parallel.context=2"]
-        + FEWER,
+        + ["training.global_batch_size=1"],
     ),
     "tensor 2 with sequence parallelism, pipeline 2, recompute": (
         "4",
         ["model.num_layers=4", "model.layers=sse, softmax, gdn, sse", "parallel.tensor=2", "parallel.sequence=true"]
-        + ["parallel.pipeline=2", "training.recompute=full", *FEWER],
+        + ["parallel.pipeline=2", "training.recompute=full", "training.global_batch_size=2"],
     ),
 }
 
