@@ -110,6 +110,8 @@ def test_a_run_without_a_trace_continues(tmp_path: Path) -> None:
 
         second.process.kill()
         assert second.end() == -signal.SIGKILL
+        # Before the node is there again, which would be a reason of its own.
+        first.wait_for("restart 2 of 3")
         machines.append(third := Machine(tmp_path, 1, port).start())
         resumed.append(int(first.wait_for(r"resumed from .*: (\d+) steps done")[1]))
         first.wait_for(f"step {resumed[1] + 2}/")
