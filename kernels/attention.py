@@ -171,6 +171,7 @@ def _band(bands: dict[tuple[int, int], Tensor], q_BHLK: Tensor, k_BHRK: Tensor, 
     """Return what to add to the scores of L queries at the end of R keys [L, R], made once for each size."""
     size = q_BHLK.shape[2], k_BHRK.shape[2]
     if size not in bands:
-        seen = torch.ones(size, dtype=torch.bool).tril(size[1] - size[0]).triu(size[1] - size[0] - window + 1)
-        bands[size] = torch.zeros(size, dtype=q_BHLK.dtype).masked_fill_(~seen, -torch.inf)
+        seen, last = q_BHLK.new_ones(size, dtype=torch.bool), size[1] - size[0]
+        seen = seen.tril(last).triu(last - window + 1)
+        bands[size] = q_BHLK.new_zeros(size).masked_fill_(~seen, -torch.inf)
     return bands[size]
