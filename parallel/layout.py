@@ -157,6 +157,11 @@ class TokenLayout(PackedSeqParams):
             real_BL=None if real_BE is None else to_device(real_BE[:, column_L].astype(bool), device),
         )
 
+    @property
+    def count_BL(self) -> Tensor:
+        """How often each token counts in means over tokens, [B, L]: once, and padding not at all."""
+        return torch.ones_like(self.position_BL) if self.real_BL is None else self.real_BL
+
     def attend_banks(
         self,
         layer_number: int,

@@ -66,6 +66,7 @@ class RLConfig(Section):
     updates_per_batch: Count = 1
     balance_loss: NonNegative = 0.0
     replay_routing: bool = False
+    share_prefixes: bool = False
 
     @property
     def rollouts_per_step(self) -> int:

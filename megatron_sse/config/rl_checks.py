@@ -20,6 +20,8 @@ def rl_problems(config: Settings) -> Found:
         yield "data.validation_share", data.validation_share, "0.0 with rl, which has rl.validation_prompts"
     if not data.reset_at_documents:
         yield "data.reset_at_documents", False, "true with rl: answers are packed as documents"
+    if rl.share_prefixes and parallel.context > 1:
+        yield "rl.share_prefixes", True, f"false while parallel.context is {parallel.context}: prompts stay on one rank"
     if rl.max_new_tokens >= data.sequence_length:
         allowed = f"less than data.sequence_length {data.sequence_length}, which holds a prompt and its answer"
         yield "rl.max_new_tokens", rl.max_new_tokens, allowed

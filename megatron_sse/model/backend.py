@@ -124,6 +124,8 @@ def attention_obstacle(config: RunConfig, capability: tuple[int, int], flash_att
     capability: of the GPU. Its fused attention for packed documents is cuDNN's, which needs Hopper or newer, or
     flash-attn's, which takes no padding between the documents. Where neither can, what is left materialises the scores.
     """
+    if config.rl is not None and config.rl.share_prefixes:
+        return "Transformer Engine has none for prompts that answers share, rl.share_prefixes"
     over_context = attends_over_context(config)
     if over_context and attention_kind(config) is None:
         return "Transformer Engine has none over context ranks for these settings"

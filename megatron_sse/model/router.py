@@ -74,21 +74,20 @@ class Router(torch.nn.Module):
         product of means is not the mean of products. Computed from the probabilities before they enter the heads'
         region, so that its gradient, complete on every tensor rank, is not summed there.
         """
-        real_BL = torch.ones_like(layout.position_BL) if layout.real_BL is None else layout.real_BL
-        real_BL = real_BL.to(own_LBN.dtype)
-        writes_N = (routes.scatter(routes.write_weight_TP(False)) * real_BL.flatten()[:, None]).sum(0)
+        count_BL = layout.count_BL.to(own_LBN.dtype)
+        writes_N = (routes.scatter(routes.write_weight_TP(False)) * count_BL.flatten()[:, None]).sum(0)
 
-        real_LB = real_BL.t()
+        count_LB = count_BL.t()
         if self.sequence_parallel:
-            real_LB = real_LB.chunk(self.tp_group.size())[self.tp_group.rank()]
-        prob_N = (own_LBN * real_LB[..., None]).sum((0, 1))
+            count_LB = count_LB.chunk(self.tp_group.size())[self.tp_group.rank()]
+        prob_N = (own_LBN * count_LB[..., None]).sum((0, 1))
         if self.sequence_parallel:
             prob_N = sum_value(prob_N, self.tp_group)
         # Counts have no gradient. One sum for all three, since each all-reduce costs a start-up.
-        sums = sum_value(torch.cat((writes_N.detach(), prob_N, real_BL.sum()[None])), self.cp_group)
-        writes_N, prob_N, num_real = sums.split((len(writes_N), len(prob_N), 1))
-        num_real = num_real.clamp(min=1)
-        return own_LBN.shape[-1] / self.num_writers * (writes_N / num_real * (prob_N / num_real)).sum()
+        sums = sum_value(torch.cat((writes_N.detach(), prob_N, count_BL.sum()[None])), self.cp_group)
+        writes_N, prob_N, count = sums.split((len(writes_N), len(prob_N), 1))
+        count = count.clamp(min=1)
+        return own_LBN.shape[-1] / self.num_writers * (writes_N / count * (prob_N / count)).sum()
 
 
 class AttachLoss(torch.autograd.Function):

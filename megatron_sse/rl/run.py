@@ -164,10 +164,12 @@ class PolicyRun(Run):
         generated = time.perf_counter()
         answers = weigh(found.groups, self.rl)
         length, training = self.config.data.sequence_length, self.config.training
-        rows = pack(answers, length)
+        rows = pack(answers, length, self.rl.share_prefixes)
         filler = None if self.replay is None else make_filler(self.replay.routers)
         place = self.groups.dp.rank(), self.groups.dp.size(), self.shard, self.device.type
-        made = make_batches(rows, length, training.micro_batch_size, *place, filler_MP=filler)
+        made = make_batches(
+            rows, length, training.micro_batch_size, *place, filler_MP=filler, shares=self.rl.share_prefixes
+        )
         self.num_rows = len(made) * training.micro_batch_size * self.groups.dp.size()
         results = self._update(step, made) if made else [self._take_no_step(found.groups)]
         seconds = generated - started, time.perf_counter() - generated

@@ -27,6 +27,11 @@ HYBRID = {
 ONE_DOCUMENT = {"data": {"reset_at_documents": False}}
 BF16 = {"training": {"precision": "bf16"}}
 CONTEXT = BF16 | {"parallel": {"context": 2}}
+SHARED = {
+    "data": {"train": []},
+    "training": {"global_batch_size": None},
+    "rl": {"prompts": "unused", "prompts_per_step": 1, "max_new_tokens": 8, "share_prefixes": True},
+}
 
 
 class Core(DocumentArguments):
@@ -49,6 +54,7 @@ def said(caplog: pytest.LogCaptureFixture) -> Any:
         ((8, 0), False, {}, "cuDNN has none for packed documents on sm_80, and flash-attn is not installed"),
         ((12, 0), False, {}, "cuDNN has none for packed documents on sm_120, and flash-attn is not installed"),
         ((9, 0), False, CONTEXT, None),
+        ((9, 0), True, SHARED, "Transformer Engine has none for prompts that answers share, rl.share_prefixes"),
         (
             (8, 0),
             True,

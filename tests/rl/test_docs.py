@@ -13,7 +13,7 @@ from megatron_sse.cli import main
 from megatron_sse.config import load_config
 from megatron_sse.parallel.groups import destroy_groups, init_groups
 from megatron_sse.rl.run import PolicyRun, open_problems
-from megatron_sse.tools import arithmetic
+from megatron_sse.tools import arithmetic, bench_prefixes
 from megatron_sse.training.loop import Run, Signals
 from tests.training.support import cpu
 from tests.workers import run_workers
@@ -48,7 +48,7 @@ def train(folder: Path, name: str) -> None:
 def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     Path("configs").symlink_to(ROOT / "configs")
-    assert len(COMMANDS) == 7
+    assert len(COMMANDS) == 8
     for command in COMMANDS:
         program, *arguments = shlex.split(command)
         if program == "./run.sh":
@@ -56,9 +56,15 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         elif "megatron_sse.tools.arithmetic" in arguments:
             monkeypatch.setattr(sys, "argv", ["arithmetic", *arguments[2:], "--held-out", "5"])
             arithmetic.main()
+        elif "megatron_sse.tools.bench_prefixes" in arguments:
+            small = ["--prompt", "9", "--answer", "2", "--repeats", "1"]
+            monkeypatch.setattr(sys, "argv", ["bench_prefixes", *arguments[2:], *small])
+            bench_prefixes.main()
         else:
             assert main(arguments) == 0
     printed = capsys.readouterr().out
+    # 2 prompts, each once but for its last token, and 8 times 3 tokens behind it, in sequences of 33 tokens.
+    assert "tokens computed: 198 without, 66 with, ratio 3.00" in printed
     assert printed.count("solve: data/arithmetic/held_out.jsonl, temperature ") == 2 and "pass@8" in printed
     [solved] = json.loads(Path("runs/rl_arithmetic/solve/results.json").read_text())["solve"]
     assert solved["prompts"] == 5 and solved["tries"] == 8 and solved["cut_off"] > 0

@@ -57,6 +57,8 @@ def test_balance_loss_and_ignored(tmp_path: Path) -> None:
     model["sse"]["balance_loss"] = 0.0
     with pytest.raises(ValueError, match="rl.balance_loss: got 0.1, allowed 0.0 while model.sse.balance_loss is 0.0"):
         policy_config(tmp_path, model=model, rl={"balance_loss": 0.1})
+    with pytest.raises(ValueError, match="rl.share_prefixes: got true, allowed false while parallel.context is 2"):
+        policy_config(tmp_path, parallel={"context": 2}, rl={"share_prefixes": True})
     config = policy_config(tmp_path, data={"packing": "best_fit"}, training={"validation_interval": 2})
     assert ignored_settings(config) == [
         "data.packing is ignored: rl packs complete answers by best fit",
