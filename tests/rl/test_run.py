@@ -88,12 +88,20 @@ def with_reference(folder: Path, checkpoints: Path) -> None:
         assert equal(weights(run), held)
 
     run.reference.score = score_and_check  # type: ignore[method-assign]
+    validate, validated = run._validate, []
+
+    def validate_and_note(step: int, make_validation: Any) -> None:
+        validated.append((step, equal(weights(run), before)))
+        validate(step, make_validation)
+
+    run._validate = validate_and_note  # type: ignore[method-assign]
     run.run(Signals())
     destroy_groups()
     found = scalars(folder / "c")
     # The first update starts at the reference; what is reported is the divergence in the second.
     assert all(found[step]["rl/kl"] > 0 and 1 <= found[step]["rl/logprob_error"] < 1.00001 for step in (1, 2))
-    assert not equal(weights(run), before)
+    # Step 0 is that of the weights that the run starts from.
+    assert not equal(weights(run), before) and validated == [(0, True), (2, False)]
     first, *_, last = [json.loads(line) for line in (folder / "c/run/metrics.jsonl").read_text().splitlines()]
     assert first["step"] == 0 and 0 <= first["validation/pass_at_1"] <= 1 and "rl/reward" not in first
     assert 0 <= last["validation/pass_at_1"] <= 1 and last["validation/length"] == 8
