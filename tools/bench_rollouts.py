@@ -20,12 +20,12 @@ import torch
 import transformers
 
 from megatron_sse.data.problems import Problem
+from megatron_sse.inference.sampling import KeyedSampler, make_key
 from megatron_sse.model.language_model import LanguageModel
 from megatron_sse.pretrained.network import build_and_load, inference_config, inference_groups
 from megatron_sse.pretrained.open import open_model
 from megatron_sse.rl.prompts import Prompt
 from megatron_sse.rl.rollouts import generate
-from megatron_sse.rl.sampler import KeyedSampler, make_key
 from megatron_sse.tools.bench_recurrence import commit, cpu_name
 
 PROMPT = [1, 2, 3, 4, 5, 6]

@@ -11,13 +11,13 @@ from megatron_sse.config import RunConfig
 from megatron_sse.config.rl import ANSWERS_AT_ONCE, EXACT, Reward
 from megatron_sse.errors import UserError
 from megatron_sse.evaluation.request import Request
+from megatron_sse.inference.sampling import KeyedSampler, make_key
 from megatron_sse.model.language_model import LanguageModel
 from megatron_sse.pretrained.open import Model
 from megatron_sse.pretrained.text import open_tokenizer
 from megatron_sse.rl.prompts import Prompt, Texts, read_prompts
 from megatron_sse.rl.rewards import SOLVED, Scorer
 from megatron_sse.rl.rollouts import generate
-from megatron_sse.rl.sampler import KeyedSampler, make_key
 
 # Tokens of an answer, where neither the request nor the model's run says how many.
 MAX_TOKENS = 1024

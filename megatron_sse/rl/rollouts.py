@@ -16,13 +16,13 @@ from megatron_sse.config import RunConfig
 from megatron_sse.config.load import make_config
 from megatron_sse.inference.cache import Cache
 from megatron_sse.inference.run import feed, logits_of, prefill
+from megatron_sse.inference.sampling import KeyedSampler
 from megatron_sse.model import build_model
 from megatron_sse.model.attention import TorchAttention
 from megatron_sse.model.language_model import LanguageModel
 from megatron_sse.parallel.device import Device, to_device
 from megatron_sse.rl.prompts import Prompt
 from megatron_sse.rl.routing import Recorder
-from megatron_sse.rl.sampler import KeyedSampler
 
 
 @dataclass(frozen=True)

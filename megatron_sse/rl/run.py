@@ -25,6 +25,7 @@ from megatron_sse.data.batch import Batch
 from megatron_sse.data.iterators import ValidationFactory
 from megatron_sse.durable import write_durably
 from megatron_sse.errors import SharedUserError, UserError, found_by_all, found_by_machine
+from megatron_sse.inference.sampling import KeyedSampler, make_key
 from megatron_sse.lease import Lease
 from megatron_sse.monitor.output import Output
 from megatron_sse.parallel.device import Device
@@ -37,7 +38,6 @@ from megatron_sse.rl.reference import Reference, find_reference
 from megatron_sse.rl.rewards import SOLVED, Scorer
 from megatron_sse.rl.rollouts import Rollout, generate, share_weights
 from megatron_sse.rl.routing import Replay, find_routers, make_filler, picks_shape
-from megatron_sse.rl.sampler import KeyedSampler, make_key
 from megatron_sse.rl.share import Scored, gather, own_numbers
 from megatron_sse.run_folder import SAMPLES
 from megatron_sse.training.loop import Run, UselessRunError, train

@@ -1,6 +1,7 @@
 """A step with answers that the model generates: the same at every layout, and that of the oracle."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,16 @@ from torch import Tensor
 
 from megatron_sse.config import RLConfig, choose_layout
 from megatron_sse.errors import SharedUserError
+from megatron_sse.inference.sampling import KeyedSampler
 from megatron_sse.model import build, build_model
 from megatron_sse.model.initialize import global_name, own_part
 from megatron_sse.parallel.groups import init_groups
 from megatron_sse.parallel.layout import TokenLayout
 from megatron_sse.parallel.sharding import ContextShard
-from megatron_sse.rl.advantages import Group, weigh
+from megatron_sse.rl.advantages import Answer, Group, weigh
 from megatron_sse.rl.objective import PolicyObjective
 from megatron_sse.rl.packing import make_batches, pack
+from megatron_sse.rl.rollouts import Rollout, generate
 from megatron_sse.rl.run import PolicyRun, RolledOut, open_problems
 from tests.rl import oracle
 from tests.rl.support import LENGTH, MODEL, make_groups, policy_config
@@ -271,6 +274,33 @@ def test_generation_and_training_agree(folder: Path, one_process: Step) -> None:
         for rl in ({}, {"temperature": 0.7, "top_p": 0.9}):
             [step] = run_workers(1, take_step, folder, {"model": model, "rl": rl})
             assert step.farthest < 1e-5, name
+
+
+def ended_answers(folder: Path) -> None:
+    """Check that an answer ends with the first token that ends it, which is a token of the answer like others."""
+    run = make_run(folder)
+    prompts, sampler = run.problems.prompts[:2], KeyedSampler(257)
+
+    def answer(ends: Sequence[int | None]) -> list[list[Rollout]]:
+        ending = [replace(prompt, end=end) for prompt, end in zip(prompts, ends, strict=True)]
+        return generate(run.generator, ending, [[1, 2], [3, 4]], 8, sampler, 4)
+
+    without = answer([None, None])
+    ends = [group[0].tokens[3] for group in without]
+    found = answer(ends)
+    for end, group, longer in zip(ends, found, without, strict=True):
+        assert not group[0].is_cut and len(group[0].tokens) <= 4
+        for rollout, whole in zip(group, longer, strict=True):
+            length = whole.tokens.index(end) + 1 if end in whole.tokens else 8
+            assert rollout.tokens == whole.tokens[:length] and rollout.is_cut == (end not in whole.tokens)
+            assert rollout.logp_T == pytest.approx(whole.logp_T[:length], rel=1e-5)
+            # All of its tokens count in the loss, the end too.
+            [batch] = make_batches([[Answer([1], rollout, 1.0, 1.0)]], LENGTH, 1, 0, 1, ContextShard(), "cpu")
+            assert batch.labels_BL[batch.loss_mask_BL > 0].tolist() == rollout.tokens
+
+
+def test_the_end_of_an_answer_is_drawn_and_counts(folder: Path) -> None:
+    run_workers(1, ended_answers, folder)
 
 
 def distance_in_bf16(folder: Path) -> float:

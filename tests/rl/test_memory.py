@@ -8,6 +8,7 @@ import pytest
 
 from megatron_sse.costs.gpus import GPUS
 from megatron_sse.data.problems import Problem
+from megatron_sse.inference.sampling import KeyedSampler
 from megatron_sse.model import build_model
 from megatron_sse.model.attention import TorchAttention
 from megatron_sse.parallel.groups import destroy_groups, init_groups
@@ -17,7 +18,6 @@ from megatron_sse.planning.search import work_out
 from megatron_sse.planning.sizes import Sizes
 from megatron_sse.rl.prompts import Prompt
 from megatron_sse.rl.rollouts import generate
-from megatron_sse.rl.sampler import KeyedSampler
 from tests.planning.live import LiveBytes
 from tests.rl.support import MODEL, policy_config
 from tests.training.support import cpu

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from megatron_sse.rl import sampler as sampler_module
-from megatron_sse.rl.sampler import KeyedSampler, make_key, uniform
+from megatron_sse.inference import sampling
+from megatron_sse.inference.sampling import KeyedSampler, make_key, uniform
 
 LOGITS = torch.tensor([0.0, 1.0, 2.0, -1.0, 9.0])
 
@@ -26,7 +26,7 @@ def test_shares(temperature: float, top_p: float) -> None:
 
 
 def test_numbers_next_to_one_lead_to_no_token_without_a_probability(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampler_module, "uniform", lambda keys, counts: torch.full((len(keys),), 1 - 2.0**-53).double())
+    monkeypatch.setattr(sampling, "uniform", lambda keys, counts: torch.full((len(keys),), 1 - 2.0**-53).double())
     logits = torch.tensor([[0.0, 1.0, -torch.inf], [0.0, -torch.inf, -torch.inf]]).double()
     zeros = torch.zeros(2, dtype=torch.int64)
     tokens, logp = KeyedSampler(3).draw(logits, zeros, zeros)
