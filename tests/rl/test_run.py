@@ -53,11 +53,14 @@ def scalars(folder: Path) -> dict[int, dict[str, float]]:
 def stop_and_resume(folder: Path) -> None:
     """Check a run that is resumed after two of four steps, then one from its weights with a reference."""
     training = {"steps": 4, "micro_batch_size": 2, "precision": "fp32"}
-    whole = finish(policy_config(folder / "a", training=training, checkpoint={"interval": 2}))
+    rl = {"validation_prompts": str(folder / "a/prompts.jsonl")}
+    whole = finish(policy_config(folder / "a", training=training, checkpoint={"interval": 2}, rl=rl))
     middle = folder / "a/run/checkpoints/iter_0000002"
-    resumed = finish(policy_config(folder / "b", training=training), middle)
+    resumed = finish(policy_config(folder / "b", training=training, rl=rl), middle)
     assert equal(weights(whole), weights(resumed))
     ours, theirs = scalars(folder / "b"), scalars(folder / "a")
+    # Step 0 is reported by the run that began, alone.
+    assert set(theirs) == {0, 1, 2, 3, 4}
     assert set(ours) == {3, 4} and all(ours[step] == theirs[step] for step in ours)
     for name in ("step_0000003.jsonl", "step_0000004.jsonl"):
         samples = [(folder / part / "run/samples" / name).read_text() for part in "ab"]
