@@ -1,4 +1,6 @@
-"""Sums over a group as parts of a differentiable computation."""
+"""Sums and gathers over a group as parts of a differentiable computation."""
+
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -33,6 +35,31 @@ class _SumValue(torch.autograd.Function):
         return grad, None
 
 
+class _GatherTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, group, *parts):
+        ctx.group = group
+        # As bytes, so that tensors of different dtypes travel together.
+        own = torch.cat([part.contiguous().flatten().view(torch.uint8) for part in parts])
+        gathered = own.new_empty(group.size(), len(own))
+        dist.all_gather_into_tensor(gathered.flatten(), own, group=group)
+        by_part = gathered.split([part.nbytes for part in parts], dim=1)
+        # Copied to the start of a tensor of their own: the other parts' bytes would break the alignment.
+        return tuple(
+            x.contiguous().view(part.dtype).view(-1, *part.shape[1:]) for x, part in zip(by_part, parts, strict=True)
+        )
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return None, *(_reduce_scatter(grad.contiguous(), ctx.group) for grad in grads)
+
+
+def _reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    own = x.new_empty(len(x) // group.size(), *x.shape[1:])
+    dist.reduce_scatter_tensor(own, x, group=group)
+    return own
+
+
 def sum_gradient(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Return x unchanged; backward sums its gradient over the ranks of the group.
 
@@ -48,3 +75,13 @@ def sum_value(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     For a sum that every rank uses in the same way, so that its gradient is already the same on all of them.
     """
     return _SumValue.apply(x, group)
+
+
+def gather_tokens(parts: Sequence[Tensor], group: dist.ProcessGroup) -> tuple[Tensor, ...]:
+    """Return each of the tensors with the tokens of all ranks of the group, in one all-gather.
+
+    Backward sums each gradient over the ranks, and each rank keeps that of its own tokens.
+
+    parts: this rank's equal part of the tokens, the first dim, in rank order; dtypes may differ.
+    """
+    return _GatherTokens.apply(group, *parts)

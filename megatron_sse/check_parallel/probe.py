@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_sse.data.batch import Batch
 from megatron_sse.model.language_model import LanguageModel
+from megatron_sse.model.projections import enter_heads
 from megatron_sse.model.router import Router
 from megatron_sse.parallel.layout import TokenLayout
 from megatron_sse.parallel.linear_cross_entropy import TokenScores
@@ -107,11 +108,14 @@ class Probe:
     def record_routing(self) -> None:
         """Record the inputs and picks of the routers from now on."""
         for layer, router in self.routers.items():
-            router.register_forward_hook(self._router_hook(layer))
+            entered: list[Tensor] = []
+            router.proj.register_forward_hook(lambda module, args, output, entered=entered: entered.append(args[0]))
+            router.register_forward_hook(self._router_hook(layer, entered))
 
-    def _router_hook(self, layer: int) -> Any:
-        def keep(module: Any, args: tuple[Tensor, TokenLayout], output: Any) -> None:
-            hidden_LBd, layout = args
+    def _router_hook(self, layer: int, entered: list[Tensor]) -> Any:
+        def keep(module: Any, args: tuple[Tensor, Tensor, TokenLayout], output: Any) -> None:
+            # The projection has just run on the same tokens.
+            hidden_LBd, layout = entered.pop(), args[-1]
             number = self.numbers[id(layout)]
             piece = self.piece(number, layout.length)
             self.hidden[layer, number] = piece, hidden_LBd.detach().transpose(0, 1).cpu()
@@ -142,6 +146,8 @@ class Probe:
             if router.sequence_parallel:
                 length //= self.tp_group.size()
             hidden_LBd = self.piece(number, length).cut(hidden).transpose(0, 1).to(layout.column_L.device)
-            routes, _ = router(hidden_LBd, layout)
+            own_LBrN = router.probabilities(hidden_LBd)
+            [prob_LBrN] = enter_heads([own_LBrN], self.tp_group, router.sequence_parallel)
+            routes, _ = router(own_LBrN, prob_LBrN, layout)
             picks_BLP = routes.bank_TP.unflatten(0, (layout.batch_size, layout.length))
             yield self.piece(number, layout.length), picks_BLP.cpu()

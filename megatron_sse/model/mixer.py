@@ -3,6 +3,7 @@
 With N = 0 partitions it is plain gated linear attention or the gated delta rule.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,7 +26,7 @@ from megatron_sse.model.convolution import InputConvolution
 from megatron_sse.model.features import constant_decay, delta_decay, gate_decay, map_key, map_query
 from megatron_sse.model.meanwhile import Meanwhile
 from megatron_sse.model.metrics import LayerMetrics
-from megatron_sse.model.projections import LowRank
+from megatron_sse.model.projections import LowRank, enter_heads, project_down
 from megatron_sse.model.recompute import recomputed
 from megatron_sse.model.router import AttachLoss, Router
 from megatron_sse.parallel.collectives import sum_gradient
@@ -97,7 +98,7 @@ class SSEMixer(MegatronModule):
         def low_rank(name: str) -> LowRank:
             (rank, _), (size, _) = (self.weights[f"{name}.{half}.weight"].shape for half in ("down", "up"))
             bias = f"{name}.up.bias" in self.weights
-            return LowRank(config, backend.column_parallel_linear, rank, size, pg_collection, bias)
+            return LowRank(config, rank, size, pg_collection.tp, bias)
 
         for name in ("query_lora", "key_lora", "output_gate"):
             if f"{name}.down.weight" in self.weights:
@@ -107,6 +108,8 @@ class SSEMixer(MegatronModule):
         if self.spec.has_decay_gates:
             gates = (low_rank(f"decay_gates.{kind}") for kind in range(self.spec.num_bank_kinds))
             self.decay_gates = torch.nn.ModuleList(gates)
+        pairs = ((name, module) for name, module in self.named_modules() if isinstance(module, LowRank))
+        self.ranks = {name: pair.rank for name, pair in pairs}
 
     def _own_parameter(self, weight: Weight) -> torch.nn.Parameter:
         """Return a parameter of the mixer itself. Those that are split are split by heads, their first dim."""
@@ -134,10 +137,11 @@ class SSEMixer(MegatronModule):
     def _mix(self, hidden_states: Tensor, layout: TokenLayout) -> tuple[Tensor, None]:
         if self.input_convolution is not None:
             hidden_states = self.input_convolution(hidden_states, layout)
-        shared, sparse, v_THV = self._bank_inputs(hidden_states, layout)
-        routes, balance_loss = self.router(hidden_states, layout) if self.num_partitions else (None, None)
+        low, probabilities = self._alike(hidden_states)
+        shared, sparse, v_THV = self._bank_inputs(hidden_states, low, layout)
+        routes, balance_loss = (None, None) if probabilities is None else self.router(*probabilities, layout)
         sparse, options = self._weigh(sparse, routes)
-        gate = Meanwhile(partial(self._output_gate, hidden_states))
+        gate = Meanwhile(partial(self._output_gate, low))
         banks = layout.attend_banks(
             self.layer_number,
             shared,
@@ -158,6 +162,25 @@ class SSEMixer(MegatronModule):
             self.metrics.add(shared.g, routes, balance_loss, banks.final_YAHKV)
         return out, None
 
+    def _alike(self, hidden_LBd: Tensor) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor] | None]:
+        """Compute what tensor ranks do not split by heads, with one product and one collective for all low-rank pairs.
+
+        Returns:
+            what enters the second matrix of each low-rank pair, [T, rank] by the pair's name.
+            the router's probabilities of this rank's part of the tokens and of all; None without a router.
+        """
+        parts = []
+        if self.ranks:
+            parts.append(project_down((self.get_submodule(name) for name in self.ranks), hidden_LBd))
+        if self.num_partitions:
+            parts.append(self.router.probabilities(hidden_LBd))
+        whole = enter_heads(parts, self.tp_group, self.config.sequence_parallel)
+        probabilities = (parts[-1], whole[-1]) if self.num_partitions else None
+        if not self.ranks:
+            return {}, probabilities
+        columns = _flatten(whole[0]).split(list(self.ranks.values()), -1)
+        return dict(zip(self.ranks, columns, strict=True)), probabilities
+
     def _weigh(self, sparse: BankInputs | None, routes: Routes | None) -> tuple[BankInputs | None, dict[str, Any]]:
         """Apply the router's weights where they act on the sparse banks' write strengths; the options say the rest."""
         gate = self.settings.gate if self.spec.recurrence.delta_rule else "post_norm"
@@ -170,21 +193,26 @@ class SSEMixer(MegatronModule):
         options = {"gate": gate, "weight_writes": weight_writes, "weight_reads": self.settings.weight_reads}
         return sparse, options | {"form": self.settings.form}
 
-    def _bank_inputs(self, hidden_LBd: Tensor, layout: TokenLayout) -> tuple[BankInputs, BankInputs | None, Tensor]:
-        """Return queries, keys, decays of the shared and of the sparse banks, and the values of both."""
+    def _bank_inputs(
+        self, hidden_LBd: Tensor, low: Mapping[str, Tensor], layout: TokenLayout
+    ) -> tuple[BankInputs, BankInputs | None, Tensor]:
+        """Return queries, keys, decays of the shared and of the sparse banks, and the values of both.
+
+        low: what enters the second matrices of low-rank pairs, as `_alike` returns it.
+        """
         head_rows = self.spec.head_rows
         parts = _flatten(self.in_proj(hidden_LBd)[0]).unflatten(-1, (self.num_heads, -1))
         rows = dict(zip(head_rows, parts.split(list(head_rows.values()), -1), strict=True))
         q_THK, k_THK = rows["q"], rows.get("k")
         v_THV = silu(rows["v"].unflatten(-1, (self.spec.group_size, self.value_dim)).flatten(1, 2))
-        decays, betas = self._decays(hidden_LBd, rows["scalars"])
+        decays, betas = self._decays(low, rows["scalars"])
 
         queries, keys = [], []
         if self.spec.has_shared:
             queries, keys = [q_THK], [k_THK]
         if self.num_partitions:
-            queries.append(q_THK + self._heads(self.query_lora(hidden_LBd)))
-            keys.append(None if k_THK is None else k_THK + self._heads(self.key_lora(hidden_LBd)))
+            queries.append(q_THK + self._heads(self.query_lora(low["query_lora"])))
+            keys.append(None if k_THK is None else k_THK + self._heads(self.key_lora(low["key_lora"])))
         if self.settings.short_convolution:
             # After the sparse banks' queries and keys are formed: they do not see it, as in the authors' code.
             queries[0], keys[0] = self._convolve(q_THK, k_THK, layout)
@@ -197,17 +225,17 @@ class SSEMixer(MegatronModule):
             banks.insert(0, replace(banks[0], k_THK=torch.zeros_like(banks[0].k_THK)))
         return banks[0], banks[1] if self.num_partitions else None, v_THV
 
-    def _decays(self, hidden_LBd: Tensor, scalars: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
+    def _decays(self, low: Mapping[str, Tensor], scalars: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
         """Return log decays and write strengths, by kind of bank, as BankInputs takes them.
 
         scalars: the input projection's, [T, H, group x scalars x kinds of banks].
         """
         recurrence, kinds = self.spec.recurrence, self.spec.num_bank_kinds
         if recurrence.delta_rule:
-            return self._delta_rule_decays(hidden_LBd, scalars)
+            return self._delta_rule_decays(low, scalars)
         no_beta: list[Tensor | None] = [None] * kinds
         if self.spec.has_decay_gates:
-            logits = [self._heads(gate(hidden_LBd)) for gate in self.decay_gates]
+            logits = [self._heads(logit) for logit in self._gate_logits(low)]
             return [gate_decay(logit, self.settings.decay_normalizer) for logit in logits], no_beta
         num_tokens = scalars.shape[0]
         if self.settings.decay == "constant":
@@ -217,7 +245,13 @@ class SSEMixer(MegatronModule):
             decay_H = scalars.new_zeros(self.num_heads)
         return [decay_H[:, None].expand(num_tokens, -1, self.key_dim)] * kinds, no_beta
 
-    def _delta_rule_decays(self, hidden_LBd: Tensor, scalars: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
+    def _gate_logits(self, low: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return what the gates of decays yield, [T, channels] by kind of bank."""
+        return [gate(low[f"decay_gates.{kind}"]) for kind, gate in enumerate(self.decay_gates)]
+
+    def _delta_rule_decays(
+        self, low: Mapping[str, Tensor], scalars: Tensor
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
         recurrence, kinds = self.spec.recurrence, self.spec.num_bank_kinds
         # [T, value heads, kinds] by scalar.
         # Of a key head, the columns are value head by value head, each scalar by scalar, each shared | sparse.
@@ -225,7 +259,7 @@ class SSEMixer(MegatronModule):
         named = dict(zip(recurrence.scalars, by_scalar, strict=True))
         rates, biases = self.A_log.unbind(1), self.dt_bias.unbind(1)
         if recurrence.channel_decay:
-            logits = [_flatten(gate(hidden_LBd)).unflatten(-1, (-1, self.key_dim)) for gate in self.decay_gates]
+            logits = [logit.unflatten(-1, (-1, self.key_dim)) for logit in self._gate_logits(low)]
             # One rate for each head, one bias for each channel.
             rates = tuple(rate[:, None] for rate in rates)
         else:
@@ -242,11 +276,11 @@ class SSEMixer(MegatronModule):
         out = _flatten(out_LBc).view_as(stacked)
         return out[:, :, 0], None if k_THK is None else out[:, :, 1]
 
-    def _output_gate(self, hidden_LBd: Tensor) -> Tensor | None:
+    def _output_gate(self, low: Mapping[str, Tensor]) -> Tensor | None:
         """Return the logits of the output gate [T, value heads, V]; None where there is no gate."""
         if not self.settings.output_gate:
             return None
-        return _flatten(self.output_gate(hidden_LBd)).unflatten(-1, (self.num_value_heads, self.value_dim))
+        return self.output_gate(low["output_gate"]).unflatten(-1, (self.num_value_heads, self.value_dim))
 
     def _project_out(
         self, banks: BankOutputs, gate_THV: Tensor | None, hidden_LBd: Tensor, layout: TokenLayout
@@ -259,9 +293,9 @@ class SSEMixer(MegatronModule):
         o_LBc = o_THV.flatten(1).unflatten(0, (layout.batch_size, layout.length)).transpose(0, 1)
         return self.out_proj(o_LBc.to(hidden_LBd.dtype))[0]
 
-    def _heads(self, x_LBc: Tensor) -> Tensor:
-        """Split the channels of flat tokens into key heads."""
-        return _flatten(x_LBc).unflatten(-1, (self.num_heads, -1))
+    def _heads(self, x_Tc: Tensor) -> Tensor:
+        """Split channels into key heads."""
+        return x_Tc.unflatten(-1, (self.num_heads, -1))
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

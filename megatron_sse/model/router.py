@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -14,7 +13,7 @@ from megatron_sse.config import SSEConfig
 from megatron_sse.kernels import Routes, join_routes, route
 from megatron_sse.model.features import softmax_fp32
 from megatron_sse.model.projections import ReplicatedLinear
-from megatron_sse.parallel.collectives import sum_gradient, sum_value
+from megatron_sse.parallel.collectives import sum_value
 from megatron_sse.parallel.layout import TokenLayout
 
 
@@ -39,17 +38,16 @@ class Router(torch.nn.Module):
         # Takes the picks [T, P] of a micro-batch, where they are to be replayed later.
         self.record: Callable[[Any, Tensor], None] | None = None
 
-    def forward(self, hidden_LBd: Tensor, layout: TokenLayout) -> tuple[Routes, Tensor | None]:
+    def probabilities(self, hidden_LBd: Tensor) -> Tensor:
+        """Return the probabilities [L, B, r, N] of hidden states [L, B, d]."""
+        return softmax_fp32(self.proj(hidden_LBd).unflatten(-1, (self.num_routers, -1)))
+
+    def forward(self, own_LBrN: Tensor, prob_LBrN: Tensor, layout: TokenLayout) -> tuple[Routes, Tensor | None]:
         """Return the picks of all B * L tokens, and the balance loss of the micro-batch (None where text is generated).
 
-        hidden_LBd: [L, B, d], under sequence parallelism this rank's part of L.
+        own_LBrN: from `probabilities`, under sequence parallelism of this rank's part of L. prob_LBrN: of all tokens
+        (see projections.enter_heads).
         """
-        own_LBrN = softmax_fp32(self.proj(hidden_LBd).unflatten(-1, (self.num_routers, -1)))
-        # Each tensor rank knows its own heads' part of the task's gradient: both forms sum it over the group.
-        if self.sequence_parallel:
-            prob_LBrN = gather_from_sequence_parallel_region(own_LBrN, group=self.tp_group)
-        else:
-            prob_LBrN = sum_gradient(own_LBrN, self.tp_group)
         picks_TP = None if self.replay is None else self.replay(layout)
         routes = self._route(prob_LBrN.transpose(0, 1).flatten(0, 1).unbind(1), picks_TP)
         if self.record is not None:

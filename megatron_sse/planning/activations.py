@@ -139,12 +139,12 @@ def _inputs(sizes: Sizes, mixer: Mixer) -> int:
 
 
 def _low_ranks(sizes: Sizes, mixer: Mixer) -> int:
-    """Return the bytes of the inputs of the second matrices of low-rank pairs."""
+    """Return the bytes of what enters the second matrices of low-rank pairs, and of their first matrices as one."""
     sse = sizes.config.model.sse
     ranks = sse.value_head_dim * ((mixer.maps if mixer.partitions else 0) + sse.output_gate)
     if mixer.spec.has_decay_gates:
         ranks += sse.decay_low_rank * mixer.gates
-    return sizes.stream_tokens * ranks * sizes.element
+    return (sizes.tokens + sizes.config.model.hidden_size) * ranks * sizes.element
 
 
 def _router(sizes: Sizes, mixer: Mixer) -> int:

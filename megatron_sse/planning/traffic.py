@@ -93,9 +93,12 @@ def _mixer_over_tensor(sizes: Sizes, kind: str) -> Passes:
     ranks = [sse.value_head_dim] * (mixer.maps if mixer.partitions else 0)
     ranks += [sse.value_head_dim] if sse.output_gate else []
     ranks += [sse.decay_low_rank] * mixer.gates if mixer.spec.has_decay_gates else []
-    for rank in ranks:
-        inner = _columns(sizes, tokens * rank * sizes.element)
-        forward, backward = forward + inner.forward, backward + inner.backward
+    # What enters the second matrices of all low-rank pairs is gathered once, and kept.
+    low = tokens * sum(ranks) * sizes.element
+    if sequence:
+        forward, backward = forward + exchange(low, tensor), backward + exchange(low, tensor)
+    else:
+        backward += all_reduce(low, tensor)
     backward += all_reduce(sse.value_head_dim * sizes.element, tensor)  # output norm, whose heads are split
     if mixer.partitions:
         probabilities = tokens * sse.num_routers * mixer.partitions * FP32

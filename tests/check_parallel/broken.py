@@ -15,6 +15,7 @@ from megatron_sse.check_parallel.request import Request
 from megatron_sse.config import RunConfig
 from megatron_sse.kernels import Routes
 from megatron_sse.model import mixer as mixer_module
+from megatron_sse.model import projections as projections_module
 from megatron_sse.model import router as router_module
 from tests.workers import fork_context
 
@@ -35,8 +36,8 @@ def hand_off_disabled() -> None:
 
 
 def router_sum_forgotten() -> None:
-    """Leave the router's gradient unsummed: each tensor rank keeps the part of its own heads."""
-    router_module.sum_gradient = lambda x, group: x
+    """Leave the gradients of router and low-rank pairs unsummed: each tensor rank keeps the part of its own heads."""
+    projections_module.sum_gradient = lambda x, group: x
 
 
 def picks_depend_on_the_layout() -> None:

@@ -63,8 +63,8 @@ def _record(patch: pytest.MonkeyPatch, trace: Trace, mixer: Any) -> None:
 
         patch.setattr(module, "_launch", record)
     mixer.output_gate.register_forward_hook(lambda *args: trace.append("gate"))
-    first = next(mixer.output_gate.parameters())
-    first.register_hook(lambda grad: trace.append("gate's gradient"))
+    # The first matrix is multiplied with those of the other low-rank pairs, before the states start.
+    mixer.output_gate.up.weight.register_hook(lambda grad: trace.append("gate's gradient"))
     mixer.out_proj.register_forward_hook(lambda *args: trace.append("out"))
 
 

@@ -1,15 +1,22 @@
 """A mixer split over a tensor group has the outputs and gradients of one rank."""
 
+from collections import Counter
+from collections.abc import Sequence
+
 import pytest
+import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from torch import Tensor
 
 from megatron_sse.config import SSEConfig
 from megatron_sse.model import mixer as mixer_module
+from megatron_sse.model import projections as projections_module
 from megatron_sse.model import router as router_module
 from megatron_sse.parallel.groups import init_groups
+from megatron_sse.parallel.traffic import Traffic
 from tests.model.mixer_runs import Results, run_mixers, worst_error
-from tests.model.support import make_mixer
+from tests.model.support import HIDDEN, layout_of, make_mixer
 from tests.workers import run_workers
 
 LENGTHS = [[5, 27], [32], [1, 1, 30]]
@@ -56,13 +63,14 @@ def test_like_one_rank(size: int, sequence: bool, one_rank: dict[str, Results]) 
         assert error < (1e-8 if case.get("gate") == "reference" else TOLERANCE), (name, tensor)
 
 
-def forget_router_sum(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(router_module, "sum_gradient", lambda x, group: x)
-    patch.setattr(
-        router_module,
-        "gather_from_sequence_parallel_region",
-        lambda x, group: gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=group),
-    )
+def keep_own_gradient(parts: Sequence[Tensor], group: dist.ProcessGroup) -> tuple[Tensor, ...]:
+    return tuple(gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=group) for x in parts)
+
+
+def forget_sum(patch: pytest.MonkeyPatch) -> None:
+    """Leave unsummed the gradients of what enters the heads: those of the router and of low-rank pairs."""
+    patch.setattr(projections_module, "sum_gradient", lambda x, group: x)
+    patch.setattr(projections_module, "gather_tokens", keep_own_gradient)
 
 
 def multiply_balance_loss(patch: pytest.MonkeyPatch) -> None:
@@ -93,8 +101,8 @@ def forget_norm_sum(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("mutation", "sequence"),
     [
-        (forget_router_sum, False),
-        (forget_router_sum, True),
+        (forget_sum, False),
+        (forget_sum, True),
         (multiply_balance_loss, False),
         (multiply_balance_loss, True),
         # With sequence parallelism, the backward pass of the gather gives the same result.
@@ -126,3 +134,30 @@ def test_split_parameters_are_marked() -> None:
     assert run_workers(1, split_parameters) == [
         ups | {"A_log", "dt_bias", "conv_weight", "in_proj.weight", "out_proj.weight"}
     ]
+
+
+def count_collectives(sequence: bool) -> tuple[Counter[str], Counter[str]]:
+    """Return the collectives of a mixer with router and five low-rank pairs, forward and backward."""
+    groups = init_groups(tensor=dist.get_world_size())
+    mixer = make_mixer(groups, SSEConfig(**CASES["gla"]), sequence)
+    layout = layout_of([[32]])
+    layout.layer_loss_scale = torch.tensor(1.0)
+    length = 32 // groups.tp.size() if sequence else 32
+    hidden = torch.ones(length, 1, HIDDEN, dtype=torch.float64, requires_grad=True)
+    with Traffic() as forward:
+        out, _ = mixer(hidden, None, layout)
+    with Traffic() as backward:
+        out.sum().backward()
+    return forward.calls, backward.calls
+
+
+def test_low_rank_pairs_share_a_collective() -> None:
+    # One gather is the input projection's, made again in backward, one that of the low-rank pairs and the router; the
+    # all-reduces are those of the balance loss and of the gradient of the norm's weight.
+    forward, backward = run_workers(2, count_collectives, True)[0]
+    assert forward == {"_allgather_base_": 2, "_reduce_scatter_base_": 1, "allreduce_": 1}
+    assert backward == {"_allgather_base_": 2, "_reduce_scatter_base_": 3, "allreduce_": 1}
+    # Without sequence parallelism: the gradients of the input, of what enters the heads, and of the norm's weight.
+    forward, backward = run_workers(2, count_collectives, False)[0]
+    assert forward == {"allreduce_": 1}
+    assert backward == {"allreduce_": 4}
