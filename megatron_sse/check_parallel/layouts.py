@@ -74,7 +74,8 @@ def one_process(given: ParallelConfig) -> ParallelConfig:
 def _beside(given: ParallelConfig, changes: dict[str, Any]) -> ParallelConfig:
     context = changes.get("context", 1)
     base: dict[str, Any] = {"tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "context": 1, "data": 1}
-    base["sequence"] = given.sequence and changes.get("tensor", 1) > 1
+    # Without tensor ranks of their own, users have not chosen: the default for several applies.
+    base["sequence"] = changes.get("tensor", 1) > 1 and (given.sequence or given.tensor == 1)
     # A zigzag layout needs at least two ranks.
     base |= {"layout": given.layout if context > 1 else "auto"}
     # Ranks count as two nodes, so that states also cross between nodes; with auto, where exscan is not all there is.

@@ -118,7 +118,10 @@ def _sizes(config: Settings) -> Found:
     if length % (parallel.context * split):
         factors = [f"parallel.context {parallel.context}"] if parallel.context > 1 else []
         factors += [f"parallel.tensor {parallel.tensor} (parallel.sequence)"] if split > 1 else []
-        yield "data.sequence_length", length, f"a multiple of {parallel.context * split}: {' x '.join(factors)}"
+        allowed = f"a multiple of {parallel.context * split}: {' x '.join(factors)}"
+        if split > 1 and not length % parallel.context:
+            allowed += ", or parallel.sequence false"
+        yield "data.sequence_length", length, allowed
     # Two slots a rank, and under sequence parallelism each slot divides among the tensor ranks.
     if parallel.layout == "zigzag" and length % (2 * parallel.context * split):
         allowed = f"a multiple of {2 * parallel.context * split} with parallel.layout zigzag"

@@ -4,7 +4,7 @@ from collections import Counter
 
 from megatron_sse.config.context import choose_layout
 from megatron_sse.config.run import RunConfig, StageRun, plan_stages
-from megatron_sse.config.schema import ModelConfig
+from megatron_sse.config.schema import ModelConfig, ParallelConfig
 from megatron_sse.config.weights import model_weights
 from megatron_sse.config.world_size import check_world_size
 from megatron_sse.errors import UserError
@@ -102,9 +102,18 @@ def describe_run(config: RunConfig, world_size: int) -> list[str]:
         f"parameters        {sum(counts.values()):,} ({parts})",
         f"processes         {world_size} (tensor {parallel.tensor} x pipeline {parallel.pipeline} x "
         f"context {parallel.context} x data {data_size})",
+        *([f"tensor ranks      {_describe_tensor(parallel)}"] if parallel.tensor > 1 else []),
         *([f"context layout    {layout}"] if parallel.context > 1 else []),
         *(line for stage in plan_stages(config) for line in _describe_stage(config, stage, data_size)),
     ]
+
+
+def _describe_tensor(parallel: ParallelConfig) -> str:
+    """Return who computes what is not split by heads or channels."""
+    parts = "norms, residual stream, router and low-rank projections"
+    if parallel.sequence:
+        return f"split the tokens of {parts} (parallel.sequence)"
+    return f"compute {parts} of all tokens, each (parallel.sequence is false)"
 
 
 def _describe_stage(config: RunConfig, stage: StageRun, data_size: int) -> list[str]:

@@ -178,7 +178,7 @@ class ModelConfig(Section):
 
 class ParallelConfig(Section):
     tensor: Count = 1
-    sequence: bool = False
+    sequence: bool = DERIVED
     pipeline: Count = 1
     virtual_pipeline: Count = 1
     context: Count = 1
@@ -195,6 +195,12 @@ class ParallelConfig(Section):
     overlap_parameters: bool | None = None
     timeout_minutes: Minutes = 30.0
     max_restarts: Size0 = 0
+
+    @model_validator(mode="after")
+    def _derive(self) -> "ParallelConfig":
+        if self.sequence is None:
+            self.sequence = self.tensor > 1
+        return self
 
     @property
     def replica_size(self) -> int:

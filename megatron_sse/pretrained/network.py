@@ -27,7 +27,8 @@ def inference_config(model: Model, precision: str | None, tensor: int = 1) -> Ru
     """Return the settings to build the model with: split over `tensor` ranks and in no other way, in its own precision
     unless another is given. Raises UserError where it cannot be split so."""
     values = model.config.model_dump()
-    values["parallel"] = {"tensor": tensor}
+    # Every rank computes all tokens: a step of generation has one for each sequence.
+    values["parallel"] = {"tensor": tensor, "sequence": False}
     # One micro-batch on one data rank; with rl the batch follows from its prompts.
     batch = 1 if model.config.rl is None else None
     values["training"] |= {"global_batch_size": batch, "micro_batch_size": 1, "recompute": "none"}

@@ -61,7 +61,7 @@ def share_weights(
     tokens, whatever the training model does on its own.
     """
     values = config.model_dump()
-    values["parallel"] = {"tensor": groups.tp.size()}
+    values["parallel"] = {"tensor": groups.tp.size(), "sequence": False}
     values["training"]["recompute"] = "none"
     [chunk] = build_model(make_config(values, {"": "rl"}), groups, device, draw=False, core_attention=TorchAttention)
     ours, theirs = dict(chunk.named_modules()), dict(net.named_modules())

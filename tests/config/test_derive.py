@@ -50,11 +50,14 @@ def test_description() -> None:
     for part in (
         "6 (5 sse, 1 softmax)",
         "tensor 2 x pipeline 1 x context 1 x data 2",
+        "tensor ranks      split the tokens of norms, residual stream, router and low-rank projections",
         "1,024 (4 sequences of 256)",
         "2 per step",
     ):
         assert part in text
     with pytest.raises(UserError, match="got 3 processes"):
         describe_run(config, 3)
+    whole = load_config(REFERENCE, ["parallel.tensor=2", "parallel.sequence=false"])
+    assert "of all tokens, each (parallel.sequence is false)" in "\n".join(describe_run(whole, 4))
     with pytest.raises(UserError, match="^monitor.profile_ranks: got 4, allowed ranks below 4, the world size$"):
         describe_run(load_config(REFERENCE, ["monitor.profile_ranks=[0,4]", "monitor.profile_steps=[1,2]"]), 4)

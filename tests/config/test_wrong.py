@@ -175,8 +175,9 @@ WRONG = {
         "14: parallel.sequence: got true, allowed false while parallel.tensor is 1",
     ),
     "length by tensor": (
-        ("length: 128\n", "length: 127\nparallel: {tensor: 2, sequence: true}\n"),
-        "13: data.sequence_length: got 127, allowed a multiple of 2: parallel.tensor 2 (parallel.sequence)",
+        ("length: 128\n", "length: 127\nparallel: {tensor: 2}\n"),
+        "13: data.sequence_length: got 127, allowed a multiple of 2: parallel.tensor 2 (parallel.sequence), "
+        "or parallel.sequence false",
     ),
     "vocabulary by tensor": (
         ("model:\n", "parallel: {tensor: 2}\nmodel:\n  vocab_multiple: 1\n"),

@@ -157,7 +157,7 @@ LAYOUTS: list[tuple[int, dict[str, Any], str]] = [
     (2, {"context": 2, "layout": "zigzag"}, "none"),
     (2, {"context": 2}, "full"),
     (2, {}, "none"),
-    (4, {"context": 2, "tensor": 2}, "mixer"),
+    (4, {"context": 2, "tensor": 2, "sequence": False}, "mixer"),
 ]
 
 

@@ -140,7 +140,7 @@ RUNS: list[tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     (1, {}, MODEL, {"recompute": "mixer"}),
     (1, {}, MODEL, {"recompute": "mlp", "precision": "bf16"}),
     (1, {}, MODEL, {"recompute": ["mixer", "mlp"]}),
-    (2, {"tensor": 2}, MODEL, {}),
+    (2, {"tensor": 2, "sequence": False}, MODEL, {}),
     (2, {"tensor": 2, "sequence": True}, MODEL, {"precision": "bf16"}),
     (2, {"context": 2}, MODEL, {}),
     (2, {"context": 2}, KDA, {}),

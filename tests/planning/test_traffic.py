@@ -30,9 +30,9 @@ BF16 = {"precision": "bf16"}
 
 # Number of processes, layout, model, training.
 RUNS: list[tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
-    (2, {"tensor": 2}, MODEL, {"recompute": "mlp"}),
+    (2, {"tensor": 2, "sequence": False}, MODEL, {"recompute": "mlp"}),
     (2, {"tensor": 2, "sequence": True}, DELTA, {}),
-    (2, {"tensor": 2}, SHARED_KEYS, FULL),
+    (2, {"tensor": 2, "sequence": False}, SHARED_KEYS, FULL),
     (2, {"tensor": 2, "sequence": True}, CONVOLUTION, BF16 | FULL),
     (2, {"pipeline": 2}, SHARED_KEYS, {}),
     (2, {"pipeline": 2, "virtual_pipeline": 2}, MODEL, BF16),

@@ -63,7 +63,7 @@ LAYOUTS = [
     (2, {"tensor": 2, "sequence": True}),
     (2, {"pipeline": 2, "virtual_pipeline": 2}),
     (2, {"context": 2, "layout": "zigzag"}),
-    (4, {"tensor": 2, "context": 2}),
+    (4, {"tensor": 2, "sequence": False, "context": 2}),
     (4, {"pipeline": 2, "data": 2}),
 ]
 

@@ -90,8 +90,8 @@ def flat(tmp_path_factory: pytest.TempPathFactory) -> OneProcess:
 
 LAYOUTS = [
     (1, {}),
+    (2, {"tensor": 2, "sequence": False}),
     (2, {"tensor": 2}),
-    (2, {"tensor": 2, "sequence": True}),
     (2, {"pipeline": 2}),
     (2, {"pipeline": 2, "virtual_pipeline": 2}),
     (2, {}),

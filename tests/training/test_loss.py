@@ -76,7 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-LAYOUTS = [(1, {}), (2, {"tensor": 2}), (2, {"tensor": 2, "sequence": True}), (2, {"pipeline": 2})]
+LAYOUTS = [(1, {}), (2, {"tensor": 2, "sequence": False}), (2, {"tensor": 2, "sequence": True}), (2, {"pipeline": 2})]
 
 
 @pytest.mark.parametrize("tied", [False, True])
