@@ -11,7 +11,7 @@ from megatron_sse.chunking import choose_chunks_per_piece
 from megatron_sse.kernels.banks import BankInputs, BankOutputs, Picks, by_segment, by_span
 from megatron_sse.kernels.scan import begin_spans, finish_spans, scan_pieces
 from megatron_sse.kernels.segments import Spans
-from megatron_sse.kernels.triton import gdn, gla
+from megatron_sse.kernels.triton import gdn, gla, kda
 from megatron_sse.kernels.triton.finite import keep_finite
 from megatron_sse.kernels.triton.normalize import normalize_both, normalize_one
 from megatron_sse.kernels.triton_rows import lay_out
@@ -62,6 +62,10 @@ def _gdn_arguments(inputs: list[Tensor], num_tokens: int) -> tuple:
     return inputs, num_tokens, gdn.gdn_prepare(inputs, num_tokens)
 
 
+def _kda_arguments(inputs: list[Tensor], num_tokens: int) -> tuple:
+    return inputs, num_tokens, kda.kda_prepare(inputs, num_tokens)
+
+
 # By recurrence: those with has_triton.
 OPERATORS = {
     "gla": Operators(
@@ -84,6 +88,16 @@ OPERATORS = {
         summarize_backward=gdn.gdn_summarize_backward,
         again=gdn.gdn_again,
         attend_backward=gdn.gdn_attend_backward,
+    ),
+    "kda": Operators(
+        prepare=_kda_arguments,
+        with_inputs=lambda arguments, inputs: (inputs, *arguments[1:]),
+        summarize=kda.kda_summarize,
+        meet=lambda *arguments: (),
+        attend=lambda *arguments: kda.kda_attend(*arguments[:-2], arguments[-1]),
+        summarize_backward=kda.kda_summarize_backward,
+        again=kda.kda_again,
+        attend_backward=kda.kda_attend_backward,
     ),
 }
 if OPERATORS.keys() != {name for name, row in RECURRENCES.items() if row.has_triton}:

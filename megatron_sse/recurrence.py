@@ -50,7 +50,7 @@ RECURRENCES: Final[dict[str, Recurrence]] = {
     for row in (
         Recurrence("gla", delta_rule=False, channel_decay=True, key_map="softmax", has_triton=True),
         Recurrence("gdn", delta_rule=True, channel_decay=False, key_map="silu", has_triton=True),
-        Recurrence("kda", delta_rule=True, channel_decay=True, key_map="silu", has_triton=False),
+        Recurrence("kda", delta_rule=True, channel_decay=True, key_map="silu", has_triton=True),
     )
 }
 if RECURRENCES.keys() != set(get_args(RecurrenceName)):

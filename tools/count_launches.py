@@ -34,7 +34,7 @@ PARTITIONS, PICKS, CONVOLUTION, DOCUMENT = 4, 1, 4, 1024
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    all_gpus, kernels = (80, 90, 100), ("gla", "gdn")
+    all_gpus, kernels = (80, 90, 100), tuple(RECURRENCES)
     parser.add_argument("--arch", type=int, nargs="+", choices=all_gpus, default=all_gpus, help="compute capabilities")
     parser.add_argument("--recurrences", nargs="+", choices=kernels, default=kernels)
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of the layer (default: 4096)")

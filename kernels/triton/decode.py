@@ -20,19 +20,24 @@ def _load_token(
     HV: tl.constexpr,
     K: tl.constexpr,
     DELTA: tl.constexpr,
+    CHANNELS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Load q and k [K], the decay (a column [K, 1]; one number for the delta rule) and beta of one value head."""
+    """Load q and k [K], the decay (a column [K, 1] with CHANNELS, else one number) and beta of one value head."""
     channel = tl.arange(0, BLOCK_K)
     key_row = (token * H + head // (HV // H)) * K
     b_q = tl.load(q_ptr + key_row + channel, mask=channel < K, other=0.0).to(tl.float32)
     b_k = tl.load(k_ptr + key_row + channel, mask=channel < K, other=0.0).to(tl.float32)
-    if DELTA:
-        decay = tl.exp(tl.load(g_ptr + token * HV + head).to(tl.float32))
-        beta = tl.load(beta_ptr + token * HV + head).to(tl.float32)
+    value_row = token * HV + head
+    if CHANNELS:
+        # The delta rule's decays are those of value heads.
+        gates = value_row * K if DELTA else key_row
+        decay = tl.exp(tl.load(g_ptr + gates + channel, mask=channel < K, other=0.0).to(tl.float32))[:, None]
     else:
-        decay = tl.exp(tl.load(g_ptr + key_row + channel, mask=channel < K, other=0.0).to(tl.float32))[:, None]
-        beta = 1.0
+        decay = tl.exp(tl.load(g_ptr + value_row).to(tl.float32))
+    beta = 1.0
+    if DELTA:
+        beta = tl.load(beta_ptr + value_row).to(tl.float32)
     return b_q, b_k, decay, beta
 
 
@@ -106,6 +111,7 @@ def decode_kernel(
     FIRST_READER: tl.constexpr,
     READERS: tl.constexpr,
     DELTA: tl.constexpr,
+    CHANNELS: tl.constexpr,
     BEFORE_NORM: tl.constexpr,
     WEIGHT_WRITES: tl.constexpr,
     WEIGHT_READS: tl.constexpr,
@@ -134,10 +140,14 @@ def decode_kernel(
     b_v = tl.load(v_ptr + own, mask=column < V, other=0.0).to(tl.float32)
     # The first bank's state of this head; the next bank's lies HV states further.
     state_ptr = states_ptr + (place * A * HV + head) * K * V
-    b_q, b_k, decay, beta = _load_token(q1_ptr, k1_ptr, g1_ptr, beta1_ptr, token, head, H, HV, K, DELTA, BLOCK_K)
+    b_q, b_k, decay, beta = _load_token(
+        q1_ptr, k1_ptr, g1_ptr, beta1_ptr, token, head, H, HV, K, DELTA, CHANNELS, BLOCK_K
+    )
     b_o = _write_and_read(state_ptr, cell, inside, b_q, b_k, decay, beta, b_v, 1.0, 1.0, K, DELTA, True, False)
     if P > 0:
-        b_q, b_k, decay, beta = _load_token(q2_ptr, k2_ptr, g2_ptr, beta2_ptr, token, head, H, HV, K, DELTA, BLOCK_K)
+        b_q, b_k, decay, beta = _load_token(
+            q2_ptr, k2_ptr, g2_ptr, beta2_ptr, token, head, H, HV, K, DELTA, CHANNELS, BLOCK_K
+        )
     for pick in tl.static_range(P):
         # bank_ptr and place_ptr hold int64: a pool may have more than 2^31 elements.
         picked_ptr = state_ptr + (1 + tl.load(bank_ptr + token * P + pick)) * HV * K * V
@@ -204,6 +214,7 @@ def decode(
         FIRST_READER=first_reader,
         READERS=num_readers,
         DELTA=delta,
+        CHANNELS=shared[2].dim() == 3,
         BEFORE_NORM=before_norm,
         WEIGHT_WRITES=weight_writes,
         WEIGHT_READS=weight_reads,
@@ -228,9 +239,15 @@ def compile_cases(arch: int) -> list[tuple[triton.JITFunction, dict, dict, dict]
             signature |= {f"beta{kind}_ptr": "*fp32"}
         signature |= {"v_ptr": dtype, "bank_ptr": "*i64", "weight_ptr": "*fp32", "o_ptr": dtype}
         for dim in (64, 128, 256):
-            for delta in (False, True):
+            for delta, channels in ((False, True), (True, False), (True, True)):
                 constants = {"A": 5, "H": 16, "HV": 16, "K": dim, "V": dim, "P": 2, "WRITERS": 1}
                 constants |= {"FIRST_READER": 0, "READERS": 2}
-                constants |= {"DELTA": delta, "BEFORE_NORM": False, "WEIGHT_WRITES": True, "WEIGHT_READS": True}
+                constants |= {
+                    "DELTA": delta,
+                    "CHANNELS": channels,
+                    "BEFORE_NORM": False,
+                    "WEIGHT_WRITES": True,
+                    "WEIGHT_READS": True,
+                }
                 cases.append((decode_kernel, signature, constants | _blocks(dim, dim), OPTIONS))
     return cases

@@ -20,7 +20,7 @@ class GdnInputs(NamedTuple):
     """The tensors that all operators read.
 
     q1_THK .. beta2_TH: of the shared bank (1) and of the sparse ones (2; the shared bank's again where there are none).
-        q and k are normalised; g (log decay) and beta are fp32 per value head.
+        q and k are normalised; g (log decay) and beta are fp32 per value head; KDA's g is [T, HV, K].
     v_THV: its number of heads is a multiple of the keys'; its dtype is that of all matrix products and of the output.
     writes_R, write_R, read_R: fp32, scales of g and beta (0 or 1), of v and of the output.
     row_R .. chunk_M: see Rows.
@@ -278,7 +278,7 @@ def gdn_attend_backward(
     _launch(gdn_backward.gdn_gates_backward_kernel, x, num_tokens, tensors | gradients)
 
     grad_q, grad_k, grad_v, grad_g, grad_beta, grad_write, grad_read = gradients.values()
-    grad_q, grad_k = (_sum_groups(grad, dims.num_heads) for grad in (grad_q, grad_k))
+    grad_q, grad_k = (sum_groups(grad, dims.num_heads) for grad in (grad_q, grad_k))
     return grad_q, grad_k, grad_g, grad_beta, grad_v, grad_write.sum(1), grad_read.sum(1)
 
 
@@ -290,7 +290,7 @@ def gdn_attend_backward_fake(inputs, num_tokens, prepared, again, grad_o_RHV, gr
     return *(y.new_empty(rows, *y.shape[1:]) for y in by_token), *(y.new_empty(rows) for y in (x.write_R, x.read_R))
 
 
-def _sum_groups(x_RHK: Tensor, num_heads: int) -> Tensor:
+def sum_groups(x_RHK: Tensor, num_heads: int) -> Tensor:
     """Return the sums over the value heads that share a key head, [R, H, K]."""
     return x_RHK if x_RHK.shape[1] == num_heads else x_RHK.unflatten(1, (num_heads, -1)).sum(2)
 

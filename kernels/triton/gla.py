@@ -64,7 +64,7 @@ _WITH_ALL_BLOCKS = (gla_prepare_kernel, gla_steep_scores_kernel)
 _VARIANTS = {gla_summarize_kernel: "REVERSE", gla_intra_kernel: "STEEP"}
 # A sum of log decays above minus this number may be exponentiated with either sign. Below it the chunk is steep:
 # exp(-sum) would overflow in fp16, or cost digits in fp32.
-_MILD = {torch.bfloat16: 40.0, torch.float16: 6.0, torch.float32: 8.0}
+MILD = {torch.bfloat16: 40.0, torch.float16: 6.0, torch.float32: 8.0}
 _POINTERS = {
     "*i32": ("row", "token", "run", "steep"),
     "*i64": ("chunk_start", "chunk_end", "piece_start", "piece_end", "chunk"),
@@ -96,7 +96,7 @@ def _configure(
         "BLOCK_K": _block(key_dim, block_k),
         "BLOCK_V": _block(value_dim, block_v),
         "CHUNK": CHUNK_SIZE,
-        "MILD": _MILD[dtype],
+        "MILD": MILD[dtype],
         "REVERSE": variant,
         "STEEP": variant,
         # Three tf32 products are as exact as one in fp32 and run on tensor cores; plain fp32 spills kilobytes.

@@ -87,7 +87,7 @@ def gla_intra_kernel(
     if STEEP:
         b_grad_q, b_grad_k = _steep(b_q, b_k, b_g, b_next, b_met, dtype, CHUNK, MILD, PRECISION)
     else:
-        b_grad_q, b_grad_k = _met_inside(b_q, b_k, b_sum, b_met, dtype, PRECISION)
+        b_grad_q, b_grad_k = met_inside(b_q, b_k, b_sum, b_met, dtype, PRECISION)
     # The score of rows s < t holds exp(g_{s + 1} + ... + g_t), so its share of g_j's gradient counts where s < j <= t.
     # Summed over all rows from j on, q dq adds the pairs with t >= j, and k dk takes away those with s >= j.
     b_crossing = b_q * b_grad_q - b_k * b_grad_k
@@ -125,7 +125,7 @@ def _load_groups(ptr, row_C, valid_C, head, heads, dim_c, DIM: tl.constexpr, GRO
 
 
 @triton.jit
-def _met_inside(b_q, b_k, b_sum, b_met, dtype: tl.constexpr, PRECISION: tl.constexpr):
+def met_inside(b_q, b_k, b_sum, b_met, dtype: tl.constexpr, PRECISION: tl.constexpr):
     """Return the gradients of q and k from scores whose decays are quotients of exp(b_sum)."""
     b_shrunk, b_grown = tl.exp(b_sum), tl.exp(-b_sum)
     b_met = b_met.to(dtype)
@@ -141,21 +141,21 @@ def _steep(
     """Return the gradients of q and k of a steep chunk, halved into blocks as in gla_steep."""
     b_grad_q, b_grad_k = tl.zeros([C, b_q.shape[1]], tl.float32), tl.zeros([C, b_q.shape[1]], tl.float32)
     for level in tl.static_range(2):
-        b_gq, b_gk = _met_across(b_q, b_k, b_g, b_next, b_met, dtype, C, 32 >> level, PRECISION)
+        b_gq, b_gk = met_across(b_q, b_k, b_g, b_next, b_met, dtype, C, 32 >> level, PRECISION)
         b_grad_q, b_grad_k = b_grad_q + b_gq, b_grad_k + b_gk
     b_sum = sum_from_start(b_g, 16)
     if tl.min(b_sum) >= -MILD:
-        b_gq, b_gk = _met_inside(b_q, b_k, b_sum, tl.where(pairs_inside(C, 16), b_met, 0.0), dtype, PRECISION)
+        b_gq, b_gk = met_inside(b_q, b_k, b_sum, tl.where(pairs_inside(C, 16), b_met, 0.0), dtype, PRECISION)
         b_grad_q, b_grad_k = b_grad_q + b_gq, b_grad_k + b_gk
     else:
         for level in tl.static_range(4):
-            b_gq, b_gk = _met_across(b_q, b_k, b_g, b_next, b_met, dtype, C, 8 >> level, PRECISION)
+            b_gq, b_gk = met_across(b_q, b_k, b_g, b_next, b_met, dtype, C, 8 >> level, PRECISION)
             b_grad_q, b_grad_k = b_grad_q + b_gq, b_grad_k + b_gk
     return b_grad_q, b_grad_k
 
 
 @triton.jit
-def _met_across(
+def met_across(
     b_q, b_k, b_g, b_next, b_met, dtype: tl.constexpr, C: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr
 ):
     """Return the gradients of q and k from the scores of each later half of 2 HALF rows with its earlier half."""

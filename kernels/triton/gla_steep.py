@@ -69,15 +69,15 @@ def gla_steep_scores_kernel(
         b_g = load_log_decays(g_ptr, writes_ptr, row_ptr, token_ptr, position_C, end, head, num_heads, dim_K, K)
         b_next = load_log_decays(g_ptr, writes_ptr, row_ptr, token_ptr, position_C + 1, end, head, num_heads, dim_K, K)
         for level in tl.static_range(2):
-            b_scores += _scores_across(b_q, b_k, b_g, b_next, dtype, CHUNK, 32 >> level, PRECISION)
+            b_scores += scores_across(b_q, b_k, b_g, b_next, dtype, CHUNK, 32 >> level, PRECISION)
         # Blocks of 16 rows that are mild: q exp(sum) times k exp(-sum), as in chunks that are not steep.
         b_sum = sum_from_start(b_g, 16)
         if tl.min(b_sum) >= -MILD:
-            b_block = _product(b_q * tl.exp(b_sum), b_k * tl.exp(-b_sum), dtype, PRECISION)
+            b_block = product(b_q * tl.exp(b_sum), b_k * tl.exp(-b_sum), dtype, PRECISION)
             b_scores += tl.where(pairs_inside(CHUNK, 16), b_block, 0.0)
         else:
             for level in tl.static_range(4):
-                b_scores += _scores_across(b_q, b_k, b_g, b_next, dtype, CHUNK, 8 >> level, PRECISION)
+                b_scores += scores_across(b_q, b_k, b_g, b_next, dtype, CHUNK, 8 >> level, PRECISION)
             # A row meets itself without decay.
             b_scores += tl.where(pairs_inside(CHUNK, 1), tl.sum(b_q * b_k, 1)[:, None], 0.0)
     b_scores = tl.where(run_C[:, None] == run_C[None, :], b_scores, 0.0)
@@ -85,14 +85,14 @@ def gla_steep_scores_kernel(
 
 
 @triton.jit
-def _product(b_q, b_k, dtype: tl.constexpr, PRECISION: tl.constexpr):
+def product(b_q, b_k, dtype: tl.constexpr, PRECISION: tl.constexpr):
     return tl.dot(b_q.to(dtype), tl.trans(b_k.to(dtype)), input_precision=PRECISION)
 
 
 @triton.jit
-def _scores_across(
+def scores_across(
     b_q, b_k, b_g, b_next, dtype: tl.constexpr, C: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr
 ):
     """Return the scores of the rows in the later half of each block of 2 HALF rows with those in the earlier half."""
     b_late, b_early = b_q * tl.exp(sum_from_start(b_g, HALF)), b_k * tl.exp(sum_to_end(b_next, HALF))
-    return tl.where(pairs_across(C, HALF), _product(b_late, b_early, dtype, PRECISION), 0.0)
+    return tl.where(pairs_across(C, HALF), product(b_late, b_early, dtype, PRECISION), 0.0)

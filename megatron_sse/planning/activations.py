@@ -232,7 +232,7 @@ def _triton_recurrence(sizes: Sizes, mixer: Mixer) -> Kept:
     sse, element = sizes.config.model.sse, sizes.element
     picks, rows = _picks(sizes, mixer), num_rows(sizes, mixer)
     if mixer.spec.recurrence.delta_rule:
-        inputs = mixer.banks * (2 * element * mixer.keys + 2 * FP32 * mixer.value_heads)
+        inputs = mixer.banks * (2 * element * mixer.keys + FP32 * (mixer.decays + mixer.value_heads))
     else:
         # Decays that are equal for all tokens are written out for both kinds of banks.
         inputs = FP32 * mixer.keys * (mixer.banks if sse.decay == "gate" else 2)

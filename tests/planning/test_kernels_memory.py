@@ -26,6 +26,7 @@ RUNS: list[tuple[dict[str, Any], str]] = [
     (SSE, "bf16"),
     (SSE | {"recurrence": "gdn", "num_value_heads": 4}, "bf16"),
     (SSE | {"recurrence": "gdn", "num_value_heads": 4, "query_map": "softmax"}, "fp32"),
+    (SSE | {"recurrence": "kda", "num_value_heads": 4}, "bf16"),
     (SSE | {"num_partitions": 0, "decay": "constant", "key_map": "silu"}, "bf16"),
 ]
 

@@ -57,6 +57,20 @@ EXPECTED = {
         "scan_matrix_kernel": (1, 1),
         "all": (29, 26),
     },
+    "kda": SHARED
+    | {
+        "kda_attend_kernel": (1, 1),
+        "kda_inter_kernel": (0, 1),
+        "kda_intra_kernel": (0, 1),
+        "kda_prepare_kernel": (1, 1),
+        "kda_scores_backward_kernel": (0, 1),
+        "kda_states_backward_kernel": (0, 2),
+        "kda_summarize_kernel": (1, 0),
+        "normalize_backward_kernel": (0, 2),
+        "normalize_kernel": (2, 0),
+        "scan_matrix_kernel": (1, 1),
+        "all": (28, 25),
+    },
 }
 
 
@@ -67,7 +81,7 @@ def count(cache: Path, *options: str) -> tuple[dict[tuple[str, int], dict[str, t
     command = [sys.executable, "-m", "megatron_sse.tools.count_launches", *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = re.findall(r"^\| (g\w+ \| \d+ .*) \|$", done.stdout, re.MULTILINE)
+    lines = re.findall(r"^\| (\w+ \| \d+ .*) \|$", done.stdout, re.MULTILINE)
     rows = [[cell.strip() for cell in line.split("|")] for line in lines]
     counts: dict[tuple[str, int], dict[str, tuple[int, int]]] = {}
     for recurrence, arch, kernel, forward, backward, *_ in rows:

@@ -19,7 +19,7 @@ from tests.kernels.triton.rounding import errors_of_bf16
 SMALL = Case(lengths=(1, 130, 3), key_dim=16, value_dim=16, num_partitions=3, num_writers=2, num_readers=2)
 LONG = replace(SMALL, lengths=(700, 3, 1500), num_partitions=5)
 DIMS = ((64, 64), (128, 128), (96, 192), (256, 256))
-every_recurrence = pytest.mark.parametrize("recurrence", ["gla", "gdn"])
+every_recurrence = pytest.mark.parametrize("recurrence", ["gla", "gdn", "kda"])
 
 
 @pytest.fixture(autouse=True)

@@ -35,6 +35,7 @@ CASES = [
     replace(BASE, num_partitions=0, initial=True),
 ]
 CASES += [replace(case, recurrence="gdn") for case in CASES]
+CASES += [replace(BASE, recurrence="kda", num_partitions=2, num_readers=2, own_reads=True, initial=True)]
 # In mask form all partitions are picks of the same kernels.
 FORMS = [("varlen", case) for case in CASES] + [("mask", case) for case in CASES if case.routing == "ties"]
 
@@ -56,8 +57,10 @@ PACKED = replace(BASE, lengths=(30, 1, 9, 50, 5), num_partitions=2, num_readers=
 RESETS = [
     replace(PACKED, num_value_heads=2, key_dim=12, value_dim=24, own_reads=True, initial=True),
     replace(PACKED, recurrence="gdn", num_value_heads=2, key_dim=12, value_dim=24, own_reads=True, initial=True),
+    replace(PACKED, recurrence="kda", num_value_heads=2, value_dim=24, num_partitions=1, num_readers=1, initial=True),
     # Chunks that forget a lot.
     replace(PACKED, decay="underflow", num_partitions=0),
+    replace(PACKED, recurrence="kda", decay="underflow", num_partitions=0),
 ]
 
 
@@ -69,7 +72,7 @@ def test_documents_as_resets_match_the_oracle(case: Case) -> None:
     assert not worst
 
 
-@pytest.mark.parametrize("recurrence", ["gla", "gdn"])
+@pytest.mark.parametrize("recurrence", ["gla", "gdn", "kda"])
 def test_states_from_elsewhere(recurrence: str) -> None:
     """The fourth document begins in the first span, fills the second and ends in the third."""
     case = replace(BASE, recurrence=recurrence, lengths=(30, 1, 9, 100, 5, 9), num_partitions=2, num_readers=2)
@@ -80,7 +83,7 @@ def test_states_from_elsewhere(recurrence: str) -> None:
     assert not worst
 
 
-@pytest.mark.parametrize("recurrence", ["gla", "gdn"])
+@pytest.mark.parametrize("recurrence", ["gla", "gdn", "kda"])
 def test_bf16_costs_at_most_twice_what_it_costs_plain_torch(recurrence: str) -> None:
     """The error of every output and gradient, gates included, is at most twice that of plain torch in bf16."""
     case = replace(BASE, recurrence=recurrence, num_writers=2, num_readers=2)
@@ -89,12 +92,12 @@ def test_bf16_costs_at_most_twice_what_it_costs_plain_torch(recurrence: str) -> 
 
 
 def test_compiled_as_one_graph() -> None:
-    command = [sys.executable, "-m", "tests.kernels.triton.compiled", "gla", "gdn"]
+    command = [sys.executable, "-m", "tests.kernels.triton.compiled", "gla", "gdn", "kda"]
     done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("recurrence", ["gla", "gdn"])
+@pytest.mark.parametrize("recurrence", ["gla", "gdn", "kda"])
 def test_shapes_are_known_without_data(recurrence: str) -> None:
     case = replace(BASE, recurrence=recurrence, num_writers=2, num_readers=2, num_value_heads=2)
     inputs = fp32(make_inputs(case))

@@ -29,7 +29,7 @@ def test_decode_step(case: Case) -> None:
     assert error(case) < 1e-6
 
 
-@pytest.mark.parametrize("recurrence", ["gla", "gdn"])
+@pytest.mark.parametrize("recurrence", ["gla", "gdn", "kda"])
 def test_several_blocks(recurrence: str) -> None:
     # Blocks have 4096 / 128 = 32 columns; the last one is partial.
     assert error(Case(recurrence=recurrence, lengths=(2, 1), key_dim=100, value_dim=70, initial=True)) < 1e-6

@@ -25,7 +25,7 @@ def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("form", ["varlen", "mask"])
-@pytest.mark.parametrize("recurrence", ["gla", "gdn"])
+@pytest.mark.parametrize("recurrence", ["gla", "gdn", "kda"])
 def test_a_document_hears_nothing_of_the_one_before(recurrence: str, form: str) -> None:
     """All values in one run, since the interpreter is slow; tests/kernels/test_non_finite.py has them one by one."""
     case = replace(CASE, recurrence=recurrence)
@@ -38,7 +38,7 @@ def test_a_document_hears_nothing_of_the_one_before(recurrence: str, form: str) 
 
 
 @pytest.mark.parametrize("form", ["varlen", "mask"])
-@pytest.mark.parametrize("recurrence", ["gla", "gdn"])
+@pytest.mark.parametrize("recurrence", ["gla", "gdn", "kda"])
 def test_a_log_decay_of_minus_infinity_forgets(recurrence: str, form: str) -> None:
     case = replace(CASE, recurrence=recurrence, decay="underflow", initial=True)
     inputs = with_steps_that_forget(case)
@@ -49,7 +49,7 @@ def test_a_log_decay_of_minus_infinity_forgets(recurrence: str, form: str) -> No
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("recurrence", ["gla", "gdn"])
+@pytest.mark.parametrize("recurrence", ["gla", "gdn", "kda"])
 def test_documents_as_resets_hear_nothing_of_the_one_before(recurrence: str) -> None:
     """The documents share chunks, and the one with the value crosses spans.
 

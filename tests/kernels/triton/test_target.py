@@ -6,15 +6,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_sse.kernels.triton import gdn, gla
+from megatron_sse.kernels.triton import gdn, gla, kda
 from megatron_sse.kernels.triton.target import HOPPER, SHARED_LIMIT, Target, target_of
 
 
 def plans(target: Target) -> Iterator[tuple[dict, dict]]:
     """Yield constants and options of every kernel for 16-bit inputs."""
     for dim in (128, 256):
-        for kernel in gdn.PER_CHUNK + gdn.PER_PIECE:
-            yield gdn._plan(kernel, gdn.Dims(8, 8, dim, dim, torch.bfloat16), target)
+        for module in (gdn, kda):
+            for kernel in module.PER_CHUNK + module.PER_PIECE:
+                yield module._plan(kernel, gdn.Dims(8, 8, dim, dim, torch.bfloat16), target)
         for kernel in gla._TILES:
             yield gla._configure(kernel, dim, dim, 1, torch.bfloat16, False, target)
 
