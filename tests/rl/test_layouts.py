@@ -40,6 +40,8 @@ MIXED: list[tuple[int, dict[str, Any]]] = [
     (4, {"context": 2, "tensor": 2, "sequence": True}),
     (4, {"context": 2, "tensor": 2, "sequence": False, "layout": "zigzag"}),
 ]
+# Of log-probabilities in generation from those in training, see Step. Measured are up to 6.7e-7.
+FARTHEST = 3e-6
 # The generator's states and the training forward.
 DECODED: dict[str, dict[str, Any]] = {
     "sse gla": {"layers": "sse", "num_layers": 2},
@@ -55,7 +57,8 @@ DECODED: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Step:
-    """A step on a rank. farthest: largest difference between log-probabilities of generation and training."""
+    """A step on a rank. farthest: difference between log-probabilities of generation and training, the root of its mean
+    square relative to theirs, in the micro-batch where it is largest."""
 
     tokens: list[list[list[int]]]
     rewards: list[list[float]]
@@ -78,7 +81,10 @@ def take_step(folder: Path, sections: dict[str, Any]) -> Step:
     objective, loss = run.trainer.objective, run.trainer.objective.loss
 
     def loss_and_note(output: Any, batch: Any) -> Any:
-        seen.append(((-output.loss.detach() - batch.old_BL).abs() * batch.loss_mask_BL).max())
+        counts_BL = batch.loss_mask_BL
+        differences_BL = (-output.loss.detach() - batch.old_BL) * counts_BL
+        # A rank's part may be without an answer.
+        seen.append(differences_BL.norm() / (batch.old_BL * counts_BL).norm().clamp(min=1e-6))
         return loss(output, batch)
 
     objective.loss = loss_and_note  # type: ignore[method-assign]
@@ -179,8 +185,7 @@ def like_one_process(
     for step in run_workers(world_size, take_step, folder, {"parallel": parallel}):
         assert step.tokens == one_process.tokens and step.rewards == one_process.rewards
         assert step.loss == pytest.approx(one_process.loss, rel=1e-5, abs=1e-6)
-        # Measured: 1.0e-5, as products of generation's few rows round differently; like_the_oracle_in_fp64 is exact.
-        assert step.farthest < 2e-5
+        assert step.farthest < FARTHEST
         size = parallel.get("tensor", 1)
         wholes = {name: one_process.gradients[name].gradient for name in step.gradients}
         compare(
@@ -270,11 +275,11 @@ def test_like_the_oracle_in_fp64(world_size: int, parallel: dict[str, Any], fold
 
 
 def test_generation_and_training_agree(folder: Path, one_process: Step) -> None:
-    assert one_process.farthest < 1e-5
+    assert one_process.farthest < FARTHEST
     for name, model in DECODED.items():
         for rl in ({}, {"temperature": 0.7, "top_p": 0.9}):
             [step] = run_workers(1, take_step, folder, {"model": model, "rl": rl})
-            assert step.farthest < 1e-5, name
+            assert step.farthest < FARTHEST, name
 
 
 def ended_answers(folder: Path) -> None:
