@@ -57,7 +57,12 @@ def _attend_lower_right(q_BHLK: Tensor, k_BHRK: Tensor, v_BHRK: Tensor, scale: f
 
 def _attend_in_parts(q_BHLK: Tensor, k_BHRK: Tensor, v_BHRK: Tensor, scale: float | None) -> Tensor:
     """Attend on a CPU, where torch would make a mask of causal_lower_right."""
-    return _attend_piece(q_BHLK, k_BHRK, v_BHRK, scale)[0]
+    return _attend_piece(_with_rows(q_BHLK), _with_rows(k_BHRK), _with_rows(v_BHRK), scale)[0]
+
+
+def _with_rows(x: Tensor) -> Tensor:
+    """Return x with its last dim in one piece, as the kernels take it for granted."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _attend_piece(q_BHLK: Tensor, k_BHRK: Tensor, v_BHRK: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
@@ -107,7 +112,7 @@ def attend_pieces(
         window: tokens that a token sees, its own included; None for all of its piece's keys.
         scale: of the scores; None for 1 / sqrt(K).
     """
-    return _Pieces.apply(q_BHLK, k_BHRK, v_BHRK, pieces, window, scale)
+    return _Pieces.apply(_with_rows(q_BHLK), _with_rows(k_BHRK), _with_rows(v_BHRK), pieces, window, scale)
 
 
 class _Pieces(torch.autograd.Function):
@@ -168,9 +173,10 @@ def _parts(piece: Piece, window: int | None) -> list[tuple[slice, bool, bool]]:
 
 
 def _band(bands: dict[tuple[int, int], Tensor], q_BHLK: Tensor, k_BHRK: Tensor, window: int) -> Tensor:
-    """Return what to add to the scores of L queries at the end of R keys [L, R], made once for each size."""
+    """Return what to add to the scores of L queries at the end of R keys [L, R]; `bands` keeps the last one."""
     size = q_BHLK.shape[2], k_BHRK.shape[2]
     if size not in bands:
+        bands.clear()
         seen, last = q_BHLK.new_ones(size, dtype=torch.bool), size[1] - size[0]
         seen = seen.tril(last).triu(last - window + 1)
         bands[size] = q_BHLK.new_zeros(size).masked_fill_(~seen, -torch.inf)

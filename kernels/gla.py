@@ -49,25 +49,26 @@ class _DecayedScores(torch.autograd.Function):
         half = 1
         while half < q.shape[-2]:
             query_late, kept_early = _halves(query, half)[1], _halves(kept, half)[0]
-            q_late, k_early = query_late.contiguous(), kept_early.contiguous()
+            # Copies, also where these are all of a chunk: both are multiplied in place below.
+            q_late, k_early = (x.clone(memory_format=torch.contiguous_format) for x in (query_late, kept_early))
             total_early, total_late = _halves(total, 1)
             met = (q_late * k_early).sum(-1, keepdim=True) if half == 1 else q_late @ k_early.transpose(-1, -2)
             _below(scores, half).copy_(met)
             query_late.mul_(total_early)
             kept_early.mul_(total_late)
-            levels.append((half, q_late, k_early, total_early, total_late))
+            levels += [q_late, k_early, total_early, total_late]
             total = (total_early * total_late).squeeze(-2)
             half *= 2
-        ctx.save_for_backward(q, k, decay)
-        # Not inputs or outputs, and freed with the graph: the caller computes this again in its own backward pass.
-        ctx.levels = levels
+        ctx.save_for_backward(q, k, decay, *levels)
         return scores, query, kept, total[:, 0]
 
     @staticmethod
     def backward(ctx, grad_scores, grad_query, grad_kept, grad_total):
-        q, k, decay = ctx.saved_tensors
+        q, k, decay, *levels = ctx.saved_tensors
         grad_q, grad_k, grad_total = grad_query.clone(), grad_kept.clone(), grad_total[:, None]
-        for half, q_late, k_early, total_early, total_late in reversed(ctx.levels):
+        for level in reversed(range(len(levels) // 4)):
+            q_late, k_early, total_early, total_late = levels[4 * level : 4 * level + 4]
+            half = 2**level
             grad_late, grad_early = _halves(grad_q, half)[1], _halves(grad_k, half)[0]
             grad_total = grad_total.unsqueeze(-2)
             of_early = (grad_late * q_late).sum(-2, keepdim=True) + grad_total * total_late

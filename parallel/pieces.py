@@ -9,6 +9,8 @@ from megatron_sse.parallel.sharding import ContextShard
 
 # Least queries of a piece under a window: smaller ones would cost more calls than they save work.
 WINDOWED_QUERIES = 128
+# Most pairs of a query and a key in a piece under a window, which takes a mask of them: 16 MiB in fp32.
+WINDOWED_PAIRS = 1 << 22
 
 
 def cut_pieces(starts_BE: np.ndarray, shard: ContextShard, window: int | None) -> list[Piece]:
@@ -37,7 +39,10 @@ def cut_pieces(starts_BE: np.ndarray, shard: ContextShard, window: int | None) -
             inside = (np.flatnonzero(starts[begin + 1 : end]) + begin + 1).tolist()
             for first, last in pairwise([begin, *inside, end]):
                 start = int(start_E[first])
-                step = last - first if window is None else max(window, WINDOWED_QUERIES)
+                step = last - first
+                if window is not None and last - start > window:
+                    # Keys are fewer than step + window, so that there are at most WINDOWED_PAIRS pairs.
+                    step = max(1, min(max(window, WINDOWED_QUERIES), WINDOWED_PAIRS // (2 * window)))
                 for at in range(first, last, step):
                     stop = min(at + step, last)
                     from_key = start if window is None else max(start, at - window + 1)

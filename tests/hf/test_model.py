@@ -198,8 +198,8 @@ def test_a_cache_goes_on(network: Any) -> None:
         network(TOKENS[:, 9:17], cache=prefix)
         with pytest.raises(ValueError, match="^past_key_values, cache: got both"):
             network(TOKENS[:, 17:18], past_key_values=prefix, cache=prefix)
-    for cache in (deepcopy(prefix), prefix):
-        assert torch.equal(network.generate(TOKENS, past_key_values=cache, **GREEDY), expected)
+    for name, cache in (("cache", deepcopy(prefix)), ("past_key_values", prefix)):
+        assert torch.equal(network.generate(TOKENS, **{name: cache}, **GREEDY), expected)
     # A second turn.
     turn = network.generate(TOKENS, return_dict_in_generate=True, **GREEDY)
     second = torch.cat((turn.sequences, random_tokens(257, 9)), dim=1)

@@ -22,6 +22,8 @@ COMMON = [
     Case(lengths=UNEVEN),
     Case(lengths=UNEVEN, initial=True, num_writers=2, num_readers=2),
     Case(lengths=(1,)),
+    # A single chunk of a single head: nothing between it and others has to be copied.
+    Case(lengths=(7,), num_heads=1, num_value_heads=1, num_partitions=0),
     Case(lengths=(1, 1, 1), initial=True),
     Case(lengths=(64, 64)),
     Case(routing="one"),

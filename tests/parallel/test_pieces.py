@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sse.kernels.attention import Piece, attend_pieces
+from megatron_sse.kernels.attention import Piece, attend_last, attend_pieces
 from megatron_sse.parallel import pieces
 from megatron_sse.parallel.sharding import ContextShard
 
@@ -60,6 +60,20 @@ def test_like_scores_with_a_mask(starts_BE: np.ndarray, window: int | None, monk
         assert all((x - y).abs().max() < 1e-13 for x, y in pairs)
 
 
+def test_any_strides() -> None:
+    """The kernels take the last dim to be in one piece."""
+    generator = torch.Generator().manual_seed(3)
+    qkv = [torch.randn(2, 2, 8, 24, generator=generator).transpose(2, 3).requires_grad_() for _ in range(3)]
+    rows = [x.detach().contiguous().requires_grad_() for x in qkv]
+    results = []
+    for inputs in (qkv, rows):
+        out = attend_pieces(*inputs, pieces.cut_pieces(STARTS_BE, ContextShard(), None))
+        results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+    last = [attend_last(q.detach()[:, :, 20:], k.detach(), v.detach()) for q, k, v in (qkv, rows)]
+    assert torch.equal(*last)
+
+
 def test_a_piece_for_each_document_or_window() -> None:
     both, alone = slice(None), slice(0, 1)
     second = pieces.cut_pieces(STARTS_BE[1:], ContextShard(), None)
@@ -69,6 +83,11 @@ def test_a_piece_for_each_document_or_window() -> None:
     long = pieces.cut_pieces(np.zeros((1, 400), dtype=bool), ContextShard(), 130)
     ends = [(piece.queries.stop, piece.keys.start, piece.hides(130)) for piece in long]
     assert ends == [(130, 0, False), (260, 1, True), (390, 131, True), (400, 261, True)]
+    # No mask is larger than allowed, and nothing is cut that the window does not.
+    cut = pieces.cut_pieces(np.zeros((1, 1 << 16), dtype=bool), ContextShard(), 1 << 14)
+    sizes = [(piece.queries.stop - piece.queries.start) * (piece.keys.stop - piece.keys.start) for piece in cut]
+    assert max(sizes) <= pieces.WINDOWED_PAIRS and len(cut) == 512
+    assert len(pieces.cut_pieces(np.zeros((1, 1 << 14), dtype=bool), ContextShard(), 1 << 14)) == 1
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -370,7 +370,10 @@ class MegatronSSEForCausalLM(MegatronSSEPreTrainedModel, GenerationMixin):
                 f"cache_implementation: got {generation_config.cache_implementation!r}, allowed None: the model has a "
                 "cache of its own"
             )
-        if generation_config.use_cache is not False and model_kwargs.get(CACHE) is None:
+        given = one_cache(*(model_kwargs.pop(name, None) for name in CACHE_NAMES))
+        if given is not None:
+            model_kwargs[CACHE] = given
+        if generation_config.use_cache is not False and given is None:
             model_kwargs[CACHE] = self.make_cache()
             return
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
