@@ -51,7 +51,8 @@ def choose_layouts(config: RunConfig, names: list[str] | None) -> dict[str, Para
     if given.context > 1:
         # layout: auto is decided by the model's own sizes, not by the small ones.
         given = given.model_copy(update={"layout": "zigzag" if choose_layout(config)[0] else "contiguous"})
-    layouts = {name: _beside(given, changes) for name, changes in STANDARD.items()}
+    length = config.data.sequence_length
+    layouts = {name: _beside(given, changes, length) for name, changes in STANDARD.items()}
     own = _comparable(given, data=given.data or 1)
     if names is not None:
         layouts[OWN] = own
@@ -68,14 +69,15 @@ def choose_layouts(config: RunConfig, names: list[str] | None) -> dict[str, Para
 
 def one_process(given: ParallelConfig) -> ParallelConfig:
     """Return the layout of one process, with which the others are compared."""
-    return _beside(given, {})
+    return _beside(given, {}, 1)
 
 
-def _beside(given: ParallelConfig, changes: dict[str, Any]) -> ParallelConfig:
-    context = changes.get("context", 1)
+def _beside(given: ParallelConfig, changes: dict[str, Any], length: int) -> ParallelConfig:
+    context, tensor = changes.get("context", 1), changes.get("tensor", 1)
     base: dict[str, Any] = {"tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "context": 1, "data": 1}
-    # Without tensor ranks of their own, users have not chosen: the default for several applies.
-    base["sequence"] = changes.get("tensor", 1) > 1 and (given.sequence or given.tensor == 1)
+    # Without tensor ranks of their own, users have not chosen: the default for several applies, where it can.
+    by_default = given.tensor == 1 and length % (context * tensor) == 0
+    base["sequence"] = tensor > 1 and (given.sequence or by_default)
     # A zigzag layout needs at least two ranks.
     base |= {"layout": given.layout if context > 1 else "auto"}
     # Ranks count as two nodes, so that states also cross between nodes; with auto, where exscan is not all there is.

@@ -113,7 +113,7 @@ def _sizes(config: Settings) -> Found:
         allowed = f"a value that pads the vocabulary to a multiple of parallel.tensor {parallel.tensor}"
         yield "model.vocab_multiple", model.vocab_multiple, allowed
     if parallel.sequence and parallel.tensor == 1:
-        yield "parallel.sequence", True, "false while parallel.tensor is 1"
+        yield "parallel.sequence", True, "false, or null for the default, while parallel.tensor is 1"
     split = parallel.tensor if parallel.sequence else 1
     if length % (parallel.context * split):
         factors = [f"parallel.context {parallel.context}"] if parallel.context > 1 else []
@@ -125,6 +125,8 @@ def _sizes(config: Settings) -> Found:
     # Two slots a rank, and under sequence parallelism each slot divides among the tensor ranks.
     if parallel.layout == "zigzag" and length % (2 * parallel.context * split):
         allowed = f"a multiple of {2 * parallel.context * split} with parallel.layout zigzag"
+        if split > 1 and not length % (2 * parallel.context):
+            allowed += ", or parallel.sequence false"
         yield "data.sequence_length", length, allowed
     if parallel.layout == "zigzag" and straddles_slots(config):
         allowed = "auto, contiguous with model.input_convolution, parallel.sequence and an odd parallel.tensor"

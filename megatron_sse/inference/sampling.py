@@ -78,7 +78,7 @@ class Sampler:
 
     def pick(self, logits_Dv: Tensor, places: Sequence[int]) -> list[int]:
         """Return the next token of each of the sequences in `places`."""
-        keys = np.array([make_key(self.seed, place) for place in places])
+        keys = np.array([make_key(self.seed, place) for place in places], dtype=np.int64)
         counts = np.array([self._drawn[place] for place in places])
         self._drawn.update(places)
         on_device = (to_device(x, logits_Dv.device) for x in (keys, counts))

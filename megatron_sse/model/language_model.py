@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_sse.config import ModelConfig
 from megatron_sse.model.backend import Backend
+from megatron_sse.model.projections import borrow_weight
 from megatron_sse.parallel.layout import TokenLayout
 from megatron_sse.parallel.linear_cross_entropy import TokenScores, score_tokens
 from megatron_sse.parallel.linear_divergence import Teacher, diverge
@@ -79,7 +80,7 @@ class LanguageModel(GPTModel):
         """Return the output layer's weight on this rank: its own, or the embedding that it is tied to."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
+        return borrow_weight(self.output_layer)
 
 
 def build_language_model(

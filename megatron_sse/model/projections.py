@@ -85,7 +85,19 @@ class LowRank(torch.nn.Module):
 
 def project_down(pairs: Iterable[LowRank], x: Tensor) -> Tensor:
     """Return x [.., d] times the first matrices of all pairs, side by side, as one product."""
-    return linear(x, torch.cat([pair.down.weight for pair in pairs]))
+    return linear(x, torch.cat([borrow_weight(pair.down) for pair in pairs]))
+
+
+def borrow_weight(module: torch.nn.Module) -> Tensor:
+    """Return a module's weight, for a product that the module does not compute itself.
+
+    A module's call starts with hooks, in which Megatron-Core's DDP waits for weights that are still being gathered
+    (parallel.overlap_parameters). They run here as well: without them the weight may be that of the step before.
+    """
+    for hook in module._forward_pre_hooks.values():
+        hook(module, ())
+    assert isinstance(module.weight, Tensor)
+    return module.weight
 
 
 def enter_heads(parts: Sequence[Tensor], group: dist.ProcessGroup, sequence_parallel: bool) -> tuple[Tensor, ...]:

@@ -32,7 +32,7 @@ COUNTS = [
     ("", 1, 8, 8),
     ("parallel.data=1", 1, 8, 2),
     ("", 2, 8, 8),
-    ("parallel.tensor=3 model.ffn_hidden_size=576", 1, 8, 6),
+    ("parallel.tensor=3 parallel.sequence=false model.ffn_hidden_size=576", 1, 8, 6),
     ("training.global_batch_size=2", 1, 8, 4),
     ("parallel.data=2", 2, 0, 2),
 ]

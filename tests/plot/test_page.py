@@ -62,6 +62,7 @@ def test_the_tables(drawn: Path) -> None:
     # The runs' folders also hold token files, which do not count here.
     assert [row for row in table[4:] if not row[0].startswith("data.train")] == [
         ["parallel.tensor", "1", "2"],
+        ["parallel.sequence", "false", "true"],
         ["parallel.context", "1", "2"],
         ["training.precision", "bf16", "fp32"],
     ]

@@ -1,5 +1,6 @@
 """Overlapped communication and fused operations change how a step is computed, not what."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from megatron_sse.config import (
     overlaps_parameters,
     transformer_settings,
 )
+from megatron_sse.training import step
 from tests.checkpoint.support import Trace, save, take_steps
 from tests.training.support import small_run, start
 from tests.workers import run_workers
@@ -38,6 +40,32 @@ def train_and_save(folder: Path, sections: dict[str, Any], overlap: bool) -> tup
     trace = take_steps(run, STEPS)
     save(run, STEPS)
     return trace, len(chunk.bucket_groups)
+
+
+def train_in_buckets(folder: Path, bucket_size: int) -> tuple[Trace, int]:
+    """Train with overlap in buckets of about `bucket_size` weights; return losses and norms, and their number."""
+    parallel = {"distributed_optimizer": True, "overlap_gradients": True, "overlap_parameters": True}
+    original = step.DistributedDataParallelConfig
+    step.DistributedDataParallelConfig = partial(original, bucket_size=bucket_size)  # type: ignore[misc]
+    try:
+        run = start(small_run(folder, parallel=parallel))
+    finally:
+        step.DistributedDataParallelConfig = original  # type: ignore[misc]
+    [chunk] = run.trainer.chunks
+    return take_steps(run, STEPS), len(chunk.bucket_groups)
+
+
+def test_weights_that_another_module_multiplies_have_arrived(tmp_path: Path) -> None:
+    """The output layer's weight and the first matrices of low-rank pairs are read outside their modules' calls."""
+    small_run(tmp_path)
+    (expected, _), _ = run_workers(2, train_and_save, tmp_path, {}, False)
+    for bucket_size in (8000, 1500):
+        for found, num_buckets in run_workers(2, train_in_buckets, tmp_path, bucket_size):
+            assert num_buckets > 5
+            for (losses, norm), (expected_losses, expected_norm) in zip(found, expected, strict=True):
+                # Weights of the step before make a difference of 1e-6; the norm is summed in another order.
+                assert losses["loss"] == pytest.approx(expected_losses["loss"], rel=1e-7)
+                assert norm == pytest.approx(expected_norm, rel=1e-6)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
