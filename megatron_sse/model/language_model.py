@@ -78,8 +78,10 @@ class LanguageModel(GPTModel):
 
     def output_weight(self) -> Tensor:
         """Return the output layer's weight on this rank: its own, or the embedding that it is tied to."""
-        if self.share_embeddings_and_output_weights:
+        if self.share_embeddings_and_output_weights and self.pre_process:
+            # The embedding has been called in this pass.
             return self.shared_embedding_or_output_weight()
+        # Also where it is tied to an embedding on another pipeline stage: a copy of that is the layer's own.
         return borrow_weight(self.output_layer)
 
 
