@@ -172,7 +172,7 @@ WRONG = {
     ),
     "sequence parallelism alone": (
         add_section("parallel: {sequence: true}\n"),
-        "14: parallel.sequence: got true, allowed false while parallel.tensor is 1",
+        "14: parallel.sequence: got true, allowed false, or null for the default, while parallel.tensor is 1",
     ),
     "length by tensor": (
         ("length: 128\n", "length: 127\nparallel: {tensor: 2}\n"),
