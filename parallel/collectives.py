@@ -1,9 +1,10 @@
-"""Sums and gathers over a group as parts of a differentiable computation."""
+"""Sums and gathers over a group as parts of a differentiable computation, and of updated weights."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 
@@ -85,3 +86,14 @@ def gather_tokens(parts: Sequence[Tensor], group: dist.ProcessGroup) -> tuple[Te
     parts: this rank's equal part of the tokens, the first dim, in rank order; dtypes may differ.
     """
     return _GatherTokens.apply(group, *parts)
+
+
+def gather_weights(chunks: Iterable[DistributedDataParallel]) -> None:
+    """Wait for the weights that other copies of the model have updated.
+
+    With parallel.overlap_parameters the next forward pass of training gathers them otherwise, so that until then each
+    copy has only its own part of the step.
+    """
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)

@@ -28,6 +28,7 @@ from megatron_sse.durable import fsync
 from megatron_sse.errors import describe_error
 from megatron_sse.installed import versions
 from megatron_sse.lease import Lease
+from megatron_sse.parallel.collectives import gather_weights
 from megatron_sse.run_folder import CONFIG
 
 logger = logging.getLogger(__name__)
@@ -112,10 +113,7 @@ class Saver:
         """
         assert self._save is None
         started = time.perf_counter()
-        for chunk in self.chunks:
-            if chunk.ddp_config.overlap_param_gather:
-                # Otherwise the next forward pass gathers what other copies have updated.
-                chunk.start_param_sync(force_sync=True)
+        gather_weights(self.chunks)
         wrong = find_not_finite(self.chunks, self.optimizer)
         _agree(wrong and f"not finite: {wrong}")
         partial = self._make_folder(step)

@@ -92,7 +92,8 @@ def borrow_weight(module: torch.nn.Module) -> Tensor:
     """Return a module's weight, for a product that the module does not compute itself.
 
     A module's call starts with hooks, in which Megatron-Core's DDP waits for weights that are still being gathered
-    (parallel.overlap_parameters). They run here as well: without them the weight may be that of the step before.
+    (parallel.overlap_parameters). They run here as well: without them the weight may be that of the step before. Those
+    behind the call do not, so that a module whose weights are lent (pretrained.lending) cannot lend them here.
     """
     for hook in module._forward_pre_hooks.values():
         hook(module, ())

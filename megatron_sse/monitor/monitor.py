@@ -28,6 +28,7 @@ from megatron_sse.monitor.replicas import compare_replicas
 from megatron_sse.monitor.spikes import Spikes
 from megatron_sse.monitor.straggler import Stragglers
 from megatron_sse.monitor.trackers import start_trackers
+from megatron_sse.parallel.collectives import gather_weights
 from megatron_sse.parallel.device import Device
 from megatron_sse.run_folder import CONFIG, METRICS, TENSORBOARD
 
@@ -208,6 +209,7 @@ class Monitor:
                 self._warn(f"step {step}/{self.config.training.steps} | {warning}")
 
     def _compare_replicas(self, step: int) -> None:
+        gather_weights(self.model_chunks)
         found = compare_replicas(self.model_chunks, self.groups.dp_cp)
         # Each group of replicas holds other weights.
         if found is not None and self.groups.dp_cp.rank() == 0:

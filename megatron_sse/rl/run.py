@@ -28,6 +28,7 @@ from megatron_sse.errors import SharedUserError, UserError, found_by_all, found_
 from megatron_sse.inference.sampling import KeyedSampler, make_key
 from megatron_sse.lease import Lease
 from megatron_sse.monitor.output import Output
+from megatron_sse.parallel.collectives import gather_weights
 from megatron_sse.parallel.device import Device
 from megatron_sse.parallel.sharding import ContextShard
 from megatron_sse.rl.advantages import Group, has_spread, weigh
@@ -253,7 +254,7 @@ class PolicyRun(Run):
         replays: whether training may follow, which picks the same partitions.
         """
         mine = own_numbers(len(prompts), self.groups.dp_cp)
-        self._gather_weights()
+        gather_weights(self.trainer.chunks)
         of_mine = [prompts[number] for number in mine], [keys[number] for number in mine]
         replay = self.replay if replays else None
         rollouts = generate(
@@ -287,12 +288,6 @@ class PolicyRun(Run):
             return [0.0] * len(rollouts)
         texts = (self.problems.texts.decode(prompt, rollout.tokens) for rollout in rollouts)
         return [self.problems.scorer(prompt.problem, text) for text in texts]
-
-    def _gather_weights(self) -> None:
-        """Wait for weights that other copies have updated, which else the next forward pass of training would."""
-        for chunk in self.trainer.chunks:
-            if chunk.ddp_config.overlap_param_gather:
-                chunk.start_param_sync(force_sync=True)
 
     def _report_step(
         self, step: int, found: RolledOut, results: list[StepResult], trained: int, seconds: tuple[float, float]
