@@ -7,7 +7,8 @@ import torch.distributed as dist
 
 from megatron_sse.config import SSEConfig
 from megatron_sse.kernels import norm, routing, scan, sse
-from megatron_sse.kernels.triton import gdn, gla
+from megatron_sse.kernels.triton import gla
+from megatron_sse.kernels.triton.delta_rule import Kernels
 from megatron_sse.parallel.groups import init_groups
 from megatron_sse.parallel.sharding import ContextShard
 from tests.model.mixer_runs import Results, forward_backward, run_mixers, worst_error
@@ -54,14 +55,18 @@ def _record(patch: pytest.MonkeyPatch, trace: Trace, mixer: Any) -> None:
         return Work(exchange(*args, async_op=async_op, **options))
 
     patch.setattr(dist, "all_to_all_single", start)
-    for module in (gla, gdn):
-        launch = module._launch
+    launch_gla, launch = gla._launch, Kernels.launch
 
-        def record(kernel: Any, *args: Any, launch: Any = launch, **options: Any) -> None:
-            trace.append(kernel.__name__.removesuffix("_kernel"))
-            launch(kernel, *args, **options)
+    def record_gla(kernel: Any, *args: Any, **options: Any) -> None:
+        trace.append(kernel.__name__.removesuffix("_kernel"))
+        launch_gla(kernel, *args, **options)
 
-        patch.setattr(module, "_launch", record)
+    def record(kernels: Kernels, kernel: Any, *args: Any, **options: Any) -> None:
+        trace.append(kernel.__name__.removesuffix("_kernel"))
+        launch(kernels, kernel, *args, **options)
+
+    patch.setattr(gla, "_launch", record_gla)
+    patch.setattr(Kernels, "launch", record)
     mixer.output_gate.register_forward_hook(lambda *args: trace.append("gate"))
     # The first matrix is multiplied with those of the other low-rank pairs, before the states start.
     mixer.output_gate.up.weight.register_hook(lambda grad: trace.append("gate's gradient"))

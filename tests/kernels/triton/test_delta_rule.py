@@ -12,7 +12,7 @@ from megatron_sse.kernels import Routes
 from megatron_sse.kernels.routing import sort_by_segment
 from megatron_sse.kernels.scan import scan_states
 from megatron_sse.kernels.segments import Segments
-from megatron_sse.kernels.triton import gdn, kda
+from megatron_sse.kernels.triton import delta_rule, gdn, kda
 from megatron_sse.kernels.triton_attention import OPERATORS
 from megatron_sse.kernels.triton_rows import Rows, make_rows
 from tests.kernels.cases import UNEVEN, Case, Inputs, errors, make_inputs, outputs_and_gradients, rms
@@ -166,11 +166,14 @@ def forget_a_gate_between_pieces(patch: pytest.MonkeyPatch, recurrence: str) -> 
 
 
 def swap_write_and_read(patch: pytest.MonkeyPatch, recurrence: str) -> None:
-    fields = list(gdn.GdnInputs._fields)
+    fields = list(delta_rule.DeltaRuleInputs._fields)
     write, read = fields.index("write_R"), fields.index("read_R")
     fields[write], fields[read] = fields[read], fields[write]
-    swapped = type("Swapped", (gdn.GdnInputs,), {"_asdict": lambda self: dict(zip(fields, self, strict=True))})
-    patch.setattr({"gdn": gdn, "kda": kda}[recurrence], "GdnInputs", swapped)
+    swapped = type(
+        "Swapped", (delta_rule.DeltaRuleInputs,), {"_asdict": lambda self: dict(zip(fields, self, strict=True))}
+    )
+    for module in (delta_rule, {"gdn": gdn, "kda": kda}[recurrence]):
+        patch.setattr(module, "DeltaRuleInputs", swapped)
 
 
 def drop_the_leaving_gradient(patch: pytest.MonkeyPatch, recurrence: str) -> None:

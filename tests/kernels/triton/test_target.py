@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron_sse.kernels.triton import gdn, gla, kda
+from megatron_sse.kernels.triton.delta_rule import Dims
 from megatron_sse.kernels.triton.target import HOPPER, SHARED_LIMIT, Target, target_of
 
 
@@ -14,8 +15,8 @@ def plans(target: Target) -> Iterator[tuple[dict, dict]]:
     """Yield constants and options of every kernel for 16-bit inputs."""
     for dim in (128, 256):
         for module in (gdn, kda):
-            for kernel in module.PER_CHUNK + module.PER_PIECE:
-                yield module._plan(kernel, gdn.Dims(8, 8, dim, dim, torch.bfloat16), target)
+            for kernel in module.KERNELS.per_chunk + module.KERNELS.per_piece:
+                yield module.KERNELS.plan(kernel, Dims(8, 8, dim, dim, torch.bfloat16), target)
         for kernel in gla._TILES:
             yield gla._configure(kernel, dim, dim, 1, torch.bfloat16, False, target)
 
@@ -40,9 +41,9 @@ def test_a_new_gpu_with_little_shared_memory_gets_the_small_blocks(monkeypatch: 
 
 def test_a_new_gpu_with_much_gets_the_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     large = on_a(monkeypatch, 10, 0, 227 << 10)
-    for kernel in gdn.PER_PIECE:
-        dims = gdn.Dims(8, 8, 256, 256, torch.bfloat16)
-        assert gdn._plan(kernel, dims, large) == gdn._plan(kernel, dims, HOPPER)
+    for kernel in gdn.KERNELS.per_piece:
+        dims = Dims(8, 8, 256, 256, torch.bfloat16)
+        assert gdn.KERNELS.plan(kernel, dims, large) == gdn.KERNELS.plan(kernel, dims, HOPPER)
     assert list(plans(large)) != list(plans(on_a(monkeypatch, 12, 0, 99 << 10)))
 
 
