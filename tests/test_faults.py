@@ -89,6 +89,11 @@ FAULTS: dict[str, Fault] = {
     "gradient not finite on one context replica": partial(numeric.one_replica_not_finite, numeric.CONTEXT),
     "bit of a weight on one data replica": partial(numeric.replicas_compared, {}),
     "bit of a weight on one context replica": partial(numeric.replicas_compared, numeric.CONTEXT),
+    # The other replica's part is sent over it: behind the step, or in the next forward pass, before it has been read.
+    "bit of a weight with the distributed optimizer": partial(
+        numeric.replicas_compared, numeric.DISTRIBUTED, steps=(4,)
+    ),
+    "bit of a weight that is gathered again": partial(numeric.replicas_compared, numeric.OVERLAPPED, steps=()),
     "F22 hand-off broken": numeric.broken_hand_off_seen,
     "F23 unknown key": partial(
         refused,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import shlex
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +30,6 @@ from megatron_sse.monitor.replicas import compare_replicas
 from megatron_sse.monitor.spikes import Spikes
 from megatron_sse.monitor.straggler import Stragglers
 from megatron_sse.monitor.trackers import start_trackers
-from megatron_sse.parallel.collectives import gather_weights
 from megatron_sse.parallel.device import Device
 from megatron_sse.run_folder import CONFIG, METRICS, TENSORBOARD
 
@@ -93,6 +94,15 @@ class Monitor:
         """Check whether the layers' health is reported after step `step`, counted from 1."""
         return step % self.config.monitor.health_interval == 0
 
+    def comparison(self, step: int) -> Callable[[], None] | None:
+        """Return what compares the replicas' weights in step `step`, before its update; None where that is not due.
+
+        Behind the update the distributed optimizer sends each replica's part of the weights over the others', and what
+        differed there is lost.
+        """
+        every = self.config.monitor.replica_check
+        return partial(self._compare_replicas, step) if every and step % every == 0 else None
+
     def before_step(self, step: int) -> None:
         """Prepare for step `step`, counted from 1."""
         for window in self.windows:
@@ -150,8 +160,6 @@ class Monitor:
             self.stragglers.step()
         if self.reports_health(step):
             self._report_health(step)
-        if monitor.replica_check and step % monitor.replica_check == 0:
-            self._compare_replicas(step)
 
     def validation(self, step: int, means: dict[str, float]) -> None:
         """Report a validation after `step` steps.
@@ -209,7 +217,6 @@ class Monitor:
                 self._warn(f"step {step}/{self.config.training.steps} | {warning}")
 
     def _compare_replicas(self, step: int) -> None:
-        gather_weights(self.model_chunks)
         found = compare_replicas(self.model_chunks, self.groups.dp_cp)
         # Each group of replicas holds other weights.
         if found is not None and self.groups.dp_cp.rank() == 0:

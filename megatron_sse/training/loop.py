@@ -215,6 +215,7 @@ class Run:
             set_learning_rate(self.trainer.optimizer, rate := self.learning_rate(step))
             self._seed(step)
             self.trainer.measures_health = self.monitor.reports_health(step)
+            self.trainer.before_update = self.monitor.comparison(step)
             result = self._take_step(step, batches)
             self.consumed_samples += self.stage.config.training.global_batch_size
             self._report(step, result, rate, time.perf_counter() - started)

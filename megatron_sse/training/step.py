@@ -4,7 +4,7 @@ The loss is the mean over the counted tokens of the global batch, so a rank with
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice, tee
@@ -76,7 +76,9 @@ class Trainer:
     """The model of this rank, its optimizer, and the settings to run a step.
 
     chunks: the model chunks in DDP. num_micro_batches: per data-parallel rank and step. measures_health: whether layers
-    compute in the next step what the monitor reports of their health; the run sets it. layer_loss_factor: of the losses
+    compute in the next step what the monitor reports of their health; the run sets it. before_update: called in the
+    next step when its gradients are complete and its weights, gathered for the forward pass, are still the same on all
+    replicas; the run sets it. layer_loss_factor: of the losses
     that layers add themselves, on top of their coefficient.
     """
 
@@ -92,6 +94,7 @@ class Trainer:
         self.groups, self.chunks, self.optimizer = groups, chunks, optimizer
         self.objective: Objective = LanguageModelling()
         self.measures_health = True
+        self.before_update: Callable[[], None] | None = None
         self.start_stage(config)
         self.mixers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, SSEMixer)]
         settings = chunks[0].config
@@ -127,6 +130,8 @@ class Trainer:
         self.optimizer.prepare_grads()
         grad_norm = self.optimizer.get_grad_norm()
         losses, skip = self._reduce(sums, grad_norm)
+        if self.before_update is not None:
+            self.before_update()
         if skip is None:
             clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), self.config.optimizer.clip_grad, grad_norm)
             self.optimizer.step_with_ready_grads()

@@ -17,9 +17,7 @@ from megatron_sse.config import (
     transformer_settings,
 )
 from megatron_sse.training import step
-from megatron_sse.training.loop import Signals
 from tests.checkpoint.support import Trace, save, take_steps
-from tests.numeric_faults import listen
 from tests.training.support import small_run, start
 from tests.workers import run_workers
 
@@ -68,20 +66,6 @@ def test_weights_that_another_module_multiplies_have_arrived(tmp_path: Path) -> 
                 # Weights of the step before make a difference of 1e-6; the norm is summed in another order.
                 assert losses["loss"] == pytest.approx(expected_losses["loss"], rel=1e-7)
                 assert norm == pytest.approx(expected_norm, rel=1e-6)
-
-
-def compare_copies(folder: Path) -> list[str]:
-    """Train, and compare the copies of the model after every step; return what the monitor warns of."""
-    parallel = {"distributed_optimizer": True, "overlap_gradients": True, "overlap_parameters": True}
-    run = start(small_run(folder, parallel=parallel, training={"steps": 3}, monitor={"replica_check": 1}))
-    lines = listen()
-    run.run(Signals())
-    return lines
-
-
-def test_copies_are_compared_when_their_weights_have_arrived(tmp_path: Path) -> None:
-    small_run(tmp_path)
-    assert run_workers(2, compare_copies, tmp_path) == [[], []]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
