@@ -2,9 +2,9 @@
 
 import os
 import re
+import select
 import signal
 import threading
-import time
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -74,13 +74,14 @@ def test_the_lease_of_a_killed_holder_is_taken_over_at_once(tmp_path: Path, monk
     name = tmp_path / "training"
     pid, pipe = start_holder(name)
     assert pipe.recv() == "held"
+    ended = os.pidfd_open(pid)
     # It is not waited for, so that it stays a zombie.
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(EOFError):
         pipe.recv()
     # Its pipe is closed a moment before it has ended.
-    while lease._start_of(pid) is not None:
-        time.sleep(0.01)
+    select.select([ended], [], [])
+    os.close(ended)
     refuse_if_held_here(name.parent, KEY, name.name)
     with hold(name.parent, KEY, name.name) as held:
         assert files(tmp_path) == ["training.lease_2"]

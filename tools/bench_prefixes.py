@@ -73,9 +73,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     config = load_config(args.config, args.overrides)
     rl, document = config.rl, args.prompt + args.answer
+    if rl is None:
+        raise SystemExit(f"CONFIG: got {args.config}, which has no rl section; give one that has")
     # Rounded up to complete documents, so that plain packing has no padding.
     length = -(-(args.prompt + args.samples * (args.answer + 1)) // document) * document
-    assert rl is not None, f"{args.config} has no rl"
     print(json.dumps({"commit": commit(), "torch": torch.__version__, "cpu": cpu_name(), "settings": vars(args)}))
     with inference_groups() as (groups, device):
         [net] = build_model(config, groups, device)
