@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sse.config import ModelConfig, RunConfig, load_config
-from megatron_sse.config.derive import count_parameters
+from megatron_sse.config import load_config
 from megatron_sse.errors import UserError
+from megatron_sse.tools.studies.sizes import TOLERANCE, match_parameters, num_parameters, state_elements
 
 BASE = "n8k1"
 PURE6 = "sse6"
-# Relative difference up to which numbers of parameters count as equal.
-TOLERANCE = 0.02
 
 CLAIMS = {
     "a": "recall rises with the number of partitions at equal parameters",
@@ -116,27 +114,7 @@ def arm_settings(name: str, path: Path, settings: list[str]) -> list[str]:
     if arm.parameters_as is None:
         return given
     wanted = num_parameters(load_config(path, [*settings, *ARMS[arm.parameters_as].overrides]).model)
-    # The number of parameters is linear in the width, so two widths determine the one that is needed.
-    one, two = (num_parameters(load_config(path, [*given, f"model.ffn_hidden_size={width}"]).model) for width in (1, 2))
-    return [*given, f"model.ffn_hidden_size={max(1, 1 + round((wanted - one) / (two - one)))}"]
-
-
-def num_parameters(model: ModelConfig) -> int:
-    """Return the number of parameters of the model."""
-    return sum(count_parameters(model).values())
-
-
-def state_elements(config: RunConfig) -> int:
-    """Return how many numbers all layers keep of a sequence: states of all banks, or keys and values of all tokens."""
-    model, sse, softmax = config.model, config.model.sse, config.model.softmax
-    total = 0
-    for kind in model.layer_kinds():
-        if kind == "softmax":
-            total += 2 * softmax.num_kv_heads * softmax.head_dim * (softmax.window or config.data.sequence_length)
-        else:
-            banks = sse.shared_bank + sse.num_partitions if kind == "sse" and sse.num_partitions else 1
-            total += banks * sse.num_value_heads * sse.head_dim * sse.value_head_dim
-    return total
+    return match_parameters(path, given, wanted)
 
 
 def tabulate_arms(names: list[str], path: Path, settings: list[str]) -> str:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from megatron_sse.errors import UserError
 from megatron_sse.reports.style import label_steps
 from megatron_sse.tools.recall_arms import ARMS, BASE, CLAIMS
-from megatron_sse.tools.recall_results import Result, write_results
+from megatron_sse.tools.studies.results import Result, write_results
 
 BY_N = {
     "SSE": ("n1k1", "n2k1", "n4k1", "n8k1", "n16k1"),

@@ -14,113 +14,20 @@ plots, which need the `plot` extra) covers all results in OUTPUT; `--report` wri
 from __future__ import annotations
 
 import argparse
-import ctypes
-import json
-import os
-import shutil
 import signal
-import subprocess
 import sys
-import tempfile
-import threading
-import time
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from megatron_sse.checkpoint.folders import step_folder
-from megatron_sse.config import RunConfig, load_config
-from megatron_sse.durable import write_durably
 from megatron_sse.errors import INTERRUPT_EXIT, USER_ERROR_EXIT, UserError
 from megatron_sse.installed import require
-from megatron_sse.interrupts import PR_SET_PDEATHSIG
-from megatron_sse.run_folder import CHECKPOINTS
-from megatron_sse.tools.recall_arms import ARMS, arm_settings, find_arms, num_parameters, state_elements, tabulate_arms
-from megatron_sse.tools.recall_results import RESULT, RESULTS, Result, find_results, read_results
+from megatron_sse.tools.recall_arms import ARMS, arm_settings, find_arms, tabulate_arms
+from megatron_sse.tools.studies.results import Key, Result, find_results
+from megatron_sse.tools.studies.runs import ROOT, Run, check_same, check_writable, make_run, train_all
+from megatron_sse.tools.studies.sizes import num_parameters, state_elements
 
-ROOT = Path(__file__).resolve().parents[1]
-SETTINGS = "settings.json"
 # Number of checkpoints of a run, which are measured.
 POINTS = 8
-# Seconds that a run has to save when it is terminated.
-PATIENCE = 60
-_LIBC = ctypes.CDLL(None)
-
-
-class RunError(Exception):
-    """Failure of a run."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """One model and seed. settings: overrides of the file's settings."""
-
-    arm: str
-    seed: int
-    folder: Path
-    config_path: Path
-    settings: list[str]
-    config: RunConfig
-
-    def description(self) -> dict[str, Any]:
-        """Return the settings that its result depends on."""
-        return _describe(self.config)
-
-
-class Processes:
-    """The processes of the runs under way; none is started after `stop`."""
-
-    def __init__(self) -> None:
-        self.lock, self.stopped = threading.Lock(), False
-        self.running: list[subprocess.Popen] = []
-
-    def run(self, command: list[str], log: Path) -> None:
-        """Run a command to its end, its output appended to a log. Raises RunError."""
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        with log.open("a") as file:
-            with self.lock:
-                if self.stopped:
-                    raise RunError("not started")
-                # In a session of its own, so that Ctrl-C at the terminal reaches it only through `stop`.
-                process = subprocess.Popen(
-                    command,
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                    env=environment,
-                    start_new_session=True,
-                    preexec_fn=_end_with_parent,
-                )
-                self.running.append(process)
-            status = process.wait()
-        with self.lock:
-            self.running.remove(process)
-        if status:
-            last = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
-            raise RunError(f"exit status {status}: {last} ({log})")
-
-    def stop(self) -> None:
-        """Terminate all processes; training saves first."""
-        with self.lock:
-            self.stopped, running = True, list(self.running)
-        for process in running:
-            process.terminate()
-        end = time.monotonic() + PATIENCE
-        for process in running:
-            try:
-                process.wait(max(0, end - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-
-
-def _end_with_parent() -> None:
-    """Ask Linux to terminate this process when its parent dies.
-
-    Otherwise a study that was killed and started again would have two processes in a run's folder.
-    """
-    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -168,129 +75,60 @@ def _plan(options: argparse.Namespace, arms: list[str]) -> list[Run]:
     common = [*options.settings, *([] if options.steps is None else [f"training.steps={options.steps}"])]
     settings = {arm: arm_settings(arm, options.config, common) for arm in arms}
     print(tabulate_arms(arms, options.config, common), flush=True)
-    runs, results = [], find_results(options.output)
+    measure = ("megatron_sse.tools.recall_measure", "--samples", str(options.samples))
+    runs, results = [], find_results(options.output, key)
     for seed in range(options.seeds):
         for arm in arms:
             folder = options.output / arm / f"seed_{seed}"
             own = [*settings[arm], f"training.seed={seed}"]
-            config = load_config(options.config, own)
-            if not any(source.mqar for source in config.data.train):
+            run = make_run(_key(arm, seed), folder, options.config, own, POINTS, measure)
+            if not any(source.mqar for source in run.config.data.train):
                 raise UserError(f"--config: got {options.config}, allowed one whose data.train is mqar")
-            # POINTS checkpoints on the way; training also saves at its end.
-            interval = max(1, config.training.steps // POINTS)
-            own += [f"checkpoint.interval={interval}", f"monitor.folder={json.dumps(str(folder))}"]
-            run = Run(arm, seed, folder, options.config, [*own, "monitor.tensorboard=false"], config)
-            _check_same(run, results.get((arm, seed)))
+            check_same(options.output, run, results.get(run.key))
             runs.append(run)
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=options.output).close()
-    except OSError as error:
-        raise UserError(f"--output: {options.output} cannot be written ({error.strerror})") from None
+    check_writable(options.output)
     return runs
 
 
-def _describe(config: RunConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json", exclude={"monitor", "checkpoint"})
+def _key(arm: str, seed: int) -> Key:
+    return arm, f"seed {seed}"
 
 
-def _check_same(run: Run, result: Result | None) -> None:
-    path = run.folder / SETTINGS
-    if path.is_file():
-        begun, place = json.loads(path.read_text()), f"{run.folder} is a run"
-    elif result is not None:
-        begun, place = result["settings"], f"{run.folder.parents[1] / RESULTS} has {run.arm}, seed {run.seed},"
-    else:
-        return
-    try:
-        # Settings that came after the run have their defaults.
-        same = (
-            _describe(RunConfig.model_validate(begun | {"monitor": {"folder": str(run.folder)}})) == run.description()
-        )
-    except ValidationError:
-        same = False
-    if not same:
-        raise UserError(f"--output: {place} with other settings; give another folder, or remove it")
+def key(result: Result) -> Key:
+    """Return what names the run of a result."""
+    return _key(result["arm"], result["seed"])
+
+
+def read_results(output: Path) -> dict[str, list[Result]]:
+    """Return the results of each arm by seed, arms in their order. Raises UserError where there are none."""
+    results = list(find_results(output, key).values())
+    # Arms that the study no longer has are left out.
+    found = {arm: sorted((r for r in results if r["arm"] == arm), key=lambda r: r["seed"]) for arm in ARMS}
+    found = {arm: results for arm, results in found.items() if results}
+    if not found:
+        raise UserError(f"--output: {output} has no results")
+    return found
 
 
 def _train(options: argparse.Namespace, runs: list[Run], workers: int) -> int:
     """Train the runs that have no result yet, and return how many failed."""
-    done = find_results(options.output)
-    left = [run for run in runs if (run.arm, run.seed) not in done]
-    print(f"\n{len(runs)} runs, {len(runs) - len(left)} already done", flush=True)
-    processes, failed = Processes(), 0
-    with ThreadPoolExecutor(workers) as pool:
-        futures: dict[Future[Result], Run] = {pool.submit(_do, run, processes, options.samples): run for run in left}
-        try:
-            for number, future in enumerate(as_completed(futures), 1):
-                run, text = futures[future], ""
-                try:
-                    result = future.result()
-                    text = f"accuracy {result['accuracy']:.3f}, {result['seconds']:.0f} s"
-                except (RunError, OSError) as error:
-                    failed, text = failed + 1, f"failed: {error}"
-                print(f"{number} of {len(left)}: {run.arm}, seed {run.seed}: {text}", flush=True)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            processes.stop()
-            raise
-    return failed
 
+    def finish(run: Run, points: list[dict[str, Any]]) -> Result:
+        arm, model = run.folder.parent.name, run.config.model
+        return {
+            "arm": arm,
+            "seed": run.config.training.seed,
+            "accuracy": points[-1]["accuracy"],
+            "loss": points[-1]["loss"],
+            "parameters": num_parameters(model),
+            "state_elements": state_elements(run.config),
+            "partitions": model.sse.num_partitions if "sse" in model.layer_kinds() else 0,
+            "points": points,
+            "samples": options.samples,
+        }
 
-def _do(run: Run, processes: Processes, samples: int) -> Result:
-    """Train, measure, write the result and remove the checkpoints. Raises RunError."""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    _write(run.folder / SETTINGS, run.description())
-    checkpoints, points_path, log = (run.folder / name for name in (CHECKPOINTS, "points.json", "train.log"))
-    resumed, started = checkpoints.is_dir(), time.monotonic()
-    python = [sys.executable, "-m"]
-    processes.run([*python, "megatron_sse", "train", str(run.config_path), *run.settings], log)
-    seconds, steps = time.monotonic() - started, run.config.training.steps
-    if not step_folder(checkpoints, steps).is_dir():
-        raise RunError(f"ended before step {steps}; run the same command to resume")
-    measure = "megatron_sse.tools.recall_measure"
-    processes.run([*python, measure, str(run.folder), str(points_path), "--samples", str(samples)], log)
-    result = _result(run, json.loads(points_path.read_text()), samples)
-    result |= {"seconds": seconds, "resumed": resumed}
-    _write(run.folder / RESULT, result)
-    points_path.unlink()
-    shutil.rmtree(checkpoints)
-    return result
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    write_durably(path, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def _result(run: Run, points: list[dict[str, Any]], samples: int) -> Result:
-    # Imported late: it loads Megatron-Core for its version, which takes seconds.
-    from megatron_sse.installed import versions
-
-    last = points[-1]
-    return {
-        "arm": run.arm,
-        "seed": run.seed,
-        "accuracy": last["accuracy"],
-        "loss": last["loss"],
-        "parameters": num_parameters(run.config.model),
-        "state_elements": state_elements(run.config),
-        "partitions": run.config.model.sse.num_partitions if "sse" in run.config.model.layer_kinds() else 0,
-        "points": points,
-        "samples": samples,
-        "settings": run.description(),
-        "versions": versions(),
-        "commit": _commit(),
-    }
-
-
-def _commit() -> str:
-    """Return the commit of the code; reports that the study itself has written do not make it dirty."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs")
-    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+    done = find_results(options.output, key)
+    return train_all(runs, done, workers, finish, lambda result: f"accuracy {result['accuracy']:.3f}")
 
 
 if __name__ == "__main__":

@@ -18,10 +18,12 @@ from megatron_sse.evaluation.read import Reader
 from megatron_sse.evaluation.recall import measure_recall
 from megatron_sse.model import build_model
 from megatron_sse.pretrained.network import inference_groups
-from megatron_sse.tools.recall_arms import ARMS, BASE, arm_settings, num_parameters, state_elements, tabulate_arms
+from megatron_sse.tools.recall_arms import ARMS, BASE, arm_settings, tabulate_arms
 from megatron_sse.tools.recall_measure import SEED, look, make_samples
 from megatron_sse.tools.recall_report import write_report
-from megatron_sse.tools.recall_study import ROOT, main
+from megatron_sse.tools.recall_study import main
+from megatron_sse.tools.studies.runs import ROOT
+from megatron_sse.tools.studies.sizes import num_parameters, state_elements
 
 CONFIG = ROOT / "configs" / "recall_mqar.yaml"
 TINY = ["training.global_batch_size=2", "training.micro_batch_size=2", "training.validation_batches=1"]

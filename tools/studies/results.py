@@ -1,4 +1,4 @@
-"""Results of the study of recall: result.json in each run's folder, and all of them in results.json, for clones.
+"""Results of a study: result.json in each run's folder, and all of them in results.json, for clones.
 
 results.json has one run on each line. Settings that all runs share are written once, before the runs; every run has the
 rest of its settings. Numbers have seven digits: those of states and shares are fp32, and accuracies stay exact.
@@ -7,19 +7,20 @@ rest of its settings. Numbers have seven digits: those of states and shares are 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from megatron_sse.errors import UserError
-from megatron_sse.tools.recall_arms import ARMS
 
 RESULT, RESULTS = "result.json", "results.json"
 Result = dict[str, Any]
+# What names a run, in words for the console: ("n8k1", "seed 0").
+Key = tuple[str, ...]
 
 
-def find_results(output: Path) -> dict[tuple[str, int], Result]:
-    """Return results by arm and seed, arms in their order; a run's own file goes before results.json.
+def find_results(output: Path, key: Callable[[Result], Key]) -> dict[Key, Result]:
+    """Return all results by the key of each; a run's own file goes before results.json.
 
     Raises UserError where results.json is not one of the study.
     """
@@ -28,25 +29,14 @@ def find_results(output: Path) -> dict[tuple[str, int], Result]:
         try:
             content = json.loads(path.read_text())
             for run in content["runs"]:
-                found[run["arm"], run["seed"]] = run | {"settings": _join(content["settings"], run["settings"])}
+                found[key(run)] = run | {"settings": _join(content["settings"], run["settings"])}
         except (ValueError, KeyError, TypeError):
             raise UserError(
                 f"--output: {path} was not written by this study; remove it, or give another folder"
             ) from None
-    for file in output.glob(f"*/seed_*/{RESULT}"):
+    for file in output.glob(f"*/*/{RESULT}"):
         result = json.loads(file.read_text())
-        found[result["arm"], result["seed"]] = result
-    # Arms that the study no longer has are left out.
-    return {(arm, seed): found[arm, seed] for arm in ARMS for seed in sorted(s for a, s in found if a == arm)}
-
-
-def read_results(output: Path) -> dict[str, list[Result]]:
-    """Return the results of each arm by seed. Raises UserError where there are none."""
-    found: dict[str, list[Result]] = {}
-    for (arm, _), result in find_results(output).items():
-        found.setdefault(arm, []).append(result)
-    if not found:
-        raise UserError(f"--output: {output} has no results")
+        found[key(result)] = result
     return found
 
 
