@@ -1,11 +1,12 @@
-"""The arms of the study of language modelling: settings on top of configs/language_study.yaml."""
+"""The arms of the study of language modelling: settings on top of configs/language_study.yaml, or a larger one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sse.config import load_config
+from megatron_sse.config import SSEConfig, load_config
 from megatron_sse.errors import UserError
 from megatron_sse.tools.studies.sizes import match_parameters, num_parameters
 
@@ -18,27 +19,45 @@ LEARNING_RATES = (4e-3, 1.2e-2)
 class Arm:
     """A model of the study, with as many parameters as BASE through the width of its MLP.
 
-    label: its name in tables and pictures. overrides: settings on top of the file's.
+    label: its name in tables and pictures. overrides: makes the settings on top of the file's of the file's model.sse.
     """
 
     label: str
-    overrides: tuple[str, ...]
+    overrides: Callable[[SSEConfig], list[str]]
 
 
-# model.sse is empty because softmax models would ignore its settings.
+def _softmax(sse: SSEConfig) -> list[str]:
+    # model.sse is empty because softmax models would ignore its settings.
+    return ["model.layers=softmax", "model.sse={}", f"model.softmax.num_heads={sse.num_heads}"]
+
+
+def _plain(layers: str) -> Callable[[SSEConfig], list[str]]:
+    """Return the settings of a single state of the same heads."""
+    return lambda sse: [f"model.layers={layers}", f"model.sse={{num_heads: {sse.num_heads}, head_dim: {sse.head_dim}}}"]
+
+
+def _large(sse: SSEConfig) -> list[str]:
+    """Return a single state with as many elements as 16 partitions and the shared bank have.
+
+    With an output gate, or with more heads, it would have more parameters than BASE. Heads have to be a multiple of 3.
+    """
+    heads = f"num_heads: {sse.num_heads // 3}, head_dim: {17 * sse.head_dim // 2}, value_head_dim: {6 * sse.head_dim}"
+    return ["model.layers=gla", f"model.sse={{{heads}, output_gate: false}}"]
+
+
+def _hybrid(sse: SSEConfig) -> list[str]:
+    return ["model.layers=5*sse, softmax", f"model.softmax.num_heads={sse.num_heads}"]
+
+
 ARMS = {
-    "softmax": Arm("softmax", ("model.layers=softmax", "model.sse={}", "model.softmax.num_heads=3")),
-    "gla": Arm("GLA", ("model.layers=gla", "model.sse={num_heads: 3, head_dim: 32}")),
-    "gdn": Arm("GDN", ("model.layers=gdn", "model.sse={num_heads: 3, head_dim: 32}")),
-    "kda": Arm("KDA", ("model.layers=kda", "model.sse={num_heads: 3, head_dim: 32}")),
-    # As many state elements as n16k1. With an output gate, or with more heads, it would have more parameters than BASE.
-    "gla_large": Arm(
-        "GLA, state of 16 partitions",
-        ("model.layers=gla", "model.sse={num_heads: 1, head_dim: 272, value_head_dim: 192, output_gate: false}"),
-    ),
-    BASE: Arm("SSE, 4 partitions", ()),
-    "n16k1": Arm("SSE, 16 partitions", ("model.sse.num_partitions=16",)),
-    "hybrid": Arm("SSE-H, 4 partitions", ("model.layers=5*sse, softmax", "model.softmax.num_heads=3")),
+    "softmax": Arm("softmax", _softmax),
+    "gla": Arm("GLA", _plain("gla")),
+    "gdn": Arm("GDN", _plain("gdn")),
+    "kda": Arm("KDA", _plain("kda")),
+    "gla_large": Arm("GLA, state of 16 partitions", _large),
+    BASE: Arm("SSE, 4 partitions", lambda sse: []),
+    "n16k1": Arm("SSE, 16 partitions", lambda sse: ["model.sse.num_partitions=16"]),
+    "hybrid": Arm("SSE-H, 4 partitions", _hybrid),
 }
 
 
@@ -52,7 +71,12 @@ def find_arms(names: str | None) -> list[str]:
 
 
 def arm_settings(name: str, path: Path, settings: list[str]) -> list[str]:
-    """Return the settings of an arm: those for all arms, its own, and the width of the MLP that matches parameters."""
-    wanted = num_parameters(load_config(path, [*settings, *ARMS[BASE].overrides]).model)
-    given = [*settings, *ARMS[name].overrides]
-    return given if name == BASE else match_parameters(path, given, wanted)
+    """Return the settings of an arm: those for all arms, its own, and the width of the MLP that matches parameters.
+
+    Raises UserError where the file's model is not one of 4 partitions.
+    """
+    base = load_config(path, settings).model
+    if "sse" not in base.layer_kinds() or base.sse.num_partitions != 4:
+        raise UserError(f"--config: {path} has to have model.layers: sse with model.sse.num_partitions: 4")
+    given = [*settings, *ARMS[name].overrides(base.sse)]
+    return given if name == BASE else match_parameters(path, given, num_parameters(base))

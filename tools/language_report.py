@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megatron_sse.errors import UserError
-from megatron_sse.tools.language_arms import ARMS, LEARNING_RATES
+from megatron_sse.tools.language_arms import ARMS
 from megatron_sse.tools.language_measure import KINDS, RARE, RECALL
 from megatron_sse.tools.studies.results import Result, write_results
 
@@ -54,13 +54,17 @@ def _head(found: Found) -> list[str]:
     ]
 
 
-def _spread(values: list[float], digits: int = 3) -> str:
-    text = f"{mean(values):.{digits}f}"
-    return text if len(values) == 1 else f"{text} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+def _spread(values: list[float | None]) -> str:
+    """Return the mean of values over seeds, with their range; a dash where one is missing."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return "-"
+    text = f"{mean(known):.3f}"
+    return text if len(known) == 1 else f"{text} ({min(known):.3f} to {max(known):.3f})"
 
 
 def _arms(found: Found, best: Found) -> list[str]:
-    rates = sorted({*LEARNING_RATES, *(result["learning_rate"] for results in found.values() for result in results)})
+    rates = sorted({result["learning_rate"] for results in found.values() for result in results})
     columns = ["arm", "parameters", "state elements", *(f"validation loss, {rate:g}" for rate in rates)]
     columns += ["learning rate", "seeds", "bits per byte", "loss", "processor ms per 1,000 tokens"]
     lines = _table_head(columns)
@@ -95,8 +99,7 @@ def _kinds(best: Found) -> list[str]:
         cells = [ARMS[arm].label]
         cells += [_spread([result["kinds"][kind]["loss"] for result in results]) for kind in KINDS]
         for low, high in ranges:
-            losses = [_distance_loss(result, low, high) for result in results]
-            cells.append("-" if None in losses else _spread([loss for loss in losses if loss is not None]))
+            cells.append(_spread([_distance_loss(result, low, high) for result in results]))
         lines.append(_row(cells))
     return [*lines, ""]
 

@@ -17,9 +17,11 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from megatron_sse.data.checks import check_token_file
 from megatron_sse.errors import INTERRUPT_EXIT, USER_ERROR_EXIT, UserError
 from megatron_sse.installed import require
 from megatron_sse.tools.language_arms import ARMS, LEARNING_RATES, arm_settings, find_arms
@@ -58,6 +60,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for runs and report")
     parser.add_argument("--arms", metavar="LIST", help=f"arms to train; default all: {', '.join(ARMS)}")
+    rates = ",".join(f"{rate:g}" for rate in LEARNING_RATES)
+    parser.add_argument(
+        "--rates", metavar="LIST", default=rates, help=f"learning rates to choose from; default {rates}"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... of each arm; default 3")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time; default 2")
     parser.add_argument("--test", metavar="PREFIX", default=TEST, help=f"token file to measure on; default {TEST}")
@@ -71,12 +77,17 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 def _train(options: argparse.Namespace, arms: list[str]) -> int:
     """Train the runs that have no result yet, and return how many failed. Raises UserError."""
     settings = {arm: arm_settings(arm, options.config, options.settings) for arm in arms}
-    first = [_run(options, settings[arm], arm, rate, 0) for rate in LEARNING_RATES for arm in arms]
+    try:
+        rates = [float(rate) for rate in options.rates.split(",")]
+    except ValueError:
+        raise UserError(f"--rates: got {options.rates}, allowed numbers with commas, such as 1e-3,3e-3") from None
+    first = [_run(options, settings[arm], arm, rate, 0) for rate in rates for arm in arms]
     if any(source.prefix == TRAINING for source in first[0].config.data.train):
         make_corpus(first[0].config.model.vocab_size)
+    check_token_file("--test", options.test, first[0].config.model.vocab_size)
     check_writable(options.output)
     failed = _train_some(options, first)
-    best = best_rates(find_results(options.output, key).values())
+    best = best_rates(find_results(options.output, key).values(), rates)
     more = [(arm, seed) for seed in range(1, options.seeds) for arm in arms if arm in best]
     return failed + _train_some(options, [_run(options, settings[arm], arm, best[arm], seed) for arm, seed in more])
 
@@ -105,13 +116,13 @@ def _finish(run: Run, measured: dict[str, Any]) -> Result:
     )
 
 
-def best_rates(results: Any) -> dict[str, float]:
+def best_rates(results: Iterable[Result], rates: list[float]) -> dict[str, float]:
     """Return for each arm the learning rate with the least validation loss with seed 0, once all of them have one."""
     losses: dict[str, dict[float, float]] = {}
     for result in results:
         if result["seed"] == 0:
             losses.setdefault(result["arm"], {})[result["learning_rate"]] = result["validation"]
-    complete = {arm: by_rate for arm, by_rate in losses.items() if set(by_rate) >= set(LEARNING_RATES)}
+    complete = {arm: by_rate for arm, by_rate in losses.items() if set(by_rate) >= set(rates)}
     return {arm: min(by_rate, key=lambda rate: by_rate[rate]) for arm, by_rate in complete.items()}
 
 
