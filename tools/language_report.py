@@ -12,16 +12,10 @@ from matplotlib.figure import Figure
 from megatron_sse.errors import UserError
 from megatron_sse.tools.language_arms import ARMS
 from megatron_sse.tools.language_measure import KINDS, RARE, RECALL
+from megatron_sse.tools.studies.rates import chosen
 from megatron_sse.tools.studies.results import Result, write_results
 
 Found = dict[str, list[Result]]
-
-
-def chosen(results: list[Result]) -> list[Result]:
-    """Return an arm's results, by seed, with the learning rate that is best on the validation text with seed 0."""
-    best = min((result for result in results if result["seed"] == 0), key=lambda result: result["validation"])
-    same = [result for result in results if result["learning_rate"] == best["learning_rate"]]
-    return sorted(same, key=lambda result: result["seed"])
 
 
 def write_report(output: Path, found: Found) -> str:

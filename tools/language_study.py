@@ -17,16 +17,24 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from megatron_sse.config import load_config
 from megatron_sse.data.checks import check_token_file
 from megatron_sse.errors import INTERRUPT_EXIT, USER_ERROR_EXIT, UserError
 from megatron_sse.installed import require
 from megatron_sse.tools.language_arms import ARMS, LEARNING_RATES, arm_settings, find_arms
 from megatron_sse.tools.language_corpus import TEST, TRAINING, make_corpus
-from megatron_sse.tools.studies.results import Key, Result, find_results
+from megatron_sse.tools.studies.rates import (
+    parse_rates,
+    rate_folder,
+    rate_key,
+    rate_settings,
+    run_key,
+    train_by_rate,
+)
+from megatron_sse.tools.studies.results import Result, find_results
 from megatron_sse.tools.studies.runs import ROOT, Run, check_same, check_writable, make_run, train_all
 from megatron_sse.tools.studies.sizes import num_parameters, state_elements
 
@@ -77,33 +85,28 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 def _train(options: argparse.Namespace, arms: list[str]) -> int:
     """Train the runs that have no result yet, and return how many failed. Raises UserError."""
     settings = {arm: arm_settings(arm, options.config, options.settings) for arm in arms}
-    try:
-        rates = [float(rate) for rate in options.rates.split(",")]
-    except ValueError:
-        raise UserError(f"--rates: got {options.rates}, allowed numbers with commas, such as 1e-3,3e-3") from None
-    first = [_run(options, settings[arm], arm, rate, 0) for rate in rates for arm in arms]
-    if any(source.prefix == TRAINING for source in first[0].config.data.train):
-        make_corpus(first[0].config.model.vocab_size)
-    check_token_file("--test", options.test, first[0].config.model.vocab_size)
+    rates = parse_rates(options.rates)
+    config = load_config(options.config, options.settings)
+    if any(source.prefix == TRAINING for source in config.data.train):
+        make_corpus(config.model.vocab_size)
+    check_token_file("--test", options.test, config.model.vocab_size)
     check_writable(options.output)
-    failed = _train_some(options, first)
-    best = best_rates(find_results(options.output, key).values(), rates)
-    more = [(arm, seed) for seed in range(1, options.seeds) for arm in arms if arm in best]
-    return failed + _train_some(options, [_run(options, settings[arm], arm, best[arm], seed) for arm, seed in more])
-
-
-def _run(options: argparse.Namespace, settings: list[str], arm: str, rate: float, seed: int) -> Run:
-    own = [*settings, f"optimizer.learning_rate={rate:g}", f"training.seed={seed}"]
     measure = ("megatron_sse.tools.language_measure", "--test", options.test, "--tokens", str(options.tokens))
-    folder = options.output / arm / f"lr_{rate:g}_seed_{seed}"
-    return make_run(_key(arm, rate, seed), folder, options.config, own, POINTS, measure)
 
+    def make(arm: str, rate: float, seed: int) -> Run:
+        own = [*settings[arm], *rate_settings(rate, seed)]
+        folder = options.output / arm / rate_folder(rate, seed)
+        return make_run(run_key(arm, rate, seed), folder, options.config, own, POINTS, measure)
 
-def _train_some(options: argparse.Namespace, runs: list[Run]) -> int:
-    done = find_results(options.output, key)
-    for run in runs:
-        check_same(options.output, run, done.get(run.key))
-    return train_all(runs, done, options.workers, _finish, lambda result: f"validation loss {result['validation']:.4f}")
+    def train(runs: list[Run]) -> int:
+        done = find_results(options.output, rate_key)
+        for run in runs:
+            check_same(options.output, run, done.get(run.key))
+        return train_all(runs, done, options.workers, _finish, lambda made: f"validation loss {made['validation']:.4f}")
+
+    return train_by_rate(
+        arms, rates, options.seeds, make, train, lambda: find_results(options.output, rate_key).values()
+    )
 
 
 def _finish(run: Run, measured: dict[str, Any]) -> Result:
@@ -116,28 +119,9 @@ def _finish(run: Run, measured: dict[str, Any]) -> Result:
     )
 
 
-def best_rates(results: Iterable[Result], rates: list[float]) -> dict[str, float]:
-    """Return for each arm the learning rate with the least validation loss with seed 0, once all of them have one."""
-    losses: dict[str, dict[float, float]] = {}
-    for result in results:
-        if result["seed"] == 0:
-            losses.setdefault(result["arm"], {})[result["learning_rate"]] = result["validation"]
-    complete = {arm: by_rate for arm, by_rate in losses.items() if set(by_rate) >= set(rates)}
-    return {arm: min(by_rate, key=lambda rate: by_rate[rate]) for arm, by_rate in complete.items()}
-
-
-def _key(arm: str, rate: float, seed: int) -> Key:
-    return arm, f"learning rate {rate:g}", f"seed {seed}"
-
-
-def key(result: Result) -> Key:
-    """Return what names the run of a result."""
-    return _key(result["arm"], result["learning_rate"], result["seed"])
-
-
 def read_results(output: Path) -> dict[str, list[Result]]:
     """Return the results of each arm, arms in their order. Raises UserError where there are none."""
-    results = list(find_results(output, key).values())
+    results = list(find_results(output, rate_key).values())
     found = {arm: [result for result in results if result["arm"] == arm] for arm in ARMS}
     found = {arm: results for arm, results in found.items() if results}
     if not found:

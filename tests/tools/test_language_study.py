@@ -18,8 +18,9 @@ from megatron_sse.pretrained.network import inference_groups
 from megatron_sse.tools import language_corpus
 from megatron_sse.tools.language_arms import ARMS, BASE, LEARNING_RATES, arm_settings
 from megatron_sse.tools.language_measure import KINDS, NEW, OTHER, RARE, RECALL, Pairs, distances, measure_kinds
-from megatron_sse.tools.language_report import chosen, write_report
-from megatron_sse.tools.language_study import best_rates, main
+from megatron_sse.tools.language_report import write_report
+from megatron_sse.tools.language_study import main
+from megatron_sse.tools.studies.rates import best_rates, chosen
 from megatron_sse.tools.studies.runs import ROOT
 from megatron_sse.tools.studies.sizes import TOLERANCE, num_parameters, state_elements
 from tests.data.files import write_tokens
@@ -193,10 +194,11 @@ def test_report(tmp_path: Path) -> None:
     [
         (["--arms", "n3k1"], "--arms: got 'n3k1', allowed softmax, "),
         (["--tokens", "0"], "--tokens: got 0, allowed 1 or more"),
-        (["--rates", "fast"], "--rates: got fast, allowed numbers with commas"),
+        (["--rates", "fast"], "--rates: got fast, allowed different numbers"),
         (["--report"], "has no results"),
         (["model.nothing=1"], "command line: model.nothing: got an unknown key"),
         (["--test", "nowhere"], "--test: nowhere.idx"),
+        (["model.sse.num_partitions=2"], "has to have model.layers: sse with model.sse.num_partitions: 4"),
     ],
 )
 def test_errors(arguments: list[str], error: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
