@@ -61,15 +61,6 @@ ARMS = {
 }
 
 
-def find_arms(names: str | None) -> list[str]:
-    """Return the arms named in a string with commas, or all arms for None. Raises UserError."""
-    found = list(ARMS) if names is None else [name.strip() for name in names.split(",")]
-    for name in found:
-        if name not in ARMS or found.count(name) > 1:
-            raise UserError(f"--arms: got {name!r}, allowed {', '.join(ARMS)}, each once")
-    return found
-
-
 def arm_settings(name: str, path: Path, settings: list[str]) -> list[str]:
     """Return the settings of an arm: those for all arms, its own, and the width of the MLP that matches parameters.
 

@@ -15,18 +15,15 @@ it without training. Exit status 0; 1 where a run failed, 2 for a wrong request.
 from __future__ import annotations
 
 import argparse
-import signal
-import sys
-from pathlib import Path
 from typing import Any
 
 from megatron_sse.config import load_config
 from megatron_sse.data.checks import check_token_file
-from megatron_sse.errors import INTERRUPT_EXIT, USER_ERROR_EXIT, UserError
-from megatron_sse.installed import require
-from megatron_sse.tools.language_arms import ARMS, LEARNING_RATES, arm_settings, find_arms
+from megatron_sse.tools.language_arms import ARMS, LEARNING_RATES, arm_settings
 from megatron_sse.tools.language_corpus import TEST, TRAINING, make_corpus
+from megatron_sse.tools.studies.command import find_arms, group_by_arm, make_parser, run_main, run_study
 from megatron_sse.tools.studies.rates import (
+    add_rates,
     parse_rates,
     rate_folder,
     rate_key,
@@ -35,7 +32,7 @@ from megatron_sse.tools.studies.rates import (
     train_by_rate,
 )
 from megatron_sse.tools.studies.results import Result, find_results
-from megatron_sse.tools.studies.runs import ROOT, Run, check_same, check_writable, make_run, train_all
+from megatron_sse.tools.studies.runs import ROOT, Run, check_writable, make_run
 from megatron_sse.tools.studies.sizes import num_parameters, state_elements
 
 # Checkpoints on the way, from which an interrupted run resumes; only the last one is measured.
@@ -44,46 +41,24 @@ POINTS = 4
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the study and return the exit status (see the module)."""
-    options = _parse(arguments)
-    try:
-        require("matplotlib", "plots", "plot")
-        from megatron_sse.tools.language_report import write_report
-
-        for name in ("seeds", "workers", "tokens"):
-            if getattr(options, name) < 1:
-                raise UserError(f"--{name}: got {getattr(options, name)}, allowed 1 or more")
-        arms = find_arms(options.arms)
-        failed = 0 if options.report else _train(options, arms)
-        print(write_report(options.output, read_results(options.output)))
-        return 1 if failed else 0
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return USER_ERROR_EXIT
-    except KeyboardInterrupt:
-        print("interrupted; run the same command to resume", file=sys.stderr)
-        return INTERRUPT_EXIT
-
-
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder for runs and report")
-    parser.add_argument("--arms", metavar="LIST", help=f"arms to train; default all: {', '.join(ARMS)}")
-    rates = ",".join(f"{rate:g}" for rate in LEARNING_RATES)
-    parser.add_argument(
-        "--rates", metavar="LIST", default=rates, help=f"learning rates to choose from; default {rates}"
-    )
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... of each arm; default 3")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time; default 2")
+    parser = make_parser(__doc__, ARMS, 3, ROOT / "configs" / "language_study.yaml")
+    add_rates(parser, LEARNING_RATES)
     parser.add_argument("--test", metavar="PREFIX", default=TEST, help=f"token file to measure on; default {TEST}")
     parser.add_argument("--tokens", type=int, default=1 << 18, help="tokens of it; default 262144")
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "language_study.yaml")
-    parser.add_argument("--report", action="store_true", help="write the report without training")
-    parser.add_argument("settings", metavar="section.key=value", nargs="*", help="setting for all arms")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+
+    def report() -> str:
+        from megatron_sse.tools.language_report import write_report
+
+        results = find_results(options.output, rate_key).values()
+        return write_report(options.output, group_by_arm(results, ARMS, options.output))
+
+    return run_study(options, ("seeds", "workers", "tokens"), lambda: _train(options), report)
 
 
-def _train(options: argparse.Namespace, arms: list[str]) -> int:
+def _train(options: argparse.Namespace) -> int:
     """Train the runs that have no result yet, and return how many failed. Raises UserError."""
+    arms = find_arms(options.arms, ARMS)
     settings = {arm: arm_settings(arm, options.config, options.settings) for arm in arms}
     rates = parse_rates(options.rates)
     config = load_config(options.config, options.settings)
@@ -98,15 +73,7 @@ def _train(options: argparse.Namespace, arms: list[str]) -> int:
         folder = options.output / arm / rate_folder(rate, seed)
         return make_run(run_key(arm, rate, seed), folder, options.config, own, POINTS, measure)
 
-    def train(runs: list[Run]) -> int:
-        done = find_results(options.output, rate_key)
-        for run in runs:
-            check_same(options.output, run, done.get(run.key))
-        return train_all(runs, done, options.workers, _finish, lambda made: f"validation loss {made['validation']:.4f}")
-
-    return train_by_rate(
-        arms, rates, options.seeds, make, train, lambda: find_results(options.output, rate_key).values()
-    )
+    return train_by_rate(options, arms, rates, make, _finish)
 
 
 def _finish(run: Run, measured: dict[str, Any]) -> Result:
@@ -119,17 +86,5 @@ def _finish(run: Run, measured: dict[str, Any]) -> Result:
     )
 
 
-def read_results(output: Path) -> dict[str, list[Result]]:
-    """Return the results of each arm, arms in their order. Raises UserError where there are none."""
-    results = list(find_results(output, rate_key).values())
-    found = {arm: [result for result in results if result["arm"] == arm] for arm in ARMS}
-    found = {arm: results for arm, results in found.items() if results}
-    if not found:
-        raise UserError(f"--output: {output} has no results")
-    return found
-
-
 if __name__ == "__main__":
-    # SIGTERM ends the study like an interrupt, together with the processes that it started.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    sys.exit(main())
+    run_main(main)

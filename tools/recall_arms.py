@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sse.config import load_config
-from megatron_sse.errors import UserError
 from megatron_sse.tools.studies.sizes import TOLERANCE, match_parameters, num_parameters, state_elements
 
 BASE = "n8k1"
@@ -97,15 +96,6 @@ ARMS = {
     "hybrid6_wsd": Arm("fh", (*_SIX, *_HYBRID, _WSD), PURE6),
     "no_balance": Arm("g", _sse("num_partitions=8", "balance_loss=0.0"), state_as=BASE),
 }
-
-
-def find_arms(names: str | None) -> list[str]:
-    """Return the arms named in a string with commas, or all arms for None. Raises UserError."""
-    found = list(ARMS) if names is None else [name.strip() for name in names.split(",")]
-    for name in found:
-        if name not in ARMS or found.count(name) > 1:
-            raise UserError(f"--arms: got {name!r}, allowed {', '.join(ARMS)}, each once")
-    return found
 
 
 def arm_settings(name: str, path: Path, settings: list[str]) -> list[str]:

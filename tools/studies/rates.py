@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from megatron_sse.errors import UserError
-from megatron_sse.tools.studies.results import Key, Result
-from megatron_sse.tools.studies.runs import Run
+from megatron_sse.tools.studies.results import Key, Result, find_results
+from megatron_sse.tools.studies.runs import Run, check_same, train_all
 
 
 def parse_rates(text: str) -> list[float]:
@@ -20,21 +22,34 @@ def parse_rates(text: str) -> list[float]:
     return rates
 
 
+def add_rates(parser: argparse.ArgumentParser, default: Sequence[float]) -> None:
+    """Add the option --rates, which parse_rates reads."""
+    text = ",".join(f"{rate:g}" for rate in default)
+    parser.add_argument("--rates", metavar="LIST", default=text, help=f"learning rates to choose from; default {text}")
+
+
 def train_by_rate(
+    options: argparse.Namespace,
     arms: Sequence[str],
     rates: Sequence[float],
-    seeds: int,
     make: Callable[[str, float, int], Run],
-    train: Callable[[list[Run]], int],
-    read: Callable[[], Iterable[Result]],
+    finish: Callable[[Run, Any], Result],
 ) -> int:
     """Train seed 0 of all arms with all rates, then the other seeds with each arm's best, and return how many failed.
 
-    make: the run of an arm, a rate and a seed. train: trains runs, and returns how many failed. read: all results.
+    options: those of all studies (command.py). make: the run of an arm, a rate and a seed. finish: makes its result of
+    what was measured. Raises UserError where a run was started, or has a result, with other settings.
     """
+
+    def train(runs: list[Run]) -> int:
+        done = find_results(options.output, rate_key)
+        for run in runs:
+            check_same(options.output, run, done.get(run.key))
+        return train_all(runs, done, options.workers, finish, lambda made: f"validation loss {made['validation']:.4f}")
+
     failed = train([make(arm, rate, 0) for rate in rates for arm in arms])
-    best = best_rates(read(), rates)
-    more = [make(arm, best[arm], seed) for seed in range(1, seeds) for arm in arms if arm in best]
+    best = best_rates(find_results(options.output, rate_key).values(), rates)
+    more = [make(arm, best[arm], seed) for seed in range(1, options.seeds) for arm in arms if arm in best]
     return failed + train(more)
 
 
