@@ -8,7 +8,7 @@ from statistics import median
 from matplotlib.figure import Figure
 
 from megatron_sse.errors import UserError
-from megatron_sse.tools.recall_plane import ARMS, PAIRS, WAYS
+from megatron_sse.tools.plane_arms import ARMS, PAIRS, WAYS
 from megatron_sse.tools.studies.rates import chosen
 from megatron_sse.tools.studies.results import Result, write_results
 

@@ -13,11 +13,9 @@ Exit status 0; 1 where a run failed, 2 for a wrong request.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from megatron_sse.config import load_config
+from megatron_sse.tools.plane_arms import ARMS, LEARNING_RATES, arm_settings
 from megatron_sse.tools.studies.command import find_arms, group_by_arm, make_parser, run_main, run_study
 from megatron_sse.tools.studies.rates import (
     add_rates,
@@ -30,45 +28,10 @@ from megatron_sse.tools.studies.rates import (
 )
 from megatron_sse.tools.studies.results import Result, find_results
 from megatron_sse.tools.studies.runs import ROOT, Run, check_writable, make_run
-from megatron_sse.tools.studies.sizes import match_parameters, num_parameters, state_elements
+from megatron_sse.tools.studies.sizes import num_parameters, state_elements
 
-LEARNING_RATES = (3e-3, 1e-2)
-# Tokens of a sequence are 2 for each pair and 1 for each question.
-PAIRS = (16, 32, 48)
-HEADS, HEAD_DIM = 2, 8
-# State elements of a layer. Larger ones are not reached by heads or values with as many parameters.
-STATES = (512, 2048)
-# Keys and values of a head; value heads; partitions, each as large as the shared bank.
-WAYS = {
-    "heads": {512: "head_dim=16", 2048: "head_dim=32"},
-    "values": {512: "num_value_heads=8", 2048: "num_value_heads=32"},
-    "partitions": {512: "num_partitions=3", 2048: "num_partitions=15"},
-}
+# Checkpoints of a run, which are measured.
 POINTS = 4
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A cell of the plane. state: elements of a layer."""
-
-    pairs: int
-    state: int
-    way: str
-
-    @property
-    def touched(self) -> int:
-        """State elements of a layer that a token writes and reads: with partitions, those of two banks."""
-        return 2 * HEADS * HEAD_DIM**2 if self.way == "partitions" else self.state
-
-    def overrides(self) -> list[str]:
-        """Return the settings on top of configs/recall_mqar.yaml."""
-        task = [f"data.{part}.mqar.pairs={self.pairs}" for part in ("train", "validation")]
-        partitions = [] if self.way == "partitions" else ["model.sse.num_partitions=0"]
-        own = f"model.sse.{WAYS[self.way][self.state]}"
-        return [*task, f"data.sequence_length={3 * self.pairs}", "optimizer.schedule=wsd", *partitions, own]
-
-
-ARMS = {f"{way}_{state}_pairs_{pairs}": Arm(pairs, state, way) for pairs in PAIRS for state in STATES for way in WAYS}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -85,12 +48,6 @@ def main(arguments: list[str] | None = None) -> int:
         return write_report(options.output, group_by_arm(results, ARMS, options.output))
 
     return run_study(options, ("seeds", "workers", "samples"), lambda: _train(options), report)
-
-
-def arm_settings(name: str, path: Path, settings: list[str]) -> list[str]:
-    """Return the settings of an arm, with as many parameters as the file's model."""
-    wanted = num_parameters(load_config(path, settings).model)
-    return match_parameters(path, [*settings, *ARMS[name].overrides()], wanted)
 
 
 def _train(options: argparse.Namespace) -> int:

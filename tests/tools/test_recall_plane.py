@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from megatron_sse.config import ignored_settings, load_config
+from megatron_sse.tools.plane_arms import ARMS, LEARNING_RATES, arm_settings
 from megatron_sse.tools.plane_report import write_report
-from megatron_sse.tools.recall_plane import ARMS, LEARNING_RATES, arm_settings, main
+from megatron_sse.tools.recall_plane import main
 from megatron_sse.tools.studies.runs import ROOT
 from megatron_sse.tools.studies.sizes import TOLERANCE, num_parameters, state_elements
 
