@@ -29,10 +29,11 @@ def find_all(request: Request) -> Iterator[Finding]:
     # Imported late: torch, for which the first line does not wait.
     import torch
 
+    from megatron_sse.doctor import run as of_run
     from megatron_sse.doctor.machine import check_disk, check_gpu
-    from megatron_sse.doctor.run import check_checkpoints, check_layout, check_memory, check_token_files
 
-    checks = [check_layout, check_token_files, check_checkpoints, check_disk, check_memory]
+    checks = [of_run.check_layout, of_run.check_token_files, of_run.check_problems, of_run.check_checkpoints]
+    checks += [of_run.check_teacher, check_disk, of_run.check_memory]
     yield from check_gpu()
     if torch.cuda.is_available():
         # Imported late: Megatron-Core, which without a GPU is not needed.

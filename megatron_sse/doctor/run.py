@@ -147,6 +147,38 @@ def _model_keys(config: RunConfig) -> list[str]:
     return keys + [f"model.{part}.{name}" for part in ("sse", "softmax") for name in model[part]]
 
 
+def check_teacher(config: RunConfig) -> Iterator[Finding]:
+    """Check whether the teacher of a distillation is there and fits the run."""
+    if config.training.distill is None:
+        return
+    from megatron_sse.distill.teacher import KEY, open_teacher
+
+    try:
+        found = find_checkpoints(config)
+        model = open_teacher(config, found[0] if found else None).model
+    except UserError as error:
+        yield Finding(BAD, KEY, str(error).removeprefix(f"{KEY}: "))
+        return
+    yield Finding(GOOD, KEY, f"{model.folder}: {model.kind}, the run's vocabulary")
+
+
+def check_problems(config: RunConfig) -> Iterator[Finding]:
+    """Check the prompts, the rewards and the reference of reinforcement learning."""
+    if config.rl is None:
+        return
+    # Imported late: Megatron-Core, which other runs' checks do without.
+    from megatron_sse.rl.run import open_problems
+
+    try:
+        problems = open_problems(config)
+    except UserError as error:
+        yield Finding(BAD, "rl.prompts", str(error).removeprefix("rl.prompts: "))
+        return
+    held_out = f", {len(problems.held_out):,} held out" if problems.held_out else ""
+    text = f"{config.rl.prompts}: {count_of(len(problems.prompts), 'prompt')}{held_out}; rewards found"
+    yield Finding(GOOD, "rl.prompts", text)
+
+
 def check_memory(config: RunConfig) -> Iterator[Finding]:
     """Compare the planned memory with that of this machine's GPU."""
     num_gpus = torch.cuda.device_count()

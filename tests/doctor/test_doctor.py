@@ -131,6 +131,36 @@ def test_a_cross_says_what_is_wrong(
     assert main(["doctor", str(folder / "run.yaml"), *overrides]) == 1
 
 
+def teacher(folder: Path) -> str:
+    return f"training.distill={{teacher: {folder}/run, hidden: 1.0}}"
+
+
+def test_a_teacher(folder: Path) -> None:
+    """The teacher is the run itself, which fits; then of another size, and gone."""
+    new = f"monitor.folder={folder}/new"
+    mark, text = marks(folder, teacher(folder), new)["training.distill.teacher"]
+    assert mark == GOOD and f"{folder}/run/checkpoints/" in text
+    mark, text = marks(folder, teacher(folder), new, "model.hidden_size=64")["training.distill.teacher"]
+    assert mark == BAD and "hidden_size" in text
+    mark, text = marks(folder, teacher(folder / "gone"), new)["training.distill.teacher"]
+    assert mark == BAD and "gone/run not found" in text
+
+
+def test_problems(folder: Path) -> None:
+    """Prompts of reinforcement learning are read with the tokenizer and the rewards that the run would have."""
+    (folder / "prompts.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n{"prompt": "2+2=", "answer": "4"}\n')
+    rl = "rl={{prompts: {}/prompts.jsonl, prompts_per_step: 1, group_size: 2, max_new_tokens: 4, reward: {}}}"
+    given = ["data.train=[]", "training.global_batch_size=null", "model.vocab_size=257", "data.sequence_length=32"]
+    given += ["data.validation=null", f"monitor.folder={folder}/new", "training.validation_interval=0"]
+    mark, text = marks(folder, *given, rl.format(folder, "exact"))["rl.prompts"]
+    assert mark == GOOD and "2 prompts; rewards found" in text
+    mark, text = marks(folder, *given, rl.format(folder, "nowhere:reward"))["rl.prompts"]
+    assert mark == BAD and "nowhere" in text
+    (folder / "prompts.jsonl").write_text('{"prompt": "1+1="}\n')
+    mark, text = marks(folder, *given, rl.format(folder, "exact"))["rl.prompts"]
+    assert mark == BAD and "prompts.jsonl:1" in text and "answer" in text
+
+
 def test_other_data_than_the_checkpoints(folder: Path) -> None:
     stage = plan_stages(load_config(folder / "run.yaml"))[0]
     (checkpoint,) = folder.rglob("iter_*")
