@@ -129,7 +129,8 @@ class Spans:
 class Pieces:
     """Segments cut into M pieces of at most `size` rows each; pieces of one segment follow each other.
 
-    M = R // size + S bounds their number on the host. Those that are not used are empty, behind the last segment's end.
+    M = R // size + S bounds their number on the host. Those that are not used are empty, behind the last segment's end;
+    there are none where M was read from the offsets.
 
     size: rows per piece.
     start_M, end_M: int64, sorted positions start .. end - 1; end <= start for an empty piece.
@@ -151,15 +152,21 @@ class Pieces:
     resets: PieceResets | None
 
 
-def cut(segments: Segments, num_rows: int, size: int) -> Pieces:
-    """Cut segments over `num_rows` rows into pieces of `size` rows, the last one of a segment shorter."""
+def cut(segments: Segments, num_rows: int, size: int, only_used: bool = False) -> Pieces:
+    """Cut segments over `num_rows` rows into pieces of `size` rows, the last one of a segment shorter.
+
+    only_used: leave out the pieces that are not used. Their number is then read from the offsets, for which a GPU would
+        have to be waited for: on the CPU only.
+    """
     offsets_S1 = segments.offsets_S1
     num_segments = segments.num_segments
     # Segments of 3 and 2 rows in pieces of 2 rows: pieces_S 2 1, so pieces 0 1 | 2 have segment_M 0 0 1,
     # step_M 0 1 0 and start_M 0 2 3. M is 5 // 2 + 2 = 4: piece 3 is not used, and empty at the last segment's end.
     pieces_S = (offsets_S1.diff() + size - 1) // size
     piece_offsets_S1 = torch.nn.functional.pad(pieces_S.cumsum(0), (1, 0))
-    piece_M = torch.arange(num_rows // size + num_segments, device=offsets_S1.device)
+    # At least one, since the indices of empty segments have to be valid.
+    num_pieces = max(int(piece_offsets_S1.numpy()[-1]), 1) if only_used else num_rows // size + num_segments
+    piece_M = torch.arange(num_pieces, device=offsets_S1.device)
     segment_M = torch.searchsorted(piece_offsets_S1[1:].contiguous(), piece_M, right=True).clamp(max=num_segments - 1)
     step_M = piece_M - piece_offsets_S1[segment_M]
     start_M, segment_end_M = offsets_S1[segment_M] + step_M * size, offsets_S1[segment_M + 1]
@@ -200,7 +207,8 @@ class ChunkGrid:
 
 def make_grid(segments: Segments, num_rows: int, num_heads: int, chunk_size: int) -> ChunkGrid:
     """Lay chunks of `chunk_size` rows over `num_rows` rows of `num_heads` heads."""
-    chunks = cut(segments, num_rows, chunk_size)
+    # On a CPU the number of chunks in use is at hand: of many short segments, every tenth chunk or so is not used.
+    chunks = cut(segments, num_rows, chunk_size, only_used=segments.offsets_S1.device.type == "cpu")
     device = segments.offsets_S1.device
     # The example of cut, with one head: positions 0 1 | 2 3 | 3 4 | 5 6, of which the chunks own 0 1 | 2 - | 3 4 | - -.
     # So row is 0 1 2 5 3 4 5 5 (5 is the zero row that _take appends), and place, its inverse, is 0 1 2 4 5.

@@ -107,9 +107,8 @@ class Problem:
         picks = 0 if routes is None else self.picks
         segments = spans.segments() if routes is None else join_segments(routes.bank_TP, spans, routes.num_partitions)
         rows = len(self.v_THV) * (1 + picks)
-        sizes = choose_chunk_size(rows, segments.num_segments), CHUNK_SIZE
-        of_torch, of_triton = (len(cut(segments, rows, size).start_M) for size in sizes)
-        return of_torch, of_triton
+        of_torch = cut(segments, rows, choose_chunk_size(rows, segments.num_segments), only_used=True)
+        return len(of_torch.start_M), len(cut(segments, rows, CHUNK_SIZE).start_M)
 
     def kept_bytes(self, resets: bool) -> int:
         """Return the bytes that a forward pass keeps for backward, without the inputs."""

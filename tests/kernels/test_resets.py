@@ -158,8 +158,8 @@ def select_nothing_in_chunks(patch: pytest.MonkeyPatch) -> None:
 def select_nothing_in_the_scan(patch: pytest.MonkeyPatch) -> None:
     cut = segments.cut
 
-    def without(*args):
-        pieces = cut(*args)
+    def without(*args, **options):
+        pieces = cut(*args, **options)
         inside = pieces.resets._replace(inside_M=torch.zeros_like(pieces.resets.inside_M))
         return replace(pieces, resets=inside)
 

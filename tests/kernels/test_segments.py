@@ -3,15 +3,30 @@
 import pytest
 import torch
 
+from megatron_sse.kernels import segments
 from megatron_sse.kernels.routing import sort_by_segment
 from megatron_sse.kernels.segments import Segments, from_chunks, make_grid, to_chunks
+
+
+@pytest.fixture(params=["used", "all"])
+def with_unused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the grid has chunks that are not used, as on a GPU."""
+    if request.param == "all":
+        keep_unused_chunks(monkeypatch)
+    return request.param == "all"
+
+
+def keep_unused_chunks(patch: pytest.MonkeyPatch) -> None:
+    cut = segments.cut
+    patch.setattr(segments, "cut", lambda *args, only_used=False: cut(*args))
+
 
 SIZES = [(5,), (1, 1, 1), (0, 4, 0, 0, 9, 8, 0), (3, 0, 16, 1, 0), (0, 0, 7)]
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 8])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_grid(sizes: tuple[int, ...], chunk_size: int) -> None:
+def test_grid(sizes: tuple[int, ...], chunk_size: int, with_unused: bool) -> None:
     num_heads, num_rows = 2, sum(sizes)
     offsets = torch.nn.functional.pad(torch.tensor(sizes).cumsum(0), (1, 0))
     order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(0))
@@ -28,7 +43,7 @@ def test_grid(sizes: tuple[int, ...], chunk_size: int) -> None:
         assert grid.chunks.empty_S[segment] == (size == 0)
         if size:
             assert (grid.chunks.first_S[segment], grid.chunks.last_S[segment]) == (used - len(chunks), used - 1)
-    num_chunks = num_rows // chunk_size + len(sizes)
+    num_chunks = num_rows // chunk_size + len(sizes) if with_unused else used
     assert used <= num_chunks
     expected += [[None] * chunk_size] * (num_chunks - used)
 
@@ -40,6 +55,7 @@ def test_grid(sizes: tuple[int, ...], chunk_size: int) -> None:
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.usefixtures("with_unused")
 def test_rows_go_to_chunks_and_back(sizes: tuple[int, ...]) -> None:
     num_rows = sum(sizes)
     offsets = torch.nn.functional.pad(torch.tensor(sizes).cumsum(0), (1, 0))

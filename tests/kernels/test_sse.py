@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_sse.kernels import chunks
 from tests.kernels.cases import UNEVEN, Case, errors, make_inputs, outputs_and_gradients, run
 from tests.kernels.implementations import FORMS, attention, oracle
+from tests.kernels.test_segments import keep_unused_chunks
 
 
 @cache
@@ -73,6 +74,17 @@ def test_any_chunk_size(recurrence: str, size: int, monkeypatch: pytest.MonkeyPa
     case = Case(recurrence=recurrence, lengths=UNEVEN, initial=True)
     monkeypatch.setattr(chunks, "choose_chunk_size", lambda *sizes: size)
     actual = outputs_and_gradients(attention("varlen"), case, make_inputs(case))
+    worst = {name: error for name, error in errors(actual, expected(case)).items() if not error < 1e-12}
+    assert not worst
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("recurrence", ["gla", "gdn", "kda"])
+def test_chunks_that_are_not_used_change_nothing(recurrence: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where their number is not known: on the CPU they are left out."""
+    case = Case(recurrence=recurrence, lengths=UNEVEN, initial=True, routing="gaps")
+    keep_unused_chunks(monkeypatch)
+    actual = outputs_and_gradients(attention(form), case, make_inputs(case))
     worst = {name: error for name, error in errors(actual, expected(case)).items() if not error < 1e-12}
     assert not worst
 

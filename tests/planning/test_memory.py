@@ -16,6 +16,7 @@ from megatron_sse.parallel.sharding import ContextShard
 from megatron_sse.planning.memory import kept_of_step, rank_memory, table_bytes
 from megatron_sse.planning.sizes import Sizes
 from megatron_sse.training.loop import Run
+from tests.kernels.test_segments import keep_unused_chunks
 from tests.planning.live import LiveBytes
 from tests.training.support import small_run, start
 from tests.workers import run_workers
@@ -67,24 +68,29 @@ class Measured(NamedTuple):
 
 
 def measure(folder: Path, runs: list[dict[str, Any]]) -> list[Measured]:
-    """Return what this rank holds in each run."""
-    found = []
-    for sections in runs:
-        run = start(small_run(folder, **sections))
-        weights, gradients = held(run)
-        kept = kept_by_pass(run)
-        batches, _ = build_data_iterators(run.stage, run.groups, 0)
-        run.trainer.measures_health = False
-        live, schedule = LiveBytes(), run.trainer._run_schedule
+    """Return what this rank holds in each run, with the chunks that only a GPU has: `plan` counts them."""
+    with pytest.MonkeyPatch.context() as patch:
+        keep_unused_chunks(patch)
+        return [measure_run(folder, sections) for sections in runs]
 
-        def run_schedule(*args: Any, live: LiveBytes = live, schedule: Any = schedule, **options: Any) -> Any:
-            with live:
-                return schedule(*args, **options)
 
-        run.trainer._run_schedule = run_schedule  # type: ignore[method-assign]
-        run.trainer.train_step(batches)
-        found.append(Measured(kept, weights, gradients, optimizer_bytes(run), live.peak))
-        destroy_groups()
+def measure_run(folder: Path, sections: dict[str, Any]) -> Measured:
+    """Return what this rank holds in a run."""
+    run = start(small_run(folder, **sections))
+    weights, gradients = held(run)
+    kept = kept_by_pass(run)
+    batches, _ = build_data_iterators(run.stage, run.groups, 0)
+    run.trainer.measures_health = False
+    live, schedule = LiveBytes(), run.trainer._run_schedule
+
+    def run_schedule(*args: Any, live: LiveBytes = live, schedule: Any = schedule, **options: Any) -> Any:
+        with live:
+            return schedule(*args, **options)
+
+    run.trainer._run_schedule = run_schedule  # type: ignore[method-assign]
+    run.trainer.train_step(batches)
+    found = Measured(kept, weights, gradients, optimizer_bytes(run), live.peak)
+    destroy_groups()
     return found
 
 
