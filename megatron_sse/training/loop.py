@@ -210,15 +210,7 @@ class Run:
             logger.debug("step %d", step)
             if batches is None or step > self.stage.end:
                 batches, make_validation = self._enter(stage_of_step(self.stages, step))
-            self.monitor.before_step(step)
-            started = time.perf_counter()
-            set_learning_rate(self.trainer.optimizer, rate := self.learning_rate(step))
-            self._seed(step)
-            self.trainer.measures_health = self.monitor.reports_health(step)
-            self.trainer.before_update = self.monitor.comparison(step)
-            result = self._take_step(step, batches)
-            self.consumed_samples += self.stage.config.training.global_batch_size
-            self._report(step, result, rate, time.perf_counter() - started)
+            self.advance(step, batches)
             due = training.validation_interval and step % training.validation_interval == 0
             if make_validation is not None and (due or step == training.steps):
                 self._validate(step, make_validation)
@@ -233,6 +225,19 @@ class Run:
         self.monitor.close()
         if dist.get_rank() == 0:
             logger.info("%s", describe_resume(self.config))
+
+    def advance(self, step: int, batches: Iterator[Batch]) -> StepResult:
+        """Take step `step`, counted from 1, and report it."""
+        self.monitor.before_step(step)
+        started = time.perf_counter()
+        set_learning_rate(self.trainer.optimizer, rate := self.learning_rate(step))
+        self._seed(step)
+        self.trainer.measures_health = self.monitor.reports_health(step)
+        self.trainer.before_update = self.monitor.comparison(step)
+        result = self._take_step(step, batches)
+        self.consumed_samples += self.stage.config.training.global_batch_size
+        self._report(step, result, rate, time.perf_counter() - started)
+        return result
 
     def _enter(self, stage: StageRun) -> tuple[Iterator[Batch], ValidationFactory | None]:
         """Switch to a stage's settings; return its training batches from here on, and its validation."""

@@ -18,6 +18,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.optim.adamw import adamw
 
 from megatron_sse.config import RunConfig, uses_distributed_optimizer
+from megatron_sse.parallel.device import without_stand_ins
 from megatron_sse.training.foreach import replace_loops
 
 
@@ -49,35 +50,41 @@ class Adam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update the parameters that have a gradient."""
-        for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            for parameter in parameters:
-                state = self.state[parameter]
-                if not state:
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter)
-            # On a GPU one kernel updates all parameters; it reads the numbers of steps there.
-            fused = self._is_fused(parameters)
-            where = parameters[0].device if fused else "cpu"
-            # adamw() increments them, so it gets fresh ones.
-            steps = torch.full((len(parameters),), float(group["step"]), device=where).unbind()
-            adamw(
-                parameters,
-                [parameter.grad for parameter in parameters],
-                [self.state[parameter]["exp_avg"] for parameter in parameters],
-                [self.state[parameter]["exp_avg_sq"] for parameter in parameters],
-                [],
-                list(steps),
-                fused=fused or None,
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
-            group["step"] += 1
+        with without_stand_ins():
+            for group in self.param_groups:
+                self._update(group)
+
+    def _update(self, group: dict[str, Any]) -> None:
+        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+        # On a GPU one kernel updates all parameters; it reads the numbers of steps there. On a CPU each operation goes
+        # through all parameters in one call.
+        fused = self._is_fused(parameters)
+        where = parameters[0].device if fused else "cpu"
+        # adamw() increments them, so it gets fresh ones.
+        steps = torch.full((len(parameters),), float(group["step"]), device=where).unbind()
+        adamw(
+            parameters,
+            [parameter.grad for parameter in parameters],
+            [self.state[parameter]["exp_avg"] for parameter in parameters],
+            [self.state[parameter]["exp_avg_sq"] for parameter in parameters],
+            [],
+            list(steps),
+            foreach=not fused,
+            fused=fused,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        group["step"] += 1
 
     @staticmethod
     def _is_fused(parameters: list[torch.Tensor]) -> bool:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel import get_forward_backward_func, schedules
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
@@ -53,6 +53,15 @@ ALL_MASKED = Skip(
 # Sums over micro-batches and ranks that every objective has beside its own: counted tokens, balance losses and the
 # number of layers that have one, and ranks whose gradient is not finite.
 TOKENS, BALANCE_LOSS, LAYERS, NOT_FINITE_RANKS = "tokens", "balance_loss", "layers", "ranks_not_finite"
+
+
+_backward_step = schedules.backward_step
+
+
+def backward_step(*args: Any, **options: Any) -> Any:
+    """Run Megatron-Core's backward pass of a micro-batch, without the stand-ins for CUDA, like the forward pass."""
+    with without_stand_ins():
+        return _backward_step(*args, **options)
 
 
 @dataclass(frozen=True)
@@ -105,6 +114,8 @@ class Trainer:
         # With other settings, gradients are silently wrong on two interleaved pipeline stages.
         assert settings.overlap_p2p_comm == (len(chunks) > 1) and settings.batch_p2p_comm != settings.overlap_p2p_comm
         assert settings.calculate_per_token_loss
+        # The schedules look for it by its name.
+        schedules.backward_step = backward_step
         self.communicator = P2PCommunicator(pp_group=groups.pp, config=settings)
 
     def start_stage(self, config: RunConfig) -> None:
@@ -119,15 +130,19 @@ class Trainer:
 
     def train_step(self, batches: Iterator[Batch]) -> StepResult:
         """Take one global batch from `batches`, and one optimizer step unless a loss or gradient is not finite."""
-        for chunk in self.chunks:
-            chunk.train()
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        with without_stand_ins():
+            for chunk in self.chunks:
+                # Goes through all modules, so only behind a validation.
+                if not chunk.training:
+                    chunk.train()
+                chunk.zero_grad_buffer()
+            self.optimizer.zero_grad()
         for mixer in self.mixers:
             mixer.metrics.reset(self.measures_health)
         sums = self._run_schedule(self._scale(islice(batches, self.num_micro_batches)), training=True)
 
-        self.optimizer.prepare_grads()
+        with without_stand_ins():
+            self.optimizer.prepare_grads()
         grad_norm = self.optimizer.get_grad_norm()
         losses, skip = self._reduce(sums, grad_norm)
         if self.before_update is not None:
@@ -190,7 +205,8 @@ class Trainer:
             found = self.objective.loss(output, batch)
             return found.loss, found.tokens, {TOKENS: found.tokens, **found.sums}
 
-        # The stand-ins would slow thousands of small calls down: by a tenth of a step of a small model.
+        # The stand-ins would slow thousands of small calls down: forward, backward and the optimizer by a third of a
+        # step of a tiny model.
         with without_stand_ins():
             return self.objective.forward(model, batch, training), add_up
 
