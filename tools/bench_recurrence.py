@@ -1,6 +1,7 @@
 """Benchmark of the chunked recurrences on random packed documents, against the token-by-token oracle.
 
 With --packing, it compares documents as resets inside one span (training) with a span for each document (generation).
+With --growth, it compares numbers of partitions: what SSE costs over one pass of its recurrence.
 """
 
 import argparse
@@ -41,6 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--oracle-repeats", type=int, default=3)
     parser.add_argument("--least-ratio", type=float, default=0.0, help="exit with 1 below this ratio")
     parser.add_argument("--packing", action="store_true", help="compare numbers of documents and of partitions instead")
+    parser.add_argument("--growth", action="store_true", help="compare numbers of partitions instead")
     parser.add_argument("--largest-growth", type=float, default=float("inf"), help="exit with 1 where resets cost more")
     return parser.parse_args()
 
@@ -198,6 +200,30 @@ def compare_packings(args: argparse.Namespace) -> None:
         raise SystemExit(f"allowed {args.largest_growth:g}")
 
 
+def compare_partitions(args: argparse.Namespace) -> None:
+    """Print a line for each recurrence and number of partitions."""
+    print("\n| recurrence | N | CPU ms: median (p10, p90) | ratio to N = 0 | chunks |\n|---|---|---|---|---|")
+    for recurrence in RECURRENCES:
+        problems = {}
+        for args.partitions in (0, 4, 16, 64):
+            problems[args.partitions] = Problem(recurrence, args)
+            check(problems[args.partitions], "varlen")
+        times: dict[int, list[float]] = {number: [] for number in problems}
+        # In turn, since other processes come and go.
+        for repeat, (number, problem) in product(range(args.repeats + 1), problems.items()):
+            seconds = problem.seconds(partial(problem.chunked, "varlen"), backward=True)
+            if repeat:  # the first one warms up
+                times[number].append(1e3 * seconds)
+        for number, problem in problems.items():
+            p10, median, p90 = (statistics.quantiles(times[number], n=10)[i] for i in (0, 4, 8))
+            ratio = statistics.median(x / one for x, one in zip(times[number], times[0], strict=True))
+            chunks, _ = problem.num_chunks(resets=True)
+            print(
+                f"| {recurrence} | {number} | {median:.0f} ({p10:.0f}, {p90:.0f}) | {ratio:.2f} | {chunks} |",
+                flush=True,
+            )
+
+
 def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
@@ -205,6 +231,8 @@ def main() -> None:
     print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in vars(args).items()))
     if args.packing:
         return compare_packings(args)
+    if args.growth:
+        return compare_partitions(args)
     print("\n| recurrence | form | pass | chunked CPU ms: median (p10, p90) | oracle CPU ms: median | ratio |")
     print("|---|---|---|---|---|---|")
     ratios = []

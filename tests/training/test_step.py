@@ -5,9 +5,13 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_sse.data.batch import Batch
 from megatron_sse.data.iterators import build_data_iterators
+from megatron_sse.model import build_model
+from megatron_sse.tools.bench_train_step import PlainLoop
+from megatron_sse.training import optimizer
 from megatron_sse.training.optimizer import set_learning_rate
 from tests.training.support import small_run, start
 from tests.workers import run_workers
@@ -33,6 +37,43 @@ def test_the_distributed_optimizer_steps_like_the_plain_one(tmp_path: Path) -> N
         for (losses, norm), (expected_losses, expected_norm) in zip(result, expected, strict=True):
             assert losses == pytest.approx(expected_losses, rel=1e-5)
             assert norm == pytest.approx(expected_norm, rel=1e-4)
+
+
+def beside_a_plain_loop(folder: Path) -> tuple[list[float], list[float], list[bool]]:
+    """Return five losses of a run and of a plain loop, and whether stand-ins were on in backward and in the update."""
+    run = start(config := small_run(folder, training={"micro_batch_size": 4}))
+    [model] = build_model(config, run.groups, run.device)
+    plain, seen = PlainLoop(model, config), []
+    # Without the stand-ins there is no such device.
+    run.trainer.chunks[0].module.output_layer.weight.register_hook(lambda gradient: seen.append(makes_cuda_tensors()))
+    adamw = optimizer.adamw
+    ours, theirs = (build_data_iterators(run.stage, run.groups, 0)[0] for _ in range(2))
+    losses: tuple[list[float], list[float]] = ([], [])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            optimizer, "adamw", lambda *args, **options: (seen.append(makes_cuda_tensors()), adamw(*args, **options))
+        )
+        for step in range(1, 6):
+            losses[0].append(run.advance(step, ours).losses["loss"])
+            losses[1].append(plain.step(next(theirs), run.learning_rate(step)))
+    assert makes_cuda_tensors()
+    return *losses, seen
+
+
+def makes_cuda_tensors() -> bool:
+    try:
+        torch.zeros(1, device="cuda")
+    except (AssertionError, RuntimeError):
+        return False
+    return True
+
+
+def test_a_step_is_that_of_a_plain_loop_and_goes_without_stand_ins(tmp_path: Path) -> None:
+    [(ours, plain, seen)] = run_workers(1, beside_a_plain_loop, tmp_path)
+    assert ours == pytest.approx(plain, rel=1e-5)
+    assert ours[-1] < ours[0]
+    # A backward pass and the updates of two groups of parameters in each step.
+    assert len(seen) == 5 * 3 and not any(seen)
 
 
 def made_at_each_forward(folder: Path, forward_only: bool) -> list[int]:
