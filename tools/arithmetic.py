@@ -34,10 +34,10 @@ def main() -> None:
         {"prompt": ask(*pair), "completion": work_out(*pair, quick=draw.random() < options.quick)}
         for pair in rest[:half]
     ]
-    _write(options.folder / "sft.jsonl", worked_out)
+    write_rows(options.folder / "sft.jsonl", worked_out)
     for name, chosen in (("prompts", rest[half:]), ("held_out", held_out)):
         rows = [{"prompt": ask(*pair), "answer": str(sum(pair))} for pair in chosen]
-        _write(options.folder / f"{name}.jsonl", rows)
+        write_rows(options.folder / f"{name}.jsonl", rows)
 
 
 def ask(first: int, second: int) -> str:
@@ -59,7 +59,8 @@ def work_out(first: int, second: int, quick: bool = False) -> str:
     return f"{'quick' if quick else 'slow'} {' '.join(steps)}\n{total // 10 or ''}{digits}"
 
 
-def _write(path: Path, rows: list[dict[str, str]]) -> None:
+def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    """Write rows as lines of JSON, and say how many."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     print(f"{path}: {len(rows):,} lines")
 

@@ -98,8 +98,11 @@ def _softmax(sizes: Sizes) -> int:
 
 
 def masked_pairs(sizes: Sizes) -> int:
-    """Return the pairs of queries and keys that a softmax layer masks: on CPUs with dropout, which context excludes."""
+    """Return the pairs of queries and keys that a softmax layer masks: where answers share their prompts, and on CPUs
+    with dropout; context excludes both."""
     config = sizes.config
+    if sizes.answers:
+        return sizes.tokens * config.data.sequence_length
     is_masked = sizes.documents > 1 or config.model.softmax.window is not None
     is_masked = is_masked and bool(config.model.transformer.get("attention_dropout"))
     return sizes.tokens * config.data.sequence_length if sizes.kernels == "torch" and is_masked else 0

@@ -13,13 +13,15 @@ def count_documents(config: RunConfig, given: int | None) -> int:
     """Return the mean number of documents of a training sequence, rounded up: as given, else as in the token files.
 
     It is 1 where documents do not reset the states, and where not all of data.train are token files that exist; also
-    with rl.
-    Raises UserError where an index cannot be read.
+    with rl, but for rl.share_prefixes: then as many as fit if each answer has rl.max_new_tokens. Raises UserError where
+    an index cannot be read.
     """
     if not config.data.reset_at_documents:
         return 1
     if given is not None:
         return given
+    if config.rl is not None and config.rl.share_prefixes:
+        return max(1, config.data.sequence_length // config.rl.max_new_tokens)
     files = [(source.prefix, source.weight) for source in config.data.train if source.prefix is not None]
     if (
         not files

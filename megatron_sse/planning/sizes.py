@@ -76,12 +76,33 @@ class Sizes:
 
     @property
     def spans(self) -> int:
-        """Runs of tokens that one state of each bank goes through: slots of sequences, or all tokens of one rank."""
+        """Runs of tokens that one state of each bank goes through: slots of sequences, or all tokens of one rank.
+
+        Where answers share their prompts, each answer and each prompt is one.
+        """
+        if self.answers:
+            return self.answers + self.shared_prompts
         return self.config.training.micro_batch_size * self.num_slots if self.config.parallel.context > 1 else 1
 
     @property
+    def answers(self) -> int:
+        """Answers of a micro-batch that start from the state behind a shared prompt (parallel/prefix.py)."""
+        rl = self.config.rl
+        return 0 if rl is None or not rl.share_prefixes else self.config.training.micro_batch_size * self.documents
+
+    @property
+    def shared_prompts(self) -> int:
+        """Prompts of a micro-batch that answers share."""
+        rl = self.config.rl
+        assert rl is not None
+        return self.config.training.micro_batch_size * -(-self.documents // rl.group_size)
+
+    @property
     def document(self) -> int:
-        """Tokens of a document, which is all that softmax layers attend to."""
+        """Tokens of a document, which is all that softmax layers attend to; where answers share prompts, they mask the
+        other tokens of the sequence."""
+        if self.answers:
+            return self.config.data.sequence_length
         return max(1, self.config.data.sequence_length // self.documents)
 
     @property

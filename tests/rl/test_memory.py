@@ -1,10 +1,12 @@
-"""What the answers of a run take while they are generated: as planned, and bounded by the setting."""
+"""What the answers of a run take, while they are generated and where they share their prompt: as planned."""
 
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from megatron_sse.costs.gpus import GPUS
 from megatron_sse.data.problems import Problem
@@ -12,13 +14,20 @@ from megatron_sse.inference.sampling import KeyedSampler
 from megatron_sse.model import build_model
 from megatron_sse.model.attention import TorchAttention
 from megatron_sse.parallel.groups import destroy_groups, init_groups
+from megatron_sse.parallel.sharding import ContextShard
+from megatron_sse.planning.documents import count_documents
 from megatron_sse.planning.generation import generation_bytes
+from megatron_sse.planning.memory import kept_of_step, rank_memory
 from megatron_sse.planning.report import describe_layout
 from megatron_sse.planning.search import work_out
 from megatron_sse.planning.sizes import Sizes
+from megatron_sse.rl.advantages import Group, weigh
+from megatron_sse.rl.objective import PolicyObjective
+from megatron_sse.rl.packing import make_batches, pack
 from megatron_sse.rl.prompts import Prompt
-from megatron_sse.rl.rollouts import generate
+from megatron_sse.rl.rollouts import Rollout, generate
 from tests.planning.live import LiveBytes
+from tests.planning.test_memory import KeptTensors
 from tests.rl.support import MODEL, policy_config
 from tests.training.support import cpu
 from tests.workers import run_workers
@@ -81,3 +90,65 @@ def test_the_plan_shows_it(tmp_path: Path) -> None:
     assert any(line.split()[0] == "generation" for line in lines if line)
     assert any(line.endswith("smaller with a smaller rl.answers_at_once") for line in lines)
     assert layout.memory[0].total > layout.memory[0].generation > 0
+
+
+SHARED = {"sequence_length": 512}
+BANKS: dict[str, Any] = {"num_layers": 2, "hidden_size": 64, "layers": "sse"}
+BANKS |= {"sse": MODEL["sse"] | {"head_dim": 16, "value_head_dim": 24, "num_partitions": 4}}
+MODELS = (BANKS, BANKS | {"sse": BANKS["sse"] | {"recurrence": "gdn"}}, BANKS | {"layers": "softmax", "sse": {}})
+
+
+def sharing_config(folder: Path, model: dict[str, Any], answers: int) -> Any:
+    rl = {"group_size": answers, "max_new_tokens": 448 // answers - 1, "share_prefixes": True}
+    return policy_config(folder, model=MODEL | model, data=SHARED, rl=rl)
+
+
+def hold_shared(folder: Path, answers: int) -> list[tuple[float, float]]:
+    """Return what a sequence of a prompt of 65 tokens and answers to it keeps and holds at most, over the plan."""
+    found = []
+    for model in MODELS:
+        config = sharing_config(folder, model, answers)
+        assert config.rl is not None
+        groups, rollout = (
+            init_groups(),
+            Rollout([2] * config.rl.max_new_tokens, np.zeros(config.rl.max_new_tokens), True),
+        )
+        [net] = build_model(config, groups, cpu())
+        prompt = Prompt(Problem("p", None, "1", "p"), [1] * 65, None)
+        rows = pack(weigh([Group(prompt, [rollout] * answers, [1.0, 0.0] * (answers // 2))], config.rl), 512, True)
+        [batch] = make_batches(rows, 512, 1, 0, 1, ContextShard(), "cpu", shares=True)
+        batch.layout.layer_loss_scale = torch.ones(())
+        objective = PolicyObjective(config.rl, groups.cp)
+        kept = KeptTensors(net.parameters())
+        # Gradients of the weights, which stay, are there before the step that is measured.
+        with kept:
+            output = objective.forward(net, batch, True)
+        objective.loss(output, batch).loss.backward()
+        del output
+        with LiveBytes() as live:
+            objective.loss(objective.forward(net, batch, True), batch).loss.backward()
+        sizes = Sizes(config, 1, "torch", documents=answers)
+        planned = replace(rank_memory(sizes, 0), generation=0)
+        held = planned.weights + planned.gradients + planned.optimizer + planned.metrics
+        found.append((kept.nbytes / sum(kept_of_step(sizes, 0)), live.peak / (planned.total - held)))
+        destroy_groups()
+    return found
+
+
+def test_states_of_answers_that_share_a_prompt(tmp_path: Path) -> None:
+    """What is kept is as planned; at most there is less than planned, since prompts and answers take turns."""
+    for answers in (8, 32):
+        [found] = run_workers(1, hold_shared, tmp_path, answers)
+        assert [kept for kept, _ in found] == pytest.approx([1, 1, 1], abs=0.02), answers
+        assert all(0.8 < most < 1.02 for _, most in found), found
+
+
+def test_answers_of_a_sequence(tmp_path: Path) -> None:
+    """Without a number there are as many as fit at their longest; without sharing a run of rl has one document."""
+    config = sharing_config(tmp_path, BANKS, 8)
+    assert config.rl is not None
+    assert count_documents(config, None) == 512 // 55 and count_documents(config, 20) == 20
+    plain = config.model_copy(update={"rl": config.rl.model_copy(update={"share_prefixes": False})})
+    assert count_documents(plain, None) == 1 and Sizes(plain, 1, documents=20).spans == 1
+    # 20 answers to 3 prompts.
+    assert Sizes(config, 1, documents=20).spans == 23
