@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.pipeline_parallel import get_forward_backward_func, schedules
+from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
@@ -53,15 +53,6 @@ ALL_MASKED = Skip(
 # Sums over micro-batches and ranks that every objective has beside its own: counted tokens, balance losses and the
 # number of layers that have one, and ranks whose gradient is not finite.
 TOKENS, BALANCE_LOSS, LAYERS, NOT_FINITE_RANKS = "tokens", "balance_loss", "layers", "ranks_not_finite"
-
-
-_backward_step = schedules.backward_step
-
-
-def backward_step(*args: Any, **options: Any) -> Any:
-    """Run Megatron-Core's backward pass of a micro-batch, without the stand-ins for CUDA, like the forward pass."""
-    with without_stand_ins():
-        return _backward_step(*args, **options)
 
 
 @dataclass(frozen=True)
@@ -114,8 +105,6 @@ class Trainer:
         # With other settings, gradients are silently wrong on two interleaved pipeline stages.
         assert settings.overlap_p2p_comm == (len(chunks) > 1) and settings.batch_p2p_comm != settings.overlap_p2p_comm
         assert settings.calculate_per_token_loss
-        # The schedules look for it by its name.
-        schedules.backward_step = backward_step
         self.communicator = P2PCommunicator(pp_group=groups.pp, config=settings)
 
     def start_stage(self, config: RunConfig) -> None:

@@ -37,7 +37,7 @@ def test_writes_a_configuration_once(
 
 
 WRONG = [
-    (["quick"], "NAME: got quick, allowed distill, distill_teacher, quickstart, "),
+    (["quick"], "NAME: got quick, allowed distill, distill_teacher, language_study, "),
     (["quickstart", "--output", "none/a.yaml"], "--output: the folder none was not found"),
 ]
 
