@@ -14,6 +14,7 @@ from megatron_sse.config import DistillConfig, load_config
 from megatron_sse.distill.run import DistillRun
 from megatron_sse.distill.teacher import open_teacher
 from megatron_sse.parallel.groups import destroy_groups, init_groups
+from megatron_sse.tools import layer_sensitivity
 from megatron_sse.training.loop import Run, Signals
 from tests.data.files import random_documents, write_tokens
 from tests.training.support import cpu
@@ -48,11 +49,14 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus.mkdir(parents=True)
     for part in ("train", "validation"):
         write_tokens(str(corpus / part), random_documents(40, 24))
-    assert len(COMMANDS) == 4
+    assert len(COMMANDS) == 5
     for command in COMMANDS:
         program, *arguments = shlex.split(command)
         if program == "./run.sh":
             run_workers(1, train, tmp_path, arguments[0])
+        elif program.endswith("/python"):
+            assert arguments[:2] == ["-m", layer_sensitivity.__name__]
+            assert layer_sensitivity.main(arguments[2:]) == 0
         else:
             assert main(arguments) == 0
     assert find_weights(load_config("configs/distill.yaml")) == Path("models/start")
