@@ -93,6 +93,15 @@ train train 120 12 'monitor.profile_steps=[10, 11]' checkpoint.interval=11
 stage profile 20 "$python" -m megatron_sse.tools.profile_summary "$results/run"
 # The optimizer's state goes through the disk and back.
 train resume 60 14
+pytest graph 60 tests/inference/gpu_captured.py
+echo "1 2 3 4 5 6 7 8" >"$results/tokens.txt"
+decode() { # NAME OPTION...
+  local name=$1
+  shift
+  stage "$name" 40 "$python" -m megatron_sse generate "$results/run" --tokens "$results/tokens.txt" "$@"
+}
+decode decode
+decode decode_graph --cuda-graph
 for recurrence in gla gdn; do
   stage speed_$recurrence 90 "$python" -m megatron_sse.tools.bench_kernels --roofline --recurrences $recurrence \
     --shapes 16x128 --banks 4x1 --tokens 8192,131072 --output "$results/speed_$recurrence.md"

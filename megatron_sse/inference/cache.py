@@ -45,6 +45,16 @@ class Cache:
         past = [self.lengths[place] for place in places]
         return CachedLayout.of(places, past, counts, self.layers, self.device, shard)
 
+    def reserve(self, places: Sequence[int]) -> None:
+        """Make room for one more token of each of the sequences in `places`."""
+        for layer in self.layers.values():
+            layer.reserve(1 + max(self.lengths[place] for place in places))
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where in memory the layers keep what they keep; a CUDA graph holds as long as this stays the same."""
+        return tuple(x.data_ptr() for layer in self.layers.values() for x in layer.tensors().values())
+
     def advance(self, layout: CachedLayout) -> None:
         """Count the new tokens, of all context ranks, as seen."""
         for place, count in zip(layout.places, layout.counts, strict=True):

@@ -11,12 +11,13 @@ from typing import Any
 from megatron_sse.config import RunConfig
 from megatron_sse.errors import UserError, found_by_all
 from megatron_sse.inference.cache import Cache, read_cache
+from megatron_sse.inference.captured import CapturedSteps
 from megatron_sse.inference.prompts import check_length, check_tokens, read_prompts, read_tokens
 from megatron_sse.inference.request import Request
 from megatron_sse.inference.run import generate
 from megatron_sse.inference.sampling import Sampler
 from megatron_sse.model.language_model import LanguageModel
-from megatron_sse.parallel.device import Device
+from megatron_sse.parallel.device import Device, setup_device
 from megatron_sse.parallel.sharding import ContextShard
 from megatron_sse.pretrained.chat import Chat, Message, assistant_says, open_chat, user_says
 from megatron_sse.pretrained.network import build_and_load, inference_config, inference_groups
@@ -66,6 +67,8 @@ def run(request: Request) -> int:
 
 def _prepare(request: Request) -> _Job:
     request.check()
+    if request.cuda_graph and setup_device(0).type != "cuda":
+        raise UserError("--cuda-graph: got a machine without a GPU, allowed with one; leave it out")
     model = open_model("CHECKPOINT", request.checkpoint)
     config = inference_config(model, request.precision, request.tensor_size)
     vocab_size, continues = config.model.vocab_size, request.load_cache is not None
@@ -117,8 +120,9 @@ class _Session:
         start = first = time.perf_counter()
         num_tokens = 0
         request = self.request
+        step = CapturedSteps(self.net, cache) if request.cuda_graph else None
         for tokens in generate(
-            self.net, cache, prompts, request.max_tokens, self.sampler, self.end, request.chunk, self.shard
+            self.net, cache, prompts, request.max_tokens, self.sampler, self.end, request.chunk, self.shard, step
         ):
             if not num_tokens:
                 first = time.perf_counter()

@@ -39,6 +39,8 @@ class CachedLayout(TokenLayout):
             ranks there is one sequence, and these are its tokens before all parts and those of this rank's part.
         place_D: int64, the places.
         layers: what each layer keeps, by layer number.
+        any_position: nothing that layers do may depend on `past`, since a CUDA graph of it is replayed at later
+            positions (one new token each); room for the new rows is made beforehand.
     """
 
     places: Sequence[int] = ()
@@ -46,6 +48,7 @@ class CachedLayout(TokenLayout):
     counts: Sequence[int] = ()
     place_D: Tensor = field(default_factory=torch.Tensor)
     layers: Mapping[int, Any] = field(default_factory=dict)
+    any_position: bool = False
     has_layer_losses: ClassVar[bool] = False
 
     @classmethod
@@ -149,6 +152,9 @@ class LayerCache:
     def __init__(self, tails: Mapping[str, Tail]):
         self.tails = tails
 
+    def reserve(self, num_rows: int) -> None:
+        """Make room for sequences of `num_rows` tokens; states have it."""
+
     def tensors(self) -> dict[str, Tensor]:
         """Return what is kept, by name."""
         return {name: tail.rows_XWc for name, tail in self.tails.items()}
@@ -239,8 +245,8 @@ class KeyValueCache(LayerCache):
 
         group: the context ranks; their parts' keys and values come to all.
         """
-        if self.window is None:
-            self._reserve(max(np.add(layout.past, np.multiply(layout.counts, layout.shard.size))))
+        if not layout.any_position:
+            self.reserve(max(np.add(layout.past, np.multiply(layout.counts, layout.shard.size))))
         if layout.shard.size > 1:
             assert group is not None
             k_THK, v_THK = (of_all_ranks(x, group) for x in (k_THK, v_THK))
@@ -266,9 +272,9 @@ class KeyValueCache(LayerCache):
         row_D = position_D % num_rows
         self.key_XHRK[layout.place_D, :, row_D], self.value_XHRK[layout.place_D, :, row_D] = k_DHK, v_DHK
         # A full ring is seen completely, whatever its order: softmax attention does not depend on the order of rows.
-        used = min(max(layout.past) + 1, num_rows)
+        used = num_rows if layout.any_position else min(max(layout.past) + 1, num_rows)
         seen_DR = None
-        if min(layout.past) + 1 < used:
+        if layout.any_position or min(layout.past) + 1 < used:
             seen_DR = torch.arange(used, device=q_DHK.device) <= position_D[:, None]
         keys, values = self.key_XHRK[:, :, :used], self.value_XHRK[:, :, :used]
         if list(layout.places) != list(range(len(keys))):
@@ -311,10 +317,10 @@ class KeyValueCache(LayerCache):
         # From here on, positions count from the first row of keys and values.
         return _attend_last(q_LHK, keys, values, position - first, self.window, scale)
 
-    def _reserve(self, num_rows: int) -> None:
-        """Make room for sequences of `num_rows` tokens; grow by half, so that few copies are made."""
+    def reserve(self, num_rows: int) -> None:
+        """Make room for sequences of `num_rows` tokens, by half more, so that few copies are made. A ring has room."""
         have = self.key_XHRK.shape[2]
-        if num_rows <= have:
+        if num_rows <= have or self.window is not None:
             return
         more = max(num_rows, have + have // 2, _MIN_ROWS) - have
         self.key_XHRK, self.value_XHRK = (

@@ -93,6 +93,7 @@ class Request(TextRequest):
     seed: int = option("N", "seed of the random numbers", default=0)
     chat: bool = option(help="answer each prompt as what a user says, by the chat template kept with the model")
     context: int = option("N", "processes that share each long prompt", default=1)
+    cuda_graph: bool = option(help="on one GPU, queue each new token's kernels as one CUDA graph")
     save_cache: str | None = option("FILE", "file to write the states of the sequences to", unset="")
     load_cache: str | None = option("FILE", "file of states to continue from", unset="")
 
@@ -133,6 +134,8 @@ class Request(TextRequest):
         if self.save_cache:
             check_output("--save-cache", self.save_cache)
         number = self.num_processes
+        if number > 1 and self.cuda_graph:
+            raise UserError(f"--cuda-graph: got {number} processes, allowed 1; collectives are not captured")
         if number > 1 and (self.save_cache or self.load_cache or self.is_interactive):
             raise UserError(
                 f"{self.layout}: got {number} processes, allowed 1 where prompts come line by line, with --save-cache "

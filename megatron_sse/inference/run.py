@@ -1,11 +1,13 @@
 """A model fed with the new tokens of cached sequences: prompts in chunks of bounded size, then token by token."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from megatron_sse.inference.cache import Cache
+from megatron_sse.inference.layers import CachedLayout
 from megatron_sse.inference.request import ModelRequest
 from megatron_sse.inference.sampling import Sampler
 from megatron_sse.model.language_model import LanguageModel
@@ -14,6 +16,8 @@ from megatron_sse.parallel.sharding import ALL_TOKENS, ContextShard
 
 # Tokens of prompts at once, where code gives no other number.
 DEFAULT_CHUNK = ModelRequest.chunk
+# Feeds one token to each of some places of a cache: takes tokens and places, returns logits [D, v].
+Step = Callable[[Sequence[int], Sequence[int]], Tensor]
 
 
 @torch.no_grad()
@@ -32,13 +36,22 @@ def feed(
         and afterwards every rank's cache holds all of them.
     """
     layout = cache.layout(places, counts, shard)
-    tokens_1T = tokens_T[None].to(cache.device)
+    hidden_T1d = run_layers(model, tokens_T[None].to(cache.device), layout)
+    cache.advance(layout)
+    return hidden_T1d
+
+
+def run_layers(model: LanguageModel, tokens_1T: Tensor, layout: CachedLayout) -> Tensor:
+    """Return the input of the output layer, [T, 1, d], for tokens on the device; layers keep what they saw."""
     # The stand-ins would slow thousands of small calls down.
     with without_stand_ins():
         # Positions are those of the layout: the embedding has none of its own.
-        hidden_T1d = model.decoder(model.embedding(tokens_1T, None), None, packed_seq_params=layout)
-    cache.advance(layout)
-    return hidden_T1d
+        return model.decoder(model.embedding(tokens_1T, None), None, packed_seq_params=layout)
+
+
+def decode(model: LanguageModel, cache: Cache, tokens: Sequence[int], places: Sequence[int]) -> Tensor:
+    """Feed one token to each of the places; return logits [D, v]."""
+    return logits_of(model, feed(model, cache, torch.tensor(tokens), places, [1] * len(places)))
 
 
 @torch.no_grad()
@@ -123,6 +136,7 @@ def generate(
     end: int | None = None,
     chunk: int = DEFAULT_CHUNK,
     shard: ContextShard = ALL_TOKENS,
+    step: Step | None = None,
 ) -> Iterator[list[int | None]]:
     """Continue every sequence of the cache; yield the tokens of each step, None for sequences that have ended.
 
@@ -132,19 +146,20 @@ def generate(
     Args:
         prompts: token ids, appended to what the cache holds; may be empty where tokens are pending.
         chunk, shard: as in prefill.
+        step: how single tokens are fed; by default `decode`.
     """
+    step = step or partial(decode, model, cache)
     fed = [[*pending, *prompt] for pending, prompt in zip(cache.pending, prompts, strict=True)]
     cache.pending = [[] for _ in prompts]
     logits_Dv = prefill(model, cache, fed, chunk, shard)
     places = list(range(len(prompts)))
-    for step in range(num_tokens):
+    for number in range(num_tokens):
         picked = sampler.pick(logits_Dv, places)
         tokens: list[int | None] = [None] * len(prompts)
         for place, token in zip(places, picked, strict=True):
             tokens[place], cache.pending[place] = token, [token]
         places = [place for place in places if tokens[place] != end]
         yield tokens
-        if not places or step + 1 == num_tokens:
+        if not places or number + 1 == num_tokens:
             return
-        fed_T = torch.tensor([tokens[place] for place in places])
-        logits_Dv = logits_of(model, feed(model, cache, fed_T, places, [1] * len(places)))
+        logits_Dv = step([token for token in tokens if token is not None and token != end], places)

@@ -124,6 +124,8 @@ def test_a_chat(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
 
 WRONG = {
     "chat of tokens": (["{model}", "--chat", "--tokens", "x"], "--tokens: given with --chat"),
+    "graphs without a GPU": (["{model}", "--prompt", "a", "--cuda-graph"], "--cuda-graph: got a machine without a GPU"),
+    "graphs of two": (["{model}", "--prompt", "a", "--cuda-graph", "--tensor", "2"], "--cuda-graph: got 2 processes"),
     "no folder": (["{tmp}/none"], "CHECKPOINT: folder"),
     "empty prompt": (["{model}", "--prompt", ""], "--prompt 1: got an empty prompt"),
     "empty file": (["{model}", "--tokens", "/dev/null"], "which is empty"),

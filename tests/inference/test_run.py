@@ -53,6 +53,21 @@ def test_chunks_are_bounded(nets: list[LanguageModel], monkeypatch: pytest.Monke
     assert cache.num_bytes == before and cache.lengths == [70, 35]
 
 
+def test_steps_are_fed_as_told(nets: list[LanguageModel]) -> None:
+    """Sequences that have ended are left out, as they are by default."""
+    free = sample(nets[1], PROMPTS)
+    fed, cache = [], Cache(nets[1], len(PROMPTS))
+
+    def step(tokens, places):
+        fed.append((tokens, places))
+        return run_module.decode(nets[1], cache, tokens, places)
+
+    end = free[2][3]
+    assert sample(nets[1], PROMPTS, cache=cache, end=end, step=step) == sample(nets[1], PROMPTS, end=end)
+    assert [place for place, tokens in enumerate(free) if end not in tokens[: len(fed)]] == fed[-1][1]
+    assert all(end not in tokens for tokens, _ in fed)
+
+
 @pytest.mark.parametrize("number", [0, 1], ids=["pure", "hybrid"])
 def test_sequences_end(nets: list[LanguageModel], number: int) -> None:
     free = sample(nets[number], PROMPTS)
