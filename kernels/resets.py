@@ -27,8 +27,8 @@ class Resets:
         continue a state that enters the span.
     count_R1: int64, the number of resets before each position.
     first_R: int64, the position of the first row of the same document and segment.
-    stays_S: bool, whether the state after the segment's last row is that of the span's last document. Otherwise this
-        document has no row in the bank, and its state there is empty.
+    emptied_S: bool, whether the span's last document has no row in the bank, so that its state there is empty. What is
+        left after the segment's last row is then the state of another document.
     spoiled_R, spoiled_S: bool, whether a row of the same document and segment, up to this one, is not finite; the same
         for the segment's last row.
     """
@@ -36,7 +36,7 @@ class Resets:
     starts_R: Tensor
     count_R1: Tensor
     first_R: Tensor
-    stays_S: Tensor
+    emptied_S: Tensor
     spoiled_R: Tensor
     spoiled_S: Tensor
 
@@ -59,19 +59,19 @@ class PieceResets(NamedTuple):
 
     inside_M: bool, whether a document starts inside the piece, so that nothing which enters it leaves it.
     before_M: bool, whether one starts before the piece in its segment. inside_S: whether one starts in the segment.
-    stays_S, spoiled_S: as in Resets.
+    emptied_S, spoiled_S: as in Resets.
     """
 
     inside_M: Tensor
     before_M: Tensor
     inside_S: Tensor
-    stays_S: Tensor
+    emptied_S: Tensor
     spoiled_S: Tensor
 
     def settle(self, state_S: Tensor) -> Tensor:
         """Return the states [S, H, K, V] after the spans' last documents, given those after the segments' last rows."""
-        spoiled_S, stays_S = (x[:, None, None, None] for x in (self.spoiled_S, self.stays_S))
-        return state_S.masked_fill(spoiled_S, torch.nan).masked_fill(~stays_S, 0)
+        spoiled_S, emptied_S = (x[:, None, None, None] for x in (self.spoiled_S, self.emptied_S))
+        return state_S.masked_fill(spoiled_S, torch.nan).masked_fill(emptied_S, 0)
 
 
 def find_resets(document_R: Tensor, entering_R: Tensor, offsets_S1: Tensor, first_S: Tensor, last_S: Tensor) -> Resets:
@@ -93,7 +93,7 @@ def find_resets(document_R: Tensor, entering_R: Tensor, offsets_S1: Tensor, firs
     # An empty segment hands on what entered it, which is the last document's only if that is the first as well.
     document_S = torch.where(offsets_S1.diff() > 0, document_R[(offsets_S1[1:] - 1).clamp(min=0)], first_S)
     none_R, none_S = torch.zeros_like(starts_R), torch.zeros_like(last_S, dtype=torch.bool)
-    return Resets(starts_R, pad(starts_R.cumsum(0), (1, 0)), first_R, document_S == last_S, none_R, none_S)
+    return Resets(starts_R, pad(starts_R.cumsum(0), (1, 0)), first_R, document_S != last_S, none_R, none_S)
 
 
 def find_bad_rows(g: Tensor, *others: Tensor) -> Tensor:

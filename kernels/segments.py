@@ -175,7 +175,7 @@ def cut(segments: Segments, num_rows: int, size: int, only_used: bool = False) -
     if resets is not None:
         before_M = resets.inside(offsets_S1[segment_M], start_M)
         inside_S = resets.inside(offsets_S1[:-1], offsets_S1[1:])
-        of_pieces = PieceResets(resets.inside(start_M, end_M), before_M, inside_S, resets.stays_S, resets.spoiled_S)
+        of_pieces = PieceResets(resets.inside(start_M, end_M), before_M, inside_S, resets.emptied_S, resets.spoiled_S)
     return Pieces(
         size=size,
         start_M=start_M,

@@ -13,7 +13,7 @@ from megatron_sse.kernels.scan import begin_spans, finish_spans, scan_pieces
 from megatron_sse.kernels.segments import Spans
 from megatron_sse.kernels.triton import gdn, gla, kda
 from megatron_sse.kernels.triton.finite import keep_finite
-from megatron_sse.kernels.triton.normalize import normalize_both, normalize_one
+from megatron_sse.kernels.triton.normalize import normalize
 from megatron_sse.kernels.triton_rows import lay_out
 from megatron_sse.recurrence import RECURRENCES
 
@@ -147,13 +147,10 @@ def _cast(shared: BankInputs, sparse: BankInputs | None, dtype: torch.dtype) -> 
     """
     if not shared.recurrence.delta_rule:
         return tuple(x for bank in (shared, sparse or shared) for x in bank.cast(dtype).tensors)
-    if sparse is None:
-        q, k = (normalize_one(x, dtype) for x in (shared.q_THK, shared.k_THK))
-        return replace(shared, q_THK=q, k_THK=k).tensors * 2
-    queries = normalize_both(shared.q_THK, sparse.q_THK, dtype)
-    keys = normalize_both(shared.k_THK, sparse.k_THK, dtype)
-    banks = zip((shared, sparse), queries, keys, strict=True)
-    return tuple(x for bank, q, k in banks for x in replace(bank, q_THK=q, k_THK=k).tensors)
+    banks = (shared,) if sparse is None else (shared, sparse)
+    normalized = iter(normalize([x for bank in banks for x in (bank.q_THK, bank.k_THK)], dtype))
+    both = [replace(bank, q_THK=next(normalized), k_THK=next(normalized)).tensors for bank in banks]
+    return *both[0], *both[-1]
 
 
 class _Recurrence(torch.autograd.Function):

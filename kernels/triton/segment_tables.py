@@ -85,7 +85,7 @@ def cut_segments_kernel(
     last_ptr,
     empty_ptr,
     inside_ptr,
-    stays_ptr,
+    emptied_ptr,
     spoiled_segment_ptr,
     num_tokens,
     num_rows,
@@ -184,7 +184,7 @@ def cut_segments_kernel(
         # An empty segment hands on what entered it, which is the last document's only if that is the first as well.
         _, token, _ = load_pick(order_ptr, end - 1, num_tokens, is_full, P)
         document = tl.load(document_ptr + token, mask=is_full, other=0)
-        tl.store(stays_ptr + segment, tl.where(is_full, document, first_document) == last_document)
+        tl.store(emptied_ptr + segment, tl.where(is_full, document, first_document) != last_document)
 
 
 class SegmentTables(NamedTuple):
@@ -203,12 +203,12 @@ class SegmentTables(NamedTuple):
     last_S: Tensor
     empty_S: Tensor
     inside_S: Tensor
-    stays_S: Tensor
+    emptied_S: Tensor
     spoiled_S: Tensor
 
     def pieces(self, size: int, has_resets: bool) -> Pieces:
         """Return the pieces, of at most `size` rows."""
-        resets = PieceResets(self.inside_M, self.before_M, self.inside_S, self.stays_S, self.spoiled_S)
+        resets = PieceResets(self.inside_M, self.before_M, self.inside_S, self.emptied_S, self.spoiled_S)
         table = (self.piece_start_M, self.piece_end_M, self.segment_M, self.step_M)
         return Pieces(size, *table, self.first_S, self.last_S, self.empty_S, resets if has_resets else None)
 
@@ -262,7 +262,7 @@ def _segment_tables_fake(
     num_rows, num_segments = len(run_R), len(offsets_S1) - 1
     num_chunks, num_pieces = (num_rows // size + num_segments for size in (CHUNK_SIZE, piece_size))
     sizes = [num_chunks] * 2 + [num_pieces] * 7 + [num_segments] * 6
-    of_bool = ("inside_M", "before_M", "empty_S", "inside_S", "stays_S", "spoiled_S")
+    of_bool = ("inside_M", "before_M", "empty_S", "inside_S", "emptied_S", "spoiled_S")
     return [
         offsets_S1.new_empty(size, dtype=torch.bool if name in of_bool else torch.int64)
         for name, size in zip(SegmentTables._fields, sizes, strict=True)
@@ -285,7 +285,7 @@ def compile_cases(arch: int) -> list[tuple[triton.JITFunction, dict, dict, dict]
     """Return (kernel, signature, constants, options) of everything that is launched, for few and many partitions."""
     kernel, cases = cut_segments_kernel, []
     types = {"run_ptr": "*i32"} | dict.fromkeys(
-        ("spoiled_ptr", "piece_inside_ptr", "piece_before_ptr", "empty_ptr", "inside_ptr", "stays_ptr"), "*i1"
+        ("spoiled_ptr", "piece_inside_ptr", "piece_before_ptr", "empty_ptr", "inside_ptr", "emptied_ptr"), "*i1"
     )
     types["spoiled_segment_ptr"] = "*i1"
     for partitions, picks in ((0, 0), (4, 1), (256, 8)):
