@@ -73,8 +73,8 @@ def route(prob_TN: Tensor, num_writers: int, num_readers: int, bank_TP: Tensor |
     if bank_TP is None and use_triton(prob_TN):
         from megatron_sse.kernels.triton.routing import top_banks
 
-        bank_TP = top_banks(prob_TN.detach(), max(num_writers, num_readers))
-    elif bank_TP is None:
+        return Routes(prob_TN, *top_banks(prob_TN, max(num_writers, num_readers)), num_writers, num_readers)
+    if bank_TP is None:
         # A stable sort, not topk: topk leaves the order of equal values open.
         ranked_TN = prob_TN.detach().sort(dim=-1, descending=True, stable=True).indices
         bank_TP = ranked_TN[:, : max(num_writers, num_readers)]

@@ -17,9 +17,16 @@ PICK_BLOCK, SUM_BLOCK = 256, 1024
 
 @triton.jit
 def top_banks_kernel(
-    prob_ptr, bank_ptr, num_tokens, N: tl.constexpr, P: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr
+    prob_ptr,
+    bank_ptr,
+    weight_ptr,
+    num_tokens,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """Write the banks of the P largest of N probabilities, best first; program (block of tokens).
+    """Write the banks of the P largest of N probabilities, best first, and these; program (block of tokens).
 
     Among equal probabilities, the lower index comes first.
     """
@@ -34,6 +41,9 @@ def top_banks_kernel(
     for pick in tl.static_range(P):
         b_best = tl.argmax(b_prob, axis=1, tie_break_left=True)
         tl.store(bank_ptr + token * P + pick, b_best.to(tl.int64), mask=inside)
+        # Read once more: NaN has become inf in b_prob.
+        b_weight = tl.load(prob_ptr + token * N + b_best, mask=inside)
+        tl.store(weight_ptr + token * P + pick, b_weight, mask=inside)
         b_prob = tl.where(bank == b_best[:, None], float("-inf"), b_prob)
 
 
@@ -182,19 +192,46 @@ def _place_constants(num_partitions: int, num_picks: int) -> dict:
 
 
 @torch.library.custom_op("megatron_sse::top_banks", mutates_args=())
-def top_banks(prob_TN: Tensor, num_picks: int) -> Tensor:
-    """Return the `num_picks` most probable partitions of each token, int64 [T, P], as kernels.routing.route does."""
+def _top_banks(prob_TN: Tensor, num_picks: int) -> tuple[Tensor, Tensor]:
     num_tokens, num_partitions = prob_TN.shape
-    bank_TP = torch.empty(num_tokens, num_picks, dtype=torch.int64, device=prob_TN.device)
+    bank_TP, weight_TP = _top_banks_fake(prob_TN, num_picks)
     constants = _top_constants(num_partitions, num_picks)
     grid = (triton.cdiv(num_tokens, constants["BLOCK_T"]),)
-    top_banks_kernel[grid](prob_TN.contiguous(), bank_TP, num_tokens, **constants, **OPTIONS)
-    return bank_TP
+    top_banks_kernel[grid](prob_TN.contiguous(), bank_TP, weight_TP, num_tokens, **constants, **OPTIONS)
+    return bank_TP, weight_TP
 
 
-@top_banks.register_fake
-def _(prob_TN, num_picks):
-    return prob_TN.new_empty(prob_TN.shape[0], num_picks, dtype=torch.int64)
+@_top_banks.register_fake
+def _top_banks_fake(prob_TN, num_picks):
+    weight_TP = prob_TN.new_empty(prob_TN.shape[0], num_picks)
+    return torch.empty_like(weight_TP, dtype=torch.int64), weight_TP
+
+
+class _TopBanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, prob_TN, num_picks):
+        bank_TP, weight_TP = _top_banks(prob_TN, num_picks)
+        ctx.mark_non_differentiable(bank_TP)
+        # No zeros are made for the picks' gradient.
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(bank_TP)
+        ctx.num_partitions = prob_TN.shape[-1]
+        return bank_TP, weight_TP
+
+    @staticmethod
+    def backward(ctx, _, grad_TP):
+        [bank_TP] = ctx.saved_tensors
+        if grad_TP is None:
+            return None, None
+        # A token's picks differ from each other.
+        return grad_TP.new_zeros(len(bank_TP), ctx.num_partitions).scatter_(-1, bank_TP, grad_TP), None
+
+
+def top_banks(prob_TN: Tensor, num_picks: int) -> tuple[Tensor, Tensor]:
+    """Return the `num_picks` most probable partitions of each token, int64 [T, P], as kernels.routing.route does, and
+    their probabilities [T, P]."""
+    bank_TP, weight_TP = _TopBanks.apply(prob_TN, num_picks)
+    return bank_TP, weight_TP
 
 
 @torch.library.custom_op("megatron_sse::sort_picks", mutates_args=())
@@ -257,7 +294,7 @@ def sort_by_segment(bank_TP: Tensor, span_T: Tensor, num_spans: int, num_partiti
 def compile_cases(arch: int) -> list[tuple[triton.JITFunction, dict, dict, dict]]:
     """Return (kernel, signature, constants, options) of everything that is launched, for few and many partitions."""
     bank, sizes = {"bank_ptr": "*i64"}, {"num_picks": "i32", "num_blocks": "i32"}
-    top = {"prob_ptr": "*fp32"} | bank | {"num_tokens": "i32"}
+    top = {"prob_ptr": "*fp32"} | bank | {"weight_ptr": "*fp32", "num_tokens": "i32"}
     count = bank | {"count_ptr": "*i32"} | sizes
     spans = bank | {"span_ptr": "*i64", "until_ptr": "*i32"}
     before = spans | {"before_ptr": "*i32", "num_blocks": "i32"}

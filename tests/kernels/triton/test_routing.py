@@ -15,14 +15,23 @@ def probabilities(num_tokens: int, num_partitions: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("num_partitions, num_picks", [(1, 1), (4, 1), (6, 2), (33, 3), (250, 8), (5, 5)])
 def test_top_banks(num_partitions: int, num_picks: int) -> None:
-    prob_TN = probabilities(150, num_partitions)
-    assert torch.equal(top_banks(prob_TN, num_picks), route(prob_TN, num_picks, num_picks).bank_TP)
+    """Picks, their probabilities and the gradient of these are the torch form's."""
+    prob_TN = probabilities(150, num_partitions).requires_grad_()
+    expected = route(prob_TN, num_picks, num_picks)
+    bank_TP, weight_TP = top_banks(prob_TN, num_picks)
+    assert torch.equal(bank_TP, expected.bank_TP) and torch.equal(weight_TP, expected.weight_TP)
+    grad_TP = torch.randn(150, num_picks, generator=torch.Generator().manual_seed(1))
+    found, wanted = (torch.autograd.grad(x, prob_TN, grad_TP) for x in (weight_TP, expected.weight_TP))
+    assert torch.equal(found[0], wanted[0])
 
 
 def test_what_is_no_number_gives_valid_picks() -> None:
     prob_TN = probabilities(10, 6)
     prob_TN[3], prob_TN[5, 2:4], prob_TN[7, 1] = torch.nan, torch.nan, torch.inf
-    assert torch.equal(top_banks(prob_TN, 6), route(prob_TN, 6, 6).bank_TP)
+    bank_TP, weight_TP = top_banks(prob_TN, 6)
+    expected = route(prob_TN, 6, 6)
+    assert torch.equal(bank_TP, expected.bank_TP)
+    torch.testing.assert_close(weight_TP, expected.weight_TP, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("lengths", [(1,), (1, 0, 37, 1, 128, 0, 300, 83, 0)], ids=str)
