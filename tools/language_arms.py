@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_sse.config import SSEConfig, load_config
 from megatron_sse.errors import UserError
-from megatron_sse.tools.studies.sizes import match_parameters, num_parameters
+from megatron_sse.tools.studies.sizes import check_parameters, match_parameters, num_parameters
 
 BASE = "n4k1"
 # Each arm is trained with these, one seed each; the best of them gets more seeds.
@@ -39,8 +39,10 @@ def _plain(layers: str) -> Callable[[SSEConfig], list[str]]:
 def _large(sse: SSEConfig) -> list[str]:
     """Return a single state with as many elements as 16 partitions and the shared bank have.
 
-    With an output gate, or with more heads, it would have more parameters than BASE. Heads have to be a multiple of 3.
+    With an output gate, or with more heads, it would have more parameters than BASE. Raises UserError.
     """
+    if sse.num_heads % 3 or sse.head_dim % 2:
+        raise UserError("--arms: gla_large needs a multiple of 3 heads with an even number of channels; leave it out")
     heads = f"num_heads: {sse.num_heads // 3}, head_dim: {17 * sse.head_dim // 2}, value_head_dim: {6 * sse.head_dim}"
     return ["model.layers=gla", f"model.sse={{{heads}, output_gate: false}}"]
 
@@ -64,10 +66,10 @@ ARMS = {
 def arm_settings(name: str, path: Path, settings: list[str]) -> list[str]:
     """Return the settings of an arm: those for all arms, its own, and the width of the MLP that matches parameters.
 
-    Raises UserError where the file's model is not one of 4 partitions.
+    Raises UserError where the file's model is not one of 4 partitions, or the arm cannot have as many parameters.
     """
     base = load_config(path, settings).model
     if "sse" not in base.layer_kinds() or base.sse.num_partitions != 4:
         raise UserError(f"--config: {path} has to have model.layers: sse with model.sse.num_partitions: 4")
-    given = [*settings, *ARMS[name].overrides(base.sse)]
-    return given if name == BASE else match_parameters(path, given, num_parameters(base))
+    given, wanted = [*settings, *ARMS[name].overrides(base.sse)], num_parameters(base)
+    return check_parameters(name, path, given if name == BASE else match_parameters(path, given, wanted), wanted)

@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_sse.data.builder import command as build
 from megatron_sse.data.builder.request import Request as Build
 from megatron_sse.data.corpus import read_documents, split_documents
+from megatron_sse.data.metadata import read_metadata
 from megatron_sse.data.train_tokenizer import command as train_tokenizer
 from megatron_sse.data.train_tokenizer.request import Request as TrainTokenizer
 from megatron_sse.errors import UserError
@@ -24,6 +25,9 @@ def make_corpus(vocab_size: int) -> None:
     Raises UserError.
     """
     if all(Path(f"{prefix}.idx").exists() for prefix in (TRAINING, VALIDATION, TEST)):
+        metadata = read_metadata(TRAINING)
+        if metadata is None or metadata.vocab_size > vocab_size:
+            raise UserError(f"model.vocab_size: got {vocab_size}, fewer than the tokens in {FOLDER}; remove the folder")
         return
     try:
         FOLDER.mkdir(parents=True, exist_ok=True)

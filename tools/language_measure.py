@@ -103,13 +103,16 @@ def measure_kinds(reader: Reader, file: TokenFile, length: int, num_tokens: int,
         label_w = torch.from_numpy(label_T[place_w]).to(logits_wv.device)
         loss_T[place_w] = cross_entropy(logits_wv, label_w, reduction="none").double().cpu().numpy()
 
-    def mean_of(which_T: np.ndarray) -> dict[str, float]:
-        return {"tokens": int(which_T.sum()), "loss": float(loss_T[which_T].mean()) if which_T.any() else 0.0}
+    def mean_of(which_T: np.ndarray) -> dict[str, Any]:
+        # Labels that a loss mask leaves out have no loss.
+        kept_x = loss_T[which_T & ~np.isnan(loss_T)]
+        return {"tokens": len(kept_x), "loss": float(kept_x.mean()) if len(kept_x) else None}
 
     recall_T = kind_T == KINDS.index(RECALL)
     power_T = np.floor(np.log2(np.maximum(distance_T, 1))).astype(np.int64)
     by_distance = [
-        {"first": 1 << k} | mean_of(recall_T & (power_T == k)) for k in np.unique(power_T[recall_T]).tolist()
+        {"first": 1 << k} | mean_of(recall_T & (power_T == k))
+        for k in np.unique(power_T[recall_T & ~np.isnan(loss_T)]).tolist()
     ]
     return {kind: mean_of(kind_T == number) for number, kind in enumerate(KINDS)} | {"by_distance": by_distance}
 

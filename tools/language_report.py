@@ -10,9 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megatron_sse.errors import UserError
+from megatron_sse.reports.style import save_picture
 from megatron_sse.tools.language_arms import ARMS
 from megatron_sse.tools.language_measure import KINDS, RARE, RECALL
-from megatron_sse.tools.studies.rates import chosen
+from megatron_sse.tools.studies.rates import choose_rates
 from megatron_sse.tools.studies.results import Result, write_results
 
 Found = dict[str, list[Result]]
@@ -20,7 +21,7 @@ Found = dict[str, list[Result]]
 
 def write_report(output: Path, found: Found) -> str:
     """Write report.md, results.json and plots, and return the report."""
-    best = {arm: chosen(results) for arm, results in found.items()}
+    best = choose_rates(found, output)
     text = "\n".join([*_head(found), *_arms(found, best), *_kinds(best), *_positions(best), *_lengths(best)]) + "\n"
     try:
         write_results(output, (result for results in found.values() for result in results))
@@ -42,8 +43,8 @@ def _head(found: Found) -> list[str]:
         f"{len(runs)} runs of {', '.join(tokens)} tokens in sequences of {', '.join(map(str, lengths))}. "
         f"Commits: {', '.join(commits)}.",
         "",
-        "All numbers but the validation losses are of the test text. Where an arm has several seeds, they are means, "
-        "with least and most in brackets.",
+        "All numbers but the validation losses are of the test text. Where an arm has several seeds, they are means; "
+        "brackets have the least and the most.",
         "",
     ]
 
@@ -147,6 +148,8 @@ def draw_kinds(path: Path, best: Found) -> None:
     axes = figure.subplots()
     arms = [arm for arm in best if arm != "softmax"]
     for number, kind in enumerate(KINDS if "softmax" in best else ()):
+        if not best["softmax"][0]["kinds"][kind]["tokens"]:
+            continue
         base = mean(result["kinds"][kind]["loss"] for result in best["softmax"])
         for row, arm in enumerate(arms):
             gaps = [result["kinds"][kind]["loss"] - base for result in best[arm]]
@@ -157,7 +160,7 @@ def draw_kinds(path: Path, best: Found) -> None:
     axes.set_ylim(len(arms) - 0.5, -0.5)
     axes.set_xlabel("loss above softmax, nats per token")
     _finish(axes, "where the arms differ from softmax; every seed is a point")
-    figure.savefig(path, dpi=120)
+    save_picture(figure, path)
 
 
 def draw_positions(path: Path, best: Found) -> None:
@@ -188,7 +191,7 @@ def _draw_curves(path: Path, best: Found, curve: Callable[[Result], dict[int, fl
     axes.set_xlabel(label)
     axes.set_ylabel("loss, nats per token")
     _finish(axes, title)
-    figure.savefig(path, dpi=120)
+    save_picture(figure, path)
 
 
 def _finish(axes: Axes, title: str) -> None:

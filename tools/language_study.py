@@ -19,6 +19,7 @@ from typing import Any
 
 from megatron_sse.config import load_config
 from megatron_sse.data.checks import check_token_file
+from megatron_sse.errors import UserError
 from megatron_sse.tools.language_arms import ARMS, LEARNING_RATES, arm_settings
 from megatron_sse.tools.language_corpus import TEST, TRAINING, make_corpus
 from megatron_sse.tools.studies.command import find_arms, group_by_arm, make_parser, run_main, run_study
@@ -50,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     def report() -> str:
         from megatron_sse.tools.language_report import write_report
 
+        find_arms(options.arms, ARMS)
         results = find_results(options.output, rate_key).values()
         return write_report(options.output, group_by_arm(results, ARMS, options.output))
 
@@ -62,7 +64,10 @@ def _train(options: argparse.Namespace) -> int:
     settings = {arm: arm_settings(arm, options.config, options.settings) for arm in arms}
     rates = parse_rates(options.rates)
     config = load_config(options.config, options.settings)
-    if any(source.prefix == TRAINING for source in config.data.train):
+    for name, sources in (("train", config.data.train), ("validation", config.data.validation or [])):
+        if len(sources) != 1 or sources[0].prefix is None:
+            raise UserError(f"data.{name}: got {len(sources)} sources, allowed one token file, which is measured on")
+    if config.data.train[0].prefix == TRAINING:
         make_corpus(config.model.vocab_size)
     check_token_file("--test", options.test, config.model.vocab_size)
     check_writable(options.output)

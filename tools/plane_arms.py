@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sse.config import load_config
-from megatron_sse.tools.studies.sizes import match_parameters, num_parameters
+from megatron_sse.tools.studies.sizes import check_parameters, match_parameters, num_parameters
 
 LEARNING_RATES = (3e-3, 1e-2)
 # Tokens of a sequence are 2 for each pair and 1 for each question.
@@ -47,6 +47,7 @@ ARMS = {f"{way}_{state}_pairs_{pairs}": Arm(pairs, state, way) for pairs in PAIR
 
 
 def arm_settings(name: str, path: Path, settings: list[str]) -> list[str]:
-    """Return the settings of an arm, with as many parameters as the file's model."""
+    """Return the settings of an arm, with as many parameters as the file's model. Raises UserError."""
     wanted = num_parameters(load_config(path, settings).model)
-    return match_parameters(path, [*settings, *ARMS[name].overrides()], wanted)
+    own = match_parameters(path, [*settings, *ARMS[name].overrides()], wanted)
+    return check_parameters(name, path, own, wanted)

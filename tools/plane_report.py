@@ -8,14 +8,15 @@ from statistics import median
 from matplotlib.figure import Figure
 
 from megatron_sse.errors import UserError
+from megatron_sse.reports.style import save_picture
 from megatron_sse.tools.plane_arms import ARMS, PAIRS, WAYS
-from megatron_sse.tools.studies.rates import chosen
+from megatron_sse.tools.studies.rates import choose_rates
 from megatron_sse.tools.studies.results import Result, write_results
 
 
 def write_report(output: Path, found: dict[str, list[Result]]) -> str:
     """Write report.md, results.json and the plot, and return the report."""
-    best = {arm: chosen(results) for arm, results in found.items()}
+    best = choose_rates(found, output)
     text = _tabulate(found, best)
     try:
         write_results(output, (result for results in found.values() for result in results))
@@ -69,4 +70,4 @@ def draw_plane(path: Path, best: dict[str, list[Result]]) -> None:
         grid[0][0].set_ylabel("share of values recalled")
     if grid[0][0].get_legend_handles_labels()[0]:
         grid[0][0].legend()
-    figure.savefig(path, dpi=120)
+    save_picture(figure, path)

@@ -39,6 +39,9 @@ SCALARS = {
 def choose_checkpoint(folder: Path, prompts: str, max_tokens: int, low: float, high: float) -> list[dict[str, float]]:
     """Return a point for each measured checkpoint of a run, and move the last of these to CHOSEN."""
     points: list[dict[str, float]] = []
+    # An earlier start may have been stopped between its choice and its result.
+    for earlier in (folder / CHOSEN).glob(f"{ITERATION}*"):
+        shutil.move(earlier, folder / CHECKPOINTS)
     checkpoints = list_checkpoints(folder / CHECKPOINTS)[::-1]
     with inference_groups(1) as (groups, device):
         for checkpoint in checkpoints:

@@ -44,6 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     def report() -> str:
         from megatron_sse.tools.plane_report import write_report
 
+        find_arms(options.arms, ARMS)
         results = find_results(options.output, rate_key).values()
         return write_report(options.output, group_by_arm(results, ARMS, options.output))
 

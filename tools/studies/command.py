@@ -48,7 +48,13 @@ def run_study(
             if getattr(options, name) is not None and getattr(options, name) < 1:
                 raise UserError(f"--{name}: got {getattr(options, name)}, allowed 1 or more")
         failed = 0 if options.report else train()
-        print(report())
+        try:
+            print(report())
+        except UserError as error:
+            if not failed:
+                raise
+            # Runs that failed are more than a wrong request.
+            print(error, file=sys.stderr)
         return 1 if failed else 0
     except UserError as error:
         print(error, file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron_sse.errors import UserError
@@ -14,7 +15,8 @@ from megatron_sse.tools.studies.runs import Run, check_same, train_all
 def parse_rates(text: str) -> list[float]:
     """Return the learning rates in a string with commas. Raises UserError."""
     try:
-        rates = [float(rate) for rate in text.split(",")]
+        # Folders have the six digits of %g.
+        rates = [float(f"{float(rate):g}") for rate in text.split(",")]
     except ValueError:
         rates = []
     if not rates or not all(0 < rate < 1 for rate in rates) or len(set(rates)) < len(rates):
@@ -49,6 +51,8 @@ def train_by_rate(
 
     failed = train([make(arm, rate, 0) for rate in rates for arm in arms])
     best = best_rates(find_results(options.output, rate_key).values(), rates)
+    for arm in sorted(set(arms) - set(best)):
+        print(f"{arm}: no more seeds, since not every learning rate has a result", flush=True)
     more = [make(arm, best[arm], seed) for seed in range(1, options.seeds) for arm in arms if arm in best]
     return failed + train(more)
 
@@ -61,6 +65,14 @@ def best_rates(results: Iterable[Result], rates: Sequence[float]) -> dict[str, f
             losses.setdefault(result["arm"], {})[result["learning_rate"]] = result["validation"]
     complete = {arm: by_rate for arm, by_rate in losses.items() if set(by_rate) >= set(rates)}
     return {arm: min(by_rate, key=lambda rate: by_rate[rate]) for arm, by_rate in complete.items()}
+
+
+def choose_rates(found: dict[str, list[Result]], output: Path) -> dict[str, list[Result]]:
+    """Return the results of each arm that has some of seed 0, with its best rate. Raises UserError where none has."""
+    best = {arm: chosen(own) for arm, own in found.items() if any(result["seed"] == 0 for result in own)}
+    if not best:
+        raise UserError(f"--output: {output} has no results of seed 0")
+    return best
 
 
 def chosen(results: list[Result]) -> list[Result]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from megatron_sse.durable import write_durably
 from megatron_sse.errors import UserError
 
 RESULT, RESULTS = "result.json", "results.json"
@@ -35,8 +36,11 @@ def find_results(output: Path, key: Callable[[Result], Key]) -> dict[Key, Result
                 f"--output: {path} was not written by this study; remove it, or give another folder"
             ) from None
     for file in output.glob(f"*/*/{RESULT}"):
-        result = json.loads(file.read_text())
-        found[key(result)] = result
+        try:
+            result = json.loads(file.read_text())
+            found[key(result)] = result
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"--output: {file} was not written by this study; give another folder") from None
     return found
 
 
@@ -46,7 +50,9 @@ def write_results(output: Path, results: Iterable[Result]) -> None:
     shared = _intersect([result["settings"] for result in results])
     runs = [_round(result | {"settings": _subtract(result["settings"], shared)}) for result in results]
     lines = ",\n".join(json.dumps(run, separators=(",", ":")) for run in runs)
-    (output / RESULTS).write_text(f'{{"settings": {json.dumps(shared)},\n"runs": [\n{lines}\n]}}\n')
+    text = f'{{"settings": {json.dumps(shared)},\n"runs": [\n{lines}\n]}}\n'
+    # A clone has nothing else, so it is never half-written.
+    write_durably(output / RESULTS, text.encode())
 
 
 def _intersect(settings: list[dict[str, Any]]) -> dict[str, Any]:

@@ -66,8 +66,12 @@ def _describe(config: RunConfig) -> dict[str, Any]:
 
 
 def check_same(output: Path, run: Run, result: Result | None) -> None:
-    """Raise UserError where a run was started, or has a result, with other settings."""
+    """Raise UserError where a run was started, measured, or has a result, with other settings."""
     path = run.folder / SETTINGS
+    # Results of earlier versions do not say how they were measured.
+    if result is not None and result.get("measure", list(run.measure)) != list(run.measure):
+        was, now = (" ".join(map(str, words[1:])) for words in (result["measure"], run.measure))
+        raise UserError(f"--output: {run.name} was measured with {was}, not {now}; give another folder, or remove it")
     if path.is_file():
         begun, place = json.loads(path.read_text()), f"{run.folder} is a run"
     elif result is not None:
@@ -141,7 +145,7 @@ def _train(run: Run, processes: Processes, finish: Callable[[Run, Any], Result])
     processes.run([*python, module, str(run.folder), str(measured), *options], log)
     result = finish(run, json.loads(measured.read_text()))
     result |= {"settings": run.description(), "seconds": seconds, "cpu_seconds": cpu, "resumed": resumed}
-    result |= {"versions": _versions(), "commit": _commit()}
+    result |= {"measure": list(run.measure), "versions": _versions(), "commit": _commit()}
     _write(run.folder / RESULT, result)
     measured.unlink()
     shutil.rmtree(checkpoints)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_sse.config import ModelConfig, RunConfig, load_config
 from megatron_sse.config.derive import count_parameters
+from megatron_sse.errors import UserError
 
 # Relative difference up to which numbers of parameters count as equal.
 TOLERANCE = 0.02
@@ -18,6 +19,13 @@ def match_parameters(path: Path, settings: list[str], wanted: int) -> list[str]:
         num_parameters(load_config(path, [*settings, f"model.ffn_hidden_size={width}"]).model) for width in (1, 2)
     )
     return [*settings, f"model.ffn_hidden_size={max(1, 1 + round((wanted - one) / (two - one)))}"]
+
+
+def check_parameters(name: str, path: Path, settings: list[str], wanted: int) -> list[str]:
+    """Return the settings of an arm. Raises UserError where it has not the wanted number of parameters."""
+    if abs(num_parameters(load_config(path, settings).model) / wanted - 1) > TOLERANCE:
+        raise UserError(f"--arms: {name} cannot have {wanted:,} parameters; give {path} a model with a wider MLP")
+    return settings
 
 
 def num_parameters(model: ModelConfig) -> int:
