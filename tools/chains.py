@@ -3,9 +3,9 @@
     .venv/bin/python -m megatron_sse.tools.chains FOLDER [--held-out N] [--quick X]
 
 writes the files that megatron_sse.tools.arithmetic writes. Answers have 200 to 540 tokens of one byte each. Some chains
-are worked out slowly, and most quickly, with an even number of sums even where it should be odd. Two of three texts to
-imitate are short, since only the first digits of a text show how to begin. configs/rl_chains.yaml trains on them;
-docs/reason.md shows how.
+are worked out slowly and rightly. Most are worked out quickly, and leave out the last sum where the number asked for is
+odd. Two of three texts to imitate are short, since each text shows only once how to begin. configs/rl_chains.yaml
+trains on them; docs/reason.md shows how.
 """
 
 import argparse

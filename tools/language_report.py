@@ -14,7 +14,7 @@ from megatron_sse.reports.style import save_picture
 from megatron_sse.tools.language_arms import ARMS
 from megatron_sse.tools.language_measure import KINDS, RARE, RECALL
 from megatron_sse.tools.studies.rates import choose_rates
-from megatron_sse.tools.studies.results import Result, write_results
+from megatron_sse.tools.studies.results import Result, mean_cpu_seconds, write_results
 
 Found = dict[str, list[Result]]
 
@@ -70,7 +70,8 @@ def _arms(found: Found, best: Found) -> list[str]:
         cells += [f"{results[0]['learning_rate']:g}", str(len(results))]
         for name in ("bits_per_byte", "loss"):
             cells.append(_spread([result["lengths"][0][name] for result in results]))
-        cells.append(f"{mean(result['cpu_seconds'] / result['tokens'] * 1e6 for result in results):.0f}")
+        seconds = mean_cpu_seconds(results)
+        cells.append("-" if seconds is None else f"{seconds / results[0]['tokens'] * 1e6:.0f}")
         lines.append(_row(cells))
     return [*lines, ""]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from statistics import median
 
 from matplotlib.figure import Figure
 
@@ -11,7 +10,7 @@ from megatron_sse.errors import UserError
 from megatron_sse.reports.style import save_picture
 from megatron_sse.tools.plane_arms import ARMS, PAIRS, WAYS
 from megatron_sse.tools.studies.rates import choose_rates
-from megatron_sse.tools.studies.results import Result, write_results
+from megatron_sse.tools.studies.results import Result, mean_cpu_seconds, write_results
 
 
 def write_report(output: Path, found: dict[str, list[Result]]) -> str:
@@ -40,10 +39,11 @@ def _tabulate(found: dict[str, list[Result]], best: dict[str, list[Result]]) -> 
     for arm, results in best.items():
         cell = ARMS[arm]
         accuracies = ", ".join(f"{result['accuracy']:.3f}" for result in results)
-        cost = median(result["cpu_seconds"] / result["tokens"] * 1e6 for result in results)
+        seconds = mean_cpu_seconds(results)
+        cost = "-" if seconds is None else f"{seconds / results[0]['tokens'] * 1e6:.0f}"
         lines.append(
             f"| {cell.pairs} | {cell.state:,} | {cell.way} | {cell.touched:,} | {results[0]['parameters']:,} "
-            f"| {results[0]['learning_rate']:g} | {accuracies} | {cost:.0f} |"
+            f"| {results[0]['learning_rate']:g} | {accuracies} | {cost} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -41,7 +41,8 @@ def choose_checkpoint(folder: Path, prompts: str, max_tokens: int, low: float, h
     points: list[dict[str, float]] = []
     # An earlier start may have been stopped between its choice and its result.
     for earlier in (folder / CHOSEN).glob(f"{ITERATION}*"):
-        shutil.move(earlier, folder / CHECKPOINTS)
+        if not (folder / CHECKPOINTS / earlier.name).exists():
+            shutil.move(earlier, folder / CHECKPOINTS)
     checkpoints = list_checkpoints(folder / CHECKPOINTS)[::-1]
     with inference_groups(1) as (groups, device):
         for checkpoint in checkpoints:

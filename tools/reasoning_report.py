@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from megatron_sse.errors import UserError
 from megatron_sse.reports.style import COLOURS, STYLE, label_steps, save_picture
-from megatron_sse.tools.studies.results import Result, write_results
+from megatron_sse.tools.studies.results import Result, mean_cpu_seconds, write_results
 
 PICTURE = "reasoning.png"
 
@@ -61,11 +61,12 @@ def _tabulate(found: dict[str, list[Result]], missing: list[tuple[str, int]]) ->
     for arm, (first, *others) in found.items():
         point, shares = first["points"][-1], spread_by_step(others, "accuracy")
         cells = [_cell(*shares[step]) if step in shares else "-" for step in steps]
-        seconds = f"{mean(run['cpu_seconds'] for run in others):.0f}" if others else "-"
+        costs = (mean_cpu_seconds(runs) for runs in ([first], others))
+        cost = " | ".join("-" if seconds is None else f"{seconds:.0f}" for seconds in costs)
         lines.append(
             f"| {arm} | {first['parameters']:,} | {first['state_elements']:,} | {point['step']} "
             f"| {point['accuracy']:.3f} | {len(others)} | {' | '.join(cells)} "
-            f"| {first['cpu_seconds']:.0f} | {seconds} |"
+            f"| {cost} |"
         )
     return "\n".join([*lines, "", f"![shares and rewards by step]({PICTURE})"]) + "\n"
 

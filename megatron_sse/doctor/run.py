@@ -23,6 +23,7 @@ from megatron_sse.doctor.finding import BAD, GOOD, OPEN, Finding
 from megatron_sse.errors import UserError
 from megatron_sse.launch.nodes import find_nodes
 from megatron_sse.planning.ceilings import GIB
+from megatron_sse.planning.documents import count_documents
 from megatron_sse.planning.memory import rank_memory
 from megatron_sse.planning.search import HEADROOM
 from megatron_sse.planning.sizes import Sizes
@@ -151,27 +152,29 @@ def check_teacher(config: RunConfig) -> Iterator[Finding]:
     """Check whether the teacher of a distillation is there and fits the run."""
     if config.training.distill is None:
         return
-    from megatron_sse.distill.teacher import KEY, open_teacher
-
+    name = "training.distill.teacher"
     try:
-        found = find_checkpoints(config)
-        model = open_teacher(config, found[0] if found else None).model
-    except UserError as error:
-        yield Finding(BAD, KEY, str(error).removeprefix(f"{KEY}: "))
+        from megatron_sse.distill.teacher import open_teacher
+
+        # A damaged checkpoint is passed over when the run resumes, too.
+        intact = (path for path in find_checkpoints(config) if not find_all_damage(path, hashes=False))
+        model = open_teacher(config, next(intact, None)).model
+    except (UserError, ImportError) as error:
+        yield Finding(BAD, name, str(error).removeprefix(f"{name}: "))
         return
-    yield Finding(GOOD, KEY, f"{model.folder}: {model.kind}, the run's vocabulary")
+    yield Finding(GOOD, name, f"{model.folder}: {model.kind}, the run's vocabulary")
 
 
 def check_problems(config: RunConfig) -> Iterator[Finding]:
     """Check the prompts, the rewards and the reference of reinforcement learning."""
     if config.rl is None:
         return
-    # Imported late: Megatron-Core, which other runs' checks do without.
-    from megatron_sse.rl.run import open_problems
-
     try:
+        # Imported late: Megatron-Core, which other runs' checks do without.
+        from megatron_sse.rl.run import open_problems
+
         problems = open_problems(config)
-    except UserError as error:
+    except (UserError, ImportError) as error:
         yield Finding(BAD, "rl.prompts", str(error).removeprefix("rl.prompts: "))
         return
     held_out = f", {len(problems.held_out):,} held out" if problems.held_out else ""
@@ -188,10 +191,11 @@ def check_memory(config: RunConfig) -> Iterator[Finding]:
     try:
         nodes = find_nodes(os.environ).count
         data_size = nodes * count_processes(config, nodes, num_gpus) // config.parallel.replica_size
+        documents = count_documents(config, None)
     except UserError:
-        # check_layout reports it.
+        # check_layout and check_token_files report it.
         return
-    sizes = Sizes(config, data_size)
+    sizes = Sizes(config, data_size, documents=documents)
     needed = max(rank_memory(sizes, stage).total for stage in range(config.parallel.pipeline))
     there = (1 - HEADROOM) * torch.cuda.get_device_properties(0).total_memory
     text = f"{needed / GIB:,.1f} GiB planned for a GPU, {there / GIB:,.1f} GiB available (10 % left free)"

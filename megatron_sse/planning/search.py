@@ -14,6 +14,7 @@ from megatron_sse.config.schema import RECOMPUTED_PARTS
 from megatron_sse.costs.gpus import Gpu
 from megatron_sse.errors import UserError
 from megatron_sse.planning.ceilings import StepTime, step_time
+from megatron_sse.planning.documents import count_documents
 from megatron_sse.planning.memory import Memory, rank_memory
 from megatron_sse.planning.sizes import Sizes
 from megatron_sse.planning.traffic import step_traffic
@@ -102,7 +103,8 @@ def with_settings(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
 
 
 def longest_sequence(config: RunConfig, data_size: int, gpu: Gpu) -> int:
-    """Return the number of tokens of the longest sequence of one document that fits in this layout.
+    """Return the number of tokens of the longest sequence of one document that fits in this layout; with
+    rl.share_prefixes, of as many answers as plan counts.
 
     0 for none, at most LONGEST.
     """
@@ -111,13 +113,16 @@ def longest_sequence(config: RunConfig, data_size: int, gpu: Gpu) -> int:
     step = 2 * parallel.context * (parallel.tensor if parallel.sequence else 1)
 
     def fits(steps: int) -> bool:
-        sizes = Sizes(with_settings(config, data={"sequence_length": steps * step}), data_size)
+        longer = with_settings(config, data={"sequence_length": steps * step})
+        sizes = Sizes(longer, data_size, documents=1 if config.rl is None else count_documents(longer, None))
         stages = range(parallel.pipeline)
         return max(rank_memory(sizes, stage).total for stage in stages) <= (1 - HEADROOM) * gpu.memory
 
+    # An answer has to fit into a sequence with its prompt.
+    least = 0 if config.rl is None else config.rl.max_new_tokens // step
     # Bisection: memory grows with the length.
-    low, high = 0, LONGEST // step
+    low, high = least, LONGEST // step
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low * step
+    return low * step if low > least else 0

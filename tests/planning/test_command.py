@@ -1,5 +1,6 @@
 """The command plan: what fits, which layouts are found, and the errors of wrong requests."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,18 @@ def test_longest_sequence_is_the_longest() -> None:
     for length, fits in ((longest, True), (longest + step, False)):
         sizes = Sizes(with_settings(config, data={"sequence_length": length}), 1)
         assert (rank_memory(sizes, 0).total <= (1 - HEADROOM) * H100.memory) == fits
+
+
+def test_longest_sequence_with_answers() -> None:
+    """With shared prompts the answers' states count; where not even one answer fits, the length is 0."""
+    config = load_config(CONFIG.parent / "rl_arithmetic.yaml", ["rl.share_prefixes=true"])
+    longest = longest_sequence(config, 1, H100)
+    for length, fits in ((longest, True), (longest + 2, False)):
+        longer = with_settings(config, data={"sequence_length": length})
+        sizes = Sizes(longer, 1, documents=count_documents(longer, None))
+        assert sizes.documents > 100
+        assert (rank_memory(sizes, 0).total <= (1 - HEADROOM) * H100.memory) == fits
+    assert longest_sequence(config, 1, replace(H100, memory=1000)) == 0
 
 
 def test_search_finds_what_fits_and_ranks_it() -> None:

@@ -161,7 +161,14 @@ def made(arm: str, rate: float, seed: int, loss: float) -> dict[str, Any]:
     kinds["by_distance"] = [{"first": 16, "tokens": 1, "loss": 1.0}, {"first": 64, "tokens": 3, "loss": 3.0}]
     kinds["by_distance"] += [{"first": 32, "tokens": 1, "loss": 2.0}]
     result = {"arm": arm, "learning_rate": rate, "seed": seed, "validation": loss, "parameters": 1000, "tokens": 2000}
-    result |= {"state_elements": 20, "cpu_seconds": 3.0, "commit": "abc", "kinds": kinds, "lengths": lengths}
+    result |= {
+        "state_elements": 20,
+        "cpu_seconds": 3.0,
+        "resumed": False,
+        "commit": "abc",
+        "kinds": kinds,
+        "lengths": lengths,
+    }
     return result | {"settings": {"data": {"sequence_length": 64}}}
 
 

@@ -34,7 +34,7 @@ def test_arm(arm: str) -> None:
 
 def result(arm: str, seed: int | None, shares: dict[int, float], settings: dict[str, Any]) -> Result:
     points = [{"step": step, "accuracy": share, "reward": share / 2} for step, share in shares.items()]
-    sizes = {"parameters": 1000, "state_elements": 20, "cpu_seconds": 9.0, "seconds": 10.0}
+    sizes = {"parameters": 1000, "state_elements": 20, "cpu_seconds": 9.0, "resumed": False, "seconds": 10.0}
     about = {"between": [0.5, 0.6], "commit": "abc", "versions": {"torch": "2"}, "settings": settings}
     return {"arm": arm, "seed": seed, "points": points, **sizes, **about}
 

@@ -43,7 +43,14 @@ def test_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def made(arm: str, rate: float, seed: int, accuracy: float) -> dict[str, Any]:
     result = {"arm": arm, "learning_rate": rate, "seed": seed, "accuracy": accuracy, "validation": 1 - accuracy}
-    return result | {"parameters": 1000, "tokens": 2000, "cpu_seconds": 3.0, "commit": "abc", "settings": {}}
+    return result | {
+        "parameters": 1000,
+        "tokens": 2000,
+        "cpu_seconds": 3.0,
+        "resumed": False,
+        "commit": "abc",
+        "settings": {},
+    }
 
 
 def test_report(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from megatron_sse.durable import write_durably
@@ -42,6 +43,12 @@ def find_results(output: Path, key: Callable[[Result], Key]) -> dict[Key, Result
         except (ValueError, KeyError, TypeError):
             raise UserError(f"--output: {file} was not written by this study; give another folder") from None
     return found
+
+
+def mean_cpu_seconds(results: Iterable[Result]) -> float | None:
+    """Return the mean processor time of runs; None where all were resumed, of which only the last part is known."""
+    seconds = [result["cpu_seconds"] for result in results if not result["resumed"]]
+    return mean(seconds) if seconds else None
 
 
 def write_results(output: Path, results: Iterable[Result]) -> None:
