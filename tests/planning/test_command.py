@@ -111,7 +111,7 @@ def test_longest_sequence_is_the_longest() -> None:
 
 def test_longest_sequence_with_answers() -> None:
     """With shared prompts the answers' states count; where not even one answer fits, the length is 0."""
-    config = load_config(CONFIG.parent / "rl_arithmetic.yaml", ["rl.share_prefixes=true"])
+    config = load_config(Path(CONFIG).parent / "rl_arithmetic.yaml", ["rl.share_prefixes=true"])
     longest = longest_sequence(config, 1, H100)
     for length, fits in ((longest, True), (longest + 2, False)):
         longer = with_settings(config, data={"sequence_length": length})
