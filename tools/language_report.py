@@ -199,4 +199,5 @@ def _finish(axes: Axes, title: str) -> None:
     axes.set_title(title)
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend()
+        # Beside the plot, where it hides no curve.
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
