@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel import random as megatron_random
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
@@ -111,7 +110,6 @@ def install_cpu_stand_ins() -> None:
         (megatron_random, "_set_cuda_rng_state", _set_rng_state),
         (megatron_random, "CudaRNGStatesTracker", CpuRNGStatesTracker),
         (torch.autograd, "_engine_run_backward", _engine_run_backward),
-        (schedules, "backward_step", _backward_step),
     ):
         setattr(module, name, stand_in)
     # There is no __exit__: the mode stays on for the life of the process.
@@ -192,15 +190,6 @@ def _engine_run_backward(*args: Any, **kwargs: Any) -> Any:
     # torch turns a mode off while the mode handles a call such as backward(); recomputed layers inside need it on.
     with CudaOnCpu():
         return torch.autograd.graph._engine_run_backward(*args, **kwargs)
-
-
-_megatron_backward_step = schedules.backward_step
-
-
-def _backward_step(*args: Any, **kwargs: Any) -> Any:
-    """Run Megatron-Core's backward pass of a micro-batch, in which nothing names a device."""
-    with without_stand_ins():
-        return _megatron_backward_step(*args, **kwargs)
 
 
 def _current_device() -> torch.device:

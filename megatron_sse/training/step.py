@@ -5,6 +5,7 @@ The loss is the mean over the counted tokens of the global batch, so a rank with
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice, tee
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel import get_forward_backward_func, schedules
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
@@ -53,6 +54,26 @@ ALL_MASKED = Skip(
 # Sums over micro-batches and ranks that every objective has beside its own: counted tokens, balance losses and the
 # number of layers that have one, and ranks whose gradient is not finite.
 TOKENS, BALANCE_LOSS, LAYERS, NOT_FINITE_RANKS = "tokens", "balance_loss", "layers", "ranks_not_finite"
+
+
+@contextmanager
+def _lean_backward() -> Iterator[None]:
+    """Let Megatron-Core's schedules run backward passes without the stand-ins for CUDA, like our forward passes.
+
+    Only inside: Megatron-Core's own layers, which other code may train, name devices when they are recomputed.
+    """
+    given = schedules.backward_step
+
+    def backward_step(*args: Any, **options: Any) -> Any:
+        with without_stand_ins():
+            return given(*args, **options)
+
+    # The schedules look for it by its name.
+    schedules.backward_step = backward_step
+    try:
+        yield
+    finally:
+        schedules.backward_step = given
 
 
 @dataclass(frozen=True)
@@ -170,18 +191,19 @@ class Trainer:
         """Return each micro-batch's sums: filled on the last pipeline stage, empty on the others."""
         virtual_size = self.config.parallel.virtual_pipeline
         run = get_forward_backward_func(self.groups.pp.size(), virtual_size if virtual_size > 1 else None)
-        return run(
-            forward_step_func=partial(self._forward_step, training=training),
-            # Each virtual stage iterates over all micro-batches itself.
-            data_iterator=list(tee(one_ahead(micro_batches), len(self.chunks))),
-            model=self.chunks,
-            num_microbatches=self.num_micro_batches,
-            seq_length=self.config.data.sequence_length,
-            micro_batch_size=self.config.training.micro_batch_size,
-            forward_only=not training,
-            p2p_communicator=self.communicator,
-            pg_collection=self.groups,
-        )
+        with _lean_backward():
+            return run(
+                forward_step_func=partial(self._forward_step, training=training),
+                # Each virtual stage iterates over all micro-batches itself.
+                data_iterator=list(tee(one_ahead(micro_batches), len(self.chunks))),
+                model=self.chunks,
+                num_microbatches=self.num_micro_batches,
+                seq_length=self.config.data.sequence_length,
+                micro_batch_size=self.config.training.micro_batch_size,
+                forward_only=not training,
+                p2p_communicator=self.communicator,
+                pg_collection=self.groups,
+            )
 
     def _forward_step(self, batches: Iterator[Batch], model: Any, training: bool) -> tuple[Any, Any]:
         """Return this stage's output for the next micro-batch, and the function that makes the last one's a loss.

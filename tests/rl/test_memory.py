@@ -26,6 +26,7 @@ from megatron_sse.rl.objective import PolicyObjective
 from megatron_sse.rl.packing import make_batches, pack
 from megatron_sse.rl.prompts import Prompt
 from megatron_sse.rl.rollouts import Rollout, generate
+from tests.kernels.test_segments import keep_unused_chunks
 from tests.planning.live import LiveBytes
 from tests.planning.test_memory import KeptTensors
 from tests.rl.support import MODEL, policy_config
@@ -104,7 +105,14 @@ def sharing_config(folder: Path, model: dict[str, Any], answers: int) -> Any:
 
 
 def hold_shared(folder: Path, answers: int) -> list[tuple[float, float]]:
-    """Return what a sequence of a prompt of 65 tokens and answers to it keeps and holds at most, over the plan."""
+    """Return what a sequence of a prompt of 65 tokens and answers to it keeps and holds at most, over the plan, with
+    the chunks that are not used, which a GPU has."""
+    with pytest.MonkeyPatch.context() as patch:
+        keep_unused_chunks(patch)
+        return _hold_shared(folder, answers)
+
+
+def _hold_shared(folder: Path, answers: int) -> list[tuple[float, float]]:
     found = []
     for model in MODELS:
         config = sharing_config(folder, model, answers)
