@@ -9,12 +9,11 @@ from statistics import mean
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from megatron_sse.errors import UserError
 from megatron_sse.reports.style import save_picture
 from megatron_sse.tools.language_arms import ARMS
 from megatron_sse.tools.language_measure import KINDS, RARE, RECALL
 from megatron_sse.tools.studies.rates import choose_rates
-from megatron_sse.tools.studies.results import Result, mean_cpu_seconds, write_results
+from megatron_sse.tools.studies.results import Result, mean_cpu_seconds, write_tables
 
 Found = dict[str, list[Result]]
 
@@ -23,14 +22,10 @@ def write_report(output: Path, found: Found) -> str:
     """Write report.md, results.json and plots, and return the report."""
     best = choose_rates(found, output)
     text = "\n".join([*_head(found), *_arms(found, best), *_kinds(best), *_positions(best), *_lengths(best)]) + "\n"
-    try:
-        write_results(output, (result for results in found.values() for result in results))
-        (output / "report.md").write_text(text)
-        draw_kinds(output / "kinds.png", best)
-        draw_positions(output / "positions.png", best)
-        draw_lengths(output / "lengths.png", best)
-    except OSError as error:
-        raise UserError(f"--output: {output} cannot be written ({error.strerror})") from None
+    write_tables(output, found, text)
+    draw_kinds(output / "kinds.png", best)
+    draw_positions(output / "positions.png", best)
+    draw_lengths(output / "lengths.png", best)
     return text
 
 

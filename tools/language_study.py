@@ -15,29 +15,15 @@ it without training. Exit status 0; 1 where a run failed, 2 for a wrong request.
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from megatron_sse.config import load_config
 from megatron_sse.data.checks import check_token_file
 from megatron_sse.errors import UserError
 from megatron_sse.tools.language_arms import ARMS, LEARNING_RATES, arm_settings
 from megatron_sse.tools.language_corpus import TEST, TRAINING, make_corpus
-from megatron_sse.tools.studies.command import find_arms, group_by_arm, make_parser, run_main, run_study
-from megatron_sse.tools.studies.rates import (
-    add_rates,
-    parse_rates,
-    rate_folder,
-    rate_key,
-    rate_settings,
-    run_key,
-    train_by_rate,
-)
-from megatron_sse.tools.studies.results import Result, find_results
-from megatron_sse.tools.studies.runs import ROOT, Run, check_writable, make_run
-from megatron_sse.tools.studies.sizes import num_parameters, state_elements
-
-# Checkpoints on the way, from which an interrupted run resumes; only the last one is measured.
-POINTS = 4
+from megatron_sse.tools.studies.command import find_arms, make_parser, run_main, run_study
+from megatron_sse.tools.studies.rates import add_rates, parse_rates, read_results, train_by_rate
+from megatron_sse.tools.studies.runs import ROOT
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,18 +37,17 @@ def main(arguments: list[str] | None = None) -> int:
     def report() -> str:
         from megatron_sse.tools.language_report import write_report
 
-        find_arms(options.arms, ARMS)
-        results = find_results(options.output, rate_key).values()
-        return write_report(options.output, group_by_arm(results, ARMS, options.output))
+        return write_report(options.output, read_results(options, ARMS))
 
     return run_study(options, ("seeds", "workers", "tokens"), lambda: _train(options), report)
 
 
 def _train(options: argparse.Namespace) -> int:
     """Train the runs that have no result yet, and return how many failed. Raises UserError."""
+    # Before the tokens are made.
+    parse_rates(options.rates)
     arms = find_arms(options.arms, ARMS)
     settings = {arm: arm_settings(arm, options.config, options.settings) for arm in arms}
-    rates = parse_rates(options.rates)
     config = load_config(options.config, options.settings)
     for name, sources in (("train", config.data.train), ("validation", config.data.validation or [])):
         if len(sources) != 1 or sources[0].prefix is None:
@@ -70,25 +55,8 @@ def _train(options: argparse.Namespace) -> int:
     if config.data.train[0].prefix == TRAINING:
         make_corpus(config.model.vocab_size)
     check_token_file("--test", options.test, config.model.vocab_size)
-    check_writable(options.output)
     measure = ("megatron_sse.tools.language_measure", "--test", options.test, "--tokens", str(options.tokens))
-
-    def make(arm: str, rate: float, seed: int) -> Run:
-        own = [*settings[arm], *rate_settings(rate, seed)]
-        folder = options.output / arm / rate_folder(rate, seed)
-        return make_run(run_key(arm, rate, seed), folder, options.config, own, POINTS, measure)
-
-    return train_by_rate(options, arms, rates, make, _finish)
-
-
-def _finish(run: Run, measured: dict[str, Any]) -> Result:
-    config = run.config
-    sizes = {"parameters": num_parameters(config.model), "state_elements": state_elements(config)}
-    training, rate = config.training, config.optimizer.learning_rate
-    names = {"arm": run.folder.parent.name, "learning_rate": rate, "seed": training.seed}
-    return (
-        names | sizes | {"tokens": config.data.sequence_length * training.global_batch_size * training.steps} | measured
-    )
+    return train_by_rate(options, settings, measure, lambda measured: measured)
 
 
 if __name__ == "__main__":

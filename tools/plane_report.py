@@ -6,23 +6,18 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from megatron_sse.errors import UserError
 from megatron_sse.reports.style import save_picture
 from megatron_sse.tools.plane_arms import ARMS, PAIRS, WAYS
 from megatron_sse.tools.studies.rates import choose_rates
-from megatron_sse.tools.studies.results import Result, mean_cpu_seconds, write_results
+from megatron_sse.tools.studies.results import Result, mean_cpu_seconds, write_tables
 
 
 def write_report(output: Path, found: dict[str, list[Result]]) -> str:
     """Write report.md, results.json and the plot, and return the report."""
     best = choose_rates(found, output)
     text = _tabulate(found, best)
-    try:
-        write_results(output, (result for results in found.values() for result in results))
-        (output / "report.md").write_text(text)
-        draw_plane(output / "plane.png", best)
-    except OSError as error:
-        raise UserError(f"--output: {output} cannot be written ({error.strerror})") from None
+    write_tables(output, found, text)
+    draw_plane(output / "plane.png", best)
     return text
 
 

@@ -9,9 +9,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from megatron_sse.errors import UserError
 from megatron_sse.reports.style import COLOURS, STYLE, label_steps, save_picture
-from megatron_sse.tools.studies.results import Result, mean_cpu_seconds, write_results
+from megatron_sse.tools.studies.results import Result, mean_cpu_seconds, write_tables
 
 PICTURE = "reasoning.png"
 
@@ -23,11 +22,7 @@ def write_report(output: Path, found: dict[str, list[Result]], wanted: list[tupl
     """
     have = {(arm, result["seed"]) for arm, results in found.items() for result in results}
     text = _tabulate(found, [run for run in wanted if run not in have])
-    try:
-        write_results(output, (result for results in found.values() for result in results))
-        (output / "report.md").write_text(text)
-    except OSError as error:
-        raise UserError(f"--output: {output} cannot be written ({error.strerror})") from None
+    write_tables(output, found, text)
     with rc_context(STYLE):
         save_picture(_draw(found), output / PICTURE)
     return text

@@ -16,22 +16,10 @@ import argparse
 from typing import Any
 
 from megatron_sse.tools.plane_arms import ARMS, LEARNING_RATES, arm_settings
-from megatron_sse.tools.studies.command import find_arms, group_by_arm, make_parser, run_main, run_study
-from megatron_sse.tools.studies.rates import (
-    add_rates,
-    parse_rates,
-    rate_folder,
-    rate_key,
-    rate_settings,
-    run_key,
-    train_by_rate,
-)
-from megatron_sse.tools.studies.results import Result, find_results
-from megatron_sse.tools.studies.runs import ROOT, Run, check_writable, make_run
-from megatron_sse.tools.studies.sizes import num_parameters, state_elements
-
-# Checkpoints of a run, which are measured.
-POINTS = 4
+from megatron_sse.tools.studies.command import find_arms, make_parser, run_main, run_study
+from megatron_sse.tools.studies.rates import add_rates, read_results, train_by_rate
+from megatron_sse.tools.studies.results import Result
+from megatron_sse.tools.studies.runs import ROOT
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,35 +32,20 @@ def main(arguments: list[str] | None = None) -> int:
     def report() -> str:
         from megatron_sse.tools.plane_report import write_report
 
-        find_arms(options.arms, ARMS)
-        results = find_results(options.output, rate_key).values()
-        return write_report(options.output, group_by_arm(results, ARMS, options.output))
+        return write_report(options.output, read_results(options, ARMS))
 
     return run_study(options, ("seeds", "workers", "samples"), lambda: _train(options), report)
 
 
 def _train(options: argparse.Namespace) -> int:
     """Train the runs that have no result yet, and return how many failed. Raises UserError."""
-    arms, rates = find_arms(options.arms, ARMS), parse_rates(options.rates)
-    settings = {arm: arm_settings(arm, options.config, options.settings) for arm in arms}
-    check_writable(options.output)
+    settings = {arm: arm_settings(arm, options.config, options.settings) for arm in find_arms(options.arms, ARMS)}
     measure = ("megatron_sse.tools.recall_measure", "--samples", str(options.samples))
-
-    def make(arm: str, rate: float, seed: int) -> Run:
-        own = [*settings[arm], *rate_settings(rate, seed)]
-        folder = options.output / arm / rate_folder(rate, seed)
-        return make_run(run_key(arm, rate, seed), folder, options.config, own, POINTS, measure)
-
-    return train_by_rate(options, arms, rates, make, _finish)
+    return train_by_rate(options, settings, measure, _finish)
 
 
-def _finish(run: Run, points: list[dict[str, Any]]) -> Result:
-    config, last = run.config, points[-1]
-    names = {"arm": run.folder.parent.name, "learning_rate": config.optimizer.learning_rate}
-    names |= {"seed": config.training.seed, "validation": last["loss"], "accuracy": last["accuracy"]}
-    sizes = {"parameters": num_parameters(config.model), "state_elements": state_elements(config)}
-    tokens = config.data.sequence_length * config.training.global_batch_size * config.training.steps
-    return names | sizes | {"tokens": tokens, "points": points}
+def _finish(points: list[dict[str, Any]]) -> Result:
+    return {"validation": points[-1]["loss"], "accuracy": points[-1]["accuracy"], "points": points}
 
 
 if __name__ == "__main__":

@@ -10,10 +10,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from megatron_sse.errors import UserError
-from megatron_sse.reports.style import label_steps
+from megatron_sse.reports.style import label_steps, save_picture
 from megatron_sse.tools.recall_arms import ARMS, BASE, CLAIMS
-from megatron_sse.tools.studies.results import Result, write_results
+from megatron_sse.tools.studies.results import Result, write_tables
 
 BY_N = {
     "SSE": ("n1k1", "n2k1", "n4k1", "n8k1", "n16k1"),
@@ -55,15 +54,11 @@ def write_report(output: Path, found: dict[str, list[Result]], wanted: list[tupl
         if not math.isnan(matches[0]):
             summary[arm]["match"] = spread(matches)
     text = _tabulate(found, summary, missing)
-    try:
-        write_results(output, (result for results in found.values() for result in results))
-        (output / "report.md").write_text(text)
-        draw_accuracy(output / "accuracy.png", found)
-        draw_partitions(output / "partitions.png", found)
-        draw_match(output / "match.png", found)
-        draw_training(output / "training.png", found)
-    except OSError as error:
-        raise UserError(f"--output: {output} cannot be written ({error.strerror})") from None
+    write_tables(output, found, text)
+    draw_accuracy(output / "accuracy.png", found)
+    draw_partitions(output / "partitions.png", found)
+    draw_match(output / "match.png", found)
+    draw_training(output / "training.png", found)
     return text
 
 
@@ -134,7 +129,7 @@ def draw_accuracy(path: Path, found: dict[str, list[Result]]) -> None:
     _finish(axes, "accuracy of every seed; bars: medians")
     _limit(axes.set_xlim)
     axes.set_xlabel("share of values recalled")
-    figure.savefig(path, dpi=120)
+    save_picture(figure, path, dpi=120)
 
 
 def draw_partitions(path: Path, found: dict[str, list[Result]]) -> None:
@@ -160,7 +155,7 @@ def draw_partitions(path: Path, found: dict[str, list[Result]]) -> None:
     _limit(axes.set_ylim)
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
-    figure.savefig(path, dpi=120)
+    save_picture(figure, path, dpi=120)
 
 
 def draw_match(path: Path, found: dict[str, list[Result]]) -> None:
@@ -184,7 +179,7 @@ def draw_match(path: Path, found: dict[str, list[Result]]) -> None:
     _limit(axes.set_ylim)
     if routed:
         axes.legend(loc="upper left")
-    figure.savefig(path, dpi=120)
+    save_picture(figure, path, dpi=120)
 
 
 def draw_training(path: Path, found: dict[str, list[Result]]) -> None:
@@ -213,7 +208,7 @@ def draw_training(path: Path, found: dict[str, list[Result]]) -> None:
         _finish(axes, title)
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
-    figure.savefig(path, dpi=120)
+    save_picture(figure, path, dpi=120)
 
 
 def _finish(axes: Axes, title: str) -> None:

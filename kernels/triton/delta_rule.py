@@ -1,4 +1,4 @@
-"""What the operators of the delta rule have in common, with a decay per head (gdn.py) or per channel (kda.py).
+"""Operators of the delta rule, made once for both decays: per head (gdn.py) and per channel (kda.py).
 
 `inputs` and results hold rows at their own places (by token, by row); what is prepared holds them in sorted order.
 """

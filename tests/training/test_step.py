@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.pipeline_parallel import schedules
 
 from megatron_sse.data.batch import Batch
 from megatron_sse.data.iterators import build_data_iterators
@@ -43,7 +44,7 @@ def beside_a_plain_loop(folder: Path) -> tuple[list[float], list[float], list[bo
     """Return five losses of a run and of a plain loop, and whether stand-ins were on in backward and in the update."""
     run = start(config := small_run(folder, training={"micro_batch_size": 4}))
     [model] = build_model(config, run.groups, run.device)
-    plain, seen = PlainLoop(model, config), []
+    plain, seen, backward_step = PlainLoop(model, config), [], schedules.backward_step
     # Without the stand-ins there is no such device.
     run.trainer.chunks[0].module.output_layer.weight.register_hook(lambda gradient: seen.append(makes_cuda_tensors()))
     adamw = optimizer.adamw
@@ -56,7 +57,8 @@ def beside_a_plain_loop(folder: Path) -> tuple[list[float], list[float], list[bo
         for step in range(1, 6):
             losses[0].append(run.advance(step, ours).losses["loss"])
             losses[1].append(plain.step(next(theirs), run.learning_rate(step)))
-    assert makes_cuda_tensors()
+    # Megatron-Core is as it was for what else this process trains.
+    assert makes_cuda_tensors() and schedules.backward_step is backward_step
     return *losses, seen
 
 

@@ -1,1 +1,1 @@
-"""What the studies share: training many runs with one command that resumes, their results, their sizes."""
+"""Shared code of the studies: training many runs with one command that resumes, their results, their sizes."""

@@ -1,4 +1,4 @@
-"""What the commands of all studies have in common: options, errors, exit status."""
+"""Options, errors and exit status of a study's command, the same in all studies."""
 
 from __future__ import annotations
 

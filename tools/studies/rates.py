@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_sse.errors import UserError
+from megatron_sse.tools.studies.command import find_arms, group_by_arm
 from megatron_sse.tools.studies.results import Key, Result, find_results
-from megatron_sse.tools.studies.runs import Run, check_same, train_all
+from megatron_sse.tools.studies.runs import Run, check_same, check_writable, make_run, train_all
+from megatron_sse.tools.studies.sizes import num_parameters, state_elements
+
+# Checkpoints of a run, from which it resumes.
+POINTS = 4
 
 
 def parse_rates(text: str) -> list[float]:
@@ -32,29 +37,57 @@ def add_rates(parser: argparse.ArgumentParser, default: Sequence[float]) -> None
 
 def train_by_rate(
     options: argparse.Namespace,
-    arms: Sequence[str],
-    rates: Sequence[float],
-    make: Callable[[str, float, int], Run],
-    finish: Callable[[Run, Any], Result],
+    settings: Mapping[str, list[str]],
+    measure: tuple[str, ...],
+    finish: Callable[[Any], Result],
 ) -> int:
     """Train seed 0 of all arms with all rates, then the other seeds with each arm's best, and return how many failed.
 
-    options: those of all studies (command.py). make: the run of an arm, a rate and a seed. finish: makes its result of
-    what was measured. Raises UserError where a run was started, or has a result, with other settings.
+    options: those of all studies (command.py). settings: of each arm. measure: as in runs.Run. finish: makes of what
+    was measured the result's own entries, among them "validation", the loss that rates are chosen by. Raises UserError
+    where a run was started, measured, or has a result, with other settings.
     """
+    rates = parse_rates(options.rates)
+    check_writable(options.output)
+
+    def make(arm: str, rate: float, seed: int) -> Run:
+        own = [*settings[arm], f"optimizer.learning_rate={rate:g}", f"training.seed={seed}"]
+        folder = options.output / arm / f"lr_{rate:g}_seed_{seed}"
+        return make_run(_name(arm, rate, seed), folder, options.config, own, POINTS, measure)
 
     def train(runs: list[Run]) -> int:
         done = find_results(options.output, rate_key)
         for run in runs:
             check_same(options.output, run, done.get(run.key))
-        return train_all(runs, done, options.workers, finish, lambda made: f"validation loss {made['validation']:.4f}")
+        return train_all(
+            runs,
+            done,
+            options.workers,
+            lambda run, measured: _describe(run) | finish(measured),
+            lambda result: f"validation loss {result['validation']:.4f}",
+        )
 
-    failed = train([make(arm, rate, 0) for rate in rates for arm in arms])
+    failed = train([make(arm, rate, 0) for rate in rates for arm in settings])
     best = best_rates(find_results(options.output, rate_key).values(), rates)
-    for arm in sorted(set(arms) - set(best)):
+    for arm in sorted(set(settings) - set(best)):
         print(f"{arm}: no more seeds, since not every learning rate has a result", flush=True)
-    more = [make(arm, best[arm], seed) for seed in range(1, options.seeds) for arm in arms if arm in best]
-    return failed + train(more)
+    more = [(arm, seed) for seed in range(1, options.seeds) for arm in settings if arm in best]
+    return failed + train([make(arm, best[arm], seed) for arm, seed in more])
+
+
+def _describe(run: Run) -> Result:
+    """Return what every result of such a study has: names, sizes and the tokens that were trained on."""
+    config = run.config
+    names = {"arm": run.key[0], "learning_rate": config.optimizer.learning_rate, "seed": config.training.seed}
+    sizes = {"parameters": num_parameters(config.model), "state_elements": state_elements(config)}
+    tokens = config.data.sequence_length * config.training.global_batch_size * config.training.steps
+    return names | sizes | {"tokens": tokens}
+
+
+def read_results(options: argparse.Namespace, arms: Collection[str]) -> dict[str, list[Result]]:
+    """Return the results of each arm by seed. Raises UserError for unknown arms in --arms and where there are none."""
+    find_arms(options.arms, arms)
+    return group_by_arm(find_results(options.output, rate_key).values(), arms, options.output)
 
 
 def best_rates(results: Iterable[Result], rates: Sequence[float]) -> dict[str, float]:
@@ -82,21 +115,10 @@ def chosen(results: list[Result]) -> list[Result]:
     return sorted(same, key=lambda result: result["seed"])
 
 
-def rate_settings(rate: float, seed: int) -> list[str]:
-    """Return the settings of a run."""
-    return [f"optimizer.learning_rate={rate:g}", f"training.seed={seed}"]
-
-
-def rate_folder(rate: float, seed: int) -> str:
-    """Return the name of a run's folder inside its arm's."""
-    return f"lr_{rate:g}_seed_{seed}"
-
-
 def rate_key(result: Result) -> Key:
     """Return what names the run of a result."""
-    return run_key(result["arm"], result["learning_rate"], result["seed"])
+    return _name(result["arm"], result["learning_rate"], result["seed"])
 
 
-def run_key(arm: str, rate: float, seed: int) -> Key:
-    """Return what names a run."""
+def _name(arm: str, rate: float, seed: int) -> Key:
     return arm, f"learning rate {rate:g}", f"seed {seed}"

@@ -7,7 +7,7 @@ rest of its settings. Numbers have seven digits: those of states and shares are 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from megatron_sse.durable import write_durably
 from megatron_sse.errors import UserError
 
-RESULT, RESULTS = "result.json", "results.json"
+RESULT, RESULTS, REPORT = "result.json", "results.json", "report.md"
 Result = dict[str, Any]
 # What names a run, in words for the console: ("n8k1", "seed 0").
 Key = tuple[str, ...]
@@ -51,9 +51,17 @@ def mean_cpu_seconds(results: Iterable[Result]) -> float | None:
     return mean(seconds) if seconds else None
 
 
-def write_results(output: Path, results: Iterable[Result]) -> None:
-    """Write results.json."""
-    results = list(results)
+def write_tables(output: Path, found: Mapping[str, Sequence[Result]], text: str) -> None:
+    """Write results.json, of the results of all arms, and the text as report.md. Raises UserError."""
+    try:
+        write_results(output, [result for results in found.values() for result in results])
+        write_durably(output / REPORT, text.encode())
+    except OSError as error:
+        raise UserError(f"--output: {output} cannot be written ({error.strerror})") from None
+
+
+def write_results(output: Path, results: Sequence[Result]) -> None:
+    """Write results.json. Raises OSError."""
     shared = _intersect([result["settings"] for result in results])
     runs = [_round(result | {"settings": _subtract(result["settings"], shared)}) for result in results]
     lines = ",\n".join(json.dumps(run, separators=(",", ":")) for run in runs)
